@@ -1,0 +1,1 @@
+//! The CPU as a [`crate::device::Device`].

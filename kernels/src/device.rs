@@ -1,0 +1,174 @@
+//! The seam between the model and what computes it.
+//!
+//! [`Device`] is all that a forward pass asks of a machine. [`crate::cpu::Cpu`] is one
+//! implementation; a CUDA device is to be another. All tensors are row-major f32 activations
+//! `[rows, cols]`; weights are whatever the device made of a packed matrix.
+
+use std::borrow::Cow;
+
+use crate::{kv::KvShape, kv::KvSlot, kv::Query, matrix::PackedMatrix};
+
+/// Why a device could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The device has no room for an allocation.
+    #[error("{device}: out of memory: {needed} bytes asked, {free} bytes free")]
+    OutOfMemory {
+        /// Which device.
+        device: String,
+        /// Bytes asked for.
+        needed: u64,
+        /// Bytes that were free.
+        free: u64,
+    },
+    /// The device failed; nothing computed since can be trusted.
+    #[error("{device}: {reason}")]
+    Failed {
+        /// Which device.
+        device: String,
+        /// What it reported.
+        reason: String,
+    },
+}
+
+/// Weights of one gated feed-forward network: `down( silu(gate·x) * (up·x) )`.
+#[derive(Clone, Copy)]
+pub struct Swiglu<'a, M> {
+    /// `[intermediate, hidden]`.
+    pub gate: &'a M,
+    /// `[intermediate, hidden]`.
+    pub up: &'a M,
+    /// `[hidden, intermediate]`.
+    pub down: &'a M,
+}
+
+/// One network and the rows that it is to be applied to.
+pub struct SwigluGroup<'a, M> {
+    /// The network.
+    pub weights: Swiglu<'a, M>,
+    /// Input rows, each `[hidden]`, wherever they lie: they are read in place.
+    pub rows: Vec<&'a [f32]>,
+    /// Output rows, each `[hidden]`, one per input row.
+    pub outputs: Vec<&'a mut [f32]>,
+}
+
+/// What a forward pass asks of the machine that computes it.
+///
+/// Shapes are checked by debug assertions: a caller that passes a wrong shape has a defect.
+/// Every operation obeys the determinism contract.
+pub trait Device: Send + Sync + 'static {
+    /// Activations, f32 `[rows, cols]`, in the device's memory.
+    type Tensor: Send + 'static;
+    /// Weights of a linear map, in the device's own layout.
+    type Matrix: Send + Sync + 'static;
+    /// A short f32 vector (norm weights, biases).
+    type Vector: Send + Sync + 'static;
+    /// Pages of keys and values for all layers and sequences.
+    type KvArena: Send + 'static;
+
+    /// Name for people, for example `cpu (avx512, 2 threads)`.
+    fn describe(&self) -> String;
+
+    /// Takes packed weights to the device (on a CPU: the same memory).
+    fn matrix(&self, packed: PackedMatrix) -> Result<Self::Matrix, DeviceError>;
+    /// Takes a vector to the device.
+    fn vector(&self, values: &[f32]) -> Result<Self::Vector, DeviceError>;
+    /// An uninitialised-by-contract tensor `[rows, cols]`.
+    fn tensor(&self, rows: usize, cols: usize) -> Result<Self::Tensor, DeviceError>;
+    /// Changes a tensor's shape, reusing its memory where it is large enough; contents are lost.
+    fn reshape(&self, t: &mut Self::Tensor, rows: usize, cols: usize) -> Result<(), DeviceError>;
+    /// The values `[rows * cols]`; borrowed where the host can see the device's memory.
+    fn read<'a>(&self, t: &'a Self::Tensor) -> Result<Cow<'a, [f32]>, DeviceError>;
+    /// Copies `[rows * cols]` values into a tensor.
+    fn write(&self, t: &mut Self::Tensor, values: &[f32]) -> Result<(), DeviceError>;
+
+    /// `out[r, :] = table[ids[r], :]`. `table` is `[vocabulary, cols]`.
+    fn embed(
+        &self,
+        table: &Self::Matrix,
+        ids: &[u32],
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+    /// `out = x / sqrt(mean(x²) + eps) * weight`, over each whole row.
+    fn rms_norm(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+    /// The same in place over each consecutive run of `weight.len()` elements of every row
+    /// (a head, or the whole row).
+    fn rms_norm_in_place(
+        &self,
+        x: &mut Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+    ) -> Result<(), DeviceError>;
+    /// `out = x · wᵀ (+ bias)`: `[rows, k] · [n, k]ᵀ → [rows, n]`.
+    fn matmul(
+        &self,
+        x: &Self::Tensor,
+        w: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+    /// Limits every element to `[-limit, limit]`.
+    fn clamp(&self, x: &mut Self::Tensor, limit: f32) -> Result<(), DeviceError>;
+    /// Rotary positions, half-split pairs (i, i + head_dim/2), in place on every head of every
+    /// row. `inv_freq` is `[head_dim / 2]`; the angle is the f32 product position · inv_freq,
+    /// cos and sin of it are multiplied by `scale` (1 unless a scaling variant says otherwise).
+    fn rope(
+        &self,
+        x: &mut Self::Tensor,
+        head_dim: usize,
+        positions: &[u32],
+        inv_freq: &[f32],
+        scale: f32,
+    ) -> Result<(), DeviceError>;
+
+    /// An arena of `pages` pages of [`crate::kv::PAGE_TOKENS`] tokens each, for every layer.
+    /// Memory may be taken as pages are first written.
+    fn kv_arena(&self, shape: KvShape, pages: usize) -> Result<Self::KvArena, DeviceError>;
+    /// Writes keys and values (`[rows, kv_heads * head_dim]`) of `layer` into their slots.
+    fn kv_append(
+        &self,
+        arena: &mut Self::KvArena,
+        layer: usize,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        slots: &[KvSlot],
+    ) -> Result<(), DeviceError>;
+    /// Causal attention of each row `r` of `q` (`[rows, heads * head_dim]`) over the cached keys
+    /// `0..=queries[r].position` of its sequence, the last `window` of them where one is given.
+    /// Head h reads key/value head `h / (heads / kv_heads)`.
+    #[allow(clippy::too_many_arguments)]
+    fn attention(
+        &self,
+        arena: &Self::KvArena,
+        layer: usize,
+        q: &Self::Tensor,
+        queries: &[Query<'_>],
+        scale: f32,
+        window: Option<u32>,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+
+    /// `x += y`.
+    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<(), DeviceError>;
+    /// One gated feed-forward network over all rows: a dense layer or a shared expert.
+    fn swiglu(
+        &self,
+        x: &Self::Tensor,
+        weights: Swiglu<'_, Self::Matrix>,
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+    /// Multiplies row r by `sigmoid(logits[r, 0])`; `logits` is `[rows, 1]`.
+    fn sigmoid_gate(&self, x: &mut Self::Tensor, logits: &Self::Tensor) -> Result<(), DeviceError>;
+    /// Many networks, each over its own rows, as one piece of work (the experts of a layer).
+    /// Rows and outputs are host memory on devices that share it, else pinned staging.
+    fn swiglu_groups(
+        &self,
+        groups: &mut [SwigluGroup<'_, Self::Matrix>],
+    ) -> Result<(), DeviceError>;
+}

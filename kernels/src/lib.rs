@@ -1,0 +1,23 @@
+//! Arithmetic on buffers, with the same bits on every CPU.
+//!
+//! Owns: storage ([`buffer`]), number formats ([`dtype`]), packed weights ([`matrix`]), compute
+//! threads ([`pool`]), the instruction sets ([`simd`]), and one file per operation ([`ops`]).
+//! Knows no model: nothing here says "layer", "expert" or "token id".
+//!
+//! Invariant (determinism contract, version [`DETERMINISM_VERSION`]): every result is a function
+//! of its mathematical inputs alone, never of threads, batch, vector width or memory layout.
+
+pub mod buffer;
+pub mod cpu;
+pub mod device;
+pub mod dtype;
+pub mod kv;
+pub mod matrix;
+pub mod ops;
+pub mod pool;
+pub mod rows;
+pub mod simd;
+
+/// Version of the determinism contract that these kernels obey; it is written into every
+/// checkpoint and every handshake.
+pub const DETERMINISM_VERSION: u32 = 1;

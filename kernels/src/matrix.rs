@@ -1,0 +1,188 @@
+//! Weights of a linear map, packed for products that vectorise over outputs.
+//!
+//! Layout, which is also the layout on disk: outputs are cut into panels of [`PANEL`]; the last
+//! panel is filled with zeros. A panel stores, for k upwards, its 32 weights side by side:
+//! - f32: `[panel][k][32]`;
+//! - bf16: `[panel][k / 2][32][2]`, two consecutive k of one output in one 32-bit word, the even
+//!   k in the low half; an odd K is filled with one zero row.
+//!
+//! Invariant: packing never changes a value except by rounding to the stored format
+//! (nearest, ties to even).
+
+use half::{bf16, f16};
+
+use crate::{
+    buffer::{AlignedBytes, Buffer},
+    dtype::DType,
+};
+
+/// Outputs per panel.
+pub const PANEL: usize = 32;
+
+/// Packed bytes that do not fit the shape they are said to have.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{dtype} matrix [{n}, {k}] takes {expected} packed bytes, found {found}")]
+pub struct LayoutError {
+    dtype: DType,
+    n: usize,
+    k: usize,
+    expected: usize,
+    found: usize,
+}
+
+/// Row-major values `[n, k]` to pack, in the format that they come in.
+#[derive(Debug, Clone, Copy)]
+pub enum Source<'a> {
+    /// f32.
+    F32(&'a [f32]),
+    /// bf16.
+    Bf16(&'a [bf16]),
+    /// f16.
+    F16(&'a [f16]),
+}
+
+/// Weights `[n, k]`: n outputs of k inputs each.
+#[derive(Debug, Clone)]
+pub struct PackedMatrix {
+    dtype: DType,
+    n: usize,
+    k: usize,
+    data: Buffer,
+}
+
+impl PackedMatrix {
+    /// Bytes that a packed `[n, k]` takes; `None` if that overflows.
+    pub fn packed_bytes(dtype: DType, n: usize, k: usize) -> Option<usize> {
+        let k = match dtype {
+            DType::F32 => k,
+            DType::Bf16 => k.checked_next_multiple_of(2)?,
+        };
+        n.div_ceil(PANEL).checked_mul(PANEL)?.checked_mul(k)?.checked_mul(dtype.bytes())
+    }
+
+    /// Takes packed bytes as they are.
+    pub fn new(dtype: DType, n: usize, k: usize, data: Buffer) -> Result<Self, LayoutError> {
+        match Self::packed_bytes(dtype, n, k) {
+            Some(expected) if expected == data.len() => Ok(Self { dtype, n, k, data }),
+            expected => Err(LayoutError {
+                dtype,
+                n,
+                k,
+                expected: expected.unwrap_or(usize::MAX),
+                found: data.len(),
+            }),
+        }
+    }
+
+    /// Packs row-major values `[n, k]`.
+    ///
+    /// # Panics
+    /// If `source` does not hold n · k values.
+    pub fn pack(dtype: DType, n: usize, k: usize, source: Source<'_>) -> Self {
+        let bytes = Self::packed_bytes(dtype, n, k).expect("a matrix in memory has a size");
+        let mut data = AlignedBytes::zeroed(bytes);
+        pack_into(dtype, n, k, source, &mut data);
+        Self { dtype, n, k, data: data.into() }
+    }
+
+    /// Stored format.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Outputs.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Inputs.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// The packed bytes.
+    pub fn data(&self) -> &Buffer {
+        &self.data
+    }
+
+    /// The weights of panel p in f32 format: `[k][PANEL]`.
+    pub fn panel_f32(&self, p: usize) -> &[f32] {
+        let words = self.k * PANEL;
+        &bytemuck::cast_slice(&self.data)[p * words..(p + 1) * words]
+    }
+
+    /// The weights of panel p in bf16 format: `[ceil(k / 2)][PANEL]` words of two k each.
+    pub fn panel_bf16(&self, p: usize) -> &[u32] {
+        let words = self.k.div_ceil(2) * PANEL;
+        &bytemuck::cast_slice(&self.data)[p * words..(p + 1) * words]
+    }
+
+    /// The weight of output j for input i.
+    pub fn get(&self, j: usize, i: usize) -> f32 {
+        let (p, lane) = (j / PANEL, j % PANEL);
+        match self.dtype {
+            DType::F32 => self.panel_f32(p)[i * PANEL + lane],
+            DType::Bf16 => {
+                let word = self.panel_bf16(p)[(i / 2) * PANEL + lane];
+                f32::from_bits(if i % 2 == 0 { word << 16 } else { word & 0xffff_0000 })
+            }
+        }
+    }
+
+    /// The k weights of output j, widened exactly.
+    pub fn row(&self, j: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.k, "a row has k values");
+        for (i, value) in out.iter_mut().enumerate() {
+            *value = self.get(j, i);
+        }
+    }
+}
+
+/// Packs row-major values `[n, k]` into `out`, which must be zeroed and of
+/// [`PackedMatrix::packed_bytes`] length.
+pub fn pack_into(dtype: DType, n: usize, k: usize, source: Source<'_>, out: &mut [u8]) {
+    match source {
+        Source::F32(values) => pack_values(dtype, n, k, values, |v| v, bf16::from_f32, out),
+        Source::Bf16(values) => pack_values(dtype, n, k, values, bf16::to_f32, |v| v, out),
+        Source::F16(values) => {
+            pack_values(dtype, n, k, values, f16::to_f32, |v| bf16::from_f32(v.to_f32()), out)
+        }
+    }
+}
+
+fn pack_values<T: Copy>(
+    dtype: DType,
+    n: usize,
+    k: usize,
+    values: &[T],
+    to_f32: impl Fn(T) -> f32,
+    to_bf16: impl Fn(T) -> bf16,
+    out: &mut [u8],
+) {
+    assert_eq!(values.len(), n * k, "source holds n * k values");
+    assert_eq!(Some(out.len()), PackedMatrix::packed_bytes(dtype, n, k), "room for the panels");
+    let k_stored = if dtype == DType::Bf16 { k.next_multiple_of(2) } else { k };
+    let panel_bytes = k_stored * PANEL * dtype.bytes();
+    if panel_bytes == 0 {
+        return;
+    }
+    for (p, panel) in out.chunks_exact_mut(panel_bytes).enumerate() {
+        for lane in 0..PANEL.min(n - p * PANEL) {
+            let row = &values[(p * PANEL + lane) * k..][..k];
+            match dtype {
+                DType::F32 => {
+                    let panel: &mut [f32] = bytemuck::cast_slice_mut(panel);
+                    for (i, &v) in row.iter().enumerate() {
+                        panel[i * PANEL + lane] = to_f32(v);
+                    }
+                }
+                DType::Bf16 => {
+                    let panel: &mut [bf16] = bytemuck::cast_slice_mut(panel);
+                    for (i, &v) in row.iter().enumerate() {
+                        panel[(i / 2) * PANEL * 2 + lane * 2 + i % 2] = to_bf16(v);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Rows of activations, wherever they lie.

@@ -1,0 +1,1 @@
+//! Which vector instructions to compute with; chosen at run time, without effect on results.

@@ -1,0 +1,351 @@
+//! What a model is: sizes, attention, feed-forward layers, tiers and routing.
+//!
+//! [`ModelConfig`] is plain data as it stands in a manifest; [`ModelConfig::check`] is the one
+//! place that decides whether it describes a model that can run. Code past that point relies on
+//! a checked configuration.
+
+use serde::{Deserialize, Serialize};
+
+use crate::tier::TierConfig;
+
+/// Largest number of layers, experts in a layer, and elements of a row that are accepted.
+/// A hostile manifest must not make anybody allocate before its files were seen to be as large.
+pub const LAYERS_MAX: usize = 4096;
+/// See [`LAYERS_MAX`].
+pub const LAYER_EXPERTS_MAX: u64 = 1 << 32;
+/// See [`LAYERS_MAX`].
+pub const WIDTH_MAX: usize = 1 << 20;
+
+/// A transformer whose feed-forward layers are dense or mixtures of experts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Class that the model was imported from, for people: `qwen3_moe`, …
+    pub architecture: String,
+    /// Entries of the vocabulary.
+    pub vocab: usize,
+    /// Elements of a hidden state.
+    pub hidden: usize,
+    /// Positions that the model was made for.
+    pub context: usize,
+    /// Epsilon of every RMSNorm.
+    pub norm_eps: f32,
+    /// The output projection is the embedding table.
+    pub tied_embeddings: bool,
+    /// Self-attention, alike in every layer but for its window.
+    pub attention: AttentionConfig,
+    /// One entry per layer.
+    pub layers: Vec<LayerConfig>,
+    /// Experts of the sparse layers; `None` if every layer is dense.
+    pub moe: Option<MoeConfig>,
+    /// Token that begins a text, if the model has one.
+    pub bos_token: Option<u32>,
+    /// Tokens that end a text.
+    pub eos_tokens: Vec<u32>,
+}
+
+/// Self-attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttentionConfig {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// How positions are stretched beyond the trained context.
+    pub rope_scaling: RopeScaling,
+    /// RMSNorm on queries and keys.
+    pub qk_norm: QkNorm,
+    /// q, k and v projections have biases.
+    pub qkv_bias: bool,
+    /// The output projection has a bias.
+    pub output_bias: bool,
+    /// Limit of the absolute value of every element of q, k and v.
+    pub clip_qkv: Option<f32>,
+}
+
+/// Where queries and keys are normalised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    /// Nowhere.
+    None,
+    /// Over the whole projection, before it is cut into heads (OLMoE).
+    Whole,
+    /// Over each head (Qwen3).
+    PerHead,
+}
+
+/// How rotary positions are stretched.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// Frequencies divided by a factor.
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+}
+
+/// What differs from layer to layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerConfig {
+    /// Attention sees this many positions, its own included; `None`: all before it.
+    pub window: Option<u32>,
+    /// What follows attention.
+    pub feed_forward: FeedForward,
+}
+
+/// The second half of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
+pub enum FeedForward {
+    /// One gated network for every token.
+    Dense {
+        /// Its inner width.
+        intermediate: usize,
+    },
+    /// Experts chosen per token, as [`ModelConfig::moe`] says.
+    Sparse,
+}
+
+/// The experts of every sparse layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoeConfig {
+    /// Inner width of an expert.
+    pub intermediate: usize,
+    /// Tiers in order of capacity.
+    pub tiers: Vec<TierConfig>,
+    /// How experts are chosen and weighted.
+    pub routing: RoutingConfig,
+    /// An expert that sees every token.
+    pub shared: Option<SharedExpertConfig>,
+}
+
+/// An expert that sees every token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SharedExpertConfig {
+    /// Its inner width.
+    pub intermediate: usize,
+    /// Its output is multiplied by the sigmoid of a gate of its own.
+    pub gated: bool,
+}
+
+/// How many are chosen at each level of hierarchical routing, and what weighs them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RoutingConfig {
+    /// Tiers per token.
+    pub k_tier: u32,
+    /// Groups per chosen tier.
+    pub k_group: u32,
+    /// Experts per chosen group.
+    pub k_expert: u32,
+    /// How scores become choices and weights.
+    pub scoring: Scoring,
+    /// Divide the weights of a token's routes by their sum.
+    pub renormalize: bool,
+    /// Orders candidates of equal score, by hash.
+    pub seed: u64,
+}
+
+/// How scores become choices and weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scoring {
+    /// Softmax over all candidates of a level, then its top k.
+    SoftmaxTopK,
+}
+
+impl RoutingConfig {
+    /// Experts per token, when every level has enough candidates.
+    pub fn k(&self) -> usize {
+        self.k_tier as usize * self.k_group as usize * self.k_expert as usize
+    }
+}
+
+impl MoeConfig {
+    /// Experts in one layer, over all tiers.
+    pub fn experts(&self) -> usize {
+        self.tiers.iter().map(|t| t.experts() as usize).sum()
+    }
+}
+
+/// A configuration that describes no model that can run.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{field} is {found}; {expected}")]
+pub struct ConfigError {
+    /// Dotted path of the value.
+    pub field: String,
+    /// The value.
+    pub found: String,
+    /// What would be right.
+    pub expected: String,
+}
+
+fn require(ok: bool, field: &str, found: impl ToString, expected: &str) -> Result<(), ConfigError> {
+    if ok {
+        return Ok(());
+    }
+    Err(ConfigError { field: field.into(), found: found.to_string(), expected: expected.into() })
+}
+
+impl ModelConfig {
+    /// Indices of the sparse layers, upwards.
+    pub fn sparse_layers(&self) -> impl Iterator<Item = usize> + '_ {
+        let sparse = |l: &LayerConfig| l.feed_forward == FeedForward::Sparse;
+        self.layers.iter().enumerate().filter(move |(_, l)| sparse(l)).map(|(i, _)| i)
+    }
+
+    /// Parameters of one expert.
+    pub fn expert_parameters(&self) -> u64 {
+        self.moe.as_ref().map_or(0, |moe| 3 * (self.hidden * moe.intermediate) as u64)
+    }
+
+    /// Says whether this describes a model that can run, and if not, why.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let width = |n: usize| (1..=WIDTH_MAX).contains(&n);
+        const WIDTH: &str = "1 to 1048576 is expected";
+        require(width(self.hidden), "hidden", self.hidden, WIDTH)?;
+        require((1..=1 << 24).contains(&self.vocab), "vocab", self.vocab, "1 to 2^24 is expected")?;
+        require(
+            (1..=1 << 24).contains(&self.context),
+            "context",
+            self.context,
+            "1 to 2^24 is expected",
+        )?;
+        require(
+            (1..=LAYERS_MAX).contains(&self.layers.len()),
+            "layers",
+            self.layers.len(),
+            "1 to 4096 layers are expected",
+        )?;
+        let eps_ok = self.norm_eps.is_finite() && self.norm_eps >= 0.0;
+        require(eps_ok, "norm_eps", self.norm_eps, "a finite number of at least 0 is expected")?;
+        self.attention.check()?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            require(
+                layer.window != Some(0),
+                &format!("layers.{i}.window"),
+                0,
+                "at least 1 is expected, or null for none",
+            )?;
+            match layer.feed_forward {
+                FeedForward::Dense { intermediate } => require(
+                    width(intermediate),
+                    &format!("layers.{i}.feed_forward.intermediate"),
+                    intermediate,
+                    WIDTH,
+                )?,
+                FeedForward::Sparse => require(
+                    self.moe.is_some(),
+                    "moe",
+                    "null",
+                    "a configuration of experts is expected, for there are sparse layers",
+                )?,
+            }
+        }
+        if let Some(moe) = &self.moe {
+            moe.check()?;
+        }
+        for (name, id) in self
+            .bos_token
+            .iter()
+            .map(|t| ("bos_token", *t))
+            .chain(self.eos_tokens.iter().map(|t| ("eos_tokens", *t)))
+        {
+            require((id as usize) < self.vocab, name, id, "a token of the vocabulary is expected")?;
+        }
+        Ok(())
+    }
+}
+
+impl AttentionConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        let heads_ok = (1..=65_536).contains(&self.heads);
+        require(heads_ok, "attention.heads", self.heads, "1 to 65536 is expected")?;
+        require(
+            self.kv_heads >= 1 && self.heads.is_multiple_of(self.kv_heads.max(1)),
+            "attention.kv_heads",
+            self.kv_heads,
+            "a divisor of the number of heads is expected",
+        )?;
+        require(
+            (2..=1024).contains(&self.head_dim) && self.head_dim.is_multiple_of(2),
+            "attention.head_dim",
+            self.head_dim,
+            "an even number from 2 to 1024 is expected",
+        )?;
+        let theta_ok = self.rope_theta.is_finite() && self.rope_theta > 0.0;
+        require(
+            theta_ok,
+            "attention.rope_theta",
+            self.rope_theta,
+            "a positive number is expected",
+        )?;
+        if let RopeScaling::Linear { factor } = self.rope_scaling {
+            let ok = factor.is_finite() && factor > 0.0;
+            require(ok, "attention.rope_scaling.factor", factor, "a positive number is expected")?;
+        }
+        if let Some(limit) = self.clip_qkv {
+            let ok = limit.is_finite() && limit > 0.0;
+            require(ok, "attention.clip_qkv", limit, "a positive number is expected")?;
+        }
+        Ok(())
+    }
+}
+
+impl MoeConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        let width_ok = (1..=WIDTH_MAX).contains(&self.intermediate);
+        require(width_ok, "moe.intermediate", self.intermediate, "1 to 1048576 is expected")?;
+        require(!self.tiers.is_empty(), "moe.tiers", "empty", "at least one tier is expected")?;
+        let routing = &self.routing;
+        for (i, tier) in self.tiers.iter().enumerate() {
+            let name = |what: &str| format!("moe.tiers.{}.{what}", tier.id);
+            let twice = self.tiers[..i].iter().any(|t| t.id == tier.id);
+            require(!twice, &name("id"), &tier.id, "tiers must have different names")?;
+            let experts = u64::from(tier.groups) * u64::from(tier.experts_per_group);
+            require(
+                (1..LAYER_EXPERTS_MAX).contains(&experts),
+                &name("experts"),
+                experts,
+                "1 to 2^32 - 1 experts per layer are expected",
+            )?;
+            require(
+                routing.k_group <= tier.groups && routing.k_expert <= tier.experts_per_group,
+                &name("groups × experts_per_group"),
+                format!("{} × {}", tier.groups, tier.experts_per_group),
+                "at least k_group × k_expert is expected",
+            )?;
+        }
+        let k =
+            u64::from(routing.k_tier) * u64::from(routing.k_group) * u64::from(routing.k_expert);
+        require((1..=1024).contains(&k), "moe.routing.k", k, "1 to 1024 routes are expected")?;
+        require(
+            routing.k_tier as usize <= self.tiers.len(),
+            "moe.routing.k_tier",
+            routing.k_tier,
+            "at most the number of tiers is expected",
+        )?;
+        if let Some(shared) = &self.shared {
+            let ok = (1..=WIDTH_MAX).contains(&shared.intermediate);
+            require(
+                ok,
+                "moe.shared.intermediate",
+                shared.intermediate,
+                "1 to 1048576 is expected",
+            )?;
+        }
+        Ok(())
+    }
+}

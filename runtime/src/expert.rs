@@ -1,0 +1,122 @@
+//! Experts: their names, their weights, and where they are fetched from.
+
+use std::{fmt, sync::Arc};
+
+use lite_llm_kernels::{device::Swiglu, matrix::PackedMatrix};
+use serde::{Deserialize, Serialize};
+
+use crate::config::MoeConfig;
+
+/// Which expert of which layer. Tiers and layers are indices into the model's configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ExpertKey {
+    /// Layer of the model.
+    pub layer: u16,
+    /// Index of the tier in the model's order.
+    pub tier: u16,
+    /// Group within the tier.
+    pub group: u32,
+    /// Expert within the group.
+    pub expert: u32,
+}
+
+impl ExpertKey {
+    /// Index in the layer's flat list: tiers, then groups, then experts.
+    pub fn flat(&self, moe: &MoeConfig) -> usize {
+        let before: usize =
+            moe.tiers[..self.tier as usize].iter().map(|t| t.experts() as usize).sum();
+        let per_group = moe.tiers[self.tier as usize].experts_per_group as usize;
+        before + self.group as usize * per_group + self.expert as usize
+    }
+
+    /// The expert at an index of the layer's flat list.
+    pub fn from_flat(moe: &MoeConfig, layer: usize, mut flat: usize) -> Option<Self> {
+        for (tier, config) in moe.tiers.iter().enumerate() {
+            let experts = config.experts() as usize;
+            if flat < experts {
+                let per_group = config.experts_per_group as usize;
+                return Some(Self {
+                    layer: layer as u16,
+                    tier: tier as u16,
+                    group: (flat / per_group) as u32,
+                    expert: (flat % per_group) as u32,
+                });
+            }
+            flat -= experts;
+        }
+        None
+    }
+}
+
+impl fmt::Display for ExpertKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { layer, tier, group, expert } = self;
+        write!(f, "layer {layer} tier {tier} group {group} expert {expert}")
+    }
+}
+
+/// Weights of one gated network: `down( silu(gate·x) * (up·x) )`.
+#[derive(Debug, Clone)]
+pub struct GatedMlp<M = PackedMatrix> {
+    /// `[intermediate, hidden]`.
+    pub gate: M,
+    /// `[intermediate, hidden]`.
+    pub up: M,
+    /// `[hidden, intermediate]`.
+    pub down: M,
+}
+
+impl<M> GatedMlp<M> {
+    /// The weights as kernels take them.
+    pub fn swiglu(&self) -> Swiglu<'_, M> {
+        Swiglu { gate: &self.gate, up: &self.up, down: &self.down }
+    }
+}
+
+impl GatedMlp<PackedMatrix> {
+    /// Bytes of the three matrices.
+    pub fn bytes(&self) -> u64 {
+        [&self.gate, &self.up, &self.down].iter().map(|m| m.data().len() as u64).sum()
+    }
+}
+
+/// Why an expert could not be had.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoreError {
+    /// The expert was not given to this store.
+    #[error("{key} is not in the store of this node; its placement is out of date")]
+    NotHere {
+        /// Which expert.
+        key: ExpertKey,
+    },
+    /// The budget has no room.
+    #[error(
+        "{key} takes {needed} bytes, {free} of {budget} are free; raise the budget or add nodes"
+    )]
+    OverBudget {
+        /// Which expert.
+        key: ExpertKey,
+        /// Bytes that it takes.
+        needed: u64,
+        /// Bytes left.
+        free: u64,
+        /// Bytes in all.
+        budget: u64,
+    },
+    /// Its bytes could not be read or are not what they should be.
+    #[error("{key}: {reason}")]
+    Unreadable {
+        /// Which expert.
+        key: ExpertKey,
+        /// What went wrong, naming the file.
+        reason: String,
+    },
+}
+
+/// Where experts come from. While a caller holds the [`Arc`], the expert stays where it is.
+pub trait ExpertStore<M = PackedMatrix>: Send + Sync {
+    /// The expert's weights, ready to be computed with.
+    fn fetch(&self, key: ExpertKey) -> Result<Arc<GatedMlp<M>>, StoreError>;
+    /// Bytes held now.
+    fn resident_bytes(&self) -> u64;
+}
