@@ -154,6 +154,23 @@ pub trait Device: Send + Sync + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
 
+    /// `out[i, :] = x[rows[i], :]`.
+    fn select_rows(
+        &self,
+        x: &Self::Tensor,
+        rows: &[u32],
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+    /// `out[r, :] = Σ weights[i] · parts[i]` for i in `ends[r - 1]..ends[r]`, in that order, by
+    /// fused multiply-add from +0. `ends` has one entry per row of `out`; parts lie where their
+    /// sender left them (4-byte aligned host memory).
+    fn weighted_sum(
+        &self,
+        parts: &[&[f32]],
+        weights: &[f32],
+        ends: &[u32],
+        out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
     /// `x += y`.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<(), DeviceError>;
     /// One gated feed-forward network over all rows: a dense layer or a shared expert.
