@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::tier::TierConfig;
+use crate::{expert::ExpertKey, tier::TierConfig};
 
 /// Largest number of layers, experts in a layer, and elements of a row that are accepted.
 /// A hostile manifest must not make anybody allocate before its files were seen to be as large.
@@ -204,6 +204,16 @@ impl ModelConfig {
     pub fn sparse_layers(&self) -> impl Iterator<Item = usize> + '_ {
         let sparse = |l: &LayerConfig| l.feed_forward == FeedForward::Sparse;
         self.layers.iter().enumerate().filter(move |(_, l)| sparse(l)).map(|(i, _)| i)
+    }
+
+    /// Every expert of the model: layers, tiers, groups, experts upwards.
+    pub fn expert_keys(&self) -> impl Iterator<Item = ExpertKey> + '_ {
+        let of_layer = |layer: usize| {
+            self.moe.iter().flat_map(move |moe| {
+                (0..moe.experts()).filter_map(move |flat| ExpertKey::from_flat(moe, layer, flat))
+            })
+        };
+        self.sparse_layers().flat_map(of_layer)
     }
 
     /// Parameters of one expert.

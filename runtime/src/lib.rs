@@ -5,4 +5,6 @@
 
 pub mod config;
 pub mod expert;
+pub mod kv;
+pub mod random;
 pub mod tier;

@@ -1,0 +1,213 @@
+//! The dense part of a model on a device: all weights that every token uses.
+//!
+//! Every node holds a whole backbone for its own sequences; experts are elsewhere
+//! ([`crate::expert::ExpertStore`]).
+
+use std::sync::Arc;
+
+use lite_llm_kernels::{
+    cpu::Cpu,
+    device::{Device, DeviceError},
+};
+
+use crate::{
+    checkpoint::{Checkpoint, CheckpointError},
+    config::{FeedForward, ModelConfig, QkNorm, RopeScaling},
+    expert::GatedMlp,
+    moe_layer::{MoELayer, SharedExpert},
+    routing::{HierarchicalRouter, TierGates},
+};
+
+/// Weights that every token uses, on device `D`.
+pub struct Backbone<D: Device> {
+    /// What the model is.
+    pub config: ModelConfig,
+    /// Where the weights are and what computes with them.
+    pub device: Arc<D>,
+    /// `[vocab, hidden]`.
+    pub embed: D::Matrix,
+    /// `[vocab, hidden]`; `None` if the embedding table serves.
+    pub head: Option<D::Matrix>,
+    /// Final norm, `[hidden]`.
+    pub norm: D::Vector,
+    /// One entry per layer.
+    pub layers: Vec<BackboneLayer<D>>,
+    /// Rotary frequencies, `[head_dim / 2]`.
+    pub inv_freq: Vec<f32>,
+}
+
+/// A linear map with an optional bias.
+pub struct Linear<D: Device> {
+    /// `[out, in]`.
+    pub weight: D::Matrix,
+    /// `[out]`.
+    pub bias: Option<D::Vector>,
+}
+
+/// One layer's dense weights.
+pub struct BackboneLayer<D: Device> {
+    /// Norm before attention.
+    pub attention_norm: D::Vector,
+    /// Queries.
+    pub q: Linear<D>,
+    /// Keys.
+    pub k: Linear<D>,
+    /// Values.
+    pub v: Linear<D>,
+    /// Output of attention.
+    pub o: Linear<D>,
+    /// Norm of queries.
+    pub q_norm: Option<D::Vector>,
+    /// Norm of keys.
+    pub k_norm: Option<D::Vector>,
+    /// Norm before the feed-forward part.
+    pub ffn_norm: D::Vector,
+    /// The feed-forward part.
+    pub feed_forward: FeedForwardLayer<D>,
+}
+
+/// The second half of a layer.
+pub enum FeedForwardLayer<D: Device> {
+    /// One network for every token.
+    Dense(GatedMlp<D::Matrix>),
+    /// Experts.
+    Sparse(MoELayer<D>),
+}
+
+/// Why a backbone could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The checkpoint is damaged or lacks something.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The device took no more.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// Rotary frequencies `theta^(-2i / head_dim)`, computed in f64 and rounded once, then divided
+/// by the scaling's factor (RoFormer, Su et al. 2021, section 3.2).
+fn rotary_frequencies(config: &ModelConfig) -> Vec<f32> {
+    let attention = &config.attention;
+    let factor = match attention.rope_scaling {
+        RopeScaling::None => 1.0,
+        RopeScaling::Linear { factor } => factor,
+    };
+    (0..attention.head_dim / 2)
+        .map(|i| {
+            let exponent = 2.0 * i as f64 / attention.head_dim as f64;
+            (libm::pow(attention.rope_theta, -exponent) / factor) as f32
+        })
+        .collect()
+}
+
+impl Backbone<Cpu> {
+    /// Loads the backbone from a checkpoint, verifying every tensor; `progress` is told
+    /// (layers done, layers in all).
+    pub fn load(
+        checkpoint: &Checkpoint,
+        device: Arc<Cpu>,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<Self, LoadError> {
+        let config = checkpoint.config().clone();
+        let loader = Loader { checkpoint, device: &*device };
+        let moe = config.moe.clone().map(Arc::new);
+        let mut layers = Vec::with_capacity(config.layers.len());
+        for (i, layer) in config.layers.iter().enumerate() {
+            progress(i, config.layers.len());
+            let name = |what: &str| format!("layers.{i}.{what}");
+            let linear = |what: &str, bias: bool| -> Result<_, LoadError> {
+                let weight = loader.matrix(&name(&format!("attention.{what}")))?;
+                let bias = bias.then(|| loader.vector(&name(&format!("attention.{what}_bias"))));
+                Ok(Linear { weight, bias: bias.transpose()? })
+            };
+            let attention = &config.attention;
+            let norm = |what: &str| {
+                let wanted = attention.qk_norm != QkNorm::None;
+                wanted.then(|| loader.vector(&name(&format!("attention.{what}")))).transpose()
+            };
+            let feed_forward = match (layer.feed_forward, &moe) {
+                (FeedForward::Sparse, Some(moe)) => {
+                    let router = loader.router(i, moe)?;
+                    let shared = match moe.shared {
+                        None => None,
+                        Some(shared) => Some(SharedExpert {
+                            mlp: loader.mlp(&name("shared"))?,
+                            gate: shared
+                                .gated
+                                .then(|| loader.matrix(&name("shared.router")))
+                                .transpose()?,
+                        }),
+                    };
+                    FeedForwardLayer::Sparse(MoELayer { router: Box::new(router), shared })
+                }
+                _ => FeedForwardLayer::Dense(loader.mlp(&name("ffn"))?),
+            };
+            layers.push(BackboneLayer {
+                attention_norm: loader.vector(&name("attention_norm"))?,
+                q: linear("q", attention.qkv_bias)?,
+                k: linear("k", attention.qkv_bias)?,
+                v: linear("v", attention.qkv_bias)?,
+                o: linear("o", attention.output_bias)?,
+                q_norm: norm("q_norm")?,
+                k_norm: norm("k_norm")?,
+                ffn_norm: loader.vector(&name("ffn_norm"))?,
+                feed_forward,
+            });
+        }
+        progress(config.layers.len(), config.layers.len());
+        Ok(Self {
+            embed: loader.matrix("embed")?,
+            head: (!config.tied_embeddings).then(|| loader.matrix("head")).transpose()?,
+            norm: loader.vector("norm")?,
+            inv_freq: rotary_frequencies(&config),
+            layers,
+            config,
+            device,
+        })
+    }
+}
+
+struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    device: &'a Cpu,
+}
+
+impl Loader<'_> {
+    fn matrix(&self, name: &str) -> Result<<Cpu as Device>::Matrix, LoadError> {
+        Ok(self.device.matrix(self.checkpoint.dense_matrix(name)?)?)
+    }
+
+    fn vector(&self, name: &str) -> Result<<Cpu as Device>::Vector, LoadError> {
+        Ok(self.device.vector(&self.checkpoint.dense_vector(name)?)?)
+    }
+
+    fn mlp(&self, prefix: &str) -> Result<GatedMlp<<Cpu as Device>::Matrix>, LoadError> {
+        Ok(GatedMlp {
+            gate: self.matrix(&format!("{prefix}.gate"))?,
+            up: self.matrix(&format!("{prefix}.up"))?,
+            down: self.matrix(&format!("{prefix}.down"))?,
+        })
+    }
+
+    fn router(
+        &self,
+        layer: usize,
+        moe: &Arc<crate::config::MoeConfig>,
+    ) -> Result<HierarchicalRouter, LoadError> {
+        let tier_gate = match moe.tiers.len() {
+            0 | 1 => None,
+            _ => Some(self.checkpoint.dense_matrix(&format!("layers.{layer}.router.tiers"))?),
+        };
+        let mut tiers = Vec::with_capacity(moe.tiers.len());
+        for (t, tier) in moe.tiers.iter().enumerate() {
+            tiers.push(TierGates {
+                groups: self.checkpoint.group_router(layer, t)?,
+                experts: (0..tier.groups)
+                    .map(|group| self.checkpoint.expert_router(layer, t, group))
+                    .collect::<Result<_, _>>()?,
+            });
+        }
+        Ok(HierarchicalRouter::new(layer, moe.clone(), tier_gate, tiers))
+    }
+}

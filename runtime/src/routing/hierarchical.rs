@@ -1,0 +1,211 @@
+//! Hierarchical sparse expert routing (HSER): tier → group → expert.
+//!
+//! Shapes: hidden states `[rows, hidden]`; tier gate `[tiers, hidden]`; group gate of a tier
+//! `[groups, hidden]`; expert gate of a group `[experts_per_group, hidden]`. A gate with one
+//! candidate is left out: its softmax is 1.
+//!
+//! Work per token is `T + k_tier·G + k_tier·k_group·E` dot products: only the gates of chosen
+//! tiers and groups are computed. A flat mixture is one tier of one group.
+
+use std::sync::Arc;
+
+use lite_llm_kernels::{cpu::Cpu, matrix::PackedMatrix, ops::matmul, rows::Rows};
+
+use super::{
+    Level, Route, RouteError, Router, Routes,
+    select::{Choice, Place, Scratch, top_k},
+};
+use crate::{config::MoeConfig, expert::ExpertKey, tier::TierMask};
+
+/// Gates of one tier in one layer.
+pub struct TierGates {
+    /// Scores the tier's groups; `None` if there is one.
+    pub groups: Option<PackedMatrix>,
+    /// Scores each group's experts.
+    pub experts: Vec<PackedMatrix>,
+}
+
+/// Routes on host memory with gates in f32.
+pub struct HierarchicalRouter {
+    layer: usize,
+    moe: Arc<MoeConfig>,
+    tier_gate: Option<PackedMatrix>,
+    tiers: Vec<TierGates>,
+}
+
+/// A chosen branch of the hierarchy on its way down, for one row.
+#[derive(Debug, Clone, Copy)]
+struct Branch {
+    row: u32,
+    /// Place among the row's branches of this level.
+    place: u32,
+    tier: u32,
+    group: u32,
+    weight: f32,
+}
+
+impl HierarchicalRouter {
+    /// A router of one layer.
+    ///
+    /// # Panics
+    /// If the gates are not those that `moe` describes.
+    pub fn new(
+        layer: usize,
+        moe: Arc<MoeConfig>,
+        tier_gate: Option<PackedMatrix>,
+        tiers: Vec<TierGates>,
+    ) -> Self {
+        assert_eq!(tiers.len(), moe.tiers.len(), "gates for every tier");
+        assert_eq!(tier_gate.is_some(), moe.tiers.len() > 1, "a tier gate iff there is a choice");
+        Self { layer, moe, tier_gate, tiers }
+    }
+
+    /// Chooses one level for every branch: `gate` scores the candidates `allowed` says are open.
+    #[allow(clippy::too_many_arguments)]
+    fn choose(
+        &self,
+        cpu: &Cpu,
+        hidden: &[&[f32]],
+        gate: Option<&PackedMatrix>,
+        level: Level,
+        first: u64,
+        k: usize,
+        branches: &[Branch],
+        open: impl Fn(&Branch, usize) -> bool,
+        mut descend: impl FnMut(&Branch, u32, Choice),
+    ) -> Result<(), RouteError> {
+        let Some(gate) = gate else {
+            let only = Choice { index: 0, probability: 1.0 };
+            branches.iter().for_each(|branch| descend(branch, 0, only));
+            return Ok(());
+        };
+        let rows: Vec<&[f32]> = branches.iter().map(|b| hidden[b.row as usize]).collect();
+        let mut scores = vec![0.0; rows.len() * gate.n()];
+        matmul::matmul(cpu, Rows::from(rows.as_slice()), gate, None, &mut scores);
+        let place = Place { seed: self.moe.routing.seed, layer: self.layer, level, first };
+        let (mut scratch, mut candidates, mut choices) =
+            (Scratch::default(), Vec::with_capacity(gate.n()), Vec::with_capacity(k));
+        for (branch, scores) in branches.iter().zip(scores.chunks_exact(gate.n())) {
+            candidates.clear();
+            candidates.extend(
+                (0u32..)
+                    .zip(scores.iter().copied())
+                    .filter(|&(index, _)| open(branch, index as usize)),
+            );
+            top_k(place, k, &candidates, &mut scratch, &mut choices).map_err(|score| {
+                let (layer, row) = (self.layer, branch.row as usize);
+                RouteError::NotANumber { layer, level, row, score }
+            })?;
+            for (order, &choice) in (0u32..).zip(&choices) {
+                descend(branch, order, choice);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Router<Cpu> for HierarchicalRouter {
+    fn route(
+        &self,
+        cpu: &Cpu,
+        hidden: &<Cpu as lite_llm_kernels::device::Device>::Tensor,
+        masks: &[&TierMask],
+        out: &mut Routes,
+    ) -> Result<(), RouteError> {
+        let routing = &self.moe.routing;
+        let (k_group, k_expert) = (routing.k_group as usize, routing.k_expert as usize);
+        let rows: Vec<&[f32]> = (0..hidden.rows()).map(|row| hidden.row(row)).collect();
+        let roots: Vec<Branch> = (0..rows.len() as u32)
+            .map(|row| Branch { row, place: 0, tier: 0, group: 0, weight: 1.0 })
+            .collect();
+
+        let mut tiers = Vec::new();
+        self.choose(
+            cpu,
+            &rows,
+            self.tier_gate.as_ref(),
+            Level::Tier,
+            0,
+            routing.k_tier as usize,
+            &roots,
+            |branch, tier| masks[branch.row as usize].allows(tier),
+            |branch, order, choice| {
+                let weight = choice.probability;
+                tiers.push(Branch { place: order, tier: choice.index, weight, ..*branch });
+            },
+        )?;
+
+        let mut groups = Vec::new();
+        let mut first_group = 0u64;
+        for (tier, gates) in self.tiers.iter().enumerate() {
+            let here: Vec<Branch> =
+                tiers.iter().filter(|b| b.tier as usize == tier).copied().collect();
+            if !here.is_empty() {
+                self.choose(
+                    cpu,
+                    &rows,
+                    gates.groups.as_ref(),
+                    Level::Group,
+                    first_group,
+                    k_group,
+                    &here,
+                    |_, _| true,
+                    |branch, order, choice| {
+                        groups.push(Branch {
+                            place: branch.place * routing.k_group + order,
+                            group: choice.index,
+                            weight: branch.weight * choice.probability,
+                            ..*branch
+                        });
+                    },
+                )?;
+            }
+            first_group += u64::from(self.moe.tiers[tier].groups);
+        }
+
+        // Branches of one group are scored together; the sort keeps rows in order within it.
+        groups.sort_by_key(|b| (b.tier, b.group));
+        let mut chosen: Vec<(Branch, ExpertKey)> = Vec::new();
+        for here in groups.chunk_by(|a, b| (a.tier, a.group) == (b.tier, b.group)) {
+            let (tier, group) = (here[0].tier, here[0].group);
+            let key = |expert| ExpertKey {
+                layer: self.layer as u16,
+                tier: tier as u16,
+                group,
+                expert,
+            };
+            self.choose(
+                cpu,
+                &rows,
+                Some(&self.tiers[tier as usize].experts[group as usize]),
+                Level::Expert,
+                key(0).flat(&self.moe) as u64,
+                k_expert,
+                here,
+                |_, _| true,
+                |branch, order, choice| {
+                    let place = branch.place * routing.k_expert + order;
+                    let weight = branch.weight * choice.probability;
+                    chosen.push((Branch { place, weight, ..*branch }, key(choice.index)));
+                },
+            )?;
+        }
+        chosen.sort_by_key(|(b, _)| (b.row, b.place));
+
+        out.clear();
+        let mut next = chosen.as_slice();
+        for row in 0..rows.len() as u32 {
+            let count = next.iter().take_while(|(b, _)| b.row == row).count();
+            let (mine, rest) = next.split_at(count);
+            next = rest;
+            let sum: f32 = mine.iter().map(|(b, _)| b.weight).sum();
+            let divisor = if routing.renormalize && sum > 0.0 { sum } else { 1.0 };
+            out.push_row((0u16..).zip(mine).map(|(priority, (branch, key))| Route {
+                key: *key,
+                weight: branch.weight / divisor,
+                priority,
+            }));
+        }
+        Ok(())
+    }
+}

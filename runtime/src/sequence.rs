@@ -1,0 +1,195 @@
+//! One request on its way: its tokens, its pages, and what it still wants.
+
+use std::sync::Arc;
+
+use crate::{
+    config::ModelConfig,
+    kv::PageTable,
+    sampler::{Sampling, SamplingError},
+    tier::{TierMask, TierSet, TierSetError},
+};
+
+/// What is asked of the model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// Token ids, at least one.
+    pub prompt: Vec<u32>,
+    /// Tokens to generate at most.
+    pub max_new_tokens: usize,
+    /// How they are chosen.
+    pub sampling: Sampling,
+    /// Tiers that may be used.
+    pub tiers: TierSet,
+    /// End at a token that ends a text.
+    pub stop_at_eos: bool,
+    /// Give the logits of every position.
+    pub logits: bool,
+    /// Give the routes of every position.
+    pub routes: bool,
+    /// Tokens of the prompt per pass at most; 0 lets the engine decide.
+    pub prefill_chunk: usize,
+}
+
+impl Request {
+    /// A greedy continuation of a prompt.
+    pub fn greedy(prompt: Vec<u32>, max_new_tokens: usize) -> Self {
+        Self {
+            prompt,
+            max_new_tokens,
+            sampling: Sampling::GREEDY,
+            tiers: TierSet::All,
+            stop_at_eos: false,
+            logits: false,
+            routes: false,
+            prefill_chunk: 0,
+        }
+    }
+}
+
+/// Why a request cannot be served.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum RequestError {
+    /// Nothing to continue.
+    #[error("the prompt is empty; at least one token is expected")]
+    EmptyPrompt,
+    /// More than the model can see.
+    #[error(
+        "the prompt has {tokens} tokens; this model sees {context}, \
+         of which one must be left for the answer: shorten the prompt"
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Positions that the model was made for.
+        context: usize,
+    },
+    /// A token that the model does not know.
+    #[error("token {id} at position {position}: this model's vocabulary has {vocab} tokens")]
+    UnknownToken {
+        /// The id.
+        id: u32,
+        /// Where in the prompt.
+        position: usize,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// More memory than the node gives to caches.
+    #[error(
+        "the request needs {needed} cache pages for {tokens} tokens, this node has {pages}; \
+         ask for fewer tokens or give the node a larger --kv"
+    )]
+    CacheTooSmall {
+        /// Pages needed.
+        needed: usize,
+        /// Tokens that they would hold.
+        tokens: usize,
+        /// Pages of the node.
+        pages: usize,
+    },
+    /// Too many requests wait already.
+    #[error("{waiting} requests wait already; try again later")]
+    QueueFull {
+        /// How many.
+        waiting: usize,
+    },
+    /// A sampling setting is out of range.
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
+    /// The set of tiers does not suit the model.
+    #[error(transparent)]
+    Tiers(#[from] TierSetError),
+    /// The same number was given to two requests.
+    #[error("request {0} exists already")]
+    Duplicate(u64),
+}
+
+/// Why a sequence ended well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EndReason {
+    /// It generated as many tokens as it was to.
+    Length,
+    /// It generated a token that ends a text.
+    EndOfText,
+    /// The model's context is full.
+    Context,
+    /// It was cancelled.
+    Cancelled,
+}
+
+/// A request that was admitted.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub(crate) request: Request,
+    pub(crate) tiers: Arc<TierMask>,
+    /// Prompt and generated tokens.
+    pub(crate) tokens: Vec<u32>,
+    /// Positions in the cache.
+    pub(crate) cached: usize,
+    pub(crate) table: PageTable,
+    pub(crate) in_pass: bool,
+    pub(crate) cancelled: bool,
+}
+
+impl Sequence {
+    /// Checks a request against a model.
+    pub(crate) fn new(request: Request, config: &ModelConfig) -> Result<Self, RequestError> {
+        let context = config.context;
+        if request.prompt.is_empty() {
+            return Err(RequestError::EmptyPrompt);
+        }
+        // With nothing to generate, a prompt may fill the context.
+        let room = if request.max_new_tokens == 0 { context } else { context.saturating_sub(1) };
+        if request.prompt.len() > room {
+            return Err(RequestError::PromptTooLong { tokens: request.prompt.len(), context });
+        }
+        let vocab = config.vocab;
+        if let Some(position) = request.prompt.iter().position(|&id| id as usize >= vocab) {
+            let id = request.prompt[position];
+            return Err(RequestError::UnknownToken { id, position, vocab });
+        }
+        request.sampling.check()?;
+        let tiers = config.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
+        let tiers = Arc::new(request.tiers.mask(tiers)?);
+        let tokens = request.prompt.clone();
+        Ok(Self {
+            request,
+            tiers,
+            tokens,
+            cached: 0,
+            table: PageTable::default(),
+            in_pass: false,
+            cancelled: false,
+        })
+    }
+
+    /// Tokens generated so far.
+    pub(crate) fn generated(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// Positions that it can come to need in the cache.
+    pub(crate) fn tokens_max(&self, config: &ModelConfig) -> usize {
+        self.request.prompt.len().saturating_add(self.request.max_new_tokens).min(config.context)
+    }
+
+    /// Why it is at its end, if it is.
+    pub(crate) fn end(&self, config: &ModelConfig) -> Option<EndReason> {
+        let last = self.tokens.last();
+        if self.cancelled {
+            Some(EndReason::Cancelled)
+        } else if self.generated() > 0
+            && self.request.stop_at_eos
+            && last.is_some_and(|id| config.eos_tokens.contains(id))
+        {
+            Some(EndReason::EndOfText)
+        } else if self.generated() >= self.request.max_new_tokens
+            && self.cached >= self.request.prompt.len()
+        {
+            Some(EndReason::Length)
+        } else if self.tokens.len() >= config.context && self.cached >= self.request.prompt.len() {
+            Some(EndReason::Context)
+        } else {
+            None
+        }
+    }
+}
