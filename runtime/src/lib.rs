@@ -3,6 +3,7 @@
 //! Newcomers read [`tier`], then [`config`], [`routing`], [`forward`].
 //! No sockets, no async, no clock: time, randomness and I/O arrive as arguments.
 
+pub mod checkpoint;
 pub mod config;
 pub mod expert;
 pub mod kv;

@@ -1,0 +1,160 @@
+//! The native checkpoint: a folder whose parts load without the rest.
+//!
+//! # Contract
+//! - **Layout.** `manifest.json` names one index of the dense part and one per tier; a tier's
+//!   index is paged by group; pages name the shards. Shards are valid safetensors files, one per
+//!   (tier, layer, group); their data starts at a multiple of [`DATA_ALIGN`], every packed matrix
+//!   at a multiple of 64, and matrices lie there as kernels read them.
+//! - **Identity.** Everything is reached by hash from the manifest, and the hash of the manifest
+//!   ([`Checkpoint::id`]) names the checkpoint. Each tensor's hash is checked whenever it is read.
+//! - **Consistency.** Files are written under staging names and synced; the manifest comes last,
+//!   by rename. A folder without a manifest is no checkpoint, and opening it says so. A finished
+//!   checkpoint is never written to.
+//! - **Distrust.** Sizes are compared with the file before anything is allocated, shapes with the
+//!   model's configuration before anything is read, and no path leaves the folder.
+//! - **Concurrency.** Reading takes `&self` from any number of threads. Nothing retries: an error
+//!   names the file and what is wrong with it.
+
+pub mod index;
+pub mod inspect;
+pub mod layout;
+pub mod manifest;
+mod reader;
+pub mod source;
+pub mod verify;
+pub mod writer;
+
+use std::{io, path::PathBuf};
+
+pub use reader::Checkpoint;
+
+/// Version of the layout that is described here.
+pub const FORMAT_VERSION: u32 = 1;
+/// Alignment of a shard's data: a page of memory, and what O_DIRECT reads ask for.
+pub const DATA_ALIGN: u64 = 4096;
+/// Largest manifest.
+pub const MANIFEST_BYTES_MAX: u64 = 64 << 20;
+/// Largest header of a shard.
+pub const HEADER_BYTES_MAX: u64 = 100 << 20;
+
+/// Why a checkpoint, or a part of one, cannot be used. Paths are relative to the checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The operating system refused.
+    #[error("{path}: cannot {action}: {source}")]
+    Io {
+        /// Which file.
+        path: String,
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// There is no manifest.
+    #[error(
+        "{location} is no checkpoint: it has no manifest.json; name the folder that `lite-llm import` wrote"
+    )]
+    NoManifest {
+        /// Where it was looked for.
+        location: String,
+    },
+    /// An import was interrupted here.
+    #[error("{location} holds an unfinished import and no manifest.json; run the import again")]
+    Unfinished {
+        /// The folder.
+        location: String,
+    },
+    /// It was written by a program of another time.
+    #[error(
+        "{path}: {what} version {found}, expected {expected}; use the program that wrote it, or import again"
+    )]
+    Version {
+        /// The manifest.
+        path: String,
+        /// Which version differs.
+        what: &'static str,
+        /// Version in the file.
+        found: u64,
+        /// Version that this program reads.
+        expected: u32,
+    },
+    /// The file is not what its kind should be.
+    #[error("{path}: {reason}; the checkpoint is damaged or was edited: import or copy it again")]
+    Malformed {
+        /// Which file.
+        path: String,
+        /// What was found and what was expected.
+        reason: String,
+    },
+    /// Bytes differ from those that were written.
+    #[error(
+        "{path}: {part} has blake3 {found}, expected {expected}; the file is damaged: copy it again"
+    )]
+    Damaged {
+        /// Which file.
+        path: String,
+        /// Which tensor or section of it.
+        part: String,
+        /// Hash of what is there.
+        found: index::Hash,
+        /// Hash of what was written.
+        expected: index::Hash,
+    },
+    /// The file is shorter or longer than the index says.
+    #[error(
+        "{path}: {found} bytes, expected {expected}; the file is truncated or was replaced: copy it again"
+    )]
+    Size {
+        /// Which file.
+        path: String,
+        /// Its size.
+        found: u64,
+        /// Its size in the index.
+        expected: u64,
+    },
+    /// A path that could reach outside the checkpoint.
+    #[error(
+        "path {path:?} leaves {location}; paths in a checkpoint are relative, plain and inside it"
+    )]
+    UnsafePath {
+        /// The path.
+        path: String,
+        /// The checkpoint.
+        location: String,
+    },
+    /// The checkpoint has no such part.
+    #[error("{location} has no {what}")]
+    Absent {
+        /// The checkpoint.
+        location: String,
+        /// What was asked for.
+        what: String,
+    },
+    /// The folder to write to is in use.
+    #[error("{} {reason}; choose another folder, or remove it first", dir.display())]
+    Occupied {
+        /// The folder.
+        dir: PathBuf,
+        /// By what.
+        reason: &'static str,
+    },
+    /// The configuration describes no model that can run.
+    #[error("{path}: model.{source}")]
+    Config {
+        /// The manifest.
+        path: String,
+        /// What is wrong.
+        source: crate::config::ConfigError,
+    },
+}
+
+impl CheckpointError {
+    fn io(path: impl Into<String>, action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, action, source }
+    }
+
+    fn malformed(path: &str, reason: impl Into<String>) -> Self {
+        Self::Malformed { path: path.into(), reason: reason.into() }
+    }
+}

@@ -1,0 +1,182 @@
+//! Where a checkpoint's files are: a folder, or bytes within the program.
+//!
+//! Invariants: no path reaches outside (no absolute path, no `..`, no link that leads out), and
+//! nothing is allocated before the file was seen to be as large as the index says.
+
+use std::{
+    fs::{self, File},
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use lite_llm_kernels::buffer::{AlignedBytes, Buffer};
+
+use super::CheckpointError;
+
+/// Files compiled into a program: path within the checkpoint, and content.
+pub type EmbeddedFiles = &'static [(&'static str, &'static [u8])];
+
+/// The files of one checkpoint.
+#[derive(Debug, Clone)]
+pub enum Files {
+    /// A folder, by its canonical path.
+    Dir(PathBuf),
+    /// Bytes within the program.
+    Embedded(EmbeddedFiles),
+}
+
+/// A file that was opened and measured.
+#[derive(Debug)]
+pub enum OpenFile {
+    /// On disk.
+    File {
+        /// The handle, read by position.
+        file: File,
+        /// Size when it was opened.
+        bytes: u64,
+    },
+    /// Within the program.
+    Embedded(&'static [u8]),
+}
+
+/// Says whether a path from a manifest is plain: relative, forward, made of ordinary names.
+pub fn is_plain(path: &str) -> bool {
+    let name_ok = |name: &str| !name.is_empty() && name != "." && name != "..";
+    path.len() <= 1024
+        && path.bytes().all(|b| b.is_ascii_graphic() && b != b'\\' && b != b':')
+        && path.split('/').all(name_ok)
+}
+
+impl Files {
+    /// The files below a folder.
+    pub fn dir(dir: &Path) -> Result<Self, CheckpointError> {
+        let shown = dir.display().to_string();
+        let dir = fs::canonicalize(dir).map_err(CheckpointError::io(shown, "open the folder"))?;
+        Ok(Self::Dir(dir))
+    }
+
+    /// For messages.
+    pub fn location(&self) -> String {
+        match self {
+            Files::Dir(dir) => dir.display().to_string(),
+            Files::Embedded(_) => "the embedded checkpoint".into(),
+        }
+    }
+
+    /// Whether a plain path exists.
+    pub fn exists(&self, path: &str) -> bool {
+        match self {
+            Files::Dir(dir) => dir.join(path).exists(),
+            Files::Embedded(files) => files.iter().any(|(name, _)| *name == path),
+        }
+    }
+
+    /// Opens one file.
+    pub fn open(&self, path: &str) -> Result<OpenFile, CheckpointError> {
+        let unsafe_path =
+            || CheckpointError::UnsafePath { path: path.into(), location: self.location() };
+        if !is_plain(path) {
+            return Err(unsafe_path());
+        }
+        match self {
+            Files::Dir(dir) => {
+                let io = |action| CheckpointError::io(dir.join(path).display().to_string(), action);
+                let real = fs::canonicalize(dir.join(path)).map_err(io("open"))?;
+                if !real.starts_with(dir) {
+                    return Err(unsafe_path());
+                }
+                // Opening a pipe would wait for a writer, so the kind is asked first.
+                if !fs::metadata(&real).map_err(io("read its size"))?.is_file() {
+                    return Err(CheckpointError::malformed(path, "not a regular file"));
+                }
+                let file = File::open(&real).map_err(io("open"))?;
+                let bytes = file.metadata().map_err(io("read its size"))?.len();
+                Ok(OpenFile::File { file, bytes })
+            }
+            Files::Embedded(files) => {
+                let found = files.iter().find(|(name, _)| *name == path);
+                let (_, bytes) = found.ok_or_else(|| CheckpointError::Absent {
+                    location: self.location(),
+                    what: path.into(),
+                })?;
+                Ok(OpenFile::Embedded(bytes))
+            }
+        }
+    }
+
+    /// Opens one file that must have exactly this size.
+    pub fn open_sized(&self, path: &str, expected: u64) -> Result<OpenFile, CheckpointError> {
+        let file = self.open(path)?;
+        if file.bytes() != expected {
+            return Err(CheckpointError::Size { path: path.into(), found: file.bytes(), expected });
+        }
+        Ok(file)
+    }
+}
+
+impl OpenFile {
+    /// Size of the file.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            OpenFile::File { bytes, .. } => *bytes,
+            OpenFile::Embedded(bytes) => bytes.len() as u64,
+        }
+    }
+
+    fn checked(&self, path: &str, range: &Range<u64>) -> Result<Range<usize>, CheckpointError> {
+        let fits = range.start <= range.end && range.end <= self.bytes();
+        match (fits, usize::try_from(range.start), usize::try_from(range.end)) {
+            (true, Ok(start), Ok(end)) => Ok(start..end),
+            _ => Err(CheckpointError::Size {
+                path: path.into(),
+                found: self.bytes(),
+                expected: range.end,
+            }),
+        }
+    }
+
+    /// Reads a range into memory that kernels can use; embedded bytes are borrowed when they
+    /// happen to be aligned.
+    pub fn read(&self, path: &str, range: Range<u64>) -> Result<Buffer, CheckpointError> {
+        let at = self.checked(path, &range)?;
+        if let OpenFile::Embedded(bytes) = self
+            && let Ok(buffer) = Buffer::from_owner(&bytes[at.clone()])
+        {
+            return Ok(buffer);
+        }
+        let mut bytes = AlignedBytes::zeroed(at.len());
+        self.read_into(path, range.start, &mut bytes)?;
+        Ok(bytes.into())
+    }
+
+    /// Fills `out` from a position.
+    pub fn read_into(&self, path: &str, from: u64, out: &mut [u8]) -> Result<(), CheckpointError> {
+        let at = self.checked(path, &(from..from.saturating_add(out.len() as u64)))?;
+        match self {
+            OpenFile::File { file, .. } => {
+                file.read_exact_at(out, from).map_err(CheckpointError::io(path, "read"))
+            }
+            OpenFile::Embedded(bytes) => {
+                out.copy_from_slice(&bytes[at]);
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_plain;
+
+    #[test]
+    fn only_paths_that_stay_inside_are_plain() {
+        for good in ["manifest.json", "tiers/tier_1b/g00000.json"] {
+            assert!(is_plain(good), "{good}");
+        }
+        let bad = ["", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a/", "a\\b", "c:x", "a\0b"];
+        for bad in bad {
+            assert!(!is_plain(bad), "{bad:?}");
+        }
+    }
+}
