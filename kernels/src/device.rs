@@ -32,7 +32,6 @@ pub enum DeviceError {
 }
 
 /// Weights of one gated feed-forward network: `down( silu(gate·x) * (up·x) )`.
-#[derive(Clone, Copy)]
 pub struct Swiglu<'a, M> {
     /// `[intermediate, hidden]`.
     pub gate: &'a M,
@@ -41,6 +40,14 @@ pub struct Swiglu<'a, M> {
     /// `[hidden, intermediate]`.
     pub down: &'a M,
 }
+
+impl<M> Clone for Swiglu<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M> Copy for Swiglu<'_, M> {}
 
 /// One network and the rows that it is to be applied to.
 pub struct SwigluGroup<'a, M> {

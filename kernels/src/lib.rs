@@ -16,6 +16,7 @@ pub mod matrix;
 pub mod ops;
 pub mod pool;
 pub mod rows;
+mod scratch;
 pub mod simd;
 
 /// Version of the determinism contract that these kernels obey; it is written into every

@@ -124,7 +124,7 @@ impl PackedMatrix {
             DType::F32 => self.panel_f32(p)[i * PANEL + lane],
             DType::Bf16 => {
                 let word = self.panel_bf16(p)[(i / 2) * PANEL + lane];
-                f32::from_bits(if i % 2 == 0 { word << 16 } else { word & 0xffff_0000 })
+                f32::from_bits(if i.is_multiple_of(2) { word << 16 } else { word & 0xffff_0000 })
             }
         }
     }

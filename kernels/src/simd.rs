@@ -1,1 +1,194 @@
 //! Which vector instructions to compute with; chosen at run time, without effect on results.
+//!
+//! Two ways to write an operation once for every instruction set:
+//! - `vectorised!` compiles a plain Rust body once per set, and LLVM vectorises it. Rust never
+//!   reorders float arithmetic, so the bits are those of the plain loop;
+//! - a `Kernel` is generic over a `Vector` of f32 lanes, for the few loops whose registers must
+//!   be laid out by hand.
+//!
+//! Invariant: code of a set runs only where [`Simd::is_available`] said yes; [`crate::cpu::Cpu`]
+//! asks once when it is made.
+
+use std::{fmt, str::FromStr};
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86;
+
+/// A set of vector instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Simd {
+    /// Plain Rust; the truth that the others are tested against.
+    Scalar,
+    /// x86-64 with AVX2 and FMA.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, VL and DQ.
+    Avx512,
+    /// AArch64 with NEON.
+    Neon,
+}
+
+/// A name that is no instruction set.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no instruction set; expected scalar, avx2, avx512 or neon")]
+pub struct UnknownSimd(String);
+
+impl Simd {
+    /// Every set there is, slowest first.
+    pub const ALL: [Simd; 4] = [Simd::Scalar, Simd::Neon, Simd::Avx2, Simd::Avx512];
+
+    /// The fastest set of this machine.
+    pub fn best() -> Self {
+        Self::ALL.into_iter().rfind(|s| s.is_available()).unwrap_or(Simd::Scalar)
+    }
+
+    /// The sets of this machine, slowest first.
+    pub fn available() -> Vec<Self> {
+        Self::ALL.into_iter().filter(|s| s.is_available()).collect()
+    }
+
+    /// Whether this machine has the instructions.
+    pub fn is_available(self) -> bool {
+        match self {
+            Simd::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => {
+                Simd::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+            }
+            #[cfg(target_arch = "aarch64")]
+            Simd::Neon => true,
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Simd::Scalar => "scalar",
+            Simd::Avx2 => "avx2",
+            Simd::Avx512 => "avx512",
+            Simd::Neon => "neon",
+        }
+    }
+
+    /// Most rows that one tile of a product holds in registers.
+    pub(crate) fn tile_rows(self) -> usize {
+        if self == Simd::Avx512 { 12 } else { 6 }
+    }
+
+    /// Runs a kernel with this set's vectors.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            // SAFETY: `Cpu::new` refuses sets that this machine lacks.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 => unsafe { x86::run_avx2(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => unsafe { x86::run_avx512(kernel) },
+            // SAFETY: every aarch64 target that Rust supports here has NEON.
+            #[cfg(target_arch = "aarch64")]
+            Simd::Neon => unsafe { kernel.run::<neon::F32x4>() },
+            // SAFETY: plain Rust needs no instruction set.
+            _ => unsafe { kernel.run::<scalar::F32x8>() },
+        }
+    }
+}
+
+impl fmt::Display for Simd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Simd {
+    type Err = UnknownSimd;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Self::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| UnknownSimd(name.to_owned()))
+    }
+}
+
+/// Work that is compiled once per instruction set. Everything that `run` calls must be
+/// `#[inline(always)]`, or it is compiled without the set's instructions.
+pub(crate) trait Kernel {
+    type Output;
+
+    /// # Safety
+    /// The machine has V's instructions.
+    unsafe fn run<V: Vector>(self) -> Self::Output;
+}
+
+/// f32 lanes in one register. Every method is one instruction, lane by lane.
+///
+/// # Safety
+/// All methods: the machine has the instructions; pointers are valid for all lanes. No alignment
+/// is asked for.
+pub(crate) trait Vector: Copy {
+    const LANES: usize;
+
+    unsafe fn zero() -> Self;
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    /// `self + a * b`, rounded once.
+    unsafe fn fma(self, a: Self, b: Self) -> Self;
+    unsafe fn add(self, other: Self) -> Self;
+    unsafe fn mul(self, other: Self) -> Self;
+    /// Words of two bf16 each, widened: the low halves and the high halves.
+    unsafe fn load_bf16_pairs(from: *const u32) -> (Self, Self);
+    /// Asks for a cache line that will be read soon. Never faults.
+    #[inline(always)]
+    unsafe fn prefetch(_at: *const u8) {}
+}
+
+/// Compiles one plain Rust function per instruction set and a front that takes the set first.
+macro_rules! vectorised {
+    ($(#[$attr:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$attr])*
+        $vis fn $name(simd: $crate::simd::Simd, $($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            match simd {
+                // SAFETY: `Cpu::new` refuses sets that this machine lacks.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Simd::Avx2 => unsafe { avx2($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Simd::Avx512 => unsafe { avx512($($arg),*) },
+                _ => body($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use vectorised;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_the_best_set_is_available() {
+        for simd in Simd::ALL {
+            assert_eq!(simd.name().parse::<Simd>(), Ok(simd));
+        }
+        assert!("sse9".parse::<Simd>().unwrap_err().to_string().contains("avx512"));
+        assert_eq!(Simd::available().last(), Some(&Simd::best()));
+        assert!(Simd::available().contains(&Simd::Scalar));
+    }
+}

@@ -1,1 +1,15 @@
-//! One file per operation.
+//! One file per operation: forward, and the rule that fixes its bits.
+
+pub mod attention;
+pub mod elementwise;
+pub mod embed;
+pub mod function;
+pub mod matmul;
+pub mod norm;
+pub mod rope;
+pub mod softmax;
+pub mod sum;
+pub mod swiglu;
+pub(crate) mod tile;
+
+pub use tile::LEAF;

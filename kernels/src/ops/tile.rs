@@ -1,0 +1,437 @@
+//! The inner loops of every product, and rule 1 of the determinism contract.
+//!
+//! Rule 1: K is cut in leaves of [`LEAF`]; inside a leaf one accumulator per output, starting at
+//! +0.0, runs k upwards with fused multiply-add; leaf sums are added in one binary tree over the
+//! leaf index that splits n leaves at the largest power of two below n.
+//!
+//! A *tile* is R rows × N vectors of outputs held in registers for one leaf. Its rows are
+//! interleaved, `[k][R]`; a single row is its own interleaving and is read in place.
+//! A *strip* is the N · LANES outputs that a tile covers: a part of a panel, or several panels.
+//!
+//! The tree is a binary counter: after leaf i, as many finished subtrees as i has trailing ones
+//! are added to it, the latest first, always as `earlier + later`. Levels lie in `stack`:
+//! `[level][row of the block][strip]`.
+
+// Registers are arrays that are indexed alike; iterators would hide which lane meets which.
+#![allow(clippy::needless_range_loop)]
+
+use std::ops::Range;
+
+use crate::{
+    dtype::DType,
+    matrix::{PANEL, PackedMatrix},
+    ops::function,
+    rows::{RowsMut, Tiling},
+    simd::{Kernel, Vector},
+};
+
+/// k's per leaf; fixed by the determinism contract.
+pub const LEAF: usize = 256;
+
+/// Most outputs of a strip.
+pub(crate) const STRIP_MAX: usize = 4 * PANEL;
+
+/// Where finished outputs go.
+pub(crate) enum Sink<'a> {
+    /// Into rows, with a bias added where there is one.
+    Rows { out: RowsMut<'a>, bias: Option<&'a [f32]> },
+    /// Into a block whose first value is that of (`first_row`, `first_col`).
+    Block { out: RowsMut<'a>, first_row: usize, first_col: usize },
+    /// Outputs u become `silu(gate) * u`, interleaved as the rows of the next product.
+    Gated {
+        /// `[rows of the block][cols]`, whose first value is that of (`first_row`, `first_col`).
+        gate: &'a [f32],
+        cols: usize,
+        first_row: usize,
+        first_col: usize,
+        tiling: Tiling,
+        /// One row that holds, from `at` on, `[tile][k][rows of the tile]`.
+        out: RowsMut<'a>,
+        at: usize,
+        /// Length of a row of the next product.
+        k: usize,
+    },
+}
+
+impl Sink<'_> {
+    /// Outputs `col..col + values.len()` of a row.
+    ///
+    /// # Safety
+    /// Nobody else writes this part at the same time.
+    #[inline(always)]
+    unsafe fn put(&self, row: usize, col: usize, values: &mut [f32]) {
+        match self {
+            Sink::Rows { out, bias } => {
+                // SAFETY: promised by the caller.
+                let out = unsafe { out.part(row, col, values.len()) };
+                match bias {
+                    Some(bias) => {
+                        let bias = &bias[col..col + values.len()];
+                        for ((out, &v), &b) in out.iter_mut().zip(&*values).zip(bias) {
+                            *out = v + b;
+                        }
+                    }
+                    None => out.copy_from_slice(values),
+                }
+            }
+            Sink::Block { out, first_row, first_col } => {
+                // SAFETY: promised by the caller.
+                let out = unsafe { out.part(row - first_row, col - first_col, values.len()) };
+                out.copy_from_slice(values);
+            }
+            Sink::Gated { gate, cols, first_row, first_col, tiling, out, at, k } => {
+                let from = (row - first_row) * cols + (col - first_col);
+                for (u, &g) in values.iter_mut().zip(&gate[from..]) {
+                    *u *= function::silu(g);
+                }
+                let (t, r) = tiling.locate(row);
+                let first = tiling.first(t);
+                let rows = tiling.first(t + 1) - first;
+                for (i, &value) in values.iter().enumerate() {
+                    // SAFETY: promised by the caller.
+                    unsafe { out.part(0, at + first * k + (col + i) * rows + r, 1)[0] = value };
+                }
+            }
+        }
+    }
+}
+
+/// Rows `[rows, k]`, tile by tile interleaved.
+#[derive(Clone, Copy)]
+pub(crate) struct Tiles<'a> {
+    pub(crate) values: &'a [f32],
+    pub(crate) tiling: Tiling,
+    pub(crate) k: usize,
+}
+
+/// Some tiles of rows times some panels of a matrix.
+pub(crate) struct Product<'a> {
+    pub(crate) x: Tiles<'a>,
+    pub(crate) tiles: Range<usize>,
+    pub(crate) w: &'a PackedMatrix,
+    pub(crate) panels: Range<usize>,
+    /// Of at least [`stack_len`] values.
+    pub(crate) stack: &'a mut [f32],
+    pub(crate) sink: Sink<'a>,
+}
+
+/// Values of stack that `rows` rows and inputs of `k` values need.
+pub(crate) fn stack_len(rows: usize, k: usize) -> usize {
+    levels(k) * rows * if rows < 4 { STRIP_MAX } else { PANEL }
+}
+
+/// Subtrees that wait at the same time, at most.
+fn levels(k: usize) -> usize {
+    (usize::BITS - k.div_ceil(LEAF).leading_zeros()) as usize
+}
+
+/// Reads weights of one format, two k at a time.
+trait Weights {
+    /// # Safety
+    /// `at` points to the weights of an even k, N vectors at `offsets` of them are readable.
+    unsafe fn pair<V: Vector, const N: usize>(
+        at: *const u8,
+        offsets: &[usize; N],
+    ) -> ([V; N], [V; N]);
+    /// As `pair`, where only one k is left.
+    ///
+    /// # Safety
+    /// As `pair`.
+    unsafe fn last<V: Vector, const N: usize>(at: *const u8, offsets: &[usize; N]) -> [V; N];
+    /// Bytes from one pair to the next.
+    const PAIR_BYTES: usize;
+    /// Bytes of a panel.
+    fn panel_bytes(k: usize) -> usize;
+}
+
+struct F32;
+struct Bf16;
+
+impl Weights for F32 {
+    const PAIR_BYTES: usize = 2 * PANEL * 4;
+
+    fn panel_bytes(k: usize) -> usize {
+        k * PANEL * 4
+    }
+
+    #[inline(always)]
+    unsafe fn pair<V: Vector, const N: usize>(
+        at: *const u8,
+        offsets: &[usize; N],
+    ) -> ([V; N], [V; N]) {
+        // SAFETY: promised by the caller.
+        unsafe { (Self::last(at, offsets), Self::last(at.add(PANEL * 4), offsets)) }
+    }
+
+    #[inline(always)]
+    unsafe fn last<V: Vector, const N: usize>(at: *const u8, offsets: &[usize; N]) -> [V; N] {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let mut w = [V::zero(); N];
+            for v in 0..N {
+                w[v] = V::load(at.add(offsets[v]).cast());
+            }
+            w
+        }
+    }
+}
+
+impl Weights for Bf16 {
+    const PAIR_BYTES: usize = PANEL * 4;
+
+    fn panel_bytes(k: usize) -> usize {
+        k.div_ceil(2) * PANEL * 4
+    }
+
+    #[inline(always)]
+    unsafe fn pair<V: Vector, const N: usize>(
+        at: *const u8,
+        offsets: &[usize; N],
+    ) -> ([V; N], [V; N]) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let (mut even, mut odd) = ([V::zero(); N], [V::zero(); N]);
+            for v in 0..N {
+                (even[v], odd[v]) = V::load_bf16_pairs(at.add(offsets[v]).cast());
+            }
+            (even, odd)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn last<V: Vector, const N: usize>(at: *const u8, offsets: &[usize; N]) -> [V; N] {
+        // SAFETY: promised by the caller.
+        unsafe { Self::pair(at, offsets).0 }
+    }
+}
+
+/// One k of a tile.
+///
+/// # Safety
+/// R values of x are readable.
+#[inline(always)]
+unsafe fn step<V: Vector, const R: usize, const N: usize>(
+    acc: &mut [[V; N]; R],
+    x: *const f32,
+    w: &[V; N],
+) {
+    for (r, acc) in acc.iter_mut().enumerate() {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let x = V::splat(*x.add(r));
+            for v in 0..N {
+                acc[v] = acc[v].fma(x, w[v]);
+            }
+        }
+    }
+}
+
+/// The sums of one leaf.
+///
+/// # Safety
+/// `x` holds `[k][R]`; `w` points to the leaf's first k and its vectors are readable.
+#[inline(always)]
+unsafe fn leaf<V: Vector, W: Weights, const R: usize, const N: usize>(
+    mut x: *const f32,
+    mut w: *const u8,
+    offsets: &[usize; N],
+    k: usize,
+) -> [[V; N]; R] {
+    // SAFETY: promised by the caller; pointers move inside the leaf.
+    unsafe {
+        let mut acc = [[V::zero(); N]; R];
+        for _ in 0..k / 2 {
+            let (even, odd) = W::pair::<V, N>(w, offsets);
+            step(&mut acc, x, &even);
+            step(&mut acc, x.add(R), &odd);
+            x = x.add(2 * R);
+            w = w.add(W::PAIR_BYTES);
+        }
+        if !k.is_multiple_of(2) {
+            step(&mut acc, x, &W::last::<V, N>(w, offsets));
+        }
+        acc
+    }
+}
+
+/// Where a leaf is in the tree and in memory.
+#[derive(Clone, Copy)]
+struct LeafAt {
+    index: usize,
+    count: usize,
+    k: usize,
+}
+
+/// One leaf of one tile, added to the tree; outputs go to the sink after the last leaf.
+///
+/// # Safety
+/// As [`leaf`]; `stack` points to the tile's place in level 0 and levels are `level_len` apart.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn tile<V: Vector, W: Weights, const R: usize, const N: usize>(
+    x: *const f32,
+    w: *const u8,
+    offsets: &[usize; N],
+    at: LeafAt,
+    stack: *mut f32,
+    level_len: usize,
+    sink: &Sink<'_>,
+    (row, col, n): (usize, usize, usize),
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut acc = leaf::<V, W, R, N>(x, w, offsets, at.k);
+        let last = at.index + 1 == at.count;
+        // Subtrees that wait on the stack before this leaf.
+        let mut waiting = at.index.count_ones() as usize;
+        let merges = if last { waiting } else { at.index.trailing_ones() as usize };
+        for _ in 0..merges {
+            waiting -= 1;
+            let level = stack.add(waiting * level_len);
+            for r in 0..R {
+                for v in 0..N {
+                    let earlier = V::load(level.add((r * N + v) * V::LANES));
+                    acc[r][v] = earlier.add(acc[r][v]);
+                }
+            }
+        }
+        if !last {
+            let level = stack.add(waiting * level_len);
+            for r in 0..R {
+                for v in 0..N {
+                    acc[r][v].store(level.add((r * N + v) * V::LANES));
+                }
+            }
+            return;
+        }
+        let mut values = [0.0f32; STRIP_MAX];
+        for r in 0..R {
+            for v in 0..N {
+                acc[r][v].store(values.as_mut_ptr().add(v * V::LANES));
+            }
+            sink.put(row + r, col, &mut values[..(N * V::LANES).min(n - col)]);
+        }
+    }
+}
+
+/// Vectors of the widest strip that R rows leave registers for.
+#[inline(always)]
+fn widest<V: Vector>(rows: usize) -> usize {
+    match (V::LANES, rows) {
+        (_, 1) => 8,
+        (16, 2..=3) => 4,
+        (16, _) => 2,
+        (8, 2..=3) => 4,
+        (8, _) => 2,
+        (_, 2..=3) => 8,
+        _ => 4,
+    }
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            match self.w.dtype() {
+                DType::F32 => self.run_format::<V, F32>(),
+                DType::Bf16 => self.run_format::<V, Bf16>(),
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    unsafe fn run_format<V: Vector, W: Weights>(mut self) {
+        let tiling = self.x.tiling;
+        let first = tiling.first(self.tiles.start);
+        let rows = tiling.first(self.tiles.end) - first;
+        if rows == 0 {
+            return;
+        }
+        // Tiles differ by at most one row, and the first is the longest.
+        let longest = tiling.first(self.tiles.start + 1) - first;
+        let widest = widest::<V>(longest);
+        let end = self.panels.end * PANEL;
+        let mut col = self.panels.start * PANEL;
+        while col < end {
+            let mut n = widest;
+            while n * V::LANES > end - col {
+                n /= 2;
+            }
+            // SAFETY: promised by the caller; n is what `widest` allows for these rows.
+            unsafe {
+                match n {
+                    8 => self.run_strip::<V, W, 8>(col),
+                    4 => self.run_strip::<V, W, 4>(col),
+                    _ => self.run_strip::<V, W, 2>(col),
+                }
+            }
+            col += n * V::LANES;
+        }
+    }
+
+    /// All leaves of all tiles for the outputs from `col` on.
+    #[inline(always)]
+    unsafe fn run_strip<V: Vector, W: Weights, const N: usize>(&mut self, col: usize) {
+        let Tiles { values, tiling, k } = self.x;
+        let n = self.w.n();
+        if col >= n {
+            return;
+        }
+        let first = tiling.first(self.tiles.start);
+        let rows = tiling.first(self.tiles.end) - first;
+        let strip = N * V::LANES;
+        let level_len = rows * strip;
+        assert!(levels(k) * level_len <= self.stack.len(), "the stack holds every level");
+        assert!(tiling.first(self.tiles.end) * k <= values.len(), "x holds every tile");
+        let stack = self.stack.as_mut_ptr();
+        let bytes = self.w.data();
+        let panel_bytes = W::panel_bytes(k);
+        let panels_end = (col + strip).div_ceil(PANEL);
+        assert!(panels_end * panel_bytes <= bytes.len(), "the panels are in the matrix");
+        let base = &raw const bytes[col / PANEL * panel_bytes..] as *const u8;
+        let offsets: [usize; N] = std::array::from_fn(|v| {
+            let lane = col % PANEL + v * V::LANES;
+            lane / PANEL * panel_bytes + lane % PANEL * 4
+        });
+        let count = k.div_ceil(LEAF).max(1);
+        for index in 0..count {
+            let from = index * LEAF;
+            let at = LeafAt { index, count, k: LEAF.min(k - from) };
+            // SAFETY: LEAF is even, so a leaf starts at a whole pair; inside by the assertions.
+            let w = unsafe { base.add(from / 2 * W::PAIR_BYTES) };
+            for t in self.tiles.clone() {
+                let row = tiling.first(t);
+                let r = tiling.first(t + 1) - row;
+                // SAFETY: x and the stack hold the tile by the assertions above; every r that
+                // can come with this N is listed.
+                unsafe {
+                    let x = values.as_ptr().add(row * k + from * r);
+                    let stack = stack.add((row - first) * strip);
+                    macro_rules! sizes {
+                        ($($size:literal)*) => {
+                            match r {
+                                $($size => tile::<V, W, $size, N>(
+                                    x, w, &offsets, at, stack, level_len, &self.sink, (row, col, n),
+                                ),)*
+                                _ => unreachable!("tile of {r} rows and {N} vectors"),
+                            }
+                        };
+                    }
+                    match (V::LANES, N) {
+                        (4, 8) => sizes!(1 2 3),
+                        (4, _) => sizes!(1 2 3 4 5 6),
+                        (_, 8) => sizes!(1),
+                        (_, 4) => sizes!(1 2 3),
+                        (8, _) => sizes!(1 2 3 4 5 6),
+                        _ => sizes!(1 2 3 4 5 6 7 8 9 10 11 12),
+                    }
+                }
+            }
+        }
+    }
+}
