@@ -13,6 +13,7 @@ pub mod device;
 pub mod dtype;
 pub mod kv;
 pub mod matrix;
+pub mod measure;
 pub mod ops;
 pub mod pool;
 pub mod rows;
