@@ -25,6 +25,8 @@ use lite_llm_kernels::{
     kv::{KvShape, PAGE_TOKENS},
 };
 
+use tracing::{Span, debug_span};
+
 use crate::{
     backbone::Backbone,
     expert::ExpertStore,
@@ -95,6 +97,8 @@ pub enum Event {
         first: usize,
         /// Rows.
         rows: usize,
+        /// Sparse layers.
+        layers: usize,
         /// Flat indices `[sparse layers, rows, K]`, in route order.
         experts: Vec<i32>,
     },
@@ -239,9 +243,9 @@ impl<D: Device> Engine<D> {
         self.passes[&pass].forward.dispatch()
     }
 
-    /// The requests that a pass carries.
-    pub fn carried(&self, pass: PassId) -> &[u64] {
-        self.passes.get(&pass).map_or(&[], |pass| &pass.sequences)
+    /// The span of the layer that a pass is in.
+    pub fn span(&self, pass: PassId) -> Span {
+        self.passes.get(&pass).map_or_else(Span::none, |pass| pass.forward.span().clone())
     }
 
     /// Gives a pass the outputs of its experts, one per route of its dispatch.
@@ -350,7 +354,15 @@ impl<D: Device> Engine<D> {
         }
         let id = PassId(self.next_pass);
         self.next_pass += 1;
-        match ForwardPass::new(self.backbone.clone(), chunks, record) {
+        let rows = PASS_TOKENS_MAX - room;
+        // A pass belongs to its oldest request's trace; the others are linked to it.
+        let mut spans = carried.iter().map(|id| &self.sequences[id].request.span);
+        let first = spans.next().cloned().unwrap_or_else(Span::none);
+        let span = debug_span!(parent: &first, "pass", rows, sequences = carried.len());
+        spans.for_each(|other| {
+            span.follows_from(other);
+        });
+        match ForwardPass::new(self.backbone.clone(), chunks, record, span) {
             Ok(forward) => {
                 self.passes.insert(id, Pass { forward, sequences: carried, waiting: false });
                 Some(id)
@@ -409,6 +421,7 @@ impl<D: Device> Engine<D> {
                     sequence: id,
                     first: chunk.start,
                     rows,
+                    layers: forward.recorded_routes().len(),
                     experts,
                 });
             }

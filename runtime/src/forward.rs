@@ -20,6 +20,8 @@ use lite_llm_kernels::{
     kv::{KvSlot, PAGE_TOKENS, Query},
 };
 
+use tracing::{Span, debug_span};
+
 use crate::{
     backbone::{Backbone, BackboneLayer, FeedForwardLayer},
     moe_layer::ExpertError,
@@ -106,6 +108,8 @@ pub struct ForwardPass<D: Device> {
     recorded: Vec<Routes>,
     routes: Routes,
     tensors: Tensors<D>,
+    span: Span,
+    layer_span: Span,
 }
 
 /// Activations of a pass; made once, shaped per batch.
@@ -131,7 +135,8 @@ struct Tensors<D: Device> {
 }
 
 impl<D: Device> ForwardPass<D> {
-    /// Begins a pass; `record` keeps every sparse layer's routes.
+    /// Begins a pass; `record` keeps every sparse layer's routes; the spans of the layers are
+    /// children of `span`.
     ///
     /// # Panics
     /// If a chunk is empty or its pages have no room for it.
@@ -139,6 +144,7 @@ impl<D: Device> ForwardPass<D> {
         backbone: Arc<Backbone<D>>,
         chunks: Vec<Chunk>,
         record: bool,
+        span: Span,
     ) -> Result<Self, ForwardError> {
         let (mut ids, mut positions, mut slots) = (Vec::new(), Vec::new(), Vec::new());
         for chunk in &chunks {
@@ -179,12 +185,19 @@ impl<D: Device> ForwardPass<D> {
             recorded: Vec::new(),
             routes: Routes::default(),
             tensors,
+            layer_span: Span::none(),
+            span,
         })
     }
 
     /// The chunks of this batch.
     pub fn chunks(&self) -> &[Chunk] {
         &self.chunks
+    }
+
+    /// The span of the layer that it is in.
+    pub fn span(&self) -> &Span {
+        &self.layer_span
     }
 
     /// Runs until experts are needed or logits are there.
@@ -195,7 +208,9 @@ impl<D: Device> ForwardPass<D> {
         assert!(!self.waiting, "combine comes before advance");
         let backbone = self.backbone.clone();
         while let Some(layer) = backbone.layers.get(self.layer) {
-            self.attend(layer, arena)?;
+            self.layer_span = debug_span!(parent: &self.span, "layer", layer = self.layer);
+            let _layer = self.layer_span.clone().entered();
+            debug_span!("attention").in_scope(|| self.attend(layer, arena))?;
             let device = &*backbone.device;
             let t = &mut self.tensors;
             device.rms_norm(&t.x, &layer.ffn_norm, backbone.config.norm_eps, &mut t.normed)?;
@@ -211,7 +226,9 @@ impl<D: Device> ForwardPass<D> {
                         .iter()
                         .flat_map(|c| std::iter::repeat_n(&*c.tiers, c.tokens.len()))
                         .collect();
-                    moe.router.route(device, &t.normed, &tiers, &mut self.routes)?;
+                    debug_span!("route").in_scope(|| {
+                        moe.router.route(device, &t.normed, &tiers, &mut self.routes)
+                    })?;
                     if self.record {
                         self.recorded.push(self.routes.clone());
                     }
@@ -220,7 +237,8 @@ impl<D: Device> ForwardPass<D> {
                 }
             }
         }
-        self.project()?;
+        self.layer_span = Span::none();
+        debug_span!(parent: &self.span, "logits").in_scope(|| self.project())?;
         Ok(Progress::Logits)
     }
 
@@ -283,6 +301,7 @@ impl<D: Device> ForwardPass<D> {
     pub fn combine(&mut self, parts: &[&[f32]]) -> Result<(), ForwardError> {
         assert!(self.waiting, "combine follows a dispatch");
         assert_eq!(parts.len(), self.routes.all().len(), "one output per route");
+        let _span = debug_span!(parent: &self.layer_span, "combine").entered();
         let backbone = self.backbone.clone();
         let device = &*backbone.device;
         let t = &mut self.tensors;

@@ -3,9 +3,20 @@
 //! Newcomers read [`tier`], then [`config`], [`routing`], [`forward`].
 //! No sockets, no async, no clock: time, randomness and I/O arrive as arguments.
 
+pub mod backbone;
+pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod engine;
 pub mod expert;
+pub mod forward;
+pub mod import;
 pub mod kv;
+pub mod moe_layer;
 pub mod random;
+pub mod routing;
+pub mod sampler;
+pub mod sequence;
+pub mod store;
 pub mod tier;
+pub mod tokenizer;

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tracing::Span;
+
 use crate::{
     config::ModelConfig,
     kv::PageTable,
@@ -10,7 +12,7 @@ use crate::{
 };
 
 /// What is asked of the model.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Request {
     /// Token ids, at least one.
     pub prompt: Vec<u32>,
@@ -28,6 +30,8 @@ pub struct Request {
     pub routes: bool,
     /// Tokens of the prompt per pass at most; 0 lets the engine decide.
     pub prefill_chunk: usize,
+    /// The span that its work belongs to.
+    pub span: Span,
 }
 
 impl Request {
@@ -42,6 +46,7 @@ impl Request {
             logits: false,
             routes: false,
             prefill_chunk: 0,
+            span: Span::none(),
         }
     }
 }

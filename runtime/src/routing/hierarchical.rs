@@ -81,7 +81,7 @@ impl HierarchicalRouter {
         };
         let rows: Vec<&[f32]> = branches.iter().map(|b| hidden[b.row as usize]).collect();
         let mut scores = vec![0.0; rows.len() * gate.n()];
-        matmul::matmul(cpu, Rows::from(rows.as_slice()), gate, None, &mut scores);
+        matmul::matmul(cpu, Rows::List(&rows), gate, None, &mut scores);
         let place = Place { seed: self.moe.routing.seed, layer: self.layer, level, first };
         let (mut scratch, mut candidates, mut choices) =
             (Scratch::default(), Vec::with_capacity(gate.n()), Vec::with_capacity(k));
