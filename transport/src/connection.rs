@@ -1,0 +1,446 @@
+//! A connection to one verified peer, and its streams.
+//!
+//! A stream begins with a header that names its kind; the acceptor checks that the peer's role may
+//! open such a stream before anybody sees it. Who may open what:
+//!
+//! | kind | opened by | accepted by |
+//! |---|---|---|
+//! | control | coordinator, worker | coordinator, worker (not worker to worker) |
+//! | experts | worker | worker |
+//! | events | worker | coordinator |
+//! | client | client | coordinator |
+//!
+//! Invariants: a peer that opens what it may not is disconnected; a stream whose header is late is
+//! dropped and holds up no other; the connection lives as long as a handle or a frame stream of it.
+
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+
+use quinn::{ConnectionError, VarInt};
+pub use quinn::{RecvStream as RawReceiver, SendStream as RawSender};
+use tokio::{
+    sync::{Mutex, mpsc},
+    time::timeout,
+};
+
+use crate::{
+    endpoint::IDLE_TIMEOUT,
+    frame::{FrameReceiver, FrameSender, WireCounts, WireTotals},
+    identity::{PeerIdentity, Role},
+    pool::BufferPool,
+    session::{Command, Event, HELLO_HEADER_BYTES, Hello, Session, SessionError},
+};
+
+/// How long opening a stream, or its header, may take.
+pub const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a refused peer has to read why.
+const REFUSAL_LINGER: Duration = Duration::from_millis(500);
+/// Streams that were opened by the peer and wait to be accepted.
+const STREAMS_WAITING_MAX: usize = 64;
+
+const STREAM_MARK: [u8; 3] = *b"LLS";
+
+/// Application error codes of a close.
+pub(crate) const CLOSE_DONE: VarInt = VarInt::from_u32(0);
+pub(crate) const CLOSE_REFUSED: VarInt = VarInt::from_u32(1);
+pub(crate) const CLOSE_VIOLATION: VarInt = VarInt::from_u32(2);
+
+/// What a stream carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum StreamKind {
+    /// The actors' control plane: raw bytes.
+    Control = 1,
+    /// Expert batches and their replies.
+    Experts = 2,
+    /// Job events, from home nodes to the coordinator.
+    Events = 3,
+    /// A client's requests and the coordinator's replies.
+    Client = 4,
+}
+
+impl StreamKind {
+    fn from_wire(kind: u8) -> Option<Self> {
+        use StreamKind::*;
+        [Control, Experts, Events, Client].into_iter().find(|known| *known as u8 == kind)
+    }
+
+    /// Whether a peer of one role may open such a stream to the other.
+    pub fn allowed(self, opener: Role, acceptor: Role) -> bool {
+        use Role::*;
+        matches!(
+            (self, opener, acceptor),
+            (StreamKind::Control, Coordinator, Worker | Coordinator)
+                | (StreamKind::Control, Worker, Coordinator)
+                | (StreamKind::Experts, Worker, Worker)
+                | (StreamKind::Events, Worker, Coordinator)
+                | (StreamKind::Client, Client, Coordinator)
+        )
+    }
+}
+
+impl fmt::Display for StreamKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            StreamKind::Control => "control",
+            StreamKind::Experts => "experts",
+            StreamKind::Events => "events",
+            StreamKind::Client => "client",
+        })
+    }
+}
+
+/// A stream that could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The roles don't allow it.
+    #[error("a {us} may not open a stream of kind {kind} to {peer}")]
+    Forbidden {
+        /// The kind.
+        kind: StreamKind,
+        /// Our role.
+        us: Role,
+        /// The other side.
+        peer: PeerIdentity,
+    },
+    /// The connection is gone.
+    #[error(transparent)]
+    Lost(#[from] ConnectionLost),
+    /// The peer accepts no more streams.
+    #[error("{peer} took no further stream within {STREAM_TIMEOUT:?}; it has too many open")]
+    TimedOut {
+        /// The other side.
+        peer: PeerIdentity,
+    },
+}
+
+/// A connection that ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("lost {peer} at {address}: {reason}")]
+pub struct ConnectionLost {
+    /// The other side.
+    pub peer: PeerIdentity,
+    /// Where it was.
+    pub address: SocketAddr,
+    /// Why.
+    pub reason: String,
+}
+
+/// A connection to a verified peer. Clones share it; it closes when the last one and its last
+/// frame stream are dropped.
+#[derive(Clone)]
+pub struct Connection {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    quic: quinn::Connection,
+    us: PeerIdentity,
+    peer: PeerIdentity,
+    hello: Hello,
+    pool: BufferPool,
+    counts: Arc<WireCounts>,
+    streams: Mutex<mpsc::Receiver<Opened>>,
+}
+
+/// A stream whose header was checked.
+struct Opened {
+    kind: StreamKind,
+    send: quinn::SendStream,
+    recv: quinn::RecvStream,
+}
+
+/// A stream that the peer opened and may open.
+pub struct AcceptedStream {
+    /// What it carries.
+    pub kind: StreamKind,
+    send: quinn::SendStream,
+    recv: quinn::RecvStream,
+    connection: Connection,
+}
+
+impl AcceptedStream {
+    /// The stream as frames.
+    pub fn into_frames(self) -> (FrameSender, FrameReceiver) {
+        self.connection.frames(self.send, self.recv)
+    }
+
+    /// The stream as bytes. It does not keep the connection alive.
+    pub fn into_raw(self) -> (RawSender, RawReceiver) {
+        (self.send, self.recv)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.quic.close(CLOSE_DONE, b"no longer needed");
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Connection({} at {})", self.inner.peer, self.address())
+    }
+}
+
+impl Connection {
+    pub(crate) fn new(
+        quic: quinn::Connection,
+        us: PeerIdentity,
+        peer: PeerIdentity,
+        hello: Hello,
+        pool: BufferPool,
+    ) -> Self {
+        let (opened, streams) = mpsc::channel(STREAMS_WAITING_MAX);
+        tokio::spawn(accept_streams(quic.clone(), us.role, peer.clone(), opened));
+        let (counts, streams) = (Arc::default(), Mutex::new(streams));
+        Self { inner: Arc::new(Inner { quic, us, peer, hello, pool, counts, streams }) }
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> &PeerIdentity {
+        &self.inner.peer
+    }
+
+    /// What the other end runs.
+    pub fn hello(&self) -> &Hello {
+        &self.inner.hello
+    }
+
+    /// Where the other end is.
+    pub fn address(&self) -> SocketAddr {
+        self.inner.quic.remote_address()
+    }
+
+    /// What crossed it so far.
+    pub fn totals(&self) -> WireTotals {
+        self.inner.counts.totals()
+    }
+
+    /// Time of a round trip, as QUIC estimates it.
+    pub fn round_trip(&self) -> Duration {
+        self.inner.quic.rtt()
+    }
+
+    /// Whether two handles are of one connection.
+    pub fn is_same(&self, other: &Connection) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    pub(crate) fn counts(&self) -> &WireCounts {
+        &self.inner.counts
+    }
+
+    /// Opens a stream of frames. Open few and keep them: a new one costs a round trip's work.
+    pub async fn open_stream(
+        &self,
+        kind: StreamKind,
+    ) -> Result<(FrameSender, FrameReceiver), StreamError> {
+        let (send, recv) = self.open_raw(kind).await?;
+        Ok(self.frames(send, recv))
+    }
+
+    /// Opens a stream of bytes. It does not keep the connection alive.
+    pub async fn open_raw(&self, kind: StreamKind) -> Result<(RawSender, RawReceiver), StreamError> {
+        let (us, peer) = (self.inner.us.role, &self.inner.peer);
+        if !kind.allowed(us, peer.role) {
+            return Err(StreamError::Forbidden { kind, us, peer: peer.clone() });
+        }
+        let opening = async {
+            let (mut send, recv) =
+                self.inner.quic.open_bi().await.map_err(|error| self.lost(&error))?;
+            let [a, b, c] = STREAM_MARK;
+            let written = send.write_all(&[a, b, c, kind as u8]).await;
+            written.map_err(|error| self.lost_with(error.to_string()))?;
+            Ok((send, recv))
+        };
+        match timeout(STREAM_TIMEOUT, opening).await {
+            Ok(opened) => opened,
+            Err(_) => Err(StreamError::TimedOut { peer: peer.clone() }),
+        }
+    }
+
+    /// The next stream that the peer opened, or `None` when the connection has ended.
+    pub async fn accept_stream(&self) -> Option<AcceptedStream> {
+        let Opened { kind, send, recv } = self.inner.streams.lock().await.recv().await?;
+        Some(AcceptedStream { kind, send, recv, connection: self.clone() })
+    }
+
+    /// Waits until the connection has ended, and says why. A silent peer is noticed after
+    /// [`IDLE_TIMEOUT`].
+    pub async fn closed(&self) -> ConnectionLost {
+        let error = self.inner.quic.closed().await;
+        self.lost(&error)
+    }
+
+    /// Why the connection has ended, if it has.
+    pub fn close_reason(&self) -> Option<ConnectionLost> {
+        self.inner.quic.close_reason().map(|error| self.lost(&error))
+    }
+
+    /// Ends the connection at once; the peer is told why.
+    pub fn close(&self, reason: &str) {
+        self.inner.quic.close(CLOSE_DONE, reason.as_bytes());
+    }
+
+    fn frames(&self, send: RawSender, recv: RawReceiver) -> (FrameSender, FrameReceiver) {
+        let pool = self.inner.pool.clone();
+        (FrameSender::new(send, self.clone()), FrameReceiver::new(recv, self.clone(), pool))
+    }
+
+    fn lost(&self, error: &ConnectionError) -> ConnectionLost {
+        self.lost_with(describe(error))
+    }
+
+    fn lost_with(&self, reason: String) -> ConnectionLost {
+        ConnectionLost { peer: self.inner.peer.clone(), address: self.address(), reason }
+    }
+}
+
+/// Reads the headers of the streams that the peer opens, each in its own time.
+async fn accept_streams(
+    quic: quinn::Connection,
+    us: Role,
+    peer: PeerIdentity,
+    opened: mpsc::Sender<Opened>,
+) {
+    // Bounded by the number of streams that QUIC lets the peer have open.
+    while let Ok((send, mut recv)) = quic.accept_bi().await {
+        let (quic, peer, opened) = (quic.clone(), peer.clone(), opened.clone());
+        tokio::spawn(async move {
+            let mut header = [0; 4];
+            let read = timeout(STREAM_TIMEOUT, recv.read_exact(&mut header)).await;
+            if !matches!(read, Ok(Ok(()))) {
+                tracing::warn!(%peer, "dropped a stream that came without its header");
+                return;
+            }
+            let [a, b, c, kind] = header;
+            let kind = StreamKind::from_wire(kind).filter(|_| [a, b, c] == STREAM_MARK);
+            match kind.filter(|kind| kind.allowed(peer.role, us)) {
+                // The connection ended if nobody takes it.
+                Some(kind) => drop(opened.send(Opened { kind, send, recv }).await),
+                None => {
+                    let what = kind.map_or("an unknown kind".to_owned(), |k| format!("kind {k}"));
+                    let reason = format!("a {} may not open a stream of {what} to a {us}", peer.role);
+                    tracing::warn!(%peer, %reason, "closed a connection");
+                    quic.close(CLOSE_VIOLATION, reason.as_bytes());
+                }
+            }
+        });
+    }
+}
+
+/// Runs the handshake's machine over the first stream of a connection.
+///
+/// Afterwards a refused peer is given a moment to read our introduction, then it is told why.
+pub(crate) async fn greet(
+    quic: &quinn::Connection,
+    initiator: bool,
+    mut session: Session,
+) -> Result<Hello, SessionError> {
+    let now = || tokio::time::Instant::now().into_std();
+    session.handle(now(), Event::Opened);
+    let mut streams = None;
+    loop {
+        let event = match session.poll_command() {
+            Some(Command::Ready(hello)) => return Ok(hello),
+            Some(Command::Fail(error)) => {
+                if let Some((mut send, _recv)) = streams {
+                    let _: Result<(), _> = quinn::SendStream::finish(&mut send);
+                    let _ = timeout(REFUSAL_LINGER, quic.closed()).await;
+                }
+                quic.close(CLOSE_REFUSED, error.to_string().as_bytes());
+                return Err(error);
+            }
+            Some(Command::Send(hello)) => {
+                let deadline = session.poll_timeout().unwrap_or_else(now);
+                let opened = async {
+                    let opened =
+                        if initiator { quic.open_bi().await } else { quic.accept_bi().await };
+                    let (mut send, recv) = opened.map_err(|error| describe(&error))?;
+                    let written = send.write_all(&hello.to_bytes()).await;
+                    written.map_err(|error| describe_write(quic, error))?;
+                    Ok::<_, String>((send, recv))
+                };
+                match tokio::time::timeout_at(deadline.into(), opened).await {
+                    Ok(Ok(opened)) => {
+                        streams = Some(opened);
+                        continue;
+                    }
+                    Ok(Err(reason)) => Event::Lost(reason),
+                    Err(_) => Event::Tick,
+                }
+            }
+            None => {
+                let deadline = session.poll_timeout().unwrap_or_else(now);
+                let read = async {
+                    match &mut streams {
+                        Some((_, recv)) => read_hello(quic, recv).await,
+                        None => Event::Garbled,
+                    }
+                };
+                tokio::time::timeout_at(deadline.into(), read).await.unwrap_or(Event::Tick)
+            }
+        };
+        session.handle(now(), event);
+    }
+}
+
+async fn read_hello(quic: &quinn::Connection, recv: &mut quinn::RecvStream) -> Event {
+    let lost = |error: quinn::ReadExactError| match quic.close_reason() {
+        Some(error) => Event::Lost(describe(&error)),
+        None => Event::Lost(error.to_string()),
+    };
+    let mut header = [0; HELLO_HEADER_BYTES];
+    if let Err(error) = recv.read_exact(&mut header).await {
+        return lost(error);
+    }
+    let Some(len) = Hello::fields_len(header) else { return Event::Garbled };
+    let mut fields = vec![0; len];
+    if let Err(error) = recv.read_exact(&mut fields).await {
+        return lost(error);
+    }
+    Hello::from_fields(&fields).map_or(Event::Garbled, Event::Received)
+}
+
+fn describe_write(quic: &quinn::Connection, error: quinn::WriteError) -> String {
+    quic.close_reason().map_or_else(|| error.to_string(), |error| describe(&error))
+}
+
+/// Why a connection ended, for people.
+pub(crate) fn describe(error: &ConnectionError) -> String {
+    match error {
+        ConnectionError::TimedOut => format!("it did not answer for {IDLE_TIMEOUT:?}"),
+        ConnectionError::LocallyClosed => "this side closed it".to_owned(),
+        ConnectionError::Reset => "it was restarted".to_owned(),
+        ConnectionError::ApplicationClosed(close) => {
+            let reason = String::from_utf8_lossy(&close.reason);
+            let reason: String = reason.chars().filter(|c| !c.is_control()).take(500).collect();
+            format!("it closed the connection ({reason})")
+        }
+        ConnectionError::ConnectionClosed(close) => {
+            match alert(u64::from(close.error_code)) {
+                Some(alert) => format!("it refused this side's certificate: {alert}"),
+                None => format!("it ended the connection ({close})"),
+            }
+        }
+        ConnectionError::TransportError(error) => match alert(u64::from(error.code)) {
+            Some(alert) => format!("its certificate was refused: {alert} ({})", error.reason),
+            None => error.to_string(),
+        },
+        other => other.to_string(),
+    }
+}
+
+/// The TLS alerts that have to do with certificates, in words.
+fn alert(code: u64) -> Option<&'static str> {
+    // QUIC carries TLS alerts as 0x100 + alert (RFC 9001, 4.8).
+    match code.checked_sub(0x100)? {
+        42 | 46 => Some("it is not acceptable; join this cluster with its token"),
+        45 => Some("it is expired or not valid yet; compare the clocks, then join again"),
+        48 => Some("it belongs to another cluster; join this one with its token"),
+        51 => Some("it does not belong to this cluster; join it with its token"),
+        116 => Some("there is none; join this cluster with its token"),
+        120 => Some("the two have no protocol in common"),
+        _ => None,
+    }
+}

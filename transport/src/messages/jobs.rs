@@ -1,0 +1,180 @@
+//! Jobs: what a client asks the coordinator, what a home node reports, what flows back.
+//!
+//! These are small or rare beside expert batches, so they are owned values, decoded once.
+
+use rkyv::{Archive, Deserialize, Serialize};
+
+use super::{ClusterStatus, TraceContext};
+
+/// What the model is to continue.
+#[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub enum Prompt {
+    /// Text, for the coordinator's tokenizer.
+    Text(String),
+    /// Token ids, taken as they are.
+    Tokens(Vec<u32>),
+}
+
+/// Which logits are sent back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Archive, Serialize, Deserialize)]
+pub enum LogitsWanted {
+    /// None: just tokens.
+    #[default]
+    None,
+    /// Those of every position.
+    All,
+}
+
+/// One inference job, as a client writes it.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub struct JobRequest {
+    /// What to continue.
+    pub prompt: Prompt,
+    /// Most tokens to generate; 0 evaluates the prompt only.
+    pub max_new_tokens: u32,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 keeps all candidates.
+    pub top_k: u32,
+    /// 1 keeps all candidates.
+    pub top_p: f32,
+    /// Seed of the sampling.
+    pub seed: u64,
+    /// A `TierSet` as people write it: `all`, `tier_1b,tier_10b`, `..tier_10b`.
+    pub tiers: String,
+    /// Whether the end-of-text token ends the job.
+    pub stop_at_eos: bool,
+    /// Which logits to send back.
+    pub want_logits: LogitsWanted,
+    /// Whether to send back which experts ran.
+    pub want_routes: bool,
+    /// Tokens of the prompt per step; 0 lets the node choose.
+    pub prefill_chunk: u32,
+    /// The client's span.
+    pub trace: TraceContext,
+}
+
+/// Why a job ended well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub enum EndReason {
+    /// It generated as many tokens as it was allowed.
+    Length,
+    /// The model ended the text.
+    EndOfText,
+    /// Somebody cancelled it.
+    Cancelled,
+}
+
+/// Something that happened to a job: home node → coordinator → client.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub struct JobEvent {
+    /// The job, as the coordinator numbered it.
+    pub job: u64,
+    /// The span in which it happened.
+    pub trace: TraceContext,
+    /// What happened.
+    pub body: JobEventBody,
+}
+
+/// What happened to a job.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub enum JobEventBody {
+    /// A token was generated.
+    Token {
+        /// How many were generated before it.
+        index: u32,
+        /// Its id.
+        id: u32,
+        /// The text that it completes, if any.
+        text: Option<String>,
+    },
+    /// Logits `[rows, width]` of consecutive positions.
+    Logits {
+        /// Position of the first row.
+        first_row: u32,
+        /// How many positions.
+        rows: u32,
+        /// Size of the vocabulary.
+        width: u32,
+        /// Row after row.
+        values: Vec<f32>,
+    },
+    /// Which experts ran, `[layers, rows, k]`, each by its index in the layer's flat list.
+    Routes {
+        /// Position of the first row.
+        first_row: u32,
+        /// Layers with experts.
+        layers: u32,
+        /// How many positions.
+        rows: u32,
+        /// Experts per position.
+        k: u32,
+        /// Layer after layer, row after row.
+        ids: Vec<i32>,
+    },
+    /// More of the prompt was read.
+    Progress {
+        /// Tokens read.
+        prefilled: u32,
+        /// Tokens of the prompt.
+        total: u32,
+    },
+    /// The job ended well.
+    Done {
+        /// Why.
+        reason: EndReason,
+        /// Tokens that it generated.
+        generated: u32,
+    },
+    /// The job ended badly.
+    Failed {
+        /// What happened, and what to do.
+        reason: String,
+    },
+}
+
+impl JobEventBody {
+    /// Whether nothing follows.
+    pub fn is_last(&self) -> bool {
+        matches!(self, JobEventBody::Done { .. } | JobEventBody::Failed { .. })
+    }
+}
+
+/// A client asks the coordinator.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub enum ClientRequest {
+    /// Run this.
+    Submit(JobRequest),
+    /// How is the cluster?
+    Status,
+    /// End this job.
+    Cancel(u64),
+}
+
+/// The coordinator answers a client.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub enum ClientReply {
+    /// The job runs, or waits for its turn; its events follow.
+    Accepted {
+        /// Its number.
+        job: u64,
+    },
+    /// Something happened to the job.
+    Event(JobEvent),
+    /// How the cluster is.
+    Status(ClusterStatus),
+    /// The request was not taken.
+    Refused {
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+/// The coordinator gives a job to its home node.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub struct JobStart {
+    /// Number of the job.
+    pub job: u64,
+    /// The job; its prompt is token ids by now.
+    pub request: JobRequest,
+}
