@@ -1,0 +1,205 @@
+//! Import: a Hugging Face folder becomes a native checkpoint.
+//!
+//! # Contract
+//! - **Nothing is written before everything was looked at**: the configuration is understood
+//!   ([`hf_config`]), every tensor is found with the right shape and format ([`names`]), none is
+//!   left over, and the tokenizer loads. Then weights are copied, piece by piece.
+//! - **Memory** does not grow with the model or with its largest tensor: a few buffers of
+//!   [`PIECE_BYTES`].
+//! - **Values** are those of the source, bit for bit, unless `dtype` asks for rounding. Gates,
+//!   norms and biases become f32, which is exact from every source format.
+//! - **Interruption** leaves a folder without a manifest; the next import into it starts over.
+//! - **Distrust.** A folder is data from strangers: sizes are checked against files before use,
+//!   nothing in it is executed, and no name in it reaches another folder.
+
+mod copy;
+pub mod hf_config;
+pub mod hf_tensors;
+pub mod names;
+pub mod random;
+pub mod text;
+pub mod tiers;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use lite_llm_kernels::dtype::DType;
+
+use crate::{
+    checkpoint::{
+        Checkpoint, CheckpointError,
+        inspect::{Summary, inspect},
+        layout::Part,
+        writer::Writer,
+    },
+    config::ModelConfig,
+};
+
+pub use tiers::{Routes, TierCut};
+
+/// Bytes of a tensor that are in memory at once.
+pub const PIECE_BYTES: usize = 8 << 20;
+
+/// What to import, and how.
+#[derive(Debug, Clone)]
+pub struct ImportOptions {
+    /// The Hugging Face folder.
+    pub source: PathBuf,
+    /// The checkpoint's folder: new, empty, or left by an interrupted import.
+    pub out: PathBuf,
+    /// Format of projections, experts and embeddings; by default the source's own, widened
+    /// to f32 where it is f16 or mixed.
+    pub dtype: Option<DType>,
+    /// Cut the experts into tiers and groups; by default one tier of one group.
+    pub tiers: Option<TierCut>,
+    /// How many tiers, groups and experts a token goes to.
+    pub routes: Option<Routes>,
+}
+
+/// Why a folder was not imported.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// The operating system refused.
+    #[error("{path}: cannot {action}: {source}")]
+    Io {
+        /// Which file.
+        path: String,
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A key of a JSON file.
+    #[error("{path}: {key} is {found}; {expected}")]
+    Key {
+        /// Which file.
+        path: String,
+        /// The key.
+        key: String,
+        /// Its value.
+        found: String,
+        /// What would be right.
+        expected: String,
+    },
+    /// A class of model that is not known here.
+    #[error(
+        "{path}: architecture {found} is not known; {} are: convert the model to one of them, or ask for this one",
+        hf_config::KNOWN
+    )]
+    Architecture {
+        /// Which file.
+        path: String,
+        /// The class.
+        found: String,
+    },
+    /// The configuration describes no model that can run.
+    #[error("{path}: {source}")]
+    Config {
+        /// Which file.
+        path: String,
+        /// What is wrong.
+        source: crate::config::ConfigError,
+    },
+    /// A file that is not what it should be.
+    #[error("{path}: {found}; {expected}")]
+    File {
+        /// Which file.
+        path: String,
+        /// What was found.
+        found: String,
+        /// What was expected, and what to do.
+        expected: String,
+    },
+    /// A tensor that is not what it should be.
+    #[error("{path}: tensor {tensor}: {found}; {expected}")]
+    Tensor {
+        /// Which file, or the folder if none holds the tensor.
+        path: String,
+        /// Which tensor.
+        tensor: String,
+        /// What was found.
+        found: String,
+        /// What was expected, and what to do.
+        expected: String,
+    },
+    /// `--tiers` or `--routes` that does not fit the model.
+    #[error("{option} {text:?}: {reason}")]
+    Cut {
+        /// Which option.
+        option: &'static str,
+        /// Its text.
+        text: String,
+        /// What does not fit, and what would.
+        reason: String,
+    },
+    /// The checkpoint could not be written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+}
+
+impl ImportError {
+    fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let path = path.display().to_string();
+        move |source| Self::Io { path, action, source }
+    }
+
+    fn file(path: &Path, found: impl Into<String>, expected: impl Into<String>) -> Self {
+        let path = path.display().to_string();
+        Self::File { path, found: found.into(), expected: expected.into() }
+    }
+}
+
+/// Imports a folder. `progress` hears bytes done, bytes in all, and the shard at hand.
+pub fn import(
+    options: &ImportOptions,
+    progress: &mut dyn FnMut(u64, u64, &str),
+) -> Result<Summary, ImportError> {
+    let source = &options.source;
+    let mut config = hf_config::read(source)?;
+    tiers::cut(&mut config, options.tiers.as_ref(), options.routes.as_ref())?;
+    check(source, &config)?;
+    let tensors = hf_tensors::HfTensors::open(source)?;
+    let text = text::read(source)?;
+
+    let mut names = names::Names::new(&tensors, &config);
+    let mut plan = Vec::new();
+    let mut widest = DType::Bf16;
+    for part in Part::all(&config) {
+        // Any format will do here: names and shapes do not depend on it.
+        for spec in part.tensors(&config, DType::F32) {
+            let origin = names.origin(part, &spec)?;
+            if names::follows_model_dtype(&spec.name) && !origin.is_bf16() {
+                widest = DType::F32;
+            }
+            plan.push(origin);
+        }
+    }
+    names.check_all_used()?;
+    let total = plan.iter().map(|origin| origin.bytes()).sum();
+
+    let dtype = options.dtype.unwrap_or(widest);
+    let mut writer = Writer::create(&options.out, &config, dtype)?;
+    let mut copier = copy::Copier::new(&tensors);
+    let mut plan = plan.iter();
+    let mut done = 0;
+    for part in Part::all(&config) {
+        let path = part.path(&config);
+        writer.write_part(part, |spec, sink| {
+            let origin = plan.next().expect("the plan has an origin for every tensor");
+            progress(done, total, &path);
+            copier.copy(origin, spec, sink)?;
+            done += origin.bytes();
+            Ok::<_, ImportError>(())
+        })?;
+    }
+    progress(done, total, "manifest.json");
+    writer.finish(&text)?;
+    Ok(inspect(&Checkpoint::open(&options.out)?)?)
+}
+
+fn check(source: &Path, config: &ModelConfig) -> Result<(), ImportError> {
+    let path = source.join(hf_config::CONFIG).display().to_string();
+    config.check().map_err(|source| ImportError::Config { path, source })
+}

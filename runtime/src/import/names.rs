@@ -1,0 +1,243 @@
+//! Which source tensor, or which rows of one, become a tensor of the checkpoint.
+//!
+//! All known spellings are accepted for every class: experts one by one (`gate_proj`, `up_proj`,
+//! `down_proj` or Mixtral's `w1`, `w3`, `w2`), or fused over all experts (`gate_up_proj`
+//! [experts, 2 · inner, hidden], gate rows first, and `down_proj` [experts, hidden, inner]),
+//! below `mlp` or `block_sparse_moe`.
+//!
+//! Invariant: after [`Names::check_all_used`], every tensor of the source went somewhere, but for
+//! those that are known to be derived from others.
+
+use std::{collections::HashSet, ops::Range};
+
+use super::{
+    ImportError,
+    hf_tensors::{HfDType, HfTensors, View},
+};
+use crate::{
+    checkpoint::layout::{EXPERT_ROUTER, GROUP_ROUTER, Part, Shape, TensorSpec},
+    config::ModelConfig,
+};
+
+/// Where the values of a tensor come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// These rows.
+    Rows(View),
+    /// Each row is the mean of some rows: the gate of a tier or group that the source lacks.
+    Means(View, Vec<Range<usize>>),
+}
+
+impl Origin {
+    /// Bytes of the source that are read.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Origin::Rows(view) | Origin::Means(view, _) => view.bytes(),
+        }
+    }
+
+    /// Whether the source's values are bf16.
+    pub fn is_bf16(&self) -> bool {
+        let (Origin::Rows(view) | Origin::Means(view, _)) = self;
+        view.dtype == HfDType::Bf16
+    }
+}
+
+/// Whether a tensor is stored in the model's format: everything but gates, norms and biases.
+pub fn follows_model_dtype(name: &str) -> bool {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    !name.contains("router") && !last.ends_with("norm") && !last.ends_with("_bias")
+}
+
+/// Finds origins, and remembers which source tensors they use.
+#[derive(Debug)]
+pub struct Names<'a> {
+    source: &'a HfTensors,
+    config: &'a ModelConfig,
+    used: HashSet<String>,
+}
+
+const BLOCKS: [&str; 2] = ["mlp", "block_sparse_moe"];
+
+impl<'a> Names<'a> {
+    /// Names of one folder and model.
+    pub fn new(source: &'a HfTensors, config: &'a ModelConfig) -> Self {
+        Self { source, config, used: HashSet::new() }
+    }
+
+    /// The origin of a tensor.
+    pub fn origin(&mut self, part: Part, spec: &TensorSpec) -> Result<Origin, ImportError> {
+        match part {
+            Part::Model => self.whole(&model_name(&spec.name), spec),
+            Part::Layer(layer) => {
+                let prefix = format!("layers.{layer}.");
+                let rest = spec.name.strip_prefix(&prefix).unwrap_or(&spec.name);
+                if rest == "router.tiers" {
+                    let tiers = 0..self.tiers();
+                    return self.means(layer, tiers.map(|t| self.tier_experts(t)).collect());
+                }
+                self.whole(&format!("model.layers.{layer}.{}", layer_name(rest)), spec)
+            }
+            Part::GroupRouter { tier, layer } => {
+                debug_assert_eq!(spec.name, GROUP_ROUTER);
+                let per_group = self.experts_per_group(tier);
+                let all = self.tier_experts(tier);
+                let groups = all.step_by(per_group).map(|first| first..first + per_group);
+                self.means(layer, groups.collect())
+            }
+            Part::Group { tier, layer, group } => {
+                let per_group = self.experts_per_group(tier);
+                let first = self.tier_experts(tier).start + group as usize * per_group;
+                if spec.name == EXPERT_ROUTER {
+                    let gate = self.gate(layer)?;
+                    return Ok(Origin::Rows(gate.slice(first, per_group)));
+                }
+                let mut pieces = spec.name.rsplit('.');
+                let matrix = pieces.next().unwrap_or_default();
+                let expert = pieces.next().and_then(|e| e.parse::<usize>().ok()).unwrap_or(0);
+                self.expert(layer, first + expert, matrix, spec)
+            }
+        }
+    }
+
+    /// Says whether the source has tensors that nobody asked for.
+    pub fn check_all_used(&self) -> Result<(), ImportError> {
+        let tied = self.config.tied_embeddings;
+        let derived = |name: &str| {
+            name.ends_with(".rotary_emb.inv_freq") || (tied && name == "lm_head.weight")
+        };
+        let names = self.source.names();
+        let mut left = names.iter().filter(|name| !self.used.contains(**name) && !derived(name));
+        match left.next() {
+            None => Ok(()),
+            Some(first) => Err(ImportError::Tensor {
+                path: self.source.path_of(first),
+                tensor: (*first).into(),
+                found: format!("nothing in the model uses it, nor {} others", left.count()),
+                expected: "config.json and weights do not describe the same model, or its class \
+                           has a part that is not known here"
+                    .into(),
+            }),
+        }
+    }
+
+    fn tiers(&self) -> usize {
+        self.config.moe.as_ref().map_or(0, |moe| moe.tiers.len())
+    }
+
+    fn experts(&self) -> usize {
+        self.config.moe.as_ref().map_or(0, |moe| moe.experts())
+    }
+
+    fn experts_per_group(&self, tier: usize) -> usize {
+        self.config.moe.as_ref().map_or(1, |moe| moe.tiers[tier].experts_per_group as usize)
+    }
+
+    /// Experts of a tier, as indices of the source's flat list.
+    fn tier_experts(&self, tier: usize) -> Range<usize> {
+        let tiers = self.config.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
+        let first = tiers[..tier].iter().map(|t| t.experts() as usize).sum();
+        first..first + tiers[tier].experts() as usize
+    }
+
+    fn view(&mut self, name: &str, shape: &[usize]) -> Result<View, ImportError> {
+        let view = self.source.view(name, shape)?;
+        if !self.used.contains(name) {
+            self.used.insert(name.into());
+        }
+        Ok(view)
+    }
+
+    fn whole(&mut self, name: &str, spec: &TensorSpec) -> Result<Origin, ImportError> {
+        Ok(Origin::Rows(self.view(name, &spec.dims())?))
+    }
+
+    /// The first of several spellings that exists, or the first of all.
+    fn spelled(&self, spellings: impl IntoIterator<Item = String>) -> String {
+        let mut first = None;
+        for name in spellings {
+            if self.source.contains(&name) {
+                return name;
+            }
+            first.get_or_insert(name);
+        }
+        first.expect("every tensor has a spelling")
+    }
+
+    fn gate(&mut self, layer: usize) -> Result<View, ImportError> {
+        let name =
+            self.spelled(BLOCKS.map(|block| format!("model.layers.{layer}.{block}.gate.weight")));
+        self.view(&name, &[self.experts(), self.config.hidden])
+    }
+
+    fn means(&mut self, layer: usize, rows: Vec<Range<usize>>) -> Result<Origin, ImportError> {
+        Ok(Origin::Means(self.gate(layer)?, rows))
+    }
+
+    fn expert(
+        &mut self,
+        layer: usize,
+        expert: usize,
+        matrix: &str,
+        spec: &TensorSpec,
+    ) -> Result<Origin, ImportError> {
+        let Shape::Matrix { n, k } = spec.shape else {
+            unreachable!("experts are made of matrices");
+        };
+        let at = BLOCKS.map(|block| format!("model.layers.{layer}.{block}.experts"));
+        for at in &at {
+            let (name, rows, from) = match matrix {
+                "gate" => (format!("{at}.gate_up_proj"), 2 * n, 0),
+                "up" => (format!("{at}.gate_up_proj"), 2 * n, n),
+                _ => (format!("{at}.down_proj"), n, 0),
+            };
+            if self.source.contains(&name) {
+                let all = self.view(&name, &[self.experts(), rows, k])?;
+                return Ok(Origin::Rows(all.slice(expert * rows + from, n)));
+            }
+        }
+        let names = match matrix {
+            "gate" => ["gate_proj", "w1"],
+            "up" => ["up_proj", "w3"],
+            _ => ["down_proj", "w2"],
+        };
+        let mixtral = self.config.architecture == "mixtral";
+        let order = if mixtral {
+            [(1, 1), (0, 0), (0, 1), (1, 0)]
+        } else {
+            [(0, 0), (1, 1), (0, 1), (1, 0)]
+        };
+        let name = self.spelled(
+            order.map(|(block, name)| format!("{}.{expert}.{}.weight", at[block], names[name])),
+        );
+        self.whole(&name, spec)
+    }
+}
+
+fn model_name(name: &str) -> String {
+    match name {
+        "embed" => "model.embed_tokens.weight".into(),
+        "head" => "lm_head.weight".into(),
+        other => format!("model.{other}.weight"),
+    }
+}
+
+/// Source name of a dense tensor below its layer.
+fn layer_name(name: &str) -> String {
+    match name {
+        "attention_norm" => return "input_layernorm.weight".into(),
+        "ffn_norm" => return "post_attention_layernorm.weight".into(),
+        "shared.router" => return "mlp.shared_expert_gate.weight".into(),
+        _ => {}
+    }
+    match name.split_once('.') {
+        Some(("attention", rest)) => match (rest.strip_suffix("_bias"), rest.ends_with("_norm")) {
+            (Some(projection), _) => format!("self_attn.{projection}_proj.bias"),
+            (None, true) => format!("self_attn.{rest}.weight"),
+            (None, false) => format!("self_attn.{rest}_proj.weight"),
+        },
+        Some(("ffn", matrix)) => format!("mlp.{matrix}_proj.weight"),
+        Some(("shared", matrix)) => format!("mlp.shared_expert.{matrix}_proj.weight"),
+        _ => name.into(),
+    }
+}
