@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | control | coordinator, worker | coordinator, worker (not worker to worker) |
 //! | experts | worker | worker |
-//! | events | worker | coordinator |
+//! | job | coordinator | worker |
 //! | client | client | coordinator |
 //!
 //! Invariants: a peer that opens what it may not is disconnected; a stream whose header is late is
@@ -52,8 +52,8 @@ pub enum StreamKind {
     Control = 1,
     /// Expert batches and their replies.
     Experts = 2,
-    /// Job events, from home nodes to the coordinator.
-    Events = 3,
+    /// One job: its start, then its events. Its end is the job's.
+    Job = 3,
     /// A client's requests and the coordinator's replies.
     Client = 4,
 }
@@ -61,7 +61,7 @@ pub enum StreamKind {
 impl StreamKind {
     fn from_wire(kind: u8) -> Option<Self> {
         use StreamKind::*;
-        [Control, Experts, Events, Client].into_iter().find(|known| *known as u8 == kind)
+        [Control, Experts, Job, Client].into_iter().find(|known| *known as u8 == kind)
     }
 
     /// Whether a peer of one role may open such a stream to the other.
@@ -72,7 +72,7 @@ impl StreamKind {
             (StreamKind::Control, Coordinator, Worker | Coordinator)
                 | (StreamKind::Control, Worker, Coordinator)
                 | (StreamKind::Experts, Worker, Worker)
-                | (StreamKind::Events, Worker, Coordinator)
+                | (StreamKind::Job, Coordinator, Worker)
                 | (StreamKind::Client, Client, Coordinator)
         )
     }
@@ -83,7 +83,7 @@ impl fmt::Display for StreamKind {
         f.write_str(match self {
             StreamKind::Control => "control",
             StreamKind::Experts => "experts",
-            StreamKind::Events => "events",
+            StreamKind::Job => "job",
             StreamKind::Client => "client",
         })
     }
@@ -240,7 +240,10 @@ impl Connection {
     }
 
     /// Opens a stream of bytes. It does not keep the connection alive.
-    pub async fn open_raw(&self, kind: StreamKind) -> Result<(RawSender, RawReceiver), StreamError> {
+    pub async fn open_raw(
+        &self,
+        kind: StreamKind,
+    ) -> Result<(RawSender, RawReceiver), StreamError> {
         let (us, peer) = (self.inner.us.role, &self.inner.peer);
         if !kind.allowed(us, peer.role) {
             return Err(StreamError::Forbidden { kind, us, peer: peer.clone() });
@@ -320,7 +323,8 @@ async fn accept_streams(
                 Some(kind) => drop(opened.send(Opened { kind, send, recv }).await),
                 None => {
                     let what = kind.map_or("an unknown kind".to_owned(), |k| format!("kind {k}"));
-                    let reason = format!("a {} may not open a stream of {what} to a {us}", peer.role);
+                    let reason =
+                        format!("a {} may not open a stream of {what} to a {us}", peer.role);
                     tracing::warn!(%peer, %reason, "closed a connection");
                     quic.close(CLOSE_VIOLATION, reason.as_bytes());
                 }
@@ -417,12 +421,10 @@ pub(crate) fn describe(error: &ConnectionError) -> String {
             let reason: String = reason.chars().filter(|c| !c.is_control()).take(500).collect();
             format!("it closed the connection ({reason})")
         }
-        ConnectionError::ConnectionClosed(close) => {
-            match alert(u64::from(close.error_code)) {
-                Some(alert) => format!("it refused this side's certificate: {alert}"),
-                None => format!("it ended the connection ({close})"),
-            }
-        }
+        ConnectionError::ConnectionClosed(close) => match alert(u64::from(close.error_code)) {
+            Some(alert) => format!("it refused this side's certificate: {alert}"),
+            None => format!("it ended the connection ({close})"),
+        },
         ConnectionError::TransportError(error) => match alert(u64::from(error.code)) {
             Some(alert) => format!("its certificate was refused: {alert} ({})", error.reason),
             None => error.to_string(),
@@ -442,5 +444,50 @@ fn alert(code: u64) -> Option<&'static str> {
         116 => Some("there is none; join this cluster with its token"),
         120 => Some("the two have no protocol in common"),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        endpoint::{Endpoint, Expect, Options},
+        identity::ClusterCa,
+    };
+
+    async fn pair() -> ([Endpoint; 2], Connection, Connection) {
+        let ca = ClusterCa::ephemeral().unwrap();
+        let endpoints = ["w1", "w2"].map(|name| {
+            let identity = ca.identity(Role::Worker, name).unwrap();
+            let options = Options::new(Hello::new(1));
+            Endpoint::bind("127.0.0.1:0".parse().unwrap(), &identity, options).unwrap()
+        });
+        let address = endpoints[1].local_addr().unwrap();
+        let expect = Expect::worker("w2");
+        let (near, far) =
+            tokio::join!(endpoints[0].connect(address, &expect), endpoints[1].accept());
+        (endpoints, near.unwrap(), far.unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_opens_what_it_may_not_is_disconnected_and_nobody_sees_the_stream() {
+        for header in [*b"LLS\x03", *b"LLS\x01", *b"LLS\x63", *b"GET "] {
+            let (_endpoints, near, far) = pair().await;
+            let (mut send, _recv) = near.inner.quic.open_bi().await.unwrap();
+            send.write_all(&header).await.unwrap();
+            assert!(far.accept_stream().await.is_none(), "{header:?} was handed out");
+            let why = near.closed().await.to_string();
+            assert!(why.contains("worker may not open a stream"), "{why}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_whose_header_is_late_holds_up_no_other() {
+        let (_endpoints, near, far) = pair().await;
+        let (mut late, _recv) = near.inner.quic.open_bi().await.unwrap();
+        late.write_all(b"LL").await.unwrap();
+        let _stream = near.open_stream(StreamKind::Experts).await.unwrap();
+        let accepted = timeout(STREAM_TIMEOUT / 2, far.accept_stream()).await.unwrap();
+        assert_eq!(accepted.unwrap().kind, StreamKind::Experts);
     }
 }

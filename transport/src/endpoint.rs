@@ -44,7 +44,7 @@ pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(500);
 /// How long a connection may take from its first packet to the end of the handshake.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(8);
 /// Streams that one peer may have open.
-pub const STREAMS_MAX: u32 = 64;
+pub const STREAMS_MAX: u32 = 1024;
 /// Bytes that one peer may send ahead on one stream.
 pub const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 /// Bytes that one peer may send ahead on all its streams.
@@ -290,8 +290,7 @@ impl Endpoint {
         address: SocketAddr,
         expect: &Expect,
     ) -> Result<Connection, ConnectError> {
-        let failed =
-            |reason| ConnectError::Failed { peer: expect.to_string(), address, reason };
+        let failed = |reason| ConnectError::Failed { peer: expect.to_string(), address, reason };
         let config = client_config(self.inner.tls.clone(), address);
         let connecting = async {
             let connecting = self
@@ -425,9 +424,9 @@ impl Admission {
                 let (us, pool) = (self.who.clone(), self.options.pool.clone());
                 Ok(Some(Connection::new(quic, us, peer, hello, pool)))
             }
-            (Some(tls::ALPN_MEMBER), None, _) => refuse(
-                "it shows no certificate of this cluster; join it with its token".to_owned(),
-            ),
+            (Some(tls::ALPN_MEMBER), None, _) => {
+                refuse("it shows no certificate of this cluster; join it with its token".to_owned())
+            }
             (protocol, ..) => {
                 let name = String::from_utf8_lossy(protocol.unwrap_or_default()).into_owned();
                 refuse(format!("it speaks {name:?}, which is not served here"))

@@ -47,12 +47,14 @@ pub enum FrameKind {
     ClientRequest = 5,
     /// A [`messages::ClientReply`].
     ClientReply = 6,
+    /// A [`messages::JobStart`].
+    JobStart = 7,
 }
 
 impl FrameKind {
     fn from_wire(kind: u16) -> Option<Self> {
         use FrameKind::*;
-        [ExpertBatch, ExpertOutputs, ExpertFailure, JobEvent, ClientRequest, ClientReply]
+        [ExpertBatch, ExpertOutputs, ExpertFailure, JobEvent, ClientRequest, ClientReply, JobStart]
             .into_iter()
             .find(|known| *known as u16 == kind)
     }
@@ -364,11 +366,7 @@ struct Partial {
 }
 
 impl FrameReceiver {
-    pub(crate) fn new(
-        stream: quinn::RecvStream,
-        connection: Connection,
-        pool: BufferPool,
-    ) -> Self {
+    pub(crate) fn new(stream: quinn::RecvStream, connection: Connection, pool: BufferPool) -> Self {
         let header = [0; HEADER_BYTES];
         Self { stream, connection, pool, header, header_filled: 0, partial: None }
     }
@@ -405,7 +403,9 @@ impl FrameReceiver {
                 }
             };
             partial = self.partial.take().expect("put there before the wait");
-            self.connection.counts().copy(&chunk, &mut partial.buffer[filled..filled + chunk.len()]);
+            self.connection
+                .counts()
+                .copy(&chunk, &mut partial.buffer[filled..filled + chunk.len()]);
             partial.filled += chunk.len();
         }
         self.header_filled = 0;
@@ -484,4 +484,3 @@ pub enum RecvError {
     #[error(transparent)]
     Frame(#[from] FrameError),
 }
-

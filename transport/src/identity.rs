@@ -11,6 +11,7 @@ use std::{
     fs::{self, OpenOptions},
     io::{self, Write},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -22,7 +23,7 @@ use rustls_pki_types::{
     CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject,
 };
 
-use crate::{messages::trace::hex_into, tls, token::JoinToken};
+use crate::{endpoint::BindError, messages::trace::hex_into, tls, token::JoinToken};
 
 /// How long a certificate of a coordinator or a worker is valid.
 pub const NODE_VALIDITY: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -178,6 +179,11 @@ impl Identity {
         &self.who
     }
 
+    /// TLS for a TCP listener of this process: it lets in members of the cluster only.
+    pub fn tcp_server_config(&self) -> Result<Arc<rustls::ServerConfig>, BindError> {
+        tls::server_config(self, false).map(Arc::new)
+    }
+
     pub(crate) fn new(
         who: PeerIdentity,
         leaf: CertificateDer<'static>,
@@ -301,10 +307,6 @@ impl ClusterCa {
         &self.secret
     }
 
-    pub(crate) fn certificate(&self) -> &CertificateDer<'static> {
-        &self.certificate
-    }
-
     /// An identity whose key is made here: for the process that holds the authority.
     pub fn identity(&self, role: Role, name: &str) -> Result<Identity, IdentityError> {
         let validity = if role == Role::Client { CLIENT_VALIDITY } else { NODE_VALIDITY };
@@ -334,10 +336,9 @@ impl ClusterCa {
         now: SystemTime,
     ) -> Result<Vec<u8>, IdentityError> {
         let who = checked_name(role, name)?;
-        let request = CertificateSigningRequestParams::from_der(
-            &CertificateSigningRequestDer::from(request),
-        )
-        .map_err(|error| IdentityError::Request(error.to_string()))?;
+        let request =
+            CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))
+                .map_err(|error| IdentityError::Request(error.to_string()))?;
         let validity = if role == Role::Client { CLIENT_VALIDITY } else { NODE_VALIDITY };
         Ok(self.sign(&request.public_key, &who, now, validity)?.to_vec())
     }

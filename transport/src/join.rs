@@ -210,9 +210,8 @@ fn decide(
         Some(role @ (Role::Worker | Role::Client)) => role,
         _ => return Err(format!("one joins as worker or client, not as {role:?}")),
     };
-    let certificate = ca
-        .issue(&request, role, &name, SystemTime::now())
-        .map_err(|error| error.to_string())?;
+    let certificate =
+        ca.issue(&request, role, &name, SystemTime::now()).map_err(|error| error.to_string())?;
     Ok((format!("{role} {name}"), certificate))
 }
 
@@ -233,4 +232,53 @@ fn prove(
         hasher.update(part);
     }
     Ok(hasher.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::endpoint::{Endpoint, Options};
+
+    /// A connection that speaks the join protocol and has introduced itself.
+    async fn greeted(head: &Endpoint, token: &JoinToken) -> (quinn::Endpoint, quinn::Connection) {
+        let address = head.local_addr().unwrap();
+        let endpoint = endpoint::outgoing(address).unwrap();
+        let tls = tls::joiner(token.certificate()).unwrap();
+        let config = endpoint::client_config(tls, address);
+        let domain = Role::Coordinator.domain();
+        let quic = endpoint.connect_with(config, address, &domain).unwrap().await.unwrap();
+        greet(&quic, true, Session::new(Role::Worker, "head", Hello::new(1))).await.unwrap();
+        (endpoint, quic)
+    }
+
+    async fn send(quic: &quinn::Connection, request: &[u8]) -> JoinReply {
+        let (mut send, mut recv) = quic.open_bi().await.unwrap();
+        send.write_all(request).await.unwrap();
+        send.finish().unwrap();
+        decode(&recv.read_to_end(JOIN_BYTES_MAX).await.unwrap()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_proof_is_worth_nothing_in_another_session_or_for_another_request() {
+        let ca = Arc::new(ClusterCa::ephemeral().unwrap());
+        let identity = ca.identity(Role::Coordinator, "head").unwrap();
+        let address = "127.0.0.1:0".parse().unwrap();
+        let options = Options::new(Hello::new(1));
+        let head = Endpoint::bind_coordinator(address, &identity, ca.clone(), options).unwrap();
+        let token = ca.join_token("");
+        let request = |quic: &quinn::Connection, proven: &str, asked: &str| {
+            let (csr, _key) = signing_request().unwrap();
+            let proof = prove(quic, token.secret(), "worker", proven, &csr).unwrap();
+            let (name, role) = (asked.to_owned(), "worker".to_owned());
+            encode(&JoinRequest { proof: *proof.as_bytes(), name, role, request: csr })
+        };
+        let (_first_endpoint, first) = greeted(&head, &token).await;
+        let (_second_endpoint, second) = greeted(&head, &token).await;
+        let (_third_endpoint, third) = greeted(&head, &token).await;
+        let good = request(&first, "w1", "w1");
+        let other_name = request(&third, "w1", "w2");
+        assert!(matches!(send(&second, &good).await, JoinReply::Refused { .. }), "replayed");
+        assert!(matches!(send(&third, &other_name).await, JoinReply::Refused { .. }), "renamed");
+        assert!(matches!(send(&first, &good).await, JoinReply::Accepted { .. }));
+    }
 }

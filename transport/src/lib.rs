@@ -14,7 +14,9 @@
 //! Deliberately absent: model arithmetic, actors, and any opinion about where an expert lives.
 
 #[cfg(target_endian = "big")]
-compile_error!("activations are read in place as little-endian f32: big-endian hosts are not supported");
+compile_error!(
+    "activations are read in place as little-endian f32: big-endian hosts are not supported"
+);
 
 pub mod connection;
 pub mod endpoint;

@@ -77,10 +77,7 @@ impl Hello {
             protocol: u32::from_le_bytes(*protocol),
             determinism: u32::from_le_bytes(*determinism),
             // It is shown to people: no control characters.
-            release: String::from_utf8_lossy(release)
-                .chars()
-                .filter(|c| !c.is_control())
-                .collect(),
+            release: String::from_utf8_lossy(release).chars().filter(|c| !c.is_control()).collect(),
             checkpoint: (*flag != 0).then_some(*checkpoint),
         })
     }
@@ -265,10 +262,8 @@ impl Session {
         }
         match (hello.checkpoint, self.ours.checkpoint) {
             (Some(found), Some(expected)) if found != expected => {
-                let (found, expected) = (
-                    crate::identity::hex(&found[..8]),
-                    crate::identity::hex(&expected[..8]),
-                );
+                let (found, expected) =
+                    (crate::identity::hex(&found[..8]), crate::identity::hex(&expected[..8]));
                 Err(SessionError::Checkpoint { peer, us, found, expected })
             }
             _ => Ok(()),
@@ -306,7 +301,10 @@ mod tests {
     fn other_versions_fail_and_both_are_named() {
         let now = Instant::now();
         for (hello, words) in [
-            (Hello { protocol: 2, ..Hello::new(1) }, ["worker w1 speaks protocol 2", "coordinator 1"]),
+            (
+                Hello { protocol: 2, ..Hello::new(1) },
+                ["worker w1 speaks protocol 2", "coordinator 1"],
+            ),
             (Hello::new(7), ["contract 7", "coordinator by 1"]),
         ] {
             let mut session = opened(now);
@@ -358,12 +356,8 @@ mod tests {
 
     #[test]
     fn the_bytes_of_a_hello_never_change() {
-        let hello = Hello {
-            protocol: 1,
-            determinism: 1,
-            release: "0.1.0".into(),
-            checkpoint: None,
-        };
+        let hello =
+            Hello { protocol: 1, determinism: 1, release: "0.1.0".into(), checkpoint: None };
         let mut expected = b"LLM\0\x2f\0\x01\0\0\0\x01\0\0\0\x050.1.0\0".to_vec();
         expected.extend([0; 32]);
         assert_eq!(hello.to_bytes(), expected);

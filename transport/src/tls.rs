@@ -49,7 +49,9 @@ pub(crate) fn client(identity: &Identity) -> Result<Arc<QuicClientConfig>, BindE
 }
 
 /// What a joiner expects where it connects; it has nothing to show yet.
-pub(crate) fn joiner(authority: &CertificateDer<'static>) -> Result<Arc<QuicClientConfig>, BindError> {
+pub(crate) fn joiner(
+    authority: &CertificateDer<'static>,
+) -> Result<Arc<QuicClientConfig>, BindError> {
     let config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
         .map_err(BindError::tls)?
@@ -69,6 +71,16 @@ fn quic_client(mut config: ClientConfig, alpn: &[u8]) -> Result<Arc<QuicClientCo
 /// With `joins`, connections without a certificate come through TLS; they may speak
 /// [`ALPN_JOIN`] only, which the endpoint enforces before it reads a stream.
 pub(crate) fn server(identity: &Identity, joins: bool) -> Result<Arc<QuicServerConfig>, BindError> {
+    let mut config = server_config(identity, joins)?;
+    config.alpn_protocols = vec![ALPN_MEMBER.to_vec()];
+    if joins {
+        config.alpn_protocols.push(ALPN_JOIN.to_vec());
+    }
+    Ok(Arc::new(QuicServerConfig::try_from(config).map_err(BindError::tls)?))
+}
+
+/// TLS that lets in holders of this cluster's certificates, and with `joins` those who hold none.
+pub(crate) fn server_config(identity: &Identity, joins: bool) -> Result<ServerConfig, BindError> {
     let verifier =
         WebPkiClientVerifier::builder_with_provider(roots(&identity.authority)?, provider());
     let verifier = if joins { verifier.allow_unauthenticated() } else { verifier };
@@ -79,11 +91,7 @@ pub(crate) fn server(identity: &Identity, joins: bool) -> Result<Arc<QuicServerC
         .with_client_cert_verifier(verifier)
         .with_single_cert(identity.chain.clone(), identity.key.clone_key())
         .map_err(BindError::tls)?;
-    config.alpn_protocols = vec![ALPN_MEMBER.to_vec()];
-    if joins {
-        config.alpn_protocols.push(ALPN_JOIN.to_vec());
-    }
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    Ok(Arc::new(QuicServerConfig::try_from(config).map_err(BindError::tls)?))
+    Ok(config)
 }

@@ -84,14 +84,19 @@ impl JoinToken {
         &self.certificate
     }
 
+    /// The secret by which members of this cluster's control plane know each other, beside their
+    /// certificates.
+    pub fn control_cookie(&self) -> String {
+        hex(&blake3::derive_key("lite-llm control plane 1", &self.secret))
+    }
+
     pub(crate) fn secret(&self) -> &[u8; 32] {
         &self.secret
     }
 
     /// Reads a token file.
     pub fn read(path: &Path) -> Result<Self, TokenError> {
-        let failed =
-            |source| TokenError::File { action: "read", path: path.to_owned(), source };
+        let failed = |source| TokenError::File { action: "read", path: path.to_owned(), source };
         let damaged = |found| TokenError::Damaged { path: path.to_owned(), found };
         let size = fs::metadata(path).map_err(failed)?.len();
         if size > TOKEN_BYTES_MAX {

@@ -412,7 +412,11 @@ fn check_shape(
     check_count(what, "rows", rows as usize, rows_max)?;
     check_count(what, "width", width as usize, WIDTH_MAX)?;
     let bytes = 4 * u64::from(rows) * u64::from(width);
-    if bytes > FRAME_BYTES_MAX as u64 { Err(MessageError::TooLarge { what, bytes }) } else { Ok(()) }
+    if bytes > FRAME_BYTES_MAX as u64 {
+        Err(MessageError::TooLarge { what, bytes })
+    } else {
+        Ok(())
+    }
 }
 
 fn check_count(

@@ -2,6 +2,8 @@
 //!
 //! These are small or rare beside expert batches, so they are owned values, decoded once.
 
+#![allow(missing_docs, reason = "rkyv derives undocumented structs for enums with named fields")]
+
 use rkyv::{Archive, Deserialize, Serialize};
 
 use super::{ClusterStatus, TraceContext};
@@ -61,6 +63,8 @@ pub enum EndReason {
     Length,
     /// The model ended the text.
     EndOfText,
+    /// The model's context is full.
+    Context,
     /// Somebody cancelled it.
     Cancelled,
 }

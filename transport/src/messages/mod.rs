@@ -70,7 +70,9 @@ pub enum MessageError {
         expected: String,
     },
     /// More than one frame may hold.
-    #[error("{what} takes {bytes} bytes; a frame holds at most {FRAME_BYTES_MAX}: send less at once")]
+    #[error(
+        "{what} takes {bytes} bytes; a frame holds at most {FRAME_BYTES_MAX}: send less at once"
+    )]
     TooLarge {
         /// The message.
         what: &'static str,
@@ -115,6 +117,9 @@ impl Message for JobEvent {
 }
 impl Message for ClientRequest {
     const KIND: FrameKind = FrameKind::ClientRequest;
+}
+impl Message for JobStart {
+    const KIND: FrameKind = FrameKind::JobStart;
 }
 impl Message for ClientReply {
     const KIND: FrameKind = FrameKind::ClientReply;

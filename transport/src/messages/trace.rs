@@ -17,7 +17,9 @@ pub struct TraceContext {
 
 /// A `traceparent` that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{found:?} is no traceparent: 00-<32 hex digits>-<16 hex digits>-<2 hex digits> is expected")]
+#[error(
+    "{found:?} is no traceparent: 00-<32 hex digits>-<16 hex digits>-<2 hex digits> is expected"
+)]
 pub struct BadTraceparent {
     found: String,
 }
