@@ -255,8 +255,13 @@ impl ClusterCa {
     fn make(now: SystemTime) -> Result<String, IdentityError> {
         let mut secret = [0; 32];
         tls::random(&mut secret).map_err(IdentityError::Certificate)?;
+        // A name of its own, so that a peer of another cluster is told just that.
+        let mut random = [0; 8];
+        tls::random(&mut random).map_err(IdentityError::Certificate)?;
         let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, "lite-llm cluster");
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        let name = format!("lite-llm cluster {}", hex(&random));
+        params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         set_validity(&mut params, now, CA_VALIDITY);
@@ -389,11 +394,13 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 /// Writes a file that only its owner reads, in one step; an existing one is kept unless replaced.
 pub(crate) fn write_private(path: &Path, text: &str, replace: bool) -> io::Result<()> {
+    let mut random = [0; 8];
+    tls::random(&mut random).map_err(io::Error::other)?;
     let mut staging = path.as_os_str().to_owned();
-    staging.push(format!(".{}.new", std::process::id()));
+    staging.push(format!(".{}.new", hex(&random)));
     let staging = PathBuf::from(staging);
     let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true);
+    options.write(true).create_new(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     let written = (|| {
