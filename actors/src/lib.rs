@@ -1,1 +1,39 @@
-//! .
+//! Ownership and failure: who holds what, and what happens when somebody is gone.
+//!
+//! ```text
+//! CoordinatorHandle (door: QUIC endpoint)
+//! └─ Coordinator                 membership, placement, jobs          (one per cluster)
+//!      │  ractor: Describe, Load, Status, Suspend, Dismiss            control plane
+//!      ▼
+//!    NodeActor                   the one actor that others see        (one per worker)
+//!    ├─ RouterActor ── Lane      sequences and passes, on an OS thread
+//!    ├─ Loader                   carries assignments out
+//!    ├─ StorageActor             residence of experts (DRAM)
+//!    └─ ExpertShard × layers     the experts this node was given
+//! ```
+//!
+//! Jobs and token batches are not actor messages: they travel as frames on QUIC streams of their
+//! own ([`job`], [`links`]) into the lane's bounded inbox ([`lane`]).
+//!
+//! Invariants: no arithmetic and no file formats here; decisions are made by pure machines
+//! ([`membership`], [`placement`], and the exchange of `transport`); every wait has a deadline,
+//! every queue a bound; one facade actor per node is visible to others, never one per expert.
+
+pub mod control;
+pub mod coordinator;
+pub mod job;
+pub mod lane;
+pub mod links;
+pub mod local;
+pub mod membership;
+pub mod node;
+pub mod placement;
+pub mod router;
+pub mod serve;
+pub mod shard;
+pub mod storage;
+#[cfg(test)]
+mod testing;
+pub mod trace;
+pub mod wire;
+pub mod worker;

@@ -1,0 +1,88 @@
+//! The control plane: ractor_cluster over a stream of our own QUIC connection.
+//!
+//! ractor_cluster always opens a TCP listener of its own. It is bound to loopback on a port that
+//! nobody is told, and behind TLS that demands a certificate of the cluster: nothing plain is
+//! ever spoken, and nobody uses it.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use lite_llm_transport::{
+    connection::{RawReceiver, RawSender},
+    identity::Identity,
+};
+use ractor::{Actor, ActorRef};
+use ractor_cluster::{
+    BoxRead, BoxWrite, ClusterBidiStream, IncomingEncryptionMode, NodeServer, NodeServerMessage,
+    node::NodeConnectionMode,
+};
+
+/// Longest message of the control plane, in bytes: an assignment of a large model.
+pub const CONTROL_BYTES_MAX: u64 = 16 << 20;
+
+/// A QUIC stream as ractor_cluster takes it.
+struct ControlStream {
+    sender: RawSender,
+    receiver: RawReceiver,
+    peer: String,
+}
+
+impl ClusterBidiStream for ControlStream {
+    fn split(self: Box<Self>) -> (BoxRead, BoxWrite) {
+        (Box::new(self.receiver), Box::new(self.sender))
+    }
+
+    fn peer_label(&self) -> Option<String> {
+        Some(self.peer.clone())
+    }
+}
+
+/// This process's end of the control plane.
+#[derive(Clone)]
+pub struct ControlPlane {
+    server: ActorRef<NodeServerMessage>,
+}
+
+/// The control plane could not be started.
+#[derive(Debug, thiserror::Error)]
+#[error("could not start the control plane of {name}: {reason}")]
+pub struct ControlError {
+    name: String,
+    reason: String,
+}
+
+impl ControlPlane {
+    /// Starts it. `cookie` is a secret that all members of the cluster share.
+    pub async fn start(identity: &Identity, cookie: &str) -> Result<Self, ControlError> {
+        let name = identity.who().to_string();
+        let failed = |reason: String| ControlError { name: name.clone(), reason };
+        let tls = identity.tcp_server_config().map_err(|error| failed(error.to_string()))?;
+        let server = NodeServer::new(
+            0,
+            cookie.to_owned(),
+            name.clone(),
+            // ractor_cluster tells nodes apart by host: each of ours counts as a host.
+            name.clone(),
+            Some(IncomingEncryptionMode::Tls(tls.into())),
+            Some(NodeConnectionMode::Isolated),
+        )
+        .with_listen_addr(IpAddr::V4(Ipv4Addr::LOCALHOST))
+        .with_max_inbound_frame_size(CONTROL_BYTES_MAX);
+        let (server, _) =
+            Actor::spawn(None, server, ()).await.map_err(|error| failed(error.to_string()))?;
+        Ok(Self { server })
+    }
+
+    /// Speaks with a peer over an open stream; `accepted` if the peer opened it.
+    pub fn connect(&self, peer: &str, stream: (RawSender, RawReceiver), accepted: bool) {
+        let (sender, receiver) = stream;
+        let stream = Box::new(ControlStream { sender, receiver, peer: peer.to_owned() });
+        let message = NodeServerMessage::ConnectionOpenedExternal { stream, is_server: accepted };
+        // Its server stops only with the process.
+        let _ = self.server.cast(message);
+    }
+
+    /// Ends it.
+    pub fn stop(&self) {
+        self.server.stop(None);
+    }
+}

@@ -1,0 +1,211 @@
+//! A job's way between the coordinator and its home node: one stream, whose end is the job's.
+//!
+//! Invariants: a job's reader gets exactly one last event, whatever fails; a reader that goes
+//! away cancels its job; a reader that is slow slows its own job only (each job has its own
+//! stream and its own bounded queue).
+
+use std::sync::Arc;
+
+use lite_llm_runtime::{
+    sampler::Sampling,
+    sequence::Request,
+    tier::TierSet,
+    tokenizer::Tokenizer,
+};
+use lite_llm_transport::{
+    connection::{Connection, StreamKind},
+    frame::{FrameReceiver, FrameSender},
+    messages::{JobEvent, JobEventBody, JobRequest, JobStart, LogitsWanted, Prompt},
+};
+use tokio::sync::{mpsc, watch};
+use tracing::{Instrument, Span, debug, debug_span};
+
+use crate::{
+    lane::{self, JOB_EVENTS_MAX, LaneEvent},
+    links::deliver,
+    router::LaneInbox,
+    trace,
+};
+
+/// Events of one job that may wait for a client.
+pub const CLIENT_EVENTS_MAX: usize = 64;
+
+/// A job at the coordinator.
+pub(crate) struct Job {
+    pub(crate) start: JobStart,
+    pub(crate) home: Connection,
+    pub(crate) events: mpsc::Sender<JobEvent>,
+    /// Turns to a reason when the cluster can no longer serve.
+    pub(crate) suspended: watch::Receiver<Option<String>>,
+    pub(crate) cancelled: watch::Receiver<bool>,
+    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+}
+
+impl Job {
+    /// Brings the job to its home node and its events to its reader. Returns the tokens that it
+    /// generated.
+    pub(crate) async fn run(mut self) -> u64 {
+        let job = self.start.job;
+        let trace = self.start.request.trace;
+        let (generated, reason) = self.pump().await;
+        if let Some(reason) = reason {
+            let body = JobEventBody::Failed { reason };
+            // A reader that is gone needs no last event.
+            let _ = self.events.send(JobEvent { job, trace, body }).await;
+        }
+        generated
+    }
+
+    /// Returns the tokens generated, and why the job failed unless its home node said the last.
+    async fn pump(&mut self) -> (u64, Option<String>) {
+        let home = self.home.peer().name.clone();
+        let gone = |error: &dyn std::fmt::Display| {
+            Some(format!("worker {home}, home of this job, is gone: {error}; submit it again"))
+        };
+        let (mut sender, mut receiver) = match self.home.open_stream(StreamKind::Job).await {
+            Ok(stream) => stream,
+            Err(error) => return (0, gone(&error)),
+        };
+        if let Err(error) = sender.send_message(&self.start).await {
+            return (0, gone(&error));
+        }
+        let mut text = self.tokenizer.as_ref().map(|tokenizer| tokenizer.stream());
+        let mut generated = 0;
+        loop {
+            let frame = tokio::select! {
+                frame = receiver.recv() => frame,
+                reason = suspended(&mut self.suspended) => return (generated, Some(reason)),
+                () = cancelled(&mut self.cancelled) => {
+                    // The home node sees the stream end and stops; so does the reader.
+                    let reason = lite_llm_transport::messages::EndReason::Cancelled;
+                    let body = JobEventBody::Done { reason, generated: generated as u32 };
+                    let (job, trace) = (self.start.job, self.start.request.trace);
+                    let _ = self.events.send(JobEvent { job, trace, body }).await;
+                    return (generated, None);
+                }
+            };
+            let mut event = match frame {
+                Ok(Some(frame)) => match frame.decode::<JobEvent>() {
+                    Ok(event) => event,
+                    Err(error) => return (generated, gone(&error)),
+                },
+                Ok(None) => {
+                    let reason = "this job's events were not read fast enough; read them as they come";
+                    return (generated, Some(reason.to_owned()));
+                }
+                Err(error) => return (generated, gone(&error)),
+            };
+            if let JobEventBody::Token { id, text: piece, .. } = &mut event.body {
+                generated += 1;
+                *piece = text.as_mut().map(|text| text.push(*id)).filter(|piece| !piece.is_empty());
+            }
+            let last = event.body.is_last();
+            // A reader that is gone drops its end; dropping the stream tells the home node.
+            if self.events.send(event).await.is_err() || last {
+                return (generated, None);
+            }
+        }
+    }
+}
+
+async fn suspended(watch: &mut watch::Receiver<Option<String>>) -> String {
+    match watch.wait_for(Option::is_some).await {
+        Ok(reason) => reason.clone().unwrap_or_default(),
+        Err(_) => "the coordinator stops".into(),
+    }
+}
+
+async fn cancelled(watch: &mut watch::Receiver<bool>) {
+    if watch.wait_for(|cancelled| *cancelled).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Serves the job streams that a coordinator opens to a node, until the connection ends.
+pub async fn serve_jobs(connection: Connection, inbox: LaneInbox) {
+    while let Some(stream) = connection.accept_stream().await {
+        if stream.kind == StreamKind::Job {
+            let (sender, receiver) = stream.into_frames();
+            tokio::spawn(serve_job(sender, receiver, inbox.clone()));
+        }
+    }
+}
+
+async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: LaneInbox) {
+    let start = match receiver.recv().await {
+        Ok(Some(frame)) => frame.decode::<JobStart>().map_err(|error| error.to_string()),
+        Ok(None) => return,
+        Err(error) => Err(error.to_string()),
+    };
+    let JobStart { job, request } = match start {
+        Ok(start) => start,
+        Err(error) => {
+            debug!(%error, "a job stream brought no job");
+            return;
+        }
+    };
+    let trace = request.trace;
+    let span = debug_span!("node", job);
+    trace::adopt(&span, trace);
+    let (events, mut queue) = mpsc::channel(JOB_EVENTS_MAX);
+    let lane = inbox.load_full();
+    let refused = match (engine_request(request, &span), &lane) {
+        (Err(reason), _) => Some(reason),
+        (Ok(_), None) => Some("this worker has no experts loaded at present".into()),
+        (Ok(request), Some(lane)) => {
+            let start = lane::JobStart { job, request, events, span: span.clone() };
+            let taken = deliver(lane, LaneEvent::Start(Box::new(start))).await;
+            (!taken).then(|| "this worker is busy or stopping; submit it again".into())
+        }
+    };
+    if let Some(reason) = refused {
+        let event = JobEvent { job, trace, body: JobEventBody::Failed { reason } };
+        if sender.send_message(&event).await.is_ok() {
+            // The coordinator hangs up when it has read the last event.
+            let _ = sender.finish().await;
+        }
+        return;
+    }
+    let pump = async {
+        while let Some(event) = queue.recv().await {
+            if sender.send_message(&event).await.is_err() {
+                return;
+            }
+        }
+        // As above.
+        let _ = sender.finish().await;
+    };
+    tokio::select! {
+        () = pump.instrument(span) => {}
+        // Nothing more is ever sent on this stream: whatever comes means that the job is over.
+        _ = receiver.recv() => {}
+    }
+    if let Some(lane) = lane {
+        // The lane ignores jobs that have ended; a lane that is gone has ended them all.
+        deliver(&lane, LaneEvent::Cancel(job)).await;
+    }
+}
+
+/// A job as the engine takes it.
+fn engine_request(request: JobRequest, span: &Span) -> Result<Request, String> {
+    let Prompt::Tokens(prompt) = request.prompt else {
+        return Err("a home node takes token ids, not text".into());
+    };
+    let tiers: TierSet = request.tiers.parse().map_err(|error| format!("tiers: {error}"))?;
+    Ok(Request {
+        prompt,
+        max_new_tokens: request.max_new_tokens as usize,
+        sampling: Sampling {
+            temperature: request.temperature,
+            top_k: request.top_k,
+            top_p: request.top_p,
+            seed: request.seed,
+        },
+        tiers,
+        stop_at_eos: request.stop_at_eos,
+        logits: request.want_logits == LogitsWanted::All,
+        routes: request.want_routes,
+        prefill_chunk: request.prefill_chunk as usize,
+        span: span.clone(),
+    })
+}

@@ -1,0 +1,220 @@
+//! One dispatch of a pass: which of its calls are where, and what came back.
+
+use std::collections::{BTreeMap, HashMap};
+
+use lite_llm_runtime::{
+    config::ModelConfig, forward::Dispatch, moe_layer::ExpertCall, routing::Route,
+};
+use lite_llm_transport::{
+    frame::OutgoingFrame,
+    messages::{
+        self, ExpertBatch, ExpertOutputsView, OutgoingExpertBatch, TraceContext,
+        experts::calls_max,
+    },
+    pool::BufferPool,
+};
+
+use crate::placement::Owners;
+
+/// Where the output of a route is.
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    /// Row of the outputs that were computed here.
+    Here(u32),
+    /// Row of the reply to a batch.
+    There { batch: u64, row: u32 },
+}
+
+/// A batch that was sent.
+struct Sent {
+    peer: u16,
+    calls: u32,
+    outputs: Option<ExpertOutputsView>,
+    complete: bool,
+}
+
+/// What a pass waits for.
+pub(super) struct Flight {
+    width: usize,
+    /// One entry per route of the dispatch.
+    parts: Vec<Part>,
+    /// Outputs computed here, `[calls, width]`.
+    here: Vec<f32>,
+    sent: HashMap<u64, Sent>,
+}
+
+/// What splitting a dispatch needs to know.
+pub(super) struct Split<'a> {
+    pub(super) config: &'a ModelConfig,
+    pub(super) owners: &'a Owners,
+    /// Index of this node.
+    pub(super) here: u16,
+}
+
+/// A frame for a peer, with the number of its batch.
+type Outgoing = (u64, u16, OutgoingFrame);
+
+/// A batch for one peer, as it grows.
+#[derive(Default)]
+struct Batch {
+    /// Rows of the dispatch that are sent, each once.
+    rows: Vec<u32>,
+    calls: Vec<messages::ExpertCall>,
+    /// Route of each call.
+    routes: Vec<u32>,
+}
+
+impl Split<'_> {
+    /// Splits a dispatch by owner and writes a frame for each other node that owns a part.
+    pub(super) fn split(
+        &self,
+        dispatch: &Dispatch<'_>,
+        next_id: &mut u64,
+        trace: TraceContext,
+        buffers: &BufferPool,
+    ) -> Result<(Flight, Vec<Outgoing>), String> {
+        let moe = self.config.moe.as_ref().ok_or("a model without experts dispatched")?;
+        let width = self.config.hidden;
+        let owners = &self.owners[dispatch.layer];
+        let mut flight =
+            Flight { width, parts: Vec::new(), here: Vec::new(), sent: HashMap::new() };
+        let mut frames = Vec::new();
+        let mut batches: BTreeMap<u16, Batch> = BTreeMap::new();
+        let mut here = 0;
+        for (index, (row, route)) in (0u32..).zip(dispatch.routes.with_rows()) {
+            let owner = owners[route.key.flat(moe)];
+            if owner == self.here {
+                flight.parts.push(Part::Here(here));
+                here += 1;
+                continue;
+            }
+            let batch = batches.entry(owner).or_default();
+            batch.push(index, row as u32, route);
+            flight.parts.push(Part::There { batch: 0, row: 0 });
+            if batch.calls.len() as u32 == calls_max(width as u32) {
+                let batch = batches.remove(&owner).unwrap_or_default();
+                frames.push(flight.send(batch, owner, dispatch, next_id, trace, buffers)?);
+            }
+        }
+        for (owner, batch) in batches {
+            frames.push(flight.send(batch, owner, dispatch, next_id, trace, buffers)?);
+        }
+        flight.here = vec![0.0; here as usize * width];
+        Ok((flight, frames))
+    }
+}
+
+impl Batch {
+    fn push(&mut self, index: u32, row: u32, route: &Route) {
+        // Rows come in order, so a row that is sent already is the last one.
+        if self.rows.last() != Some(&row) {
+            self.rows.push(row);
+        }
+        self.calls.push(messages::ExpertCall {
+            row: self.rows.len() as u32 - 1,
+            tier: route.key.tier,
+            group: route.key.group,
+            expert: route.key.expert,
+        });
+        self.routes.push(index);
+    }
+}
+
+impl Flight {
+    fn send(
+        &mut self,
+        batch: Batch,
+        peer: u16,
+        dispatch: &Dispatch<'_>,
+        next_id: &mut u64,
+        trace: TraceContext,
+        buffers: &BufferPool,
+    ) -> Result<Outgoing, String> {
+        let id = *next_id;
+        *next_id += 1;
+        let Batch { rows, calls, routes } = batch;
+        for (row, &route) in (0u32..).zip(&routes) {
+            self.parts[route as usize] = Part::There { batch: id, row };
+        }
+        let count = calls.len() as u32;
+        let head = ExpertBatch {
+            id,
+            trace,
+            layer: dispatch.layer as u16,
+            width: self.width as u32,
+            rows: rows.len() as u32,
+            calls,
+        };
+        let mut frame =
+            OutgoingExpertBatch::new(head, buffers).map_err(|error| error.to_string())?;
+        for (out, &row) in frame.rows_mut().chunks_exact_mut(self.width).zip(&rows) {
+            out.copy_from_slice(&dispatch.hidden[row as usize * self.width..][..self.width]);
+        }
+        self.sent.insert(id, Sent { peer, calls: count, outputs: None, complete: false });
+        Ok((id, peer, frame.finish()))
+    }
+
+    /// Whether some calls are to be run here.
+    pub(super) fn has_local(&self) -> bool {
+        !self.here.is_empty()
+    }
+
+    /// The calls that are to be run here.
+    pub(super) fn local_calls<'a>(
+        &'a mut self,
+        dispatch: &'a Dispatch<'_>,
+    ) -> impl Iterator<Item = ExpertCall<'a>> {
+        let width = self.width;
+        let ours = dispatch
+            .routes
+            .with_rows()
+            .zip(&self.parts)
+            .filter(|(_, part)| matches!(part, Part::Here(_)));
+        ours.zip(self.here.chunks_exact_mut(width)).map(move |(((row, route), _), output)| {
+            ExpertCall { key: route.key, row: &dispatch.hidden[row * width..][..width], output }
+        })
+    }
+
+    /// Takes the outputs of a batch.
+    pub(super) fn take(
+        &mut self,
+        id: u64,
+        peer: u16,
+        view: ExpertOutputsView,
+    ) -> Result<(), String> {
+        let Some(sent) = self.sent.get_mut(&id) else { return Ok(()) };
+        let (rows, width) = (view.head().rows, view.head().width as usize);
+        if sent.peer != peer || rows != sent.calls || width != self.width {
+            return Err(format!(
+                "it sent {rows} outputs of width {width}; {} of width {} are expected",
+                sent.calls, self.width
+            ));
+        }
+        sent.outputs = Some(view);
+        Ok(())
+    }
+
+    /// Notes that the exchange is done with a batch.
+    pub(super) fn complete(&mut self, id: u64) {
+        if let Some(sent) = self.sent.get_mut(&id) {
+            sent.complete = true;
+        }
+    }
+
+    /// Whether every output is there.
+    pub(super) fn is_complete(&self) -> bool {
+        self.sent.values().all(|sent| sent.complete)
+    }
+
+    /// The output of every route, in order, where it lies.
+    pub(super) fn parts(&self) -> Vec<&[f32]> {
+        let part = |part: &Part| match *part {
+            Part::Here(row) => &self.here[row as usize * self.width..][..self.width],
+            Part::There { batch, row } => {
+                let sent = self.sent.get(&batch).and_then(|sent| sent.outputs.as_ref());
+                sent.expect("a complete flight has every output").row(row as usize)
+            }
+        };
+        self.parts.iter().map(part).collect()
+    }
+}

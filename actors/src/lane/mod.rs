@@ -1,0 +1,457 @@
+//! The compute thread of a node: its sequences, its experts, and the batches between nodes.
+//!
+//! One OS thread owns the [`Engine`] and repeats: take what arrived, run every expert call that
+//! is here (its own and those of other nodes, together), bring one pass one layer forward, hand
+//! out what was generated. It never waits for the network: batches leave through bounded queues,
+//! replies arrive in its inbox.
+//!
+//! Invariants:
+//! - All waits are in [`Lane::run`], for the inbox, until the exchange's next deadline.
+//! - A dispatch ends exactly once: combined, or failed with a reason that names a node.
+//! - Hidden states are gathered once, into the frame that leaves; outputs are combined where
+//!   they arrived.
+
+mod flight;
+mod jobs;
+mod reply;
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
+use lite_llm_kernels::cpu::Cpu;
+use lite_llm_runtime::{
+    engine::{Engine, PassId, Step},
+    expert::ExpertStore,
+    moe_layer::{ExpertCall, run_experts},
+    sequence::Request,
+};
+use lite_llm_transport::{
+    exchange::{self, Exchange, IN_FLIGHT_DISPATCHES_MAX},
+    frame::OutgoingFrame,
+    messages::{
+        ExpertBatchView, ExpertReplyView, JobEvent,
+    },
+    pool::BufferPool,
+};
+use tokio::sync::mpsc;
+use tracing::{Span, debug_span};
+
+use self::{
+    flight::{Flight, Split},
+    jobs::Jobs,
+    reply::Reply,
+};
+use crate::{placement::Owners, trace};
+
+/// Events that may wait for a lane.
+pub const INBOX_MAX: usize = 1024;
+/// Frames that may wait for a peer's stream.
+pub const OUTBOX_MAX: usize = 256;
+/// Events of one job that may wait for its reader; a job whose reader falls further behind ends.
+pub const JOB_EVENTS_MAX: usize = 1024;
+/// How often a lane that waits looks whether it is to stop.
+const IDLE_WAIT: Duration = Duration::from_secs(1);
+
+/// What a lane is told.
+pub enum LaneEvent {
+    /// A job is at home here.
+    Start(Box<JobStart>),
+    /// A job is no longer wanted.
+    Cancel(u64),
+    /// Another node wants experts run.
+    Batch {
+        /// What it wants.
+        view: ExpertBatchView,
+        /// Where the answer goes.
+        reply: mpsc::Sender<OutgoingFrame>,
+    },
+    /// Another node has run experts.
+    Reply {
+        /// Its index.
+        peer: u16,
+        /// What it says.
+        reply: ExpertReplyView,
+    },
+    /// Another node is gone.
+    PeerLost {
+        /// Its index.
+        peer: u16,
+        /// How it was noticed.
+        reason: String,
+    },
+    /// Fail what runs, with this reason, and end.
+    Stop(String),
+}
+
+/// A job that begins.
+pub struct JobStart {
+    /// Its number.
+    pub job: u64,
+    /// What is asked.
+    pub request: Request,
+    /// Where its events go.
+    pub events: mpsc::Sender<JobEvent>,
+    /// The span that all its work belongs to.
+    pub span: Span,
+}
+
+/// The other nodes, as a lane sees them.
+pub struct Peer {
+    /// Name, for errors.
+    pub name: String,
+    /// Where batches go.
+    pub outbox: mpsc::Sender<OutgoingFrame>,
+}
+
+/// What a lane counts.
+#[derive(Debug, Default)]
+pub struct LaneStats {
+    /// Tokens generated since it began.
+    pub tokens: AtomicU64,
+    /// Sequences at home now.
+    pub sequences: AtomicU32,
+    /// Expert calls run since it began.
+    pub expert_calls: AtomicU64,
+    /// Batches of calls that were run together since it began.
+    pub expert_runs: AtomicU64,
+}
+
+/// What a lane is made of.
+pub struct LaneParts {
+    /// The sequences' engine.
+    pub engine: Engine<Cpu>,
+    /// The experts of this node.
+    pub store: Arc<dyn ExpertStore>,
+    /// Owner of every expert.
+    pub owners: Arc<Owners>,
+    /// This node's index.
+    pub index: u16,
+    /// All nodes by index; this node's own entry is `None`.
+    pub peers: Vec<Option<Peer>>,
+    /// Buffers of frames.
+    pub buffers: BufferPool,
+    /// Counters that others read.
+    pub stats: Arc<LaneStats>,
+}
+
+/// A handle to a running lane.
+pub struct LaneHandle {
+    inbox: Sender<LaneEvent>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl LaneHandle {
+    /// Where events go.
+    pub fn inbox(&self) -> &Sender<LaneEvent> {
+        &self.inbox
+    }
+
+    /// Ends the lane; what runs fails with this reason.
+    pub fn stop(mut self, reason: &str) {
+        // A full inbox is emptied by the lane; a lane that is gone needs no telling.
+        let _ = self.inbox.send_timeout(LaneEvent::Stop(reason.to_owned()), IDLE_WAIT);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct RemoteBatch {
+    view: ExpertBatchView,
+    reply: mpsc::Sender<OutgoingFrame>,
+}
+
+/// See the module's text.
+pub struct Lane {
+    engine: Engine<Cpu>,
+    store: Arc<dyn ExpertStore>,
+    owners: Arc<Owners>,
+    index: u16,
+    peers: Vec<Option<Peer>>,
+    buffers: BufferPool,
+    stats: Arc<LaneStats>,
+    inbox: Receiver<LaneEvent>,
+    exchange: Exchange,
+    jobs: Jobs,
+    flights: HashMap<PassId, Flight>,
+    /// Which pass an exchange's dispatch belongs to.
+    dispatches: HashMap<u64, PassId>,
+    lost: HashSet<u16>,
+    next_dispatch: u64,
+    batches: Vec<RemoteBatch>,
+    stopped: bool,
+}
+
+impl Lane {
+    /// Starts a lane's thread. `gone` is called when the thread ends, with its panic if any.
+    pub fn spawn(
+        parts: LaneParts,
+        gone: impl FnOnce(Option<String>) + Send + 'static,
+    ) -> std::io::Result<LaneHandle> {
+        let (sender, inbox) = bounded(INBOX_MAX);
+        let LaneParts { engine, store, owners, index, peers, buffers, stats } = parts;
+        let mut lane = Lane {
+            engine,
+            store,
+            owners,
+            index,
+            peers,
+            buffers,
+            stats,
+            inbox,
+            exchange: Exchange::new(exchange::DISPATCH_TIMEOUT, IN_FLIGHT_DISPATCHES_MAX),
+            jobs: Jobs::default(),
+            flights: HashMap::new(),
+            dispatches: HashMap::new(),
+            lost: HashSet::new(),
+            next_dispatch: 0,
+            batches: Vec::new(),
+            stopped: false,
+        };
+        let thread = std::thread::Builder::new().name("lite-llm-lane".into()).spawn(move || {
+            let run = std::panic::AssertUnwindSafe(|| lane.run());
+            let panic = std::panic::catch_unwind(run).err().map(|panic| {
+                let text = panic.downcast_ref::<String>().cloned();
+                text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+                    .unwrap_or_else(|| "unknown panic".to_owned())
+            });
+            gone(panic);
+        })?;
+        Ok(LaneHandle { inbox: sender, thread: Some(thread) })
+    }
+
+    fn run(&mut self) {
+        while !self.stopped {
+            self.receive();
+            if !self.batches.is_empty() {
+                self.run_calls(None);
+            }
+            self.settle();
+            let step = self.engine.step();
+            if let Step::Dispatch(pass) = step {
+                self.dispatch(pass);
+            }
+            self.publish();
+            if step == Step::Idle && self.batches.is_empty() {
+                self.wait();
+            }
+        }
+    }
+
+    /// Waits for the next event, until the exchange wants the time.
+    fn wait(&mut self) {
+        let now = Instant::now();
+        let deadline = self.exchange.poll_timeout();
+        let wait = deadline.map_or(IDLE_WAIT, |at| at.saturating_duration_since(now));
+        match self.inbox.recv_timeout(wait.min(IDLE_WAIT)) {
+            Ok(event) => self.handle(event),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => self.stopped = true,
+        }
+    }
+
+    fn receive(&mut self) {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(event) => self.handle(event),
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => {
+                    self.stopped = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn handle(&mut self, event: LaneEvent) {
+        match event {
+            LaneEvent::Start(start) => self.start(*start),
+            LaneEvent::Cancel(job) => self.engine.cancel(job),
+            LaneEvent::Batch { view, reply } => self.batches.push(RemoteBatch { view, reply }),
+            LaneEvent::Reply { peer, reply } => self.reply(peer, reply),
+            LaneEvent::PeerLost { peer, reason } => {
+                self.lost.insert(peer);
+                self.exchange.handle(Instant::now(), exchange::Event::PeerLost { peer, reason });
+            }
+            LaneEvent::Stop(reason) => {
+                self.jobs.fail_all(&reason);
+                self.stopped = true;
+            }
+        }
+    }
+
+    fn start(&mut self, start: JobStart) {
+        let JobStart { job, request, events, span } = start;
+        let vocab = self.engine.backbone().config.vocab;
+        self.jobs.insert(job, &request, vocab, events, span);
+        if let Err(error) = self.engine.submit(job, request) {
+            self.jobs.fail(job, &error.to_string());
+        }
+    }
+
+    /// Sends a pass's expert calls where they belong and runs those that are here.
+    fn dispatch(&mut self, pass: PassId) {
+        let layer = self.engine.span(pass);
+        let span = debug_span!(parent: &layer, "dispatch", remote = tracing::field::Empty);
+        let split = self.engine.dispatch(pass).map_err(|error| error.to_string()).and_then(|d| {
+            let config = &self.engine.backbone().config;
+            let split = Split { config, owners: &self.owners, here: self.index };
+            let context = trace::context_of(&span);
+            split.split(&d, &mut self.next_dispatch, context, &self.buffers)
+        });
+        let (flight, frames) = match split {
+            Ok(split) => split,
+            Err(reason) => return self.engine.fail(pass, &reason),
+        };
+        span.record("remote", frames.len());
+        let has_local = flight.has_local();
+        self.flights.insert(pass, flight);
+        for (id, peer, frame) in frames {
+            let now = Instant::now();
+            self.dispatches.insert(id, pass);
+            self.exchange.handle(now, exchange::Event::Dispatched { id, peers: vec![peer] });
+            if let Err(reason) = self.send(peer, frame) {
+                self.exchange.handle(now, exchange::Event::Refused { id, peer, reason });
+            }
+        }
+        drop(span);
+        // What other nodes asked for meanwhile is computed together with our own calls.
+        self.receive();
+        if has_local {
+            let _span = debug_span!(parent: &layer, "experts").entered();
+            self.run_calls(Some(pass));
+        }
+        self.combine_if_complete(pass);
+    }
+
+    /// Runs the expert calls of a pass that belong here, and all that other nodes sent.
+    fn run_calls(&mut self, pass: Option<PassId>) {
+        let batches = std::mem::take(&mut self.batches);
+        let store = &*self.store;
+        let backbone = self.engine.backbone().clone();
+        let width = backbone.config.hidden;
+        let mut failed = None;
+        let mut replies: Vec<Reply> = Vec::with_capacity(batches.len());
+        for batch in &batches {
+            replies.push(Reply::reserve(batch, width, store, &self.buffers));
+        }
+        let dispatch = pass.map(|pass| (pass, self.engine.dispatch(pass)));
+        let mut calls: Vec<ExpertCall<'_>> = Vec::new();
+        match &dispatch {
+            None => {}
+            Some((_, Err(error))) => failed = Some(error.to_string()),
+            Some((pass, Ok(dispatch))) => {
+                if let Some(flight) = self.flights.get_mut(pass) {
+                    calls.extend(flight.local_calls(dispatch));
+                }
+            }
+        }
+        for (batch, reply) in batches.iter().zip(&mut replies) {
+            calls.extend(reply.calls(&batch.view, width));
+        }
+        if !calls.is_empty() {
+            self.stats.expert_runs.fetch_add(1, Relaxed);
+            self.stats.expert_calls.fetch_add(calls.len() as u64, Relaxed);
+            if let Err(error) = run_experts(&*backbone.device, store, calls) {
+                failed = Some(error.to_string());
+            }
+        }
+        for (batch, reply) in batches.into_iter().zip(replies) {
+            // A peer that takes no replies is noticed by its connection, not here.
+            if let Some(frame) = reply.finish(&batch.view, failed.as_deref()) {
+                let _ = batch.reply.try_send(frame);
+            }
+        }
+        if let (Some(pass), Some(reason)) = (pass, failed) {
+            self.fail(pass, &reason);
+        }
+    }
+
+    fn reply(&mut self, peer: u16, reply: ExpertReplyView) {
+        let (id, now) = (reply.id(), Instant::now());
+        let flight = self.dispatches.get(&id).and_then(|pass| self.flights.get_mut(pass));
+        let event = match (reply, flight) {
+            (_, None) => return,
+            (ExpertReplyView::Failure(failure), _) => {
+                exchange::Event::Refused { id, peer, reason: failure.reason }
+            }
+            (ExpertReplyView::Outputs(view), Some(flight)) => match flight.take(id, peer, view) {
+                Ok(()) => exchange::Event::Replied { id, peer },
+                Err(reason) => exchange::Event::Refused { id, peer, reason },
+            },
+        };
+        self.exchange.handle(now, event);
+    }
+
+    /// Carries out what the exchange decided.
+    fn settle(&mut self) {
+        let now = Instant::now();
+        if self.exchange.poll_timeout().is_some_and(|at| at <= now) {
+            self.exchange.handle(now, exchange::Event::Tick);
+        }
+        while let Some(command) = self.exchange.poll_command() {
+            match command {
+                exchange::Command::Complete { id } => {
+                    let Some(pass) = self.dispatches.remove(&id) else { continue };
+                    if let Some(flight) = self.flights.get_mut(&pass) {
+                        flight.complete(id);
+                    }
+                    self.combine_if_complete(pass);
+                }
+                exchange::Command::Fail { id, error } => {
+                    let Some(pass) = self.dispatches.remove(&id) else { continue };
+                    let name = error
+                        .peer()
+                        .and_then(|peer| self.peers.get(usize::from(peer))?.as_ref())
+                        .map_or("(none)", |peer| &peer.name);
+                    self.fail(pass, &format!("experts of worker {name} did not answer: {error}"));
+                }
+            }
+        }
+    }
+
+    fn combine_if_complete(&mut self, pass: PassId) {
+        if self.flights.get(&pass).is_some_and(Flight::is_complete) {
+            let flight = self.flights.remove(&pass).expect("looked up just now");
+            self.engine.combine(pass, &flight.parts());
+        }
+    }
+
+    fn fail(&mut self, pass: PassId, reason: &str) {
+        self.flights.remove(&pass);
+        self.engine.fail(pass, reason);
+    }
+
+    /// Hands out what the engine generated.
+    fn publish(&mut self) {
+        while let Some(event) = self.engine.poll_event() {
+            if matches!(event, lite_llm_runtime::engine::Event::Token { .. }) {
+                self.stats.tokens.fetch_add(1, Relaxed);
+            }
+            if let Some(abandoned) = self.jobs.publish(event) {
+                self.engine.cancel(abandoned);
+            }
+        }
+        self.stats.sequences.store(self.engine.sequences() as u32, Relaxed);
+    }
+
+    fn send(&mut self, peer: u16, frame: OutgoingFrame) -> Result<(), String> {
+        if self.lost.contains(&peer) {
+            return Err("it is gone".into());
+        }
+        let Some(Some(peer)) = self.peers.get(usize::from(peer)) else {
+            return Err("it is no peer of this node".into());
+        };
+        peer.outbox.try_send(frame).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => "it does not take its batches".into(),
+            mpsc::error::TrySendError::Closed(_) => "its connection is closed".into(),
+        })
+    }
+}

@@ -1,0 +1,100 @@
+//! A whole cluster in one process: the same actors, connected over loopback QUIC.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
+
+use lite_llm_kernels::{cpu::Cpu, simd::Simd};
+use lite_llm_runtime::checkpoint::Checkpoint;
+use lite_llm_transport::identity::ClusterCa;
+
+use crate::{
+    node::Model,
+    placement::PlacementPolicy,
+    serve::{CoordinatorHandle, CoordinatorOptions, ServeError},
+    worker::{Worker, WorkerOptions},
+};
+
+/// What a local cluster is started with.
+#[derive(Debug, Clone)]
+pub struct LocalOptions {
+    /// Nodes, at least one.
+    pub workers: usize,
+    /// Compute threads of each node.
+    pub threads: usize,
+    /// Vector instructions.
+    pub simd: Simd,
+    /// Bytes of experts per node.
+    pub dram_bytes: u64,
+    /// Bytes of caches of keys and values per node.
+    pub kv_bytes: u64,
+    /// How experts are spread.
+    pub placement: PlacementPolicy,
+}
+
+/// A running local cluster.
+pub struct LocalCluster {
+    coordinator: CoordinatorHandle,
+    workers: Vec<Worker>,
+}
+
+impl LocalCluster {
+    /// Starts a cluster for a model and waits until it can serve.
+    pub async fn start(
+        checkpoint: Arc<Checkpoint>,
+        options: &LocalOptions,
+    ) -> Result<Self, ServeError> {
+        if options.workers == 0 {
+            return Err(ServeError("a cluster needs at least one worker".into()));
+        }
+        let failed = |error: &dyn std::fmt::Display| ServeError(error.to_string());
+        let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let authority = Arc::new(ClusterCa::ephemeral().map_err(|error| failed(&error))?);
+        let coordinator = CoordinatorHandle::start(CoordinatorOptions {
+            listen: loopback,
+            authority,
+            checkpoint: checkpoint.clone(),
+            workers: options.workers,
+            placement: options.placement,
+            remote_workers: false,
+        })
+        .await?;
+        let starts = (1..=options.workers).map(|number| {
+            Worker::start(WorkerOptions {
+                coordinator: coordinator.address(),
+                token: coordinator.token().clone(),
+                name: format!("w{number}"),
+                listen: loopback,
+                device: Arc::new(Cpu::new(options.threads, options.simd)),
+                dram_bytes: options.dram_bytes,
+                kv_bytes: options.kv_bytes,
+                model: Model::Open(checkpoint.clone()),
+                remote: false,
+            })
+        });
+        let workers =
+            futures::future::try_join_all(starts).await.map_err(|error| failed(&error))?;
+        let cluster = Self { coordinator, workers };
+        cluster.coordinator.ready().await?;
+        Ok(cluster)
+    }
+
+    /// The coordinator, to submit jobs to.
+    pub fn coordinator(&self) -> &CoordinatorHandle {
+        &self.coordinator
+    }
+
+    /// Ends one worker as if it were killed.
+    pub fn kill_worker(&mut self, index: usize) {
+        self.workers.remove(index).kill();
+    }
+
+    /// Ends the cluster.
+    pub async fn stop(self) {
+        for worker in self.workers {
+            worker.stop().await;
+        }
+        self.coordinator.stop().await;
+    }
+}

@@ -1,0 +1,112 @@
+//! The router actor: it owns the lane on which a node's sequences are computed.
+//!
+//! Control arrives here (begin, stop); batches and jobs go straight to the lane's bounded inbox.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use crossbeam_channel::Sender;
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use ractor_cluster::RactorMessage;
+
+use crate::lane::{Lane, LaneEvent, LaneHandle, LaneParts};
+
+/// Where events for the present lane go; empty while there is none.
+pub type LaneInbox = Arc<ArcSwapOption<Sender<LaneEvent>>>;
+
+/// What a router is told.
+#[derive(RactorMessage)]
+pub enum RouterMessage {
+    /// Start a lane in the place of the present one.
+    Begin(Box<LaneParts>, RpcReplyPort<Result<(), String>>),
+    /// Stop the lane; what runs fails with this reason.
+    Stop(String),
+    /// The lane's thread ended, with its panic if any.
+    LaneEnded {
+        /// Which lane.
+        lane: u64,
+        /// What it panicked with.
+        panic: Option<String>,
+    },
+}
+
+/// Owner of a node's lane.
+pub struct RouterActor;
+
+/// The present lane.
+pub struct RouterState {
+    inbox: LaneInbox,
+    lane: Option<LaneHandle>,
+    count: u64,
+}
+
+impl RouterState {
+    async fn stop(&mut self, reason: String) {
+        self.inbox.store(None);
+        if let Some(lane) = self.lane.take() {
+            // Joining a thread blocks, so it is not done here. A lane that cannot be joined has
+            // panicked, which its own report tells.
+            let _ = tokio::task::spawn_blocking(move || lane.stop(&reason)).await;
+        }
+    }
+}
+
+impl Actor for RouterActor {
+    type Msg = RouterMessage;
+    type State = RouterState;
+    type Arguments = LaneInbox;
+
+    async fn pre_start(
+        &self,
+        _: ActorRef<Self::Msg>,
+        inbox: Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(RouterState { inbox, lane: None, count: 0 })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            RouterMessage::Begin(parts, reply) => {
+                state.stop("the cluster was rearranged; submit it again".into()).await;
+                state.count += 1;
+                let lane = state.count;
+                let gone = move |panic| {
+                    // A router that is gone needs no report.
+                    let _ = myself.cast(RouterMessage::LaneEnded { lane, panic });
+                };
+                let result = Lane::spawn(*parts, gone).map_err(|error| {
+                    format!("the system gives no thread for computing: {error}")
+                });
+                let result = result.map(|lane| {
+                    state.inbox.store(Some(Arc::new(lane.inbox().clone())));
+                    state.lane = Some(lane);
+                });
+                // The asker may have stopped.
+                let _ = reply.send(result);
+            }
+            RouterMessage::Stop(reason) => state.stop(reason).await,
+            RouterMessage::LaneEnded { lane, panic } if lane == state.count => {
+                if let Some(panic) = panic {
+                    // The node supervises this actor and decides what becomes of it.
+                    return Err(format!("the lane panicked: {panic}").into());
+                }
+            }
+            RouterMessage::LaneEnded { .. } => {}
+        }
+        Ok(())
+    }
+
+    async fn post_stop(
+        &self,
+        _: ActorRef<Self::Msg>,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        state.stop("the node stops".into()).await;
+        Ok(())
+    }
+}

@@ -1,0 +1,238 @@
+//! The coordinator's door: its endpoint, the workers and clients that come through it.
+//!
+//! Who may come in is decided by certificates, in `transport`; a worker's control stream is led
+//! to ractor_cluster, a client's requests to the coordinator actor.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use lite_llm_kernels::DETERMINISM_VERSION;
+use lite_llm_runtime::{checkpoint::Checkpoint, tokenizer::Tokenizer};
+use lite_llm_transport::{
+    connection::{Connection, StreamKind},
+    endpoint::{Endpoint, Options},
+    frame::{FrameReceiver, FrameSender},
+    identity::{ClusterCa, Role},
+    messages::{ClientReply, ClientRequest, ClusterStatus, JobEvent, JobRequest},
+    session::Hello,
+    token::JoinToken,
+};
+use ractor::{Actor, ActorRef};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::{
+    control::ControlPlane,
+    coordinator::{Coordinator, CoordinatorArguments, CoordinatorMessage},
+    job::CLIENT_EVENTS_MAX,
+    placement::PlacementPolicy,
+};
+
+/// What a coordinator is started with.
+pub struct CoordinatorOptions {
+    /// Where it listens; port 0 takes any.
+    pub listen: SocketAddr,
+    /// The cluster's authority.
+    pub authority: Arc<ClusterCa>,
+    /// The model that it serves.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Workers that make the cluster whole.
+    pub workers: usize,
+    /// How experts are spread.
+    pub placement: PlacementPolicy,
+    /// Whether workers are other processes; if not, they are actors of this one.
+    pub remote_workers: bool,
+}
+
+/// Why a coordinator did not start, or a request to it failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ServeError(pub String);
+
+fn failed(error: impl std::fmt::Display) -> ServeError {
+    ServeError(error.to_string())
+}
+
+/// A running coordinator.
+#[derive(Clone)]
+pub struct CoordinatorHandle {
+    actor: ActorRef<CoordinatorMessage>,
+    endpoint: Endpoint,
+    token: Arc<JoinToken>,
+    control: Option<ControlPlane>,
+    address: SocketAddr,
+}
+
+impl CoordinatorHandle {
+    /// Starts a coordinator.
+    pub async fn start(options: CoordinatorOptions) -> Result<Self, ServeError> {
+        let CoordinatorOptions { listen, authority, checkpoint, workers, placement, .. } = options;
+        let identity = authority.identity(Role::Coordinator, "coordinator").map_err(failed)?;
+        let mut hello = Hello::new(DETERMINISM_VERSION);
+        hello.checkpoint = Some(checkpoint.id());
+        let endpoint = Endpoint::bind_coordinator(
+            listen,
+            &identity,
+            authority.clone(),
+            Options::new(hello),
+        )
+        .map_err(failed)?;
+        let address = endpoint.local_addr().map_err(failed)?;
+        let token = Arc::new(authority.join_token(address.to_string()));
+        let control = match options.remote_workers {
+            true => Some(
+                ControlPlane::start(&identity, &token.control_cookie()).await.map_err(failed)?,
+            ),
+            false => None,
+        };
+        let tokenizer = match checkpoint.tokenizer_json() {
+            Ok(json) => Some(Arc::new(Tokenizer::from_json(&json).map_err(failed)?)),
+            Err(error) => {
+                warn!(%error, "serving token ids only");
+                None
+            }
+        };
+        let cluster = scope(&token, address);
+        let arguments = CoordinatorArguments { cluster, checkpoint, tokenizer, workers, placement };
+        let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
+        let handle = Self { actor, endpoint, token, control, address };
+        tokio::spawn(handle.clone().accept());
+        tokio::spawn(log_refusals(handle.endpoint.clone()));
+        Ok(handle)
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What workers and clients need to come in.
+    pub fn token(&self) -> &JoinToken {
+        &self.token
+    }
+
+    /// Waits until the cluster can serve, or says why it never will.
+    pub async fn ready(&self) -> Result<(), ServeError> {
+        ractor::call!(self.actor, CoordinatorMessage::WaitReady).map_err(failed)?.map_err(ServeError)
+    }
+
+    /// Submits a job. Returns its number and its events; dropping them cancels it.
+    pub async fn submit(
+        &self,
+        request: JobRequest,
+    ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
+        let (events, receiver) = mpsc::channel(CLIENT_EVENTS_MAX);
+        let request = Box::new(request);
+        let submit = |reply| CoordinatorMessage::Submit(request, events, reply);
+        let job = ractor::call!(self.actor, submit).map_err(failed)?.map_err(ServeError)?;
+        Ok((job, receiver))
+    }
+
+    /// Ends a job.
+    pub fn cancel(&self, job: u64) {
+        // A coordinator that is gone has no jobs.
+        let _ = self.actor.cast(CoordinatorMessage::Cancel(job));
+    }
+
+    /// How the cluster is.
+    pub async fn status(&self) -> Result<ClusterStatus, ServeError> {
+        ractor::call!(self.actor, CoordinatorMessage::Status).map_err(failed)
+    }
+
+    /// Ends it: workers and clients are told.
+    pub async fn stop(self) {
+        let _ = self.actor.stop_and_wait(None, None).await;
+        if let Some(control) = &self.control {
+            control.stop();
+        }
+        self.endpoint.close("the coordinator stops").await;
+    }
+
+    async fn accept(self) {
+        while let Some(connection) = self.endpoint.accept().await {
+            match connection.peer().role {
+                Role::Worker => tokio::spawn(self.clone().serve_worker(connection)),
+                Role::Client => tokio::spawn(self.clone().serve_client(connection)),
+                // The certificate authority issues no second coordinator to others.
+                Role::Coordinator => continue,
+            };
+        }
+    }
+
+    async fn serve_worker(self, connection: Connection) {
+        // A coordinator that is gone needs no news, here and below.
+        let _ = self.actor.cast(CoordinatorMessage::Connected(connection.clone()));
+        while let Some(stream) = connection.accept_stream().await {
+            if let (StreamKind::Control, Some(control)) = (stream.kind, &self.control) {
+                control.connect(&connection.peer().to_string(), stream.into_raw(), true);
+            }
+        }
+        let reason = connection.closed().await.reason;
+        let _ = self.actor.cast(CoordinatorMessage::Disconnected(connection, reason));
+    }
+
+    async fn serve_client(self, connection: Connection) {
+        while let Some(stream) = connection.accept_stream().await {
+            if stream.kind == StreamKind::Client {
+                let (sender, receiver) = stream.into_frames();
+                tokio::spawn(self.clone().serve_request(sender, receiver));
+            }
+        }
+    }
+
+    /// Answers the requests of one stream, one after the other.
+    async fn serve_request(self, mut sender: FrameSender, mut receiver: FrameReceiver) {
+        while let Ok(Some(frame)) = receiver.recv().await {
+            let answered = match frame.decode::<ClientRequest>() {
+                Ok(ClientRequest::Status) => {
+                    let reply = match self.status().await {
+                        Ok(status) => ClientReply::Status(status),
+                        Err(error) => ClientReply::Refused { reason: error.to_string() },
+                    };
+                    sender.send_message(&reply).await
+                }
+                Ok(ClientRequest::Cancel(job)) => {
+                    self.cancel(job);
+                    Ok(())
+                }
+                Ok(ClientRequest::Submit(request)) => self.run_job(request, &mut sender).await,
+                Err(error) => {
+                    sender.send_message(&ClientReply::Refused { reason: error.to_string() }).await
+                }
+            };
+            if answered.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn run_job(
+        &self,
+        request: JobRequest,
+        sender: &mut FrameSender,
+    ) -> Result<(), lite_llm_transport::frame::SendError> {
+        let (job, mut events) = match self.submit(request).await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                return sender
+                    .send_message(&ClientReply::Refused { reason: error.to_string() })
+                    .await;
+            }
+        };
+        sender.send_message(&ClientReply::Accepted { job }).await?;
+        while let Some(event) = events.recv().await {
+            sender.send_message(&ClientReply::Event(event)).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The scope of a cluster's process groups: unique in a process that holds several clusters.
+pub(crate) fn scope(token: &JoinToken, address: SocketAddr) -> String {
+    format!("lite-llm {} {address}", token.cluster())
+}
+
+async fn log_refusals(endpoint: Endpoint) {
+    while let Some(refusal) = endpoint.next_refusal().await {
+        info!(address = %refusal.address, reason = %refusal.reason, "refused a connection");
+    }
+}

@@ -1,0 +1,83 @@
+//! The storage actor of one residence: today DRAM, filled from the checkpoint.
+//!
+//! It answers each fetch when the experts asked for are resident. Reading and verifying happen on
+//! blocking threads, a bounded number at a time, never on the actor's own task.
+
+use std::sync::Arc;
+
+use lite_llm_runtime::{
+    checkpoint::Checkpoint,
+    expert::{ExpertKey, StoreError},
+    store::DramStore,
+};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use ractor_cluster::RactorMessage;
+use tokio::sync::Semaphore;
+
+/// Experts that are read at a time: enough to overlap the disk with hashing.
+pub const READS_MAX: usize = 4;
+
+/// What a storage actor is told.
+#[derive(RactorMessage)]
+pub enum StorageMessage {
+    /// Makes an expert resident; answers its bytes when it is.
+    Fetch {
+        /// Which expert.
+        key: ExpertKey,
+        /// Answered once it is resident, or cannot be.
+        reply: RpcReplyPort<Result<u64, StoreError>>,
+    },
+    /// Lets experts go.
+    Release(Vec<ExpertKey>),
+}
+
+/// The DRAM residence.
+pub struct StorageActor;
+
+/// What it works with.
+pub struct StorageState {
+    store: Arc<DramStore>,
+    checkpoint: Arc<Checkpoint>,
+    reads: Arc<Semaphore>,
+}
+
+impl Actor for StorageActor {
+    type Msg = StorageMessage;
+    type State = StorageState;
+    type Arguments = (Arc<DramStore>, Arc<Checkpoint>);
+
+    async fn pre_start(
+        &self,
+        _: ActorRef<Self::Msg>,
+        (store, checkpoint): Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(StorageState { store, checkpoint, reads: Arc::new(Semaphore::new(READS_MAX)) })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            StorageMessage::Fetch { key, reply } => {
+                let (store, checkpoint) = (state.store.clone(), state.checkpoint.clone());
+                let reads = state.reads.clone();
+                tokio::spawn(async move {
+                    let Ok(_permit) = reads.acquire_owned().await else { return };
+                    let load = move || store.load(&checkpoint, key);
+                    let result = tokio::task::spawn_blocking(load).await.unwrap_or_else(|error| {
+                        Err(StoreError::Unreadable { key, reason: error.to_string() })
+                    });
+                    // The asker may have stopped.
+                    let _ = reply.send(result);
+                });
+            }
+            StorageMessage::Release(keys) => {
+                keys.into_iter().for_each(|key| state.store.remove(key));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,54 @@
+//! Small models for this crate's unit tests.
+
+use lite_llm_runtime::{
+    config::{
+        AttentionConfig, FeedForward, LayerConfig, ModelConfig, MoeConfig, QkNorm, RopeScaling,
+        RoutingConfig, Scoring,
+    },
+    tier::{Residence, TIER_1B, TierConfig},
+};
+
+/// `layers` sparse layers of `experts` experts.
+pub(crate) fn tiny_model(layers: usize, experts: u32) -> ModelConfig {
+    ModelConfig {
+        architecture: "test".into(),
+        vocab: 16,
+        hidden: 8,
+        context: 64,
+        norm_eps: 1e-5,
+        tied_embeddings: true,
+        attention: AttentionConfig {
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 4,
+            rope_theta: 1e4,
+            rope_scaling: RopeScaling::None,
+            qk_norm: QkNorm::None,
+            qkv_bias: false,
+            output_bias: false,
+            clip_qkv: None,
+        },
+        layers: vec![LayerConfig { window: None, feed_forward: FeedForward::Sparse }; layers],
+        moe: Some(MoeConfig {
+            intermediate: 4,
+            tiers: vec![TierConfig {
+                id: TIER_1B,
+                groups: 1,
+                experts_per_group: experts,
+                parameters: 0,
+                placement: Residence::Dram,
+            }],
+            routing: RoutingConfig {
+                k_tier: 1,
+                k_group: 1,
+                k_expert: 2,
+                scoring: Scoring::SoftmaxTopK,
+                renormalize: true,
+                seed: 0,
+            },
+            shared: None,
+        }),
+        bos_token: None,
+        eos_tokens: vec![],
+    }
+}
