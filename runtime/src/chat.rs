@@ -6,8 +6,6 @@
 //! The dialect is that of transformers: `trim_blocks`, `lstrip_blocks`, `raise_exception`,
 //! `bos_token`, `eos_token`, and the string and mapping methods of Python that templates use.
 
-use std::collections::BTreeMap;
-
 use minijinja::{
     Environment, Error, ErrorKind, State, UndefinedBehavior, Value,
     syntax::SyntaxConfig,
@@ -88,13 +86,13 @@ impl ChatTemplate {
         add_generation_prompt: bool,
     ) -> Result<String, ChatError> {
         let turns = messages.iter().map(|message| {
-            Value::from_iter([
+            Value::from_pairs([
                 ("role", Value::from(message.role.as_str())),
                 ("content", Value::from(message.content.as_str())),
             ])
         });
         let turns: Vec<Value> = turns.collect();
-        let context: BTreeMap<&str, Value> = BTreeMap::from([
+        let context = Value::from_pairs([
             ("messages", Value::from(turns)),
             ("add_generation_prompt", Value::from(add_generation_prompt)),
             ("bos_token", self.bos_token.clone()),
@@ -103,7 +101,7 @@ impl ChatTemplate {
         let said: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
         let mut out = Bounded { bytes: Vec::new(), room: said * 2 + TEMPLATE_OUTPUT_BYTES_MAX };
         let template = self.environment.get_template(NAME)?;
-        template.render_captured_to(Value::from_iter(context), &mut out)?;
+        template.render_captured_to(context, &mut out)?;
         String::from_utf8(out.bytes).map_err(|e| ChatError(e.to_string()))
     }
 }
@@ -168,12 +166,11 @@ fn python_method(
         "rstrip" => text.trim_end_matches(listed(chars(args)?)).into(),
         "startswith" => text.starts_with(from_args::<(&str,)>(args)?.0).into(),
         "endswith" => text.ends_with(from_args::<(&str,)>(args)?.0).into(),
-        "upper" => from_args::<()>(args).map(|()| text.to_uppercase().into())?,
-        "lower" => from_args::<()>(args).map(|()| text.to_lowercase().into())?,
-        "title" | "capitalize" => state.apply_filter(method, &[value.clone()])?,
-        "replace" => {
-            let (from, to) = from_args::<(&str, &str)>(args)?;
-            text.replace(from, to).into()
+        // The library's filters count their work as steps; methods of our own would not.
+        "upper" | "lower" | "title" | "capitalize" | "replace" => {
+            let mut all = vec![value.clone()];
+            all.extend_from_slice(args);
+            state.apply_filter(method, &all)?
         }
         "split" => match chars(args)? {
             None => text.split_whitespace().map(Value::from).collect::<Vec<_>>().into(),

@@ -20,11 +20,16 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Loads a tokenizer from the content of `tokenizer.json`.
     pub fn from_json(json: &[u8]) -> Result<Self, TokenizerError> {
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(json).map_err(|e| TokenizerError(e.to_string()))?;
+        let error = |e: &dyn std::fmt::Display| TokenizerError(e.to_string());
+        // The library panics on some texts that are no JSON, and on some that are.
+        serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(|e| error(&e))?;
+        let loaded = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json));
+        let mut inner = loaded
+            .map_err(|_| error(&"the library gave up on this file"))?
+            .map_err(|e| error(&e))?;
         // Files may ask for cutting or filling to a length that suited somebody's training.
         inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| TokenizerError(e.to_string()))?;
+        inner.with_truncation(None).map_err(|e| error(&e))?;
         Ok(Self { inner: Arc::new(inner) })
     }
 

@@ -124,11 +124,16 @@ pub fn count_parameters(config: &ModelConfig) -> (u64, u64) {
         })
         .sum();
     let routing = &moe.routing;
-    let widest = |f: &dyn Fn(&crate::tier::TierConfig) -> u64| moe.tiers.iter().map(f).max();
-    let gates = u64::from(routing.k_tier)
-        * (widest(&|t| group_gates(t.groups)).unwrap_or(0)
-            + u64::from(routing.k_group)
-                * widest(&|t| u64::from(t.experts_per_group)).unwrap_or(0));
+    let mut gates: Vec<u64> = moe
+        .tiers
+        .iter()
+        .map(|t| {
+            group_gates(t.groups) + u64::from(routing.k_group) * u64::from(t.experts_per_group)
+        })
+        .collect();
+    // A token may choose the tiers with the most gates.
+    gates.sort_unstable_by(|a, b| b.cmp(a));
+    let gates: u64 = gates.iter().take(routing.k_tier as usize).sum();
     let active = sparse * (routing.k() as u64 * config.expert_parameters() + gates * hidden);
     (dense + total, dense + active)
 }
