@@ -1,17 +1,18 @@
 //! Packed products beside the `gemm` crate and the machine's read bandwidth.
 //!
 //! `cargo bench -p lite-llm-kernels` for criterion's figures of every shape;
-//! with `LITE_LLM_RATIOS=1` only the two ratios of the goals, in seconds.
+//! with `LITE_LLM_RATIOS=all` (or `rows`) only the ratios of the goals, in seconds.
 
 use std::{hint::black_box, time::Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use lite_llm_kernels::{
     cpu::Cpu,
+    device::{Swiglu, SwigluGroup},
     dtype::DType,
     matrix::{PackedMatrix, Source},
     measure,
-    ops::matmul::matmul,
+    ops::{matmul::matmul, swiglu::swiglu_groups},
     rows::Rows,
     simd::Simd,
 };
@@ -60,9 +61,17 @@ fn gemm(threads: usize, m: usize, n: usize, k: usize, x: &[f32], w: &[f32], out:
     }
 }
 
+/// Whether `LITE_LLM_RATIOS` asks for this half only.
+fn only(half: &str) -> bool {
+    std::env::var("LITE_LLM_RATIOS").is_ok_and(|wanted| wanted == half)
+}
+
 fn ratios() {
     for threads in [1, 2] {
         for (m, n, k) in [(512, 1024, 1024), (512, 2048, 2048)] {
+            if only("rows") {
+                continue;
+            }
             let (x, w) = (values(m * k), values(n * k));
             let mut out = vec![0.0; m * n];
             let flops = 2.0 * (m * n * k) as f64 / 1e9;
@@ -81,23 +90,72 @@ fn ratios() {
                 }
             }
         }
-        let (n, k) = (65_536, 2048);
-        let packed = PackedMatrix::pack(DType::Bf16, n, k, Source::F32(&values(n * k)));
         for simd in Simd::available().into_iter().filter(|s| *s != Simd::Scalar) {
             let cpu = Cpu::new(threads, simd);
-            let read = measure::read_bandwidth(&cpu, 1 << 29) / 1e9;
-            for m in [1, 2, 4, 8] {
-                let (x, mut out) = (values(m * k), vec![0.0; m * n]);
-                let seconds = best(8, || matmul(&cpu, Rows::dense(&x, k), &packed, None, &mut out));
-                let rate = packed.data().len() as f64 / seconds / 1e9;
-                println!(
-                    "{m} row bf16 {simd} {threads} threads: {rate:.1} GB/s, read {read:.1}, \
-                     ratio {:.3}",
-                    rate / read
-                );
-            }
+            few_rows(&cpu);
+            experts(&cpu);
         }
     }
+}
+
+/// Products of few rows with a matrix that no cache holds, against reading memory.
+fn few_rows(cpu: &Cpu) {
+    let (n, k) = (65_536, 2048);
+    let packed = PackedMatrix::pack(DType::Bf16, n, k, Source::F32(&values(n * k)));
+    let bytes = packed.data().len() as f64 / 1e9;
+    for m in [1, 2, 3, 4, 6, 8, 12, 16, 32] {
+        let (x, mut out) = (values(m * k), vec![0.0; m * n]);
+        let (mut read, mut seconds) = (0.0f64, f64::INFINITY);
+        // By turns, so that whatever else the machine does meets both.
+        for _ in 0..if m == 1 { 4 } else { 1 } {
+            read = read.max(measure::read_bandwidth(cpu, 1 << 29) / 1e9);
+            let call = || matmul(cpu, Rows::dense(&x, k), &packed, None, &mut out);
+            seconds = seconds.min(best(6, call));
+        }
+        println!(
+            "{m} rows bf16 {} {} threads: {:.1} GB/s, read {read:.1}, ratio {:.3}; {:.0} GFLOP/s",
+            cpu.simd(),
+            cpu.pool().threads(),
+            bytes / seconds,
+            bytes / seconds / read,
+            bytes / seconds * m as f64
+        );
+    }
+}
+
+/// One token through 8 experts of 2048 x 1024 at a time, of 32 that no cache holds.
+fn experts(cpu: &Cpu) {
+    let (hidden, intermediate) = (2048, 1024);
+    let w = values(hidden * intermediate);
+    let pack = |n, k| PackedMatrix::pack(DType::Bf16, n, k, Source::F32(&w));
+    let experts: Vec<_> = (0..32)
+        .map(|_| {
+            [pack(intermediate, hidden), pack(intermediate, hidden), pack(hidden, intermediate)]
+        })
+        .collect();
+    let x = values(hidden);
+    let mut out = vec![0.0; 8 * hidden];
+    let mut first = 0;
+    let seconds = best(12, || {
+        let mut groups: Vec<_> = experts[first..first + 8]
+            .iter()
+            .zip(out.chunks_mut(hidden))
+            .map(|([gate, up, down], out)| SwigluGroup {
+                weights: Swiglu { gate, up, down },
+                rows: vec![&x[..]],
+                outputs: vec![out],
+            })
+            .collect();
+        swiglu_groups(cpu, &mut groups);
+        first = (first + 8) % 32;
+    });
+    let bytes = (8 * 3 * hidden * intermediate * 2) as f64 / 1e9;
+    println!(
+        "8 experts, 1 row, bf16 {} {} threads: {:.1} GB/s",
+        cpu.simd(),
+        cpu.pool().threads(),
+        bytes / seconds
+    );
 }
 
 fn shapes(criterion: &mut Criterion) {

@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 
-pub use crate::ops::attention::KvArena;
+pub use crate::ops::arena::KvArena;
 use crate::{
     buffer::AlignedBytes,
     device::{Device, DeviceError, Swiglu, SwigluGroup},

@@ -144,11 +144,13 @@ pub(crate) trait Vector: Copy {
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
-    /// Words of two bf16 each, widened: the low halves and the high halves.
-    unsafe fn load_bf16_pairs(from: *const u32) -> (Self, Self);
     /// Asks for a cache line that will be read soon. Never faults.
     #[inline(always)]
     unsafe fn prefetch(_at: *const u8) {}
+    /// The low halves of words of two bf16 each, widened.
+    unsafe fn load_bf16_low(from: *const u32) -> Self;
+    /// The high halves of words of two bf16 each, widened.
+    unsafe fn load_bf16_high(from: *const u32) -> Self;
 }
 
 /// Compiles one plain Rust function per instruction set and a front that takes the set first.

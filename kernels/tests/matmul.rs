@@ -12,6 +12,9 @@ use lite_llm_kernels::{
 };
 use proptest::prelude::*;
 
+mod numbers;
+use numbers::{Numbers, assert_same, cpus};
+
 /// The sum of n leaves: a tree that splits at the largest power of two below n.
 fn tree(leaves: &[f32]) -> f32 {
     match leaves {
@@ -32,56 +35,6 @@ fn rule_1(x: &[f32], w: &[f32]) -> f32 {
         .map(|(x, w)| x.iter().zip(w).fold(0.0f32, |acc, (x, w)| x.mul_add(*w, acc)))
         .collect();
     tree(&leaves)
-}
-
-/// Numbers that come from a seed alone.
-struct Numbers(u64);
-
-impl Numbers {
-    fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn unit(&mut self) -> f32 {
-        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-
-    fn fill(&mut self, len: usize) -> Vec<f32> {
-        (0..len).map(|_| self.unit()).collect()
-    }
-
-    /// Every kind of finite number: of all exponents, subnormal, zeros of both signs.
-    fn wild(&mut self, len: usize) -> Vec<f32> {
-        (0..len)
-            .map(|_| match self.bits() % 8 {
-                0 => 0.0,
-                1 => -0.0,
-                2 => f32::from_bits((self.bits() as u32) & 0x807f_ffff),
-                3 => self.unit() * 1e30,
-                4 => self.unit() * 1e-30,
-                _ => self.unit(),
-            })
-            .collect()
-    }
-}
-
-fn cpus() -> Vec<Cpu> {
-    let mut cpus = Vec::new();
-    for simd in Simd::available() {
-        cpus.extend([1, 2, 3].map(|threads| Cpu::new(threads, simd)));
-    }
-    cpus
-}
-
-fn assert_same(found: &[f32], expected: &[f32], what: &str) {
-    assert_eq!(found.len(), expected.len());
-    for (i, (f, e)) in found.iter().zip(expected).enumerate() {
-        let same = f.to_bits() == e.to_bits() || (f.is_nan() && e.is_nan());
-        assert!(same, "{what}: value {i} is {f:e}, expected {e:e}");
-    }
 }
 
 /// Checks a product on all CPUs against rule 1, with rows in one piece and scattered.

@@ -11,92 +11,19 @@
 //! multiply-add. At the end one division per output. Keys that are not visible are never added,
 //! and pages without a visible key are not touched.
 
+// Registers are arrays that are indexed alike; iterators would hide which lane meets which.
+#![allow(clippy::needless_range_loop)]
+
 use std::ops::Range;
 
 use crate::{
-    buffer::AlignedBytes,
     cpu::Cpu,
-    kv::{KvShape, KvSlot, PAGE_TOKENS, Query},
-    ops::{function::exp, softmax::largest, sum, tile::LEAF},
+    kv::{KvShape, PAGE_TOKENS, Query},
+    ops::{arena::KvArena, function::exp, softmax::largest, sum, tile::LEAF},
     rows::RowsMut,
     scratch,
-    simd::vectorised,
+    simd::{Kernel, Vector},
 };
-
-/// Pages of keys and values for all layers and sequences. A page's memory is taken when it is
-/// first written, and kept.
-pub struct KvArena {
-    shape: KvShape,
-    pages: Vec<Option<AlignedBytes>>,
-}
-
-impl KvArena {
-    /// An arena of `pages` pages, none of which takes memory yet.
-    pub fn new(shape: KvShape, pages: usize) -> Self {
-        Self { shape, pages: (0..pages).map(|_| None).collect() }
-    }
-
-    /// What a page holds.
-    pub fn shape(&self) -> KvShape {
-        self.shape
-    }
-
-    /// Pages that there are.
-    pub fn pages(&self) -> usize {
-        self.pages.len()
-    }
-
-    /// Pages that have taken memory.
-    pub fn pages_written(&self) -> usize {
-        self.pages.iter().flatten().count()
-    }
-
-    /// Values of one key/value head's keys, or values, in one page and layer.
-    fn head_len(&self) -> usize {
-        self.shape.head_dim * PAGE_TOKENS
-    }
-
-    /// Keys and values of one head: `[head_dim][PAGE_TOKENS]` and `[PAGE_TOKENS][head_dim]`.
-    fn head(&self, page: u32, layer: usize, kv_head: usize) -> (&[f32], &[f32]) {
-        let bytes = self.pages[page as usize].as_ref().expect("attention reads written pages");
-        let at = self.head_at(layer, kv_head);
-        bytemuck::cast_slice::<u8, f32>(bytes)[at..at + 2 * self.head_len()]
-            .split_at(self.head_len())
-    }
-
-    fn head_at(&self, layer: usize, kv_head: usize) -> usize {
-        assert!(layer < self.shape.layers && kv_head < self.shape.kv_heads, "head of the arena");
-        (layer * self.shape.kv_heads + kv_head) * 2 * self.head_len()
-    }
-
-    /// Writes keys and values, dense `[slots.len(), kv_heads * head_dim]`, into their slots.
-    ///
-    /// # Panics
-    /// If the shapes do not fit each other, or a slot is outside the arena.
-    pub fn append(&mut self, layer: usize, k: &[f32], v: &[f32], slots: &[KvSlot]) {
-        let KvShape { kv_heads, head_dim, .. } = self.shape;
-        let cols = kv_heads * head_dim;
-        assert_eq!((k.len(), v.len()), (slots.len() * cols, slots.len() * cols), "[rows, cols]");
-        let (head_len, page_bytes) = (self.head_len(), self.shape.page_bytes());
-        for (r, slot) in slots.iter().enumerate() {
-            let offset = slot.offset as usize;
-            assert!(offset < PAGE_TOKENS, "offset {offset} is inside a page");
-            for head in 0..kv_heads {
-                let at = self.head_at(layer, head);
-                let page = self.pages[slot.page as usize]
-                    .get_or_insert_with(|| AlignedBytes::zeroed(page_bytes));
-                let page: &mut [f32] = bytemuck::cast_slice_mut(page);
-                let (keys, values) = page[at..at + 2 * head_len].split_at_mut(head_len);
-                let from = r * cols + head * head_dim;
-                for (d, &x) in k[from..from + head_dim].iter().enumerate() {
-                    keys[d * PAGE_TOKENS + offset] = x;
-                }
-                values[offset * head_dim..(offset + 1) * head_dim]
-                    .copy_from_slice(&v[from..from + head_dim]);
-            }
-        }
-    }
-}
 
 /// Attention of each row of `q` over the keys that it sees; `out` has the shape of `q`.
 ///
@@ -113,7 +40,7 @@ pub fn attention(
     window: Option<u32>,
     out: &mut [f32],
 ) {
-    let KvShape { kv_heads, head_dim, .. } = arena.shape;
+    let KvShape { kv_heads, head_dim, .. } = arena.shape();
     if queries.is_empty() {
         assert!(q.is_empty() && out.is_empty(), "one query per row");
         return;
@@ -124,13 +51,27 @@ pub fn attention(
     let group = cols / kv_heads;
     let out = RowsMut::dense(out, cols);
     let one = |task: usize| {
-        let (r, kv_head) = (task / kv_heads, task % kv_heads);
-        let q = &q[r * cols + kv_head * group..][..group];
-        // SAFETY: every task has its own row and group of heads.
-        let out = unsafe { out.part(r, kv_head * group, group) };
-        attend(cpu, arena, (layer, kv_head), q, &queries[r], (scale, window), out);
+        // Rows of one head follow each other: they read the same pages.
+        let (kv_head, r) = (task / queries.len(), task % queries.len());
+        let levels = head_dim.div_ceil(LEAF).ilog2() as usize + 1;
+        let heads = group / head_dim;
+        let mut scores = scratch::take(levels * heads * PAGE_TOKENS);
+        let mut state = scratch::take(3 * heads);
+        cpu.simd().run(Attend {
+            arena,
+            layer,
+            kv_head,
+            q: &q[r * cols + kv_head * group..][..group],
+            pages: queries[r].pages,
+            visible: visible(&queries[r], window),
+            scale,
+            // SAFETY: every task has its own row and group of heads.
+            out: unsafe { out.part(r, kv_head * group, group) },
+            scores: &mut scores,
+            state: &mut state,
+        });
     };
-    let keys: usize = queries.iter().map(|query| query.position as usize + 1).sum();
+    let keys: usize = queries.iter().map(|query| visible(query, window).len()).sum();
     if keys * cols < 1 << 14 {
         (0..queries.len() * kv_heads).for_each(one);
     } else {
@@ -138,117 +79,286 @@ pub fn attention(
     }
 }
 
-/// The positions that a query sees.
+/// The positions that a query sees; at least its own.
 fn visible(query: &Query<'_>, window: Option<u32>) -> Range<usize> {
     let end = query.position as usize + 1;
     let start = window.map_or(0, |w| end.saturating_sub((w as usize).max(1)));
     start..end
 }
 
-/// One row's heads of one key/value head: q and out are `[heads of the group][head_dim]`.
-fn attend(
-    cpu: &Cpu,
-    arena: &KvArena,
-    (layer, kv_head): (usize, usize),
-    q: &[f32],
-    query: &Query<'_>,
-    (scale, window): (f32, Option<u32>),
+/// One row's heads of one key/value head, which share the reading of its pages.
+struct Attend<'a> {
+    arena: &'a KvArena,
+    layer: usize,
+    kv_head: usize,
+    /// `[heads][head_dim]`, as is `out`.
+    q: &'a [f32],
+    pages: &'a [u32],
+    visible: Range<usize>,
+    scale: f32,
+    out: &'a mut [f32],
+    /// `[levels of the tree][heads][PAGE_TOKENS]`; level 0 becomes the weights.
+    scores: &'a mut [f32],
+    /// `[3][heads]`: largest score so far, sum of weights so far, what scales them.
+    state: &'a mut [f32],
+}
+
+impl Kernel for Attend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let Attend { arena, layer, kv_head, q, pages, visible, scale, out, scores, state } = self;
+        let head_dim = arena.shape().head_dim;
+        let heads = q.len() / head_dim;
+        let (largest, rest) = state.split_at_mut(heads);
+        let (total, keep) = rest.split_at_mut(heads);
+        largest.fill(f32::NEG_INFINITY);
+        total.fill(0.0);
+        out.fill(0.0);
+        for page in visible.start / PAGE_TOKENS..visible.end.div_ceil(PAGE_TOKENS) {
+            let (keys, values) = arena.head(pages[page], layer, kv_head);
+            let base = page * PAGE_TOKENS;
+            let from = visible.start.saturating_sub(base);
+            let to = (visible.end - base).min(PAGE_TOKENS);
+            // SAFETY: promised by the caller.
+            unsafe { score::<V>(q, keys, head_dim, scores) };
+            for h in 0..heads {
+                let weights = &mut scores[h * PAGE_TOKENS..(h + 1) * PAGE_TOKENS];
+                (largest[h], keep[h], total[h]) =
+                    weigh(weights, from, to, scale, largest[h], total[h]);
+            }
+            // SAFETY: promised by the caller.
+            unsafe { add_values::<V>(scores, keep, values, (from, to), head_dim, out) };
+        }
+        for (out, &total) in out.chunks_exact_mut(head_dim).zip(&*total) {
+            for x in out {
+                *x /= total;
+            }
+        }
+    }
+}
+
+/// Turns a head's products of one page into weights; returns the new maximum, what scales
+/// earlier sums, and the new sum.
+#[inline(always)]
+fn weigh(
+    weights: &mut [f32],
+    from: usize,
+    to: usize,
+    scale: f32,
+    old: f32,
+    total: f32,
+) -> (f32, f32, f32) {
+    for w in weights.iter_mut() {
+        *w *= scale;
+    }
+    let new = largest(&weights[from..to]);
+    let new = if new > old { new } else { old };
+    for (i, w) in weights.iter_mut().enumerate() {
+        let e = exp(*w - new);
+        *w = if i >= from && i < to { e } else { 0.0 };
+    }
+    let keep = exp(old - new);
+    (new, keep, total.mul_add(keep, sum::sum(weights)))
+}
+
+/// Products of every head of q with the keys of a page, by rule 1, into level 0 of `scores`.
+///
+/// # Safety
+/// The machine has V's instructions.
+#[inline(always)]
+unsafe fn score<V: Vector>(q: &[f32], keys: &[f32], head_dim: usize, scores: &mut [f32]) {
+    let heads = q.len() / head_dim;
+    assert!(keys.len() == head_dim * PAGE_TOKENS, "keys are [head_dim][PAGE_TOKENS]");
+    let level = heads * PAGE_TOKENS;
+    let count = head_dim.div_ceil(LEAF);
+    let mut waiting = 0;
+    for index in 0..count {
+        let from = index * LEAF;
+        let len = LEAF.min(head_dim - from);
+        let out = &mut scores[waiting * level..(waiting + 1) * level];
+        let mut h = 0;
+        while h < heads {
+            let group = if heads - h >= 4 {
+                4
+            } else if heads - h >= 2 {
+                2
+            } else {
+                1
+            };
+            // SAFETY: heads h..h + group are in q and out; a leaf of d's is in q and keys.
+            unsafe {
+                let q = q.as_ptr().add(h * head_dim + from);
+                let keys = keys.as_ptr().add(from * PAGE_TOKENS);
+                let out = out.as_mut_ptr().add(h * PAGE_TOKENS);
+                match (group, V::LANES) {
+                    (4, 16) => leaf::<V, 4, 4>(q, head_dim, keys, len, out),
+                    (4, _) => leaf::<V, 4, 2>(q, head_dim, keys, len, out),
+                    (2, _) => leaf::<V, 2, 4>(q, head_dim, keys, len, out),
+                    (_, 16) => leaf::<V, 1, 4>(q, head_dim, keys, len, out),
+                    _ => leaf::<V, 1, 8>(q, head_dim, keys, len, out),
+                }
+            }
+            h += group;
+        }
+        waiting += 1;
+        let merges =
+            if index + 1 == count { waiting - 1 } else { (index + 1).trailing_zeros() as usize };
+        for _ in 0..merges {
+            waiting -= 1;
+            let (earlier, later) = scores.split_at_mut(waiting * level);
+            for (a, &b) in earlier[(waiting - 1) * level..].iter_mut().zip(&later[..level]) {
+                *a += b;
+            }
+        }
+    }
+}
+
+/// One leaf of the products of H heads with all keys of a page.
+///
+/// # Safety
+/// q holds H rows of `len` values `q_stride` apart, keys `[len][PAGE_TOKENS]`, and out has room
+/// for `[H][PAGE_TOKENS]`.
+#[inline(always)]
+unsafe fn leaf<V: Vector, const H: usize, const N: usize>(
+    q: *const f32,
+    q_stride: usize,
+    keys: *const f32,
+    len: usize,
+    out: *mut f32,
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        for part in (0..PAGE_TOKENS).step_by(N * V::LANES) {
+            let mut acc = [[V::zero(); N]; H];
+            for d in 0..len {
+                let mut k = [V::zero(); N];
+                for v in 0..N {
+                    k[v] = V::load(keys.add(d * PAGE_TOKENS + part + v * V::LANES));
+                }
+                for h in 0..H {
+                    let q = V::splat(*q.add(h * q_stride + d));
+                    for v in 0..N {
+                        acc[h][v] = acc[h][v].fma(q, k[v]);
+                    }
+                }
+            }
+            for h in 0..H {
+                for v in 0..N {
+                    acc[h][v].store(out.add(h * PAGE_TOKENS + part + v * V::LANES));
+                }
+            }
+        }
+    }
+}
+
+/// `out = out * keep + Σ weight · value` over the visible keys upwards, for every head.
+///
+/// # Safety
+/// The machine has V's instructions.
+#[inline(always)]
+unsafe fn add_values<V: Vector>(
+    weights: &[f32],
+    keep: &[f32],
+    values: &[f32],
+    (from, to): (usize, usize),
+    head_dim: usize,
     out: &mut [f32],
 ) {
-    let head_dim = arena.shape.head_dim;
-    let heads = q.len() / head_dim;
-    let seen = visible(query, window);
-    let mut state = scratch::take(heads * 2);
-    let (largest, total) = state.split_at_mut(heads);
-    largest.fill(f32::NEG_INFINITY);
-    total.fill(0.0);
-    out.fill(0.0);
-    for page in seen.start / PAGE_TOKENS..seen.end.div_ceil(PAGE_TOKENS) {
-        let (keys, values) = arena.head(query.pages[page], layer, kv_head);
-        let base = page * PAGE_TOKENS;
-        let from = seen.start.saturating_sub(base);
-        let to = (seen.end - base).min(PAGE_TOKENS);
-        for h in 0..heads {
-            let part = h * head_dim..(h + 1) * head_dim;
-            let (max, sum) = (&mut largest[h], &mut total[h]);
-            let (q, out) = (&q[part.clone()], &mut out[part]);
-            add_page(cpu.simd(), q, keys, values, (from, to), scale, max, sum, out);
-        }
-    }
-    for (out, &total) in out.chunks_exact_mut(head_dim).zip(&*total) {
-        for x in out {
-            *x /= total;
-        }
-    }
-}
-
-vectorised! {
-    /// One head and one page, of which keys `from..to` are visible.
-    #[allow(clippy::too_many_arguments)]
-    fn add_page(
-        q: &[f32],
-        keys: &[f32],
-        values: &[f32],
-        visible: (usize, usize),
-        scale: f32,
-        max: &mut f32,
-        total: &mut f32,
-        out: &mut [f32],
-    ) {
-        let (from, to) = visible;
-        let mut weights = scores(q, keys);
-        for w in &mut weights {
-            *w *= scale;
-        }
-        let new = largest(&weights[from..to]);
-        let new = if new > *max { new } else { *max };
-        let keep = exp(*max - new);
-        *max = new;
-        for (i, w) in weights.iter_mut().enumerate() {
-            let e = exp(*w - new);
-            *w = if i >= from && i < to { e } else { 0.0 };
-        }
-        *total = total.mul_add(keep, sum::sum(&weights));
-        for x in out.iter_mut() {
-            *x *= keep;
-        }
-        let head_dim = out.len();
-        for (i, &w) in weights.iter().enumerate().take(to).skip(from) {
-            for (x, &v) in out.iter_mut().zip(&values[i * head_dim..][..head_dim]) {
-                *x = w.mul_add(v, *x);
+    let heads = keep.len();
+    assert!(out.len() == heads * head_dim && weights.len() >= heads * PAGE_TOKENS);
+    assert!(to <= PAGE_TOKENS && values.len() == PAGE_TOKENS * head_dim);
+    let mut h = 0;
+    while h < heads {
+        let group = if heads - h >= 4 { 4 } else { 1 };
+        let mut d = 0;
+        while d < head_dim {
+            let vectors = (head_dim - d) / V::LANES;
+            let at = ValuesAt { h, d, from, to, head_dim };
+            // SAFETY: the heads and columns are inside by the assertions above.
+            d += unsafe {
+                match (group, vectors) {
+                    (_, 0) => 0,
+                    (4, 1) => columns::<V, 4, 1>(weights, keep, values, at, out),
+                    (4, _) => columns::<V, 4, 2>(weights, keep, values, at, out),
+                    (_, 8..) => columns::<V, 1, 8>(weights, keep, values, at, out),
+                    (_, 4..) => columns::<V, 1, 4>(weights, keep, values, at, out),
+                    (_, 2..) => columns::<V, 1, 2>(weights, keep, values, at, out),
+                    _ => columns::<V, 1, 1>(weights, keep, values, at, out),
+                }
+            };
+            if vectors == 0 {
+                break;
             }
         }
+        for h in h..h + group {
+            let out = &mut out[h * head_dim + d..(h + 1) * head_dim];
+            for x in out.iter_mut() {
+                *x *= keep[h];
+            }
+            for i in from..to {
+                let w = weights[h * PAGE_TOKENS + i];
+                let values = &values[i * head_dim + d..(i + 1) * head_dim];
+                for (x, &v) in out.iter_mut().zip(values) {
+                    *x = w.mul_add(v, *x);
+                }
+            }
+        }
+        h += group;
     }
 }
 
-/// Products of q with the keys of a page by rule 1, vectorised over keys.
+#[derive(Clone, Copy)]
+struct ValuesAt {
+    h: usize,
+    d: usize,
+    from: usize,
+    to: usize,
+    head_dim: usize,
+}
+
+/// N vectors of columns for H heads; returns how many columns that is.
+///
+/// # Safety
+/// Heads `h..h + H`, columns `d..d + N * LANES` and keys `from..to` are inside the slices.
 #[inline(always)]
-fn scores(q: &[f32], keys: &[f32]) -> [f32; PAGE_TOKENS] {
-    let leaf = |q: &[f32], keys: &[f32]| {
-        let mut acc = [0.0f32; PAGE_TOKENS];
-        for (&q, keys) in q.iter().zip(keys.as_chunks::<PAGE_TOKENS>().0) {
-            for i in 0..PAGE_TOKENS {
-                acc[i] = q.mul_add(keys[i], acc[i]);
+unsafe fn columns<V: Vector, const H: usize, const N: usize>(
+    weights: &[f32],
+    keep: &[f32],
+    values: &[f32],
+    ValuesAt { h, d, from, to, head_dim }: ValuesAt,
+    out: &mut [f32],
+) -> usize {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let out = out.as_mut_ptr().add(h * head_dim + d);
+        let weights = weights.as_ptr().add(h * PAGE_TOKENS);
+        let values = values.as_ptr().add(d);
+        let mut acc = [[V::zero(); N]; H];
+        for r in 0..H {
+            let keep = V::splat(keep[h + r]);
+            for v in 0..N {
+                acc[r][v] = V::load(out.add(r * head_dim + v * V::LANES)).mul(keep);
             }
         }
-        acc
-    };
-    let mut waiting: Vec<[f32; PAGE_TOKENS]> = Vec::new();
-    let mut acc = [0.0; PAGE_TOKENS];
-    let count = q.len().div_ceil(LEAF);
-    for (index, q) in q.chunks(LEAF).enumerate() {
-        acc = leaf(q, &keys[index * LEAF * PAGE_TOKENS..]);
-        let last = index + 1 == count;
-        let merges = if last { waiting.len() } else { index.trailing_ones() as usize };
-        for _ in 0..merges {
-            let earlier = waiting.pop().expect("a counter of leaves has as many subtrees");
-            for i in 0..PAGE_TOKENS {
-                acc[i] += earlier[i];
+        for i in from..to {
+            let mut row = [V::zero(); N];
+            for v in 0..N {
+                row[v] = V::load(values.add(i * head_dim + v * V::LANES));
+            }
+            for r in 0..H {
+                let w = V::splat(*weights.add(r * PAGE_TOKENS + i));
+                for v in 0..N {
+                    acc[r][v] = acc[r][v].fma(w, row[v]);
+                }
             }
         }
-        if !last {
-            waiting.push(acc);
+        for r in 0..H {
+            for v in 0..N {
+                acc[r][v].store(out.add(r * head_dim + v * V::LANES));
+            }
         }
+        N * V::LANES
     }
-    acc
 }

@@ -89,7 +89,7 @@ impl Plan {
         };
         Self {
             tiling,
-            tiles_per_task: (BLOCK_ROWS / tile_rows).min(tiling.count()),
+            tiles_per_task: (BLOCK_ROWS / tile_rows).min(tiling.count().max(1)),
             panels,
             panels_per_task,
             inline: m * n * k < INLINE_FMAS,

@@ -1,5 +1,6 @@
 //! One file per operation: forward, and the rule that fixes its bits.
 
+pub mod arena;
 pub mod attention;
 pub mod elementwise;
 pub mod embed;

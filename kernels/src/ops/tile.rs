@@ -125,23 +125,19 @@ fn levels(k: usize) -> usize {
     (usize::BITS - k.div_ceil(LEAF).leading_zeros()) as usize
 }
 
-/// Reads weights of one format, two k at a time.
+/// Reads weights of one format. Two k's make a pair, which lies in one piece.
 trait Weights {
-    /// # Safety
-    /// `at` points to the weights of an even k, N vectors at `offsets` of them are readable.
-    unsafe fn pair<V: Vector, const N: usize>(
-        at: *const u8,
-        offsets: &[usize; N],
-    ) -> ([V; N], [V; N]);
-    /// As `pair`, where only one k is left.
-    ///
-    /// # Safety
-    /// As `pair`.
-    unsafe fn last<V: Vector, const N: usize>(at: *const u8, offsets: &[usize; N]) -> [V; N];
     /// Bytes from one pair to the next.
     const PAIR_BYTES: usize;
+
     /// Bytes of a panel.
     fn panel_bytes(k: usize) -> usize;
+
+    /// The weights of one k of the pair at `at`.
+    ///
+    /// # Safety
+    /// A vector of the pair is readable.
+    unsafe fn load<V: Vector>(at: *const u8, odd: bool) -> V;
 }
 
 struct F32;
@@ -155,24 +151,9 @@ impl Weights for F32 {
     }
 
     #[inline(always)]
-    unsafe fn pair<V: Vector, const N: usize>(
-        at: *const u8,
-        offsets: &[usize; N],
-    ) -> ([V; N], [V; N]) {
+    unsafe fn load<V: Vector>(at: *const u8, odd: bool) -> V {
         // SAFETY: promised by the caller.
-        unsafe { (Self::last(at, offsets), Self::last(at.add(PANEL * 4), offsets)) }
-    }
-
-    #[inline(always)]
-    unsafe fn last<V: Vector, const N: usize>(at: *const u8, offsets: &[usize; N]) -> [V; N] {
-        // SAFETY: promised by the caller.
-        unsafe {
-            let mut w = [V::zero(); N];
-            for v in 0..N {
-                w[v] = V::load(at.add(offsets[v]).cast());
-            }
-            w
-        }
+        unsafe { V::load(at.add(if odd { PANEL * 4 } else { 0 }).cast()) }
     }
 }
 
@@ -184,43 +165,91 @@ impl Weights for Bf16 {
     }
 
     #[inline(always)]
-    unsafe fn pair<V: Vector, const N: usize>(
-        at: *const u8,
-        offsets: &[usize; N],
-    ) -> ([V; N], [V; N]) {
+    unsafe fn load<V: Vector>(at: *const u8, odd: bool) -> V {
         // SAFETY: promised by the caller.
-        unsafe {
-            let (mut even, mut odd) = ([V::zero(); N], [V::zero(); N]);
-            for v in 0..N {
-                (even[v], odd[v]) = V::load_bf16_pairs(at.add(offsets[v]).cast());
-            }
-            (even, odd)
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn last<V: Vector, const N: usize>(at: *const u8, offsets: &[usize; N]) -> [V; N] {
-        // SAFETY: promised by the caller.
-        unsafe { Self::pair(at, offsets).0 }
+        unsafe { if odd { V::load_bf16_high(at.cast()) } else { V::load_bf16_low(at.cast()) } }
     }
 }
 
 /// One k of a tile.
 ///
 /// # Safety
-/// R values of x are readable.
+/// R values of x are readable, and N vectors at `offsets` from `at`.
 #[inline(always)]
-unsafe fn step<V: Vector, const R: usize, const N: usize>(
+unsafe fn step<V: Vector, W: Weights, const R: usize, const N: usize>(
     acc: &mut [[V; N]; R],
     x: *const f32,
-    w: &[V; N],
+    at: *const u8,
+    offsets: &[usize; N],
+    odd: bool,
 ) {
-    for (r, acc) in acc.iter_mut().enumerate() {
-        // SAFETY: promised by the caller.
-        unsafe {
-            let x = V::splat(*x.add(r));
+    // SAFETY: promised by the caller.
+    unsafe {
+        // Keep the fewer in registers, and stream the others past them.
+        if R < N {
+            let mut xs = [V::zero(); R];
+            for r in 0..R {
+                xs[r] = V::splat(*x.add(r));
+            }
             for v in 0..N {
-                acc[v] = acc[v].fma(x, w[v]);
+                let w = W::load::<V>(at.add(offsets[v]), odd);
+                for r in 0..R {
+                    acc[r][v] = acc[r][v].fma(xs[r], w);
+                }
+            }
+        } else {
+            let mut ws = [V::zero(); N];
+            for v in 0..N {
+                ws[v] = W::load::<V>(at.add(offsets[v]), odd);
+            }
+            for r in 0..R {
+                let x = V::splat(*x.add(r));
+                for v in 0..N {
+                    acc[r][v] = acc[r][v].fma(x, ws[v]);
+                }
+            }
+        }
+    }
+}
+
+/// Asks, pair by pair, for weights that are to be read later.
+#[derive(Clone, Copy)]
+struct Ahead {
+    at: *const u8,
+    /// Cache lines per pair.
+    lines: usize,
+}
+
+impl Ahead {
+    /// What item i of `items` that read the same leaf asks for: its share of what follows the
+    /// leaf in memory, which is the next leaf or the next panel. Memory is then busy all the
+    /// time, not only while the first item reads.
+    #[inline(always)]
+    fn share<W: Weights>(leaf_end: *const u8, item: usize, items: usize) -> Self {
+        let lines = W::PAIR_BYTES / 64;
+        let sharers = items.min(lines);
+        let sharers = if sharers == 3 { 2 } else { sharers };
+        if item >= sharers {
+            return Self { at: leaf_end, lines: 0 };
+        }
+        let lines = lines / sharers;
+        Self { at: leaf_end.wrapping_add(item * lines * 64), lines }
+    }
+
+    #[inline(always)]
+    unsafe fn pair<V: Vector, W: Weights>(&mut self) {
+        // SAFETY: a prefetch never faults.
+        unsafe {
+            if self.lines > 0 {
+                V::prefetch(self.at);
+                if self.lines > 1 {
+                    V::prefetch(self.at.wrapping_add(64));
+                    if self.lines > 2 {
+                        V::prefetch(self.at.wrapping_add(128));
+                        V::prefetch(self.at.wrapping_add(192));
+                    }
+                }
+                self.at = self.at.wrapping_add(W::PAIR_BYTES);
             }
         }
     }
@@ -235,20 +264,21 @@ unsafe fn leaf<V: Vector, W: Weights, const R: usize, const N: usize>(
     mut x: *const f32,
     mut w: *const u8,
     offsets: &[usize; N],
+    mut ahead: Ahead,
     k: usize,
 ) -> [[V; N]; R] {
     // SAFETY: promised by the caller; pointers move inside the leaf.
     unsafe {
         let mut acc = [[V::zero(); N]; R];
         for _ in 0..k / 2 {
-            let (even, odd) = W::pair::<V, N>(w, offsets);
-            step(&mut acc, x, &even);
-            step(&mut acc, x.add(R), &odd);
+            ahead.pair::<V, W>();
+            step::<V, W, R, N>(&mut acc, x, w, offsets, false);
+            step::<V, W, R, N>(&mut acc, x.add(R), w, offsets, true);
             x = x.add(2 * R);
             w = w.add(W::PAIR_BYTES);
         }
         if !k.is_multiple_of(2) {
-            step(&mut acc, x, &W::last::<V, N>(w, offsets));
+            step::<V, W, R, N>(&mut acc, x, w, offsets, false);
         }
         acc
     }
@@ -272,6 +302,7 @@ unsafe fn tile<V: Vector, W: Weights, const R: usize, const N: usize>(
     x: *const f32,
     w: *const u8,
     offsets: &[usize; N],
+    ahead: Ahead,
     at: LeafAt,
     stack: *mut f32,
     level_len: usize,
@@ -280,7 +311,7 @@ unsafe fn tile<V: Vector, W: Weights, const R: usize, const N: usize>(
 ) {
     // SAFETY: promised by the caller.
     unsafe {
-        let mut acc = leaf::<V, W, R, N>(x, w, offsets, at.k);
+        let mut acc = leaf::<V, W, R, N>(x, w, offsets, ahead, at.k);
         let last = at.index + 1 == at.count;
         // Subtrees that wait on the stack before this leaf.
         let mut waiting = at.index.count_ones() as usize;
@@ -321,7 +352,7 @@ fn widest<V: Vector>(rows: usize) -> usize {
         (_, 1) => 8,
         (16, 2..=3) => 4,
         (16, _) => 2,
-        (8, 2..=3) => 4,
+        (8, 2) => 4,
         (8, _) => 2,
         (_, 2..=3) => 8,
         _ => 4,
@@ -355,68 +386,86 @@ impl Product<'_> {
         // Tiles differ by at most one row, and the first is the longest.
         let longest = tiling.first(self.tiles.start + 1) - first;
         let widest = widest::<V>(longest);
-        let end = self.panels.end * PANEL;
+        let end = self.panels.end.min(self.w.n().div_ceil(PANEL)) * PANEL;
         let mut col = self.panels.start * PANEL;
         while col < end {
             let mut n = widest;
             while n * V::LANES > end - col {
                 n /= 2;
             }
+            let parts = PANEL.div_ceil(n * V::LANES);
             // SAFETY: promised by the caller; n is what `widest` allows for these rows.
             unsafe {
                 match n {
-                    8 => self.run_strip::<V, W, 8>(col),
-                    4 => self.run_strip::<V, W, 4>(col),
-                    _ => self.run_strip::<V, W, 2>(col),
+                    8 => self.run_strip::<V, W, 8>(col, parts),
+                    4 => self.run_strip::<V, W, 4>(col, parts),
+                    _ => self.run_strip::<V, W, 2>(col, parts),
                 }
             }
-            col += n * V::LANES;
+            col += n * V::LANES * parts;
         }
     }
 
-    /// All leaves of all tiles for the outputs from `col` on.
+    /// All leaves of all tiles for `parts` strips from `col` on. Several parts make one panel,
+    /// and each leaf is done for all of them while it is near.
     #[inline(always)]
-    unsafe fn run_strip<V: Vector, W: Weights, const N: usize>(&mut self, col: usize) {
+    unsafe fn run_strip<V: Vector, W: Weights, const N: usize>(
+        &mut self,
+        col: usize,
+        parts: usize,
+    ) {
         let Tiles { values, tiling, k } = self.x;
         let n = self.w.n();
-        if col >= n {
-            return;
-        }
         let first = tiling.first(self.tiles.start);
         let rows = tiling.first(self.tiles.end) - first;
         let strip = N * V::LANES;
-        let level_len = rows * strip;
+        let level_len = rows * strip * parts;
         assert!(levels(k) * level_len <= self.stack.len(), "the stack holds every level");
         assert!(tiling.first(self.tiles.end) * k <= values.len(), "x holds every tile");
         let stack = self.stack.as_mut_ptr();
         let bytes = self.w.data();
         let panel_bytes = W::panel_bytes(k);
-        let panels_end = (col + strip).div_ceil(PANEL);
+        let panels_end = (col + strip * parts).div_ceil(PANEL);
         assert!(panels_end * panel_bytes <= bytes.len(), "the panels are in the matrix");
         let base = &raw const bytes[col / PANEL * panel_bytes..] as *const u8;
         let offsets: [usize; N] = std::array::from_fn(|v| {
-            let lane = col % PANEL + v * V::LANES;
+            let lane = v * V::LANES;
             lane / PANEL * panel_bytes + lane % PANEL * 4
         });
         let count = k.div_ceil(LEAF).max(1);
+        let items = self.tiles.len() * parts;
         for index in 0..count {
             let from = index * LEAF;
             let at = LeafAt { index, count, k: LEAF.min(k - from) };
             // SAFETY: LEAF is even, so a leaf starts at a whole pair; inside by the assertions.
             let w = unsafe { base.add(from / 2 * W::PAIR_BYTES) };
-            for t in self.tiles.clone() {
-                let row = tiling.first(t);
-                let r = tiling.first(t + 1) - row;
+            let leaf_end = w.wrapping_add(at.k / 2 * W::PAIR_BYTES);
+            for item in 0..items {
+                let (part, t) = (item / self.tiles.len(), item % self.tiles.len());
+                let col = col + part * strip;
+                if col >= n {
+                    break;
+                }
+                let row = tiling.first(self.tiles.start + t);
+                let r = tiling.first(self.tiles.start + t + 1) - row;
+                let ahead = if strip <= PANEL {
+                    Ahead::share::<W>(leaf_end, item, items)
+                } else {
+                    // Several panels at once: the hardware follows their streams by itself.
+                    Ahead { at: leaf_end, lines: 0 }
+                };
                 // SAFETY: x and the stack hold the tile by the assertions above; every r that
                 // can come with this N is listed.
                 unsafe {
+                    let w = w.add(part * strip * 4);
                     let x = values.as_ptr().add(row * k + from * r);
-                    let stack = stack.add((row - first) * strip);
+                    let stack = stack.add(((row - first) + part * rows) * strip);
                     macro_rules! sizes {
                         ($($size:literal)*) => {
                             match r {
                                 $($size => tile::<V, W, $size, N>(
-                                    x, w, &offsets, at, stack, level_len, &self.sink, (row, col, n),
+                                    x, w, &offsets, ahead, at, stack, level_len, &self.sink,
+                                    (row, col, n),
                                 ),)*
                                 _ => unreachable!("tile of {r} rows and {N} vectors"),
                             }
@@ -426,6 +475,7 @@ impl Product<'_> {
                         (4, 8) => sizes!(1 2 3),
                         (4, _) => sizes!(1 2 3 4 5 6),
                         (_, 8) => sizes!(1),
+                        (8, 4) => sizes!(1 2),
                         (_, 4) => sizes!(1 2 3),
                         (8, _) => sizes!(1 2 3 4 5 6),
                         _ => sizes!(1 2 3 4 5 6 7 8 9 10 11 12),

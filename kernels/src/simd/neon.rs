@@ -55,13 +55,17 @@ impl Vector for F32x4 {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16_pairs(from: *const u32) -> (Self, Self) {
+    unsafe fn load_bf16_low(from: *const u32) -> Self {
+        // SAFETY: see the impl.
+        Self(unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vld1q_u32(from))) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_high(from: *const u32) -> Self {
         // SAFETY: see the impl.
         unsafe {
-            let words = vld1q_u32(from);
-            let low = vreinterpretq_f32_u32(vshlq_n_u32::<16>(words));
-            let high = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff_0000)));
-            (Self(low), Self(high))
+            let high = vandq_u32(vld1q_u32(from), vdupq_n_u32(0xffff_0000));
+            Self(vreinterpretq_f32_u32(high))
         }
     }
 }

@@ -55,12 +55,16 @@ impl Vector for F32x8 {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16_pairs(from: *const u32) -> (Self, Self) {
+    unsafe fn load_bf16_low(from: *const u32) -> Self {
         // SAFETY: the caller promises eight readable words.
         let words = unsafe { from.cast::<[u32; 8]>().read_unaligned() };
-        (
-            Self(words.map(|w| f32::from_bits(w << 16))),
-            Self(words.map(|w| f32::from_bits(w & 0xffff_0000))),
-        )
+        Self(words.map(|w| f32::from_bits(w << 16)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_high(from: *const u32) -> Self {
+        // SAFETY: the caller promises eight readable words.
+        let words = unsafe { from.cast::<[u32; 8]>().read_unaligned() };
+        Self(words.map(|w| f32::from_bits(w & 0xffff_0000)))
     }
 }

@@ -69,26 +69,34 @@ impl Vector for F32x8 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn mul(self, other: Self) -> Self {
         // SAFETY: see the impl.
         Self(unsafe { _mm256_mul_ps(self.0, other.0) })
     }
 
     #[inline(always)]
-    unsafe fn load_bf16_pairs(from: *const u32) -> (Self, Self) {
+    unsafe fn load_bf16_low(from: *const u32) -> Self {
         // SAFETY: see the impl.
         unsafe {
             let words = _mm256_loadu_si256(from.cast());
-            let low = _mm256_slli_epi32::<16>(words);
-            let high = _mm256_and_si256(words, _mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
-            (Self(_mm256_castsi256_ps(low)), Self(_mm256_castsi256_ps(high)))
+            Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)))
         }
     }
 
     #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        // SAFETY: a prefetch never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    unsafe fn load_bf16_high(from: *const u32) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let words = _mm256_loadu_si256(from.cast());
+            let high = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+            Self(_mm256_castsi256_ps(_mm256_and_si256(words, high)))
+        }
     }
 }
 
@@ -137,25 +145,33 @@ impl Vector for F32x16 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn mul(self, other: Self) -> Self {
         // SAFETY: see the impl.
         Self(unsafe { _mm512_mul_ps(self.0, other.0) })
     }
 
     #[inline(always)]
-    unsafe fn load_bf16_pairs(from: *const u32) -> (Self, Self) {
+    unsafe fn load_bf16_low(from: *const u32) -> Self {
         // SAFETY: see the impl.
         unsafe {
             let words = _mm512_loadu_si512(from.cast());
-            let low = _mm512_slli_epi32::<16>(words);
-            let high = _mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
-            (Self(_mm512_castsi512_ps(low)), Self(_mm512_castsi512_ps(high)))
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)))
         }
     }
 
     #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        // SAFETY: a prefetch never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    unsafe fn load_bf16_high(from: *const u32) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let words = _mm512_loadu_si512(from.cast());
+            let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+            Self(_mm512_castsi512_ps(_mm512_and_si512(words, high)))
+        }
     }
 }
