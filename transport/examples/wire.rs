@@ -1,6 +1,6 @@
 //! How fast expert batches cross between two processes, beside the same bytes bare.
 //!
-//! `cargo run --release -p lite-llm-transport --example wire [rows width k rounds]`
+//! `cargo run --release -p lite-llm-transport --example wire [rows width k rounds [raw|experts|tcp]]`
 //!
 //! This process is the coordinator and worker w1; it starts itself again as worker w2, which joins
 //! with a token, then serves expert batches, bare QUIC and bare TCP.
@@ -72,18 +72,26 @@ async fn drive(load: Load, rounds: usize) -> Result<(), MeasureError> {
         connection.open_raw(StreamKind::Experts).await?
     };
     let mut stream = tokio::net::TcpStream::connect(tcp).await?;
+    let only = env::args().nth(5);
+    let runs = |what: &str| only.as_deref().is_none_or(|only| only == what);
     for _ in 0..3 {
-        let raw = measure::drive_raw(&mut sender_raw, &mut receiver_raw, load, rounds).await?;
-        let experts =
-            measure::drive_experts(&mut sender, &mut receiver, &pool, load, rounds).await?;
-        let bare = measure::drive_tcp(&mut stream, load, rounds).await?;
-        show("expert batches", &experts);
-        show("bare QUIC", &raw);
-        show("bare TCP, no TLS", &bare);
-        println!(
-            "expert batches / bare QUIC: {:.3}",
-            experts.bytes_per_second() / raw.bytes_per_second()
-        );
+        let (mut raw_rate, mut experts_rate) = (None, None);
+        if runs("raw") {
+            let times =
+                measure::drive_raw(&mut sender_raw, &mut receiver_raw, load, rounds).await?;
+            raw_rate = Some(show("bare QUIC", &times));
+        }
+        if runs("experts") {
+            let times =
+                measure::drive_experts(&mut sender, &mut receiver, &pool, load, rounds).await?;
+            experts_rate = Some(show("expert batches", &times));
+        }
+        if runs("tcp") {
+            show("bare TCP, no TLS", &measure::drive_tcp(&mut stream, load, rounds).await?);
+        }
+        if let (Some(raw), Some(experts)) = (raw_rate, experts_rate) {
+            println!("expert batches / bare QUIC: {:.3}", experts / raw);
+        }
     }
     connection.close("measured");
     endpoint.close("measured").await;
@@ -92,14 +100,17 @@ async fn drive(load: Load, rounds: usize) -> Result<(), MeasureError> {
     Ok(std::fs::remove_dir_all(&folder)?)
 }
 
-fn show(what: &str, times: &Times) {
+/// Prints the times and returns bytes per second.
+fn show(what: &str, times: &Times) -> f64 {
     let ms = |share| times.percentile(share).as_secs_f64() * 1e3;
     println!(
-        "{what:18} p50 {:8.3} ms  p99 {:8.3} ms  {:6.3} GB/s",
+        "{what:18} p5 {:8.3} ms  p50 {:8.3} ms  p99 {:8.3} ms  {:6.3} GB/s",
+        ms(0.05),
         ms(0.5),
         ms(0.99),
         times.bytes_per_second() / 1e9
     );
+    times.bytes_per_second()
 }
 
 async fn serve(token: &str, load: Load) -> Result<(), MeasureError> {

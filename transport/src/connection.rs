@@ -126,7 +126,8 @@ pub struct ConnectionLost {
 }
 
 /// A connection to a verified peer. Clones share it; it closes when the last one and its last
-/// frame stream are dropped.
+/// frame stream are dropped, and what is under way then is lost: [`FrameSender::finish`] a stream
+/// whose last frames matter.
 #[derive(Clone)]
 pub struct Connection {
     inner: Arc<Inner>,

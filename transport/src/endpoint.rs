@@ -65,6 +65,9 @@ const LOOPBACK_MTU_START: u16 = 16_000;
 const LOOPBACK_MTU_MAX: u16 = 65_400;
 /// Largest datagram on a network with jumbo frames.
 const NETWORK_MTU_MAX: u16 = 8_952;
+/// Bytes that a socket is asked to hold in the kernel, either way: a burst of large datagrams
+/// overflows the default, and each loss costs a round of recovery. The kernel may grant less.
+const SOCKET_BUFFER_BYTES: usize = 16 << 20;
 /// How long closing may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -462,6 +465,10 @@ fn local_address_for(toward: SocketAddr) -> SocketAddr {
 fn open(address: SocketAddr) -> Result<quinn::Endpoint, BindError> {
     let failed = |source| BindError::Socket { address, source };
     let socket = UdpSocket::bind(address).map_err(failed)?;
+    let options = socket2::SockRef::from(&socket);
+    // What is not granted is lived without.
+    let _ = options.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
+    let _ = options.set_send_buffer_size(SOCKET_BUFFER_BYTES);
     let mut config = EndpointConfig::default();
     config.max_udp_payload_size(DATAGRAM_BYTES_MAX).expect("within QUIC's bounds");
     quinn::Endpoint::new(config, None, socket, Arc::new(quinn::TokioRuntime)).map_err(failed)

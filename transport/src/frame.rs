@@ -208,7 +208,9 @@ impl Frame {
 
     /// The message in it, checked, as an owned value.
     pub fn decode<T: Message>(&self) -> Result<T, MessageError> {
-        messages::to_owned(self.view::<T>()?)
+        let message: T = messages::to_owned(self.view::<T>()?)?;
+        message.check()?;
+        Ok(message)
     }
 }
 

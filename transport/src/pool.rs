@@ -6,7 +6,7 @@
 //! page by page as bytes are written, without ever moving what was written before.
 
 use std::{
-    fmt,
+    fmt, io,
     ops::{Deref, DerefMut},
     sync::Arc,
 };
@@ -20,12 +20,16 @@ pub const IDLE_BYTES_MAX: usize = 256 << 20;
 /// Smallest buffer, in bytes.
 const BUFFER_BYTES_MIN: usize = 16 << 10;
 
+/// Buffers of at least this size are asked for in large pages.
+#[cfg(target_os = "linux")]
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
 /// Memory for a buffer was refused.
 #[derive(Debug, thiserror::Error)]
 #[error("could not map {bytes} bytes for a buffer: {source}; free memory, or lower the load")]
 pub struct PoolError {
     bytes: usize,
-    source: std::io::Error,
+    source: io::Error,
 }
 
 /// Buffers for reuse, shared by everything that sends and receives on one endpoint.
@@ -69,7 +73,7 @@ impl BufferPool {
         };
         let memory = match idle {
             Some(memory) => memory,
-            None => MmapMut::map_anon(size).map_err(|source| PoolError { bytes: size, source })?,
+            None => map(size).map_err(|source| PoolError { bytes: size, source })?,
         };
         Ok(PoolBuffer { memory: Some(memory), shelf: self.shelf.clone() })
     }
@@ -78,6 +82,17 @@ impl BufferPool {
     pub fn idle_bytes(&self) -> usize {
         self.shelf.idle.lock().bytes
     }
+}
+
+/// Fresh memory, in large pages where the system has them: fewer faults, fewer lookups.
+fn map(size: usize) -> io::Result<MmapMut> {
+    let memory = MmapMut::map_anon(size)?;
+    #[cfg(target_os = "linux")]
+    if size >= HUGE_PAGE_BYTES {
+        // Advice: without it everything is the same but slower.
+        let _ = memory.advise(memmap2::Advice::HugePage);
+    }
+    Ok(memory)
 }
 
 impl fmt::Debug for BufferPool {

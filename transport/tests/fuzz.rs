@@ -266,6 +266,27 @@ fn a_batch_that_contradicts_itself_is_refused_and_the_field_is_named() {
     }
 }
 
+#[test]
+fn values_that_contradict_their_shape_are_refused() {
+    let refused = |body| {
+        let event = JobEvent { job: 1, trace: TraceContext::default(), body };
+        let outgoing = OutgoingFrame::message(&ClientReply::Event(event)).unwrap();
+        frame(outgoing.kind(), outgoing.bytes()).decode::<ClientReply>().is_err()
+    };
+    let logits =
+        |rows, width| JobEventBody::Logits { first_row: 0, rows, width, values: vec![0.0; 6] };
+    let routes =
+        |layers, rows, k| JobEventBody::Routes { first_row: 0, layers, rows, k, ids: vec![0; 12] };
+    assert!(!refused(logits(2, 3)) && !refused(routes(2, 3, 2)));
+    assert!(refused(logits(2, 2)) && refused(logits(u32::MAX, u32::MAX)));
+    assert!(refused(routes(2, 3, 3)) && refused(routes(u32::MAX, u32::MAX, u32::MAX)));
+
+    assert!(assignment().check().is_ok());
+    assert!(Assignment { you: 2, ..assignment() }.check().is_err());
+    assert!(Assignment { owners: vec![vec![0, 7]], ..assignment() }.check().is_err());
+    assert!(Assignment { nodes: vec![], ..assignment() }.check().is_err());
+}
+
 proptest! {
     #[test]
     fn random_bytes_are_survived_as_every_message(

@@ -4,6 +4,8 @@
 
 use rkyv::{Archive, Deserialize, Serialize};
 
+use super::MessageError;
+
 /// A node introduces itself.
 #[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct NodeInfo {
@@ -62,6 +64,24 @@ pub struct Assignment {
     pub you: u16,
     /// Seed of the routing's tie-break.
     pub seed: u64,
+}
+
+impl Assignment {
+    /// Whether every index names a node of the list. To be asked once, on receipt.
+    pub fn check(&self) -> Result<(), MessageError> {
+        let nodes = self.nodes.len();
+        let outside = |&&node: &&u16| usize::from(node) >= nodes;
+        let mut all = self.owners.iter().flatten().chain([&self.you]);
+        match all.find(outside) {
+            None => Ok(()),
+            Some(&node) => Err(MessageError::Field {
+                what: "Assignment",
+                field: "index of a node",
+                found: node.into(),
+                expected: format!("less than {nodes}, the number of its nodes,"),
+            }),
+        }
+    }
 }
 
 /// How far a node is with loading.

@@ -6,7 +6,7 @@
 
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::{ClusterStatus, TraceContext};
+use super::{ClusterStatus, MessageError, TraceContext};
 
 /// What the model is to continue.
 #[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
@@ -141,6 +141,25 @@ impl JobEventBody {
     /// Whether nothing follows.
     pub fn is_last(&self) -> bool {
         matches!(self, JobEventBody::Done { .. } | JobEventBody::Failed { .. })
+    }
+
+    /// Whether there are as many numbers as the shape says.
+    pub(super) fn check(&self) -> Result<(), MessageError> {
+        let (what, found, shape): (_, _, &[u32]) = match self {
+            JobEventBody::Logits { rows, width, values, .. } => {
+                ("Logits", values.len(), &[*rows, *width])
+            }
+            JobEventBody::Routes { layers, rows, k, ids, .. } => {
+                ("Routes", ids.len(), &[*layers, *rows, *k])
+            }
+            _ => return Ok(()),
+        };
+        let product = |size: u64, &by: &u32| size.checked_mul(u64::from(by));
+        if shape.iter().try_fold(1, product) == Some(found as u64) {
+            return Ok(());
+        }
+        let expected = format!("the product of {shape:?}");
+        Err(MessageError::Field { what, field: "number of values", found: found as u64, expected })
     }
 }
 

@@ -107,6 +107,11 @@ impl<T: Portable + for<'a> CheckBytes<HighValidator<'a, rancor::Error>>> WireArc
 pub trait Message: Wire {
     /// The kind of frames that hold it.
     const KIND: FrameKind;
+
+    /// Whether its fields fit each other; asked once, on receipt.
+    fn check(&self) -> Result<(), MessageError> {
+        Ok(())
+    }
 }
 
 impl Message for ExpertFailure {
@@ -114,6 +119,10 @@ impl Message for ExpertFailure {
 }
 impl Message for JobEvent {
     const KIND: FrameKind = FrameKind::JobEvent;
+
+    fn check(&self) -> Result<(), MessageError> {
+        self.body.check()
+    }
 }
 impl Message for ClientRequest {
     const KIND: FrameKind = FrameKind::ClientRequest;
@@ -123,6 +132,13 @@ impl Message for JobStart {
 }
 impl Message for ClientReply {
     const KIND: FrameKind = FrameKind::ClientReply;
+
+    fn check(&self) -> Result<(), MessageError> {
+        match self {
+            ClientReply::Event(event) => event.check(),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A value as bytes, for the payload of an actor's message.
