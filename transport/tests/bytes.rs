@@ -1,0 +1,61 @@
+//! The bytes of protocol 1: frames of the data plane as files, which every later build that still
+//! calls itself protocol 1 must write and read alike.
+//!
+//! If this fails, the layout changed: either undo that, or raise `PROTOCOL_VERSION` and write the
+//! files anew with `LITE_LLM_WRITE_BYTES=1`.
+
+mod support;
+
+use std::{fs, path::PathBuf};
+
+use lite_llm_transport::{
+    PROTOCOL_VERSION,
+    frame::{Frame, OutgoingFrame},
+    messages::{
+        ExpertBatchView, ExpertFailure, ExpertOutputs, ExpertReplyView, OutgoingExpertBatch,
+        OutgoingExpertOutputs, TraceContext,
+    },
+    pool::BufferPool,
+};
+use support::batch;
+
+fn kept(name: &str, outgoing: &OutgoingFrame) -> Frame {
+    let file = format!("tests/data/{name}.v{PROTOCOL_VERSION}.bin");
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(&file);
+    if std::env::var_os("LITE_LLM_WRITE_BYTES").is_some() {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, outgoing.bytes()).unwrap();
+    }
+    let bytes = fs::read(&path).unwrap_or_else(|error| panic!("{file}: {error}"));
+    assert!(bytes == outgoing.bytes(), "{file}: this build lays the message otherwise");
+    Frame::copied(outgoing.kind(), &bytes, &BufferPool::default()).unwrap()
+}
+
+#[test]
+fn frames_of_this_protocol_are_written_and_read_as_they_were() {
+    // A pool whose buffers hold what earlier frames left: nothing of that may reach the wire.
+    let pool = BufferPool::default();
+    pool.take(4096).unwrap().fill(0xaa);
+
+    let mut outgoing = OutgoingExpertBatch::new(batch(3, 3, 5, 2), &pool).unwrap();
+    outgoing.rows_mut().copy_from_slice(&std::array::from_fn::<f32, 15, _>(|i| i as f32));
+    let view = ExpertBatchView::check(&kept("expert_batch", &outgoing.finish())).unwrap();
+    assert_eq!(view.head(), &batch(3, 3, 5, 2));
+    assert_eq!(view.row(2), [10.0, 11.0, 12.0, 13.0, 14.0]);
+
+    pool.take(4096).unwrap().fill(0xaa);
+    let trace = TraceContext { trace_id: [7; 16], span_id: [5; 8], flags: 1 };
+    let head = ExpertOutputs { id: 3, trace, width: 3, rows: 2 };
+    let mut outgoing = OutgoingExpertOutputs::new(head.clone(), &pool).unwrap();
+    outgoing.rows_mut().copy_from_slice(&[1.0, 2.0, 3.0, 4.0, 5.0, -0.0]);
+    let frame = kept("expert_outputs", &outgoing.finish());
+    let ExpertReplyView::Outputs(view) = ExpertReplyView::check(&frame).unwrap() else {
+        panic!("not outputs");
+    };
+    assert_eq!((view.head(), view.row(1)[0]), (&head, 4.0));
+    assert_eq!(view.row(1)[2].to_bits(), (-0.0_f32).to_bits());
+
+    let failure = ExpertFailure::new(3, "the expert is not here");
+    let frame = kept("expert_failure", &OutgoingFrame::message(&failure).unwrap());
+    assert_eq!(frame.decode::<ExpertFailure>().unwrap(), failure);
+}
