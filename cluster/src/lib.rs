@@ -1,1 +1,14 @@
-//! .
+//! The process: the `lite-llm` command, its configuration, telemetry and wiring.
+//!
+//! [`cli`] says what can be asked, `commands` does it, one file each. Nothing here decides
+//! anything about models or clusters: that is in the crates to the left.
+
+pub mod cli;
+mod commands;
+mod demo;
+mod machine;
+mod progress;
+mod size;
+pub mod telemetry;
+
+pub use commands::run_command;

@@ -1,0 +1,382 @@
+//! What can be asked of `lite-llm`: commands and flags, as people type them.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+use lite_llm_kernels::simd::Simd;
+
+use crate::size::Size;
+
+/// Serve sparse mixture-of-experts models from many machines, with the same bits on any of them.
+#[derive(Debug, Parser)]
+#[command(name = "lite-llm", version, about, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Print results as JSON.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Send traces to this OTLP gRPC endpoint, for example http://127.0.0.1:4317.
+    #[arg(long, global = true, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp: Option<String>,
+    /// What is logged to standard error: error, warn, info, debug, or a tracing filter.
+    #[arg(long, global = true, env = "LITE_LLM_LOG", default_value = "warn", value_name = "FILTER")]
+    pub log: String,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Generate text, everything in one process: a coordinator and workers over loopback QUIC.
+    Run(RunArgs),
+    /// Turn a Hugging Face MoE folder into a native checkpoint.
+    Import(ImportArgs),
+    /// Show what is in a checkpoint.
+    Inspect(ModelPath),
+    /// Check every hash of a checkpoint.
+    Verify(ModelPath),
+    /// Compute logits, routes and greedy continuations of token prompts, for comparison.
+    Eval(EvalArgs),
+    /// Compute the perplexity of a text.
+    Perplexity(PerplexityArgs),
+    /// Start a coordinator that other machines' workers join.
+    Coordinator(CoordinatorArgs),
+    /// Join a cluster as a worker.
+    Worker(WorkerArgs),
+    /// Send a prompt, or a file of prompts, to a coordinator.
+    Submit(SubmitArgs),
+    /// Show a cluster's nodes and load.
+    Status(ClientArgs),
+    /// Measure this machine and this program.
+    Bench(BenchArgs),
+    /// Show what this machine has, and what is missing.
+    Doctor,
+}
+
+/// How to compute.
+#[derive(Debug, Clone, Args)]
+pub struct ComputeArgs {
+    /// Compute threads per worker [default: the machine's cores, shared by its workers].
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Vector instructions: scalar, avx2, avx512, neon [default: the best here]. Never changes a result.
+    #[arg(long)]
+    pub simd: Option<Simd>,
+    /// Memory for experts, per worker [default: what is free, shared by the workers].
+    #[arg(long, value_name = "SIZE")]
+    pub dram: Option<Size>,
+    /// Memory for key/value caches, per worker; taken as it is used.
+    #[arg(long, value_name = "SIZE", default_value = "2GiB")]
+    pub kv: Size,
+}
+
+/// How many workers, and what goes where.
+#[derive(Debug, Clone, Args)]
+pub struct LocalArgs {
+    /// Workers in this process.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub workers: u16,
+    /// Spread experts at random, by this seed. Never changes a result.
+    #[arg(long, value_name = "SEED")]
+    pub random_placement: Option<u64>,
+    /// Compute.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, Args)]
+pub struct SamplingArgs {
+    /// Tokens to generate at most.
+    #[arg(long, default_value_t = 128)]
+    pub max_tokens: u32,
+    /// 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.7)]
+    pub temperature: f32,
+    /// Choose among this many likeliest tokens; 0 is no limit.
+    #[arg(long, default_value_t = 40)]
+    pub top_k: u32,
+    /// Choose among the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Seed of the choice: the same seed gives the same text.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Tiers that may be used: all, tier_1b,tier_10b (just these) or ..tier_10b (up to it).
+    #[arg(long, default_value = "all")]
+    pub tiers: String,
+    /// Go on after the token that ends a text.
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Wrap the prompt in the model's chat template.
+    #[arg(long)]
+    pub chat: bool,
+}
+
+/// `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// What to continue; `-` reads standard input [default: a few prompts that show the model].
+    pub prompt: Option<String>,
+    /// Checkpoint folder [default: the small model inside this program].
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Sampling.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Workers.
+    #[command(flatten)]
+    pub local: LocalArgs,
+}
+
+/// `import`.
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// Folder with config.json, safetensors and tokenizer.json.
+    pub hf_dir: PathBuf,
+    /// Folder to write: new or empty.
+    pub out_dir: PathBuf,
+    /// Weight format: f32 or bf16 [default: the folder's own].
+    #[arg(long)]
+    pub dtype: Option<lite_llm_kernels::dtype::DType>,
+    /// Cut the experts into tiers, for experiments: NAME:GROUPSxEXPERTS,… in order.
+    #[arg(long, value_name = "CUT")]
+    pub tiers: Option<String>,
+    /// With --tiers: how many tiers x groups x experts a token goes to, for example 1x1x2.
+    #[arg(long, value_name = "TxGxE", requires = "tiers")]
+    pub routes: Option<String>,
+}
+
+/// A checkpoint.
+#[derive(Debug, Args)]
+pub struct ModelPath {
+    /// Checkpoint folder.
+    pub dir: PathBuf,
+}
+
+/// `eval`.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// Checkpoint folder.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// JSON: {"prompts": [[ids…], …]}.
+    #[arg(long, value_name = "FILE")]
+    pub tokens: PathBuf,
+    /// Safetensors file to write: p<i>.logits, and what is asked for below.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Also write p<i>.router_ids.
+    #[arg(long)]
+    pub routes: bool,
+    /// Also generate so many tokens greedily and write p<i>.greedy_ids.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub greedy: u32,
+    /// Tokens of a prompt computed at once [default: up to 512]. Never changes a result.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub prefill_chunk: u32,
+    /// Tiers that may be used.
+    #[arg(long, default_value = "all")]
+    pub tiers: String,
+    /// Workers.
+    #[command(flatten)]
+    pub local: LocalArgs,
+}
+
+/// `perplexity`.
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    /// Checkpoint folder [default: the small model inside this program].
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// UTF-8 text.
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Tokens per window; each window is read afresh.
+    #[arg(long, default_value_t = 512)]
+    pub window: usize,
+    /// Tiers that may be used.
+    #[arg(long, default_value = "all")]
+    pub tiers: String,
+    /// Workers.
+    #[command(flatten)]
+    pub local: LocalArgs,
+}
+
+/// `coordinator`.
+#[derive(Debug, Args)]
+pub struct CoordinatorArgs {
+    /// Checkpoint folder, at a path that the workers see too.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Where workers and clients connect (QUIC, UDP).
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7450")]
+    pub listen: SocketAddr,
+    /// Workers that make the cluster whole.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=65535))]
+    pub workers: u16,
+    /// Where the cluster's authority is kept and the join token is written.
+    #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
+    pub state: Option<PathBuf>,
+    /// Address in the join token, if workers see another than --listen.
+    #[arg(long, value_name = "ADDR")]
+    pub advertise: Option<SocketAddr>,
+    /// Spread experts at random, by this seed. Never changes a result.
+    #[arg(long, value_name = "SEED")]
+    pub random_placement: Option<u64>,
+}
+
+/// `worker`.
+#[derive(Debug, Args)]
+pub struct WorkerArgs {
+    /// The coordinator's address [default: the one in the token].
+    #[arg(long, value_name = "ADDR")]
+    pub join: Option<SocketAddr>,
+    /// The join token that the coordinator wrote [default: the one of this machine's coordinator].
+    #[arg(long, value_name = "FILE")]
+    pub token: Option<PathBuf>,
+    /// Name in the cluster [default: made from the process].
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Where other workers connect (QUIC, UDP); port 0 takes any.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// Checkpoint folder on this machine, if it is not where the coordinator has it.
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// What computes: cpu.
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    /// Compute.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
+}
+
+/// Where the coordinator is and what lets us in.
+#[derive(Debug, Clone, Args)]
+pub struct ClientArgs {
+    /// The coordinator's address [default: the one in the token].
+    #[arg(long, value_name = "ADDR")]
+    pub coordinator: Option<SocketAddr>,
+    /// The join token that the coordinator wrote [default: the one of this machine's coordinator].
+    #[arg(long, value_name = "FILE")]
+    pub token: Option<PathBuf>,
+}
+
+/// `submit`.
+#[derive(Debug, Args)]
+pub struct SubmitArgs {
+    /// What to continue; `-` reads standard input.
+    #[arg(required_unless_present = "file", conflicts_with = "file")]
+    pub prompt: Option<String>,
+    /// JSON lines: {"prompt": "…"} with any of max_tokens, temperature, top_k, top_p, seed, tiers.
+    #[arg(long, value_name = "JOBS.jsonl")]
+    pub file: Option<PathBuf>,
+    /// Where.
+    #[command(flatten)]
+    pub client: ClientArgs,
+    /// Sampling.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: BenchCommand,
+}
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Products against the gemm crate and the memory's bandwidth.
+    Kernels(BenchKernelsArgs),
+    /// Decode speed: a cluster of one worker against the same forward pass alone.
+    Decode(BenchModelArgs),
+    /// Prefill speed.
+    Prefill(BenchModelArgs),
+    /// Dispatch and combine between two processes over QUIC.
+    Transport(BenchTransportArgs),
+    /// The other half of `bench transport`; it is started by it.
+    #[command(hide = true)]
+    TransportPeer(BenchTransportPeerArgs),
+    /// Write a Hugging Face folder with random weights.
+    RandomModel(RandomModelArgs),
+}
+
+/// `bench kernels`.
+#[derive(Debug, Args)]
+pub struct BenchKernelsArgs {
+    /// Threads [default: all cores].
+    #[arg(long)]
+    pub threads: Option<u16>,
+    /// Runs of each measurement; the median counts.
+    #[arg(long, default_value_t = 7)]
+    pub runs: usize,
+}
+
+/// `bench decode` and `bench prefill`.
+#[derive(Debug, Args)]
+pub struct BenchModelArgs {
+    /// Checkpoint folder [default: the small model inside this program].
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Tokens of the prompt.
+    #[arg(long, default_value_t = 512)]
+    pub prompt: u32,
+    /// Tokens to generate.
+    #[arg(long, default_value_t = 64)]
+    pub generate: u32,
+    /// Runs of each measurement, alternating; the median counts.
+    #[arg(long, default_value_t = 5)]
+    pub runs: usize,
+    /// Workers.
+    #[command(flatten)]
+    pub local: LocalArgs,
+}
+
+/// `bench transport`.
+#[derive(Debug, Args)]
+pub struct BenchTransportArgs {
+    /// Tokens of a batch.
+    #[arg(long, default_value_t = 128)]
+    pub rows: u32,
+    /// Elements of a hidden state.
+    #[arg(long, default_value_t = 2048)]
+    pub hidden: u32,
+    /// Experts per token.
+    #[arg(long, default_value_t = 8)]
+    pub top_k: u32,
+    /// Round trips of each measurement.
+    #[arg(long, default_value_t = 100)]
+    pub rounds: u32,
+}
+
+/// `bench transport-peer`.
+#[derive(Debug, Args)]
+pub struct BenchTransportPeerArgs {
+    /// What to answer: experts, quic or tcp.
+    pub kind: String,
+    /// Token file.
+    #[arg(long)]
+    pub token: PathBuf,
+    /// The asking process.
+    #[arg(long)]
+    pub join: SocketAddr,
+}
+
+/// `bench random-model`.
+#[derive(Debug, Args)]
+pub struct RandomModelArgs {
+    /// Folder to write.
+    pub dir: PathBuf,
+    /// olmoe-mini, olmoe-1b-7b or tiny.
+    #[arg(long, default_value = "olmoe-mini")]
+    pub shape: String,
+    /// Seed of the weights.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}

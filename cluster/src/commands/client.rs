@@ -1,0 +1,249 @@
+//! `lite-llm submit` and `lite-llm status`: talking to a coordinator from outside.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use lite_llm_kernels::DETERMINISM_VERSION;
+use lite_llm_transport::{
+    connection::{Connection, StreamKind},
+    endpoint::{Endpoint, Expect, Options},
+    frame::{FrameReceiver, FrameSender},
+    identity::Role,
+    join::join,
+    messages::{ClientReply, ClientRequest, ClusterStatus, JobRequest, Prompt},
+    session::Hello,
+};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{
+    bad_input,
+    run::{Answer, read_prompt},
+};
+use crate::{
+    cli::{ClientArgs, SamplingArgs, SubmitArgs},
+    size::Size,
+    telemetry,
+};
+
+/// How long the coordinator may take to answer a question.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection to a coordinator.
+struct Client {
+    endpoint: Endpoint,
+    connection: Connection,
+}
+
+impl Client {
+    async fn connect(args: &ClientArgs) -> Result<Self> {
+        let (token, address) = args.token()?;
+        let hello = Hello::new(DETERMINISM_VERSION);
+        let name = format!("client-{}", std::process::id());
+        let identity = join(address, &token, Role::Client, &name, &hello).await?;
+        let endpoint = Endpoint::outgoing(address, &identity, Options::new(hello))?;
+        let connection = endpoint.connect(address, &Expect::coordinator()).await?;
+        Ok(Self { endpoint, connection })
+    }
+
+    async fn ask(&self, request: &ClientRequest) -> Result<(FrameSender, FrameReceiver)> {
+        let (mut sender, receiver) = self.connection.open_stream(StreamKind::Client).await?;
+        sender.send_message(request).await?;
+        Ok((sender, receiver))
+    }
+
+    async fn status(&self) -> Result<ClusterStatus> {
+        let (_sender, mut receiver) = self.ask(&ClientRequest::Status).await?;
+        let reply = tokio::time::timeout(ANSWER_TIMEOUT, next(&mut receiver))
+            .await
+            .with_context(|| format!("the coordinator did not answer within {ANSWER_TIMEOUT:?}"))??;
+        match reply {
+            ClientReply::Status(status) => Ok(status),
+            ClientReply::Refused { reason } => bail!("{reason}"),
+            _ => bail!("the coordinator answered another question than was asked"),
+        }
+    }
+
+    async fn run(&self, request: JobRequest, answer: &mut Answer) -> Result<()> {
+        // The sender stays open: its end would tell the coordinator that nobody listens.
+        let (_sender, mut receiver) = self.ask(&ClientRequest::Submit(request)).await?;
+        loop {
+            match next(&mut receiver).await? {
+                ClientReply::Accepted { .. } => {}
+                ClientReply::Event(event) => {
+                    if answer.take(event)? {
+                        return Ok(());
+                    }
+                }
+                ClientReply::Refused { reason } => bail!("{reason}"),
+                ClientReply::Status(_) => bail!("the coordinator answered another question"),
+            }
+        }
+    }
+}
+
+async fn next(receiver: &mut FrameReceiver) -> Result<ClientReply> {
+    match receiver.recv().await? {
+        Some(frame) => Ok(frame.decode::<ClientReply>()?),
+        None => bail!("the coordinator ended the conversation; its log may say why"),
+    }
+}
+
+/// One line of a jobs file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct JobLine {
+    prompt: String,
+    max_tokens: Option<u32>,
+    temperature: Option<f32>,
+    top_k: Option<u32>,
+    top_p: Option<f32>,
+    seed: Option<u64>,
+    tiers: Option<String>,
+}
+
+/// Jobs of a file that run at a time.
+const CONCURRENT_MAX: usize = 32;
+
+pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
+    if args.sampling.chat {
+        return Err(bad_input(anyhow!("--chat: submit sends plain prompts; run has --chat")));
+    }
+    let span = tracing::debug_span!("submit");
+    let trace = telemetry::context_of(&span);
+    if let Some(prompt) = &args.prompt {
+        let prompt = read_prompt(prompt)?;
+        let client = Client::connect(&args.client).await?;
+        let mut request = args.sampling.request(Prompt::Text(prompt.clone()));
+        request.trace = trace;
+        let mut answer = Answer::begin(&prompt, json, Instant::now())?;
+        client.run(request, &mut answer).await?;
+        answer.finish()?;
+        client.endpoint.close("done").await;
+        return Ok(());
+    }
+    let jobs = read_jobs(&args)?;
+    let client = std::sync::Arc::new(Client::connect(&args.client).await?);
+    let mut running = tokio::task::JoinSet::new();
+    let mut next = jobs.into_iter().enumerate();
+    let mut failed = 0;
+    loop {
+        while running.len() < CONCURRENT_MAX {
+            let Some((index, (prompt, mut request))) = next.next() else { break };
+            request.trace = trace;
+            let client = client.clone();
+            running.spawn(async move {
+                let mut answer = Answer::silent(&prompt, Instant::now());
+                let result = client.run(request, &mut answer).await;
+                (index, result.map(|()| answer))
+            });
+        }
+        let Some(ended) = running.join_next().await else { break };
+        match ended? {
+            (index, Ok(answer)) => println!("{}", answer.line(index)?),
+            (index, Err(error)) => {
+                failed += 1;
+                println!("{}", json!({ "job": index, "error": format!("{error:#}") }));
+            }
+        }
+    }
+    client.endpoint.close("done").await;
+    if failed > 0 {
+        bail!("{failed} jobs failed; their lines say why");
+    }
+    Ok(())
+}
+
+fn read_jobs(args: &SubmitArgs) -> Result<Vec<(String, JobRequest)>> {
+    let Some(path) = &args.file else { return Ok(Vec::new()) };
+    let shown = path.display();
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("{shown}: cannot read"))
+        .map_err(bad_input)?;
+    let mut jobs = Vec::new();
+    for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
+        let job: JobLine = serde_json::from_str(line)
+            .with_context(|| format!("{shown}, line {number}: {{\"prompt\": \"…\"}} is expected"))
+            .map_err(bad_input)?;
+        let base = &args.sampling;
+        let sampling = SamplingArgs {
+            max_tokens: job.max_tokens.unwrap_or(base.max_tokens),
+            temperature: job.temperature.unwrap_or(base.temperature),
+            top_k: job.top_k.unwrap_or(base.top_k),
+            top_p: job.top_p.unwrap_or(base.top_p),
+            seed: job.seed.unwrap_or(base.seed),
+            tiers: job.tiers.unwrap_or_else(|| base.tiers.clone()),
+            ..base.clone()
+        };
+        let request = sampling.request(Prompt::Text(job.prompt.clone()));
+        jobs.push((job.prompt, request));
+    }
+    Ok(jobs)
+}
+
+pub(super) async fn status(args: ClientArgs, json: bool) -> Result<()> {
+    let client = Client::connect(&args).await?;
+    let status = client.status().await?;
+    client.endpoint.close("done").await;
+    if json {
+        println!("{}", status_json(&status));
+        return Ok(());
+    }
+    println!("model       {} ({}…)", status.model, status.checkpoint.get(..12).unwrap_or_default());
+    println!("state       {}, placement {}", status.state, status.epoch);
+    if !status.waiting_for.is_empty() {
+        println!("waiting for {}", status.waiting_for.join(", "));
+    }
+    println!(
+        "jobs        {} running, {} done, {:.1} tokens per second",
+        status.jobs_running, status.jobs_done, status.tokens_per_second
+    );
+    println!(
+        "{:<16} {:<22} {:<12} {:>14} {:>21} {:>5} {:>7}",
+        "node", "address", "state", "experts", "memory", "seqs", "tok/s"
+    );
+    for node in &status.nodes {
+        println!(
+            "{:<16} {:<22} {:<12} {:>14} {:>21} {:>5} {:>7.1}",
+            node.name,
+            node.address,
+            node.state,
+            format!("{}/{}", node.loaded, node.total),
+            format!("{} of {}", Size(node.expert_bytes), Size(node.budget)),
+            node.sequences,
+            node.tokens_per_second
+        );
+    }
+    Ok(())
+}
+
+fn status_json(status: &ClusterStatus) -> serde_json::Value {
+    let nodes: Vec<_> = status
+        .nodes
+        .iter()
+        .map(|node| {
+            json!({
+                "name": node.name,
+                "address": node.address,
+                "state": node.state,
+                "experts_loaded": node.loaded,
+                "experts": node.total,
+                "expert_bytes": node.expert_bytes,
+                "budget_bytes": node.budget,
+                "sequences": node.sequences,
+                "tokens_per_second": node.tokens_per_second,
+            })
+        })
+        .collect();
+    json!({
+        "model": status.model,
+        "checkpoint": status.checkpoint,
+        "epoch": status.epoch,
+        "state": status.state,
+        "waiting_for": status.waiting_for,
+        "nodes": nodes,
+        "jobs_running": status.jobs_running,
+        "jobs_done": status.jobs_done,
+        "tokens_per_second": status.tokens_per_second,
+    })
+}

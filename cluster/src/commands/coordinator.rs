@@ -1,0 +1,92 @@
+//! `lite-llm coordinator`.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context, Result};
+use lite_llm_actors::serve::{CoordinatorHandle, CoordinatorOptions};
+use lite_llm_transport::{identity::ClusterCa, messages::ClusterStatus};
+
+use super::{TOKEN_FILE, bad_input, default_state, open_model, placement};
+use crate::cli::CoordinatorArgs;
+
+/// How often the state is looked at, to say what changed.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// How often a wait is mentioned again.
+const REMIND_INTERVAL: Duration = Duration::from_secs(10);
+
+pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
+    // Workers open the same path, wherever they were started.
+    let model = std::path::absolute(&args.model)
+        .with_context(|| format!("{}: no such path", args.model.display()))?;
+    let checkpoint = open_model(Some(&model))?;
+    let state = match args.state {
+        Some(state) => state,
+        None => default_state()?,
+    };
+    let authority = Arc::new(ClusterCa::open_or_create(&state).map_err(bad_input)?);
+    let options = CoordinatorOptions {
+        listen: args.listen,
+        authority: authority.clone(),
+        checkpoint,
+        workers: args.workers.into(),
+        placement: placement(args.random_placement),
+        remote_workers: true,
+    };
+    let coordinator = CoordinatorHandle::start(options).await?;
+    let address = args.advertise.unwrap_or(coordinator.address());
+    let token = state.join(TOKEN_FILE);
+    authority.join_token(address.to_string()).write(&token)?;
+    println!("coordinator on {}, model {}", coordinator.address(), model.display());
+    println!("join token written to {}", token.display());
+    println!("start a worker:  lite-llm worker --join {address} --token {}", token.display());
+    println!("ask it:          lite-llm submit --token {} \"…\"", token.display());
+    let watched = coordinator.clone();
+    tokio::select! {
+        // It never ends by itself.
+        () = watch(watched) => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+    println!("stopping");
+    coordinator.stop().await;
+    Ok(())
+}
+
+/// Says whom the coordinator waits for, and how far they are, whenever it changes.
+async fn watch(coordinator: CoordinatorHandle) {
+    let mut last = String::new();
+    let mut said = tokio::time::Instant::now();
+    let mut ticks = tokio::time::interval(LOOK_INTERVAL);
+    loop {
+        ticks.tick().await;
+        let Ok(status) = coordinator.status().await else { return };
+        let line = line(&status);
+        let settled = status.waiting_for.is_empty();
+        if line != last || (!settled && said.elapsed() >= REMIND_INTERVAL) {
+            println!("{line}");
+            last = line;
+            said = tokio::time::Instant::now();
+        }
+    }
+}
+
+fn line(status: &ClusterStatus) -> String {
+    let names: Vec<&str> = status.nodes.iter().map(|node| node.name.as_str()).collect();
+    let here = if names.is_empty() { "nobody".to_owned() } else { names.join(", ") };
+    match status.waiting_for.is_empty() {
+        true => format!("{}: {here}", status.state),
+        false => {
+            let loading: Vec<String> = status
+                .nodes
+                .iter()
+                .filter(|node| node.loaded < node.total)
+                .map(|node| format!("{} {}/{} experts", node.name, node.loaded, node.total))
+                .collect();
+            let progress = match loading.is_empty() {
+                true => String::new(),
+                false => format!(" ({})", loading.join(", ")),
+            };
+            let waiting = status.waiting_for.join(", ");
+            format!("{}: {waiting}; here: {here}{progress}", status.state)
+        }
+    }
+}

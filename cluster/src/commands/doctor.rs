@@ -1,0 +1,45 @@
+//! `lite-llm doctor`: what this machine has, and what is missing.
+
+use anyhow::Result;
+use lite_llm_kernels::{cpu::Cpu, measure, simd::Simd};
+use serde_json::json;
+
+use crate::{machine, size::Size};
+
+/// Bytes read to measure the memory: more than any cache holds.
+const MEASURE_BYTES: usize = 512 << 20;
+
+pub(super) fn doctor(json: bool) -> Result<()> {
+    let cores = machine::cores();
+    let simd: Vec<String> = Simd::available().iter().map(ToString::to_string).collect();
+    let (free, total) = (machine::free_memory(), machine::total_memory());
+    let room = free.is_none_or(|free| free > 2 * MEASURE_BYTES as u64);
+    let bandwidth = room.then(|| measure::read_bandwidth(&Cpu::best(cores), MEASURE_BYTES));
+    let quic = std::net::UdpSocket::bind(("127.0.0.1", 0)).map(|_| ()).map_err(|e| e.to_string());
+    if json {
+        let line = json!({
+            "cores": cores,
+            "simd": simd,
+            "memory_bytes": total,
+            "memory_free_bytes": free,
+            "read_bytes_per_second": bandwidth,
+            "loopback_udp": quic.is_ok(),
+        });
+        println!("{line}");
+        return Ok(());
+    }
+    let size = |bytes: Option<u64>| bytes.map_or("unknown".to_owned(), |b| Size(b).to_string());
+    println!("cores      {cores}");
+    println!("vectors    {} (fastest is used)", simd.join(", "));
+    println!("memory     {} free of {}", size(free), size(total));
+    match bandwidth {
+        Some(bandwidth) => println!("           read at {:.1} GB/s", bandwidth / 1e9),
+        None => println!("           not measured: too little is free"),
+    }
+    match quic {
+        Ok(()) => println!("network    loopback UDP works"),
+        Err(error) => println!("network    loopback UDP does not work: {error}"),
+    }
+    println!("gpu        not used by this release");
+    Ok(())
+}

@@ -1,0 +1,90 @@
+//! `lite-llm inspect` and `lite-llm verify`.
+
+use anyhow::Result;
+use lite_llm_runtime::checkpoint::{inspect::{self as checkpoint_inspect, Summary}, verify as checkpoint_verify};
+use serde_json::json;
+
+use super::{bad_input, open_model};
+use crate::{
+    cli::ModelPath,
+    progress::{Progress, Unit},
+    size::Size,
+};
+
+pub(super) fn inspect(args: ModelPath, json: bool) -> Result<()> {
+    let checkpoint = open_model(Some(&args.dir))?;
+    print(&checkpoint_inspect::inspect(&checkpoint)?, json)
+}
+
+/// Prints what is in a checkpoint.
+pub(super) fn print(summary: &Summary, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string(summary)?);
+        return Ok(());
+    }
+    let s = summary;
+    println!("checkpoint   {}", s.id);
+    println!("architecture {} ({})", s.architecture, s.dtype);
+    println!(
+        "parameters   {} in all, {} active per token",
+        count(s.parameters),
+        count(s.active_parameters)
+    );
+    println!("size         {} in {} shards", Size(s.bytes), s.shards);
+    println!("layers       {} ({} sparse), hidden {}", s.layers, s.sparse_layers, s.hidden);
+    println!("vocabulary   {}, context {}", s.vocab, s.context);
+    for tier in &s.tiers {
+        println!(
+            "{:<12} {} groups × {} experts per layer, {} parameters",
+            tier.id,
+            tier.groups,
+            tier.experts_per_group,
+            count(tier.parameters)
+        );
+    }
+    if let Some(r) = &s.routing {
+        println!(
+            "routing      {} tiers × {} groups × {} experts per token{}",
+            r.k_tier,
+            r.k_group,
+            r.k_expert,
+            if r.renormalize { ", renormalised" } else { "" }
+        );
+    }
+    Ok(())
+}
+
+/// A number of parameters as people say it.
+fn count(n: u64) -> String {
+    let units = [(1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")];
+    match units.iter().find(|(unit, _)| n as f64 >= *unit) {
+        Some((unit, name)) => format!("{:.2} {name}", n as f64 / unit),
+        None => n.to_string(),
+    }
+}
+
+pub(super) async fn verify(args: ModelPath, json: bool) -> Result<()> {
+    let checkpoint = open_model(Some(&args.dir))?;
+    let report = tokio::task::spawn_blocking(move || {
+        let mut progress = Progress::new("verify", Unit::Bytes, json);
+        let report = checkpoint_verify::verify(&checkpoint, &mut |done, total, what| {
+            progress.update(done, total, what);
+        });
+        progress.finish();
+        report
+    })
+    .await?
+    .map_err(bad_input)?;
+    if json {
+        let bytes = report.bytes;
+        println!("{}", json!({ "files": report.files, "tensors": report.tensors, "bytes": bytes }));
+    } else {
+        println!(
+            "all is well: {} files, {} tensors, {}",
+            report.files,
+            report.tensors,
+            Size(report.bytes)
+        );
+    }
+    Ok(())
+}

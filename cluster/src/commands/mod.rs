@@ -1,0 +1,212 @@
+//! One file per command, and what several of them need.
+
+mod bench;
+mod client;
+mod coordinator;
+mod doctor;
+mod eval;
+mod import;
+mod inspect;
+mod perplexity;
+mod run;
+mod worker;
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use anyhow::{Context, Result};
+use lite_llm_actors::{
+    local::{LocalCluster, LocalOptions},
+    placement::PlacementPolicy,
+};
+use lite_llm_kernels::{cpu::Cpu, simd::Simd};
+use lite_llm_runtime::checkpoint::Checkpoint;
+use lite_llm_transport::token::JoinToken;
+
+use crate::{
+    cli::{Cli, ClientArgs, Command, ComputeArgs, LocalArgs},
+    demo, machine, telemetry,
+};
+
+/// Exit code of bad usage or bad input.
+const BAD_INPUT: u8 = 2;
+/// Exit code of an interrupted command, as shells expect it.
+const INTERRUPTED: u8 = 130;
+
+/// An error that is the caller's: it ends with exit code 2.
+#[derive(Debug)]
+struct BadInput(anyhow::Error);
+
+impl std::fmt::Display for BadInput {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#}", self.0)
+    }
+}
+
+impl std::error::Error for BadInput {}
+
+/// Marks an error as the caller's.
+fn bad_input(error: impl Into<anyhow::Error>) -> anyhow::Error {
+    BadInput(error.into()).into()
+}
+
+/// Somebody pressed Ctrl-C.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+struct Interrupted;
+
+/// Runs a command from beginning to end.
+pub fn run_command(cli: Cli) -> ExitCode {
+    match start(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Interrupted>() => {
+            eprintln!("interrupted");
+            ExitCode::from(INTERRUPTED)
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(if error.is::<BadInput>() { BAD_INPUT } else { 1 })
+        }
+    }
+}
+
+fn start(cli: Cli) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("the system gives no threads")?;
+    let _guard = runtime.enter();
+    let telemetry = telemetry::start(&cli.log, cli.otlp.as_deref()).map_err(bad_input)?;
+    let Cli { command, json, .. } = cli;
+    let result = runtime.block_on(async {
+        let work = async {
+            match command {
+                Command::Run(args) => run::run(args, json).await,
+                Command::Import(args) => import::import(args, json).await,
+                Command::Inspect(args) => inspect::inspect(args, json),
+                Command::Verify(args) => inspect::verify(args, json).await,
+                Command::Eval(args) => eval::eval(args, json).await,
+                Command::Perplexity(args) => perplexity::perplexity(args, json).await,
+                Command::Coordinator(args) => coordinator::coordinator(args).await,
+                Command::Worker(args) => worker::worker(args).await,
+                Command::Submit(args) => client::submit(args, json).await,
+                Command::Status(args) => client::status(args, json).await,
+                Command::Bench(args) => bench::bench(args, json).await,
+                Command::Doctor => doctor::doctor(json),
+            }
+        };
+        tokio::select! {
+            result = work => result,
+            _ = tokio::signal::ctrl_c() => Err(Interrupted.into()),
+        }
+    });
+    telemetry.finish();
+    // Blocking work that was interrupted is not waited for: checkpoints are committed last.
+    runtime.shutdown_background();
+    result
+}
+
+/// Opens a checkpoint, or the built-in model.
+fn open_model(dir: Option<&PathBuf>) -> Result<Arc<Checkpoint>> {
+    let checkpoint = match dir {
+        Some(dir) => Checkpoint::open(dir).map_err(bad_input)?,
+        None => demo::open()?,
+    };
+    Ok(Arc::new(checkpoint))
+}
+
+fn placement(seed: Option<u64>) -> PlacementPolicy {
+    seed.map_or(PlacementPolicy::Balanced, PlacementPolicy::Random)
+}
+
+/// How much of the free memory experts may take when nobody says.
+const DRAM_SHARE: f64 = 0.85;
+
+impl ComputeArgs {
+    /// Threads of one of `workers` workers on this machine.
+    fn threads(&self, workers: usize) -> usize {
+        self.threads.map_or_else(|| (machine::cores() / workers).max(1), usize::from)
+    }
+
+    fn simd(&self) -> Result<Simd> {
+        match self.simd {
+            None => Ok(Simd::best()),
+            Some(simd) if simd.is_available() => Ok(simd),
+            Some(simd) => {
+                let here: Vec<_> = Simd::available().iter().map(|s| s.to_string()).collect();
+                let here = here.join(", ");
+                Err(bad_input(anyhow::anyhow!("--simd {simd}: this processor has {here}")))
+            }
+        }
+    }
+
+    fn device(&self, workers: usize) -> Result<Arc<Cpu>> {
+        Ok(Arc::new(Cpu::new(self.threads(workers), self.simd()?)))
+    }
+
+    /// Bytes of experts of one of `workers` workers on this machine.
+    fn dram_bytes(&self, workers: usize) -> u64 {
+        let free = || machine::free_memory().unwrap_or(u64::MAX);
+        self.dram.map_or_else(|| (free() as f64 * DRAM_SHARE / workers as f64) as u64, |s| s.0)
+    }
+}
+
+impl LocalArgs {
+    async fn cluster(&self, checkpoint: Arc<Checkpoint>) -> Result<LocalCluster> {
+        let workers = usize::from(self.workers);
+        let options = LocalOptions {
+            workers,
+            threads: self.compute.threads(workers),
+            simd: self.compute.simd()?,
+            dram_bytes: self.compute.dram_bytes(workers),
+            kv_bytes: self.compute.kv.0,
+            placement: placement(self.random_placement),
+        };
+        Ok(LocalCluster::start(checkpoint, &options).await?)
+    }
+}
+
+/// Where this machine's coordinator keeps its state, unless told otherwise.
+fn default_state() -> Result<PathBuf> {
+    if let Some(state) = std::env::var_os("LITE_LLM_STATE") {
+        return Ok(state.into());
+    }
+    let home = std::env::var_os("XDG_STATE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::home_dir().map(|home| home.join(".local/state")));
+    let home = home.context("no home folder is known; give --state, or --token to join")?;
+    Ok(home.join("lite-llm"))
+}
+
+/// Name of the token file within a coordinator's state.
+const TOKEN_FILE: &str = "join-token";
+
+fn read_token(path: Option<&PathBuf>) -> Result<JoinToken> {
+    let path = match path {
+        Some(path) => path.clone(),
+        None => default_state()?.join(TOKEN_FILE),
+    };
+    JoinToken::read(&path).map_err(bad_input)
+}
+
+impl ClientArgs {
+    fn token(&self) -> Result<(JoinToken, std::net::SocketAddr)> {
+        let token = read_token(self.token.as_ref())?;
+        let address = coordinator_address(self.coordinator, &token)?;
+        Ok((token, address))
+    }
+}
+
+fn coordinator_address(
+    given: Option<std::net::SocketAddr>,
+    token: &JoinToken,
+) -> Result<std::net::SocketAddr> {
+    match given {
+        Some(address) => Ok(address),
+        None => token.address().parse().map_err(|_| {
+            let found = token.address();
+            bad_input(anyhow::anyhow!(
+                "the token names {found:?} as the coordinator; give its address"
+            ))
+        }),
+    }
+}

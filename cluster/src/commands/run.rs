@@ -1,0 +1,248 @@
+//! `lite-llm run`: everything in one process.
+
+use std::{
+    io::{Read, Write},
+    time::Instant,
+};
+
+use anyhow::{Result, bail};
+use lite_llm_runtime::{
+    chat::{ChatTemplate, Message},
+    checkpoint::{self, Checkpoint},
+    tokenizer::Tokenizer,
+};
+use lite_llm_transport::messages::{JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt};
+use serde_json::json;
+use tokio::sync::mpsc;
+
+use super::{bad_input, open_model};
+use crate::{
+    cli::{RunArgs, SamplingArgs},
+    demo,
+};
+
+pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
+    let prompts = match &args.prompt {
+        Some(prompt) => vec![read_prompt(prompt)?],
+        None => demo::PROMPTS.map(str::to_owned).to_vec(),
+    };
+    let checkpoint = open_model(args.model.as_ref())?;
+    let started = Instant::now();
+    let cluster = args.local.cluster(checkpoint.clone()).await?;
+    if !json {
+        describe(&checkpoint, &args, started)?;
+    }
+    let result = async {
+        for prompt in &prompts {
+            let request = args.sampling.request(args.sampling.wrap(&checkpoint, prompt)?);
+            let started = Instant::now();
+            let (_, mut events) = cluster.coordinator().submit(request).await?;
+            let mut answer = Answer::begin(prompt, json, started)?;
+            while let Some(event) = events.recv().await {
+                if answer.take(event)? {
+                    break;
+                }
+            }
+            answer.finish()?;
+        }
+        Ok(())
+    }
+    .await;
+    cluster.stop().await;
+    result
+}
+
+/// A prompt as given, or standard input for `-`.
+pub(super) fn read_prompt(prompt: &str) -> Result<String> {
+    if prompt != "-" {
+        return Ok(prompt.to_owned());
+    }
+    let mut bytes = Vec::new();
+    std::io::stdin().read_to_end(&mut bytes)?;
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        bad_input(anyhow::anyhow!("standard input is not UTF-8: byte {at} begins no character"))
+    })
+}
+
+fn describe(checkpoint: &Checkpoint, args: &RunArgs, started: Instant) -> Result<()> {
+    let summary = checkpoint::inspect::inspect(checkpoint)?;
+    let workers = args.local.workers;
+    let threads = args.local.compute.threads(workers.into());
+    let plural = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+    eprintln!(
+        "{}: {:.1} M parameters, {:.1} M active per token · {} of {} on {} · ready in {:.2} s",
+        match &args.model {
+            Some(dir) => dir.display().to_string(),
+            None => "built-in model (manual pages)".into(),
+        },
+        summary.parameters as f64 / 1e6,
+        summary.active_parameters as f64 / 1e6,
+        plural(workers.into(), "worker"),
+        plural(threads, "thread"),
+        args.local.compute.simd()?,
+        started.elapsed().as_secs_f64(),
+    );
+    Ok(())
+}
+
+impl SamplingArgs {
+    /// The job that these flags and a prompt describe.
+    pub(super) fn request(&self, prompt: Prompt) -> JobRequest {
+        JobRequest {
+            prompt,
+            max_new_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            seed: self.seed,
+            tiers: self.tiers.clone(),
+            stop_at_eos: !self.ignore_eos,
+            want_logits: LogitsWanted::None,
+            want_routes: false,
+            prefill_chunk: 0,
+            trace: Default::default(),
+        }
+    }
+
+    /// The prompt, in the model's chat template if that was asked for.
+    fn wrap(&self, checkpoint: &Checkpoint, prompt: &str) -> Result<Prompt> {
+        if !self.chat {
+            return Ok(Prompt::Text(prompt.to_owned()));
+        }
+        let Some(template) = checkpoint.chat_template()? else {
+            return Err(bad_input(anyhow::anyhow!("--chat: the model has no chat template")));
+        };
+        let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
+        let text = |id: Option<&u32>| id.map(|&id| tokenizer.decode_with_special(&[id]));
+        let config = checkpoint.config();
+        let (bos, eos) = (text(config.bos_token.as_ref()), text(config.eos_tokens.first()));
+        let template = ChatTemplate::new(&template, bos.as_deref(), eos.as_deref())?;
+        let text = template.render(&[Message::new("user", prompt)], true)?;
+        // The template writes the special tokens itself.
+        Ok(Prompt::Tokens(tokenizer.encode(&text, false)?))
+    }
+}
+
+/// An answer on its way to standard output.
+pub(super) struct Answer {
+    /// Show the text as it comes.
+    stream: bool,
+    prompt: String,
+    text: String,
+    ids: Vec<u32>,
+    started: Instant,
+    first: Option<Instant>,
+    last: Option<Instant>,
+    end: Option<String>,
+}
+
+impl Answer {
+    /// Begins: shows the prompt, unless the answer is to be one line of JSON.
+    pub(super) fn begin(prompt: &str, json: bool, started: Instant) -> Result<Self> {
+        if !json {
+            let mut out = std::io::stdout();
+            write!(out, "\n{prompt}")?;
+            out.flush()?;
+        }
+        Ok(Self { stream: !json, ..Self::silent(prompt, started) })
+    }
+
+    /// Begins without showing anything.
+    pub(super) fn silent(prompt: &str, started: Instant) -> Self {
+        Self {
+            stream: false,
+            prompt: prompt.to_owned(),
+            text: String::new(),
+            ids: Vec::new(),
+            started,
+            first: None,
+            last: None,
+            end: None,
+        }
+    }
+
+    /// Shows an event. True if it was the last.
+    pub(super) fn take(&mut self, event: JobEvent) -> Result<bool> {
+        match event.body {
+            JobEventBody::Token { id, text, .. } => {
+                let now = Instant::now();
+                self.first.get_or_insert(now);
+                self.last = Some(now);
+                self.ids.push(id);
+                let text = text.unwrap_or_default();
+                if self.stream {
+                    let mut out = std::io::stdout();
+                    write!(out, "{text}")?;
+                    out.flush()?;
+                }
+                self.text.push_str(&text);
+                Ok(false)
+            }
+            JobEventBody::Done { reason, .. } => {
+                self.end = Some(format!("{reason:?}"));
+                Ok(true)
+            }
+            JobEventBody::Failed { reason } => bail!("{reason}"),
+            JobEventBody::Logits { .. }
+            | JobEventBody::Routes { .. }
+            | JobEventBody::Progress { .. } => Ok(false),
+        }
+    }
+
+    /// Ends: shows the speed, or everything as one line of JSON.
+    pub(super) fn finish(self) -> Result<()> {
+        if !self.stream {
+            println!("{}", self.line(0)?);
+            return Ok(());
+        }
+        let (wait, rate) = self.speed();
+        println!();
+        eprintln!(
+            "[{} tokens, {rate:.0} per second, the first after {:.0} ms]",
+            self.ids.len(),
+            wait * 1e3
+        );
+        Ok(())
+    }
+
+    /// Everything as one line of JSON, under a job's number.
+    pub(super) fn line(&self, job: usize) -> Result<serde_json::Value> {
+        let Some(end) = &self.end else {
+            bail!("the answer broke off: the coordinator ended the job without a word");
+        };
+        let (wait, rate) = self.speed();
+        Ok(json!({
+            "job": job,
+            "prompt": self.prompt,
+            "text": self.text,
+            "ids": self.ids,
+            "end": end,
+            "first_token_seconds": wait,
+            "tokens_per_second": rate,
+        }))
+    }
+
+    /// Seconds until the first token, and tokens per second after it.
+    fn speed(&self) -> (f64, f64) {
+        let first = self.first.unwrap_or(self.started);
+        let (wait, rest) = (first.duration_since(self.started), self.last.unwrap_or(first) - first);
+        let rate = self.ids.len().saturating_sub(1) as f64 / rest.as_secs_f64().max(1e-9);
+        (wait.as_secs_f64(), rate)
+    }
+}
+
+/// Reads all events of a job; `each` sees them.
+pub(super) async fn drain(
+    mut events: mpsc::Receiver<JobEvent>,
+    mut each: impl FnMut(JobEventBody) -> Result<()>,
+) -> Result<()> {
+    while let Some(event) = events.recv().await {
+        match event.body {
+            JobEventBody::Done { .. } => return Ok(()),
+            JobEventBody::Failed { reason } => bail!("{reason}"),
+            other => each(other)?,
+        }
+    }
+    bail!("the coordinator ended the job without a word")
+}

@@ -1,0 +1,44 @@
+//! `lite-llm worker`.
+
+use anyhow::{Result, anyhow};
+use lite_llm_actors::{
+    node::Model,
+    worker::{Worker, WorkerOptions},
+};
+use lite_llm_kernels::device::Device;
+
+use super::{bad_input, coordinator_address, read_token};
+use crate::{cli::WorkerArgs, size::Size};
+
+pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
+    if args.device != "cpu" {
+        let found = &args.device;
+        return Err(bad_input(anyhow!("--device {found}: this release computes on cpu only")));
+    }
+    let token = read_token(args.token.as_ref())?;
+    let coordinator = coordinator_address(args.join, &token)?;
+    let device = args.compute.device(1)?;
+    let dram_bytes = args.compute.dram_bytes(1);
+    let name = args.name.unwrap_or_else(|| format!("w{}", std::process::id()));
+    println!("worker {name}: {}, {} for experts", device.describe(), Size(dram_bytes));
+    let options = WorkerOptions {
+        coordinator,
+        token,
+        name,
+        listen: args.listen,
+        device,
+        dram_bytes,
+        kv_bytes: args.compute.kv.0,
+        model: args.model.map_or(Model::AsAssigned, Model::Folder),
+        remote: true,
+    };
+    let worker = Worker::start(options).await?;
+    println!("joined {coordinator}");
+    tokio::select! {
+        ended = worker.run() => Err(ended.into()),
+        _ = tokio::signal::ctrl_c() => {
+            println!("stopping");
+            Ok(())
+        }
+    }
+}
