@@ -61,7 +61,8 @@ pub struct SwigluGroup<'a, M> {
 
 /// What a forward pass asks of the machine that computes it.
 ///
-/// Shapes are checked by debug assertions: a caller that passes a wrong shape has a defect.
+/// Outputs are given in their right shape; a caller that passes a wrong one has a defect, and that
+/// panics.
 /// Every operation obeys the determinism contract.
 pub trait Device: Send + Sync + 'static {
     /// Activations, f32 `[rows, cols]`, in the device's memory.

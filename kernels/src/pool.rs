@@ -321,6 +321,20 @@ mod tests {
     }
 
     #[test]
+    fn more_pools_than_cores_all_make_progress() {
+        thread::scope(|scope| {
+            for _ in 0..5 {
+                scope.spawn(|| {
+                    let pool = Pool::new(2);
+                    for _ in 0..300 {
+                        assert_eq!(count_calls(&pool, 6), vec![1; 6]);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
     fn a_task_may_run_tasks_of_its_own() {
         let pool = Pool::new(3);
         let total = AtomicUsize::new(0);

@@ -108,6 +108,20 @@ fn rope_turns_pairs_by_the_angle_of_their_position() {
 }
 
 #[test]
+fn rope_has_the_bits_of_version_1() {
+    // Part of the determinism contract: another value here is another contract version.
+    let inv_freq: Vec<f32> = (0..64).map(|i| 1.0 / (1.0 + i as f32 * i as f32)).collect();
+    let positions: Vec<u32> = (0..50).map(|p| p * p * 37).collect();
+    let cpu = Cpu::best(1);
+    let mut t = tensor(&cpu, &Numbers(9).fill(50 * 128), 128);
+    cpu.rope(&mut t, 128, &positions, &inv_freq, 1.0).unwrap();
+    let hash = t.as_slice().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, y| {
+        (hash ^ u64::from(y.to_bits())).wrapping_mul(0x0100_0000_01b3)
+    });
+    assert_eq!(hash, 14_149_987_760_235_852_518);
+}
+
+#[test]
 fn add_clamp_gate_and_selection() {
     let mut numbers = Numbers(3);
     for (rows, cols) in SHAPES {

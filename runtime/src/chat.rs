@@ -13,8 +13,11 @@ use minijinja::{
 };
 use serde::{Deserialize, Serialize};
 
-/// Steps that a template may take.
+/// Steps that a template may take, and characters that it may handle, besides those of the
+/// messages.
 pub const FUEL: u64 = 1_000_000;
+/// Steps for every byte of the messages: templates trim, compare and join them.
+pub const FUEL_PER_BYTE: u64 = 16;
 /// Bytes that a template may produce beyond those of the messages.
 pub const TEMPLATE_OUTPUT_BYTES_MAX: usize = 1 << 20;
 const NESTING_MAX: usize = 64;
@@ -68,7 +71,6 @@ impl ChatTemplate {
             .set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(NESTING_MAX);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -100,7 +102,9 @@ impl ChatTemplate {
         ]);
         let said: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
         let mut out = Bounded { bytes: Vec::new(), room: said * 2 + TEMPLATE_OUTPUT_BYTES_MAX };
-        let template = self.environment.get_template(NAME)?;
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(FUEL + FUEL_PER_BYTE * said as u64));
+        let template = environment.get_template(NAME)?;
         template.render_captured_to(context, &mut out)?;
         String::from_utf8(out.bytes).map_err(|e| ChatError(e.to_string()))
     }

@@ -159,20 +159,21 @@ impl<D: Device> ForwardPass<D> {
             }
         }
         let device = &*backbone.device;
-        let hidden = backbone.config.hidden;
-        let empty = || device.tensor(0, 0);
-        let mut x = device.tensor(ids.len(), hidden)?;
+        let attention = &backbone.config.attention;
+        let (hidden, head) = (backbone.config.hidden, attention.head_dim);
+        let tensor = |cols| device.tensor(ids.len(), cols);
+        let mut x = tensor(hidden)?;
         device.embed(&backbone.embed, &ids, &mut x)?;
         let tensors = Tensors {
             x,
-            normed: empty()?,
-            q: empty()?,
-            k: empty()?,
-            v: empty()?,
-            attended: empty()?,
-            delta: empty()?,
-            wanted: empty()?,
-            logits: empty()?,
+            normed: tensor(hidden)?,
+            q: tensor(attention.heads * head)?,
+            k: tensor(attention.kv_heads * head)?,
+            v: tensor(attention.kv_heads * head)?,
+            attended: tensor(attention.heads * head)?,
+            delta: tensor(hidden)?,
+            wanted: device.tensor(0, 0)?,
+            logits: device.tensor(0, 0)?,
         };
         Ok(Self {
             backbone,
@@ -330,11 +331,14 @@ impl<D: Device> ForwardPass<D> {
         let backbone = &*self.backbone;
         let device = &*backbone.device;
         let t = &mut self.tensors;
+        let (hidden, vocab) = (backbone.config.hidden, backbone.config.vocab);
+        device.reshape(&mut t.wanted, wanted.len(), hidden)?;
+        device.reshape(&mut t.normed, wanted.len(), hidden)?;
+        device.reshape(&mut t.logits, wanted.len(), vocab)?;
         device.select_rows(&t.x, &wanted, &mut t.wanted)?;
         device.rms_norm(&t.wanted, &backbone.norm, backbone.config.norm_eps, &mut t.normed)?;
         let head = backbone.head.as_ref().unwrap_or(&backbone.embed);
         device.matmul(&t.normed, head, None, &mut t.logits)?;
-        let vocab = backbone.config.vocab;
         let logits = device.read(&t.logits)?;
         if let Some(at) = logits.iter().position(|v| !v.is_finite()) {
             return Err(ForwardError::NotANumber { row: at / vocab, value: logits[at] });

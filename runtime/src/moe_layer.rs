@@ -91,16 +91,17 @@ pub fn run_experts<'a, D: Device>(
 }
 
 impl<D: Device> SharedExpert<D> {
-    /// `out = mlp(hidden)`, times the sigmoid of the gate where there is one.
+    /// `out = mlp(hidden)` `[rows, hidden]`, times the sigmoid of the gate where there is one.
     pub fn forward(
         &self,
         device: &D,
         hidden: &D::Tensor,
+        rows: usize,
         out: &mut D::Tensor,
     ) -> Result<(), DeviceError> {
         device.swiglu(hidden, self.mlp.swiglu(), out)?;
         if let Some(gate) = &self.gate {
-            let mut logits = device.tensor(0, 1)?;
+            let mut logits = device.tensor(rows, 1)?;
             device.matmul(hidden, gate, None, &mut logits)?;
             device.sigmoid_gate(out, &logits)?;
         }
@@ -142,8 +143,9 @@ impl<D: Device> MoELayer<D> {
         let weights: Vec<f32> = routes.all().iter().map(|route| route.weight).collect();
         device.weighted_sum(parts, &weights, routes.ends(), out)?;
         if let Some(shared) = &self.shared {
-            let mut extra = device.tensor(0, 0)?;
-            shared.forward(device, hidden, &mut extra)?;
+            let (rows, width) = (routes.rows(), device.read(hidden)?.len() / routes.rows().max(1));
+            let mut extra = device.tensor(rows, width)?;
+            shared.forward(device, hidden, rows, &mut extra)?;
             device.add(out, &extra)?;
         }
         Ok(())

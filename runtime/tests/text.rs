@@ -149,6 +149,16 @@ fn templates_speak_the_dialect_of_transformers() {
     );
 }
 
+/// The bound on steps grows with the conversation, so that long ones are rendered too.
+#[test]
+fn long_conversations_are_rendered() {
+    let source = "{% for m in messages %}{{ m.role ~ ': ' + m.content.strip() + '\n' }}{% endfor %}";
+    let template = ChatTemplate::new(source, None, None).unwrap();
+    let messages = vec![Message::new("user", "x".repeat(100_000)); 40];
+    let text = template.render(&messages, false).unwrap();
+    assert_eq!(text.len(), 40 * (100_000 + "user: \n".len()));
+}
+
 /// A template is a stranger's program: it reads nothing, ends, and fills no memory.
 #[test]
 fn hostile_templates_end_in_errors() {

@@ -168,4 +168,19 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn the_bits_are_those_of_version_1() {
+        // Part of the determinism contract: another value here is another contract version.
+        let hash = |f: fn(f32) -> f32| {
+            inputs().map(f).fold(0xcbf2_9ce4_8422_2325_u64, |hash, y| {
+                let bits = if y.is_nan() { 0x7fc0_0000 } else { y.to_bits() };
+                (hash ^ u64::from(bits)).wrapping_mul(0x0100_0000_01b3)
+            })
+        };
+        assert_eq!(
+            [hash(exp), hash(sigmoid), hash(silu)],
+            [760_826_761_777_529_454, 11_263_256_880_942_692_025, 2_008_256_854_338_218_974]
+        );
+    }
 }
