@@ -2,7 +2,7 @@
 //!
 //! Kernels read rows in place: in a tensor, or each in a received message. Nothing but the
 //! alignment of f32 may be assumed of a row.
-//! [`RowsMut`] is the other side: rows that several threads write, each its own columns.
+//! `RowsMut` is the other side: rows that several threads write, each its own columns.
 
 use std::marker::PhantomData;
 
