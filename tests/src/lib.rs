@@ -1,1 +1,231 @@
-//! .
+//! What the tests of this folder share: reference models, clusters in one process, evaluations.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use lite_llm_actors::{
+    local::{LocalCluster, LocalOptions},
+    placement::PlacementPolicy,
+};
+use lite_llm_kernels::simd::Simd;
+use lite_llm_runtime::{
+    checkpoint::Checkpoint,
+    import::{ImportOptions, import},
+};
+use lite_llm_transport::messages::{JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt};
+use safetensors::SafeTensors;
+use tokio::sync::mpsc;
+
+/// How long any one thing in a test may take.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The demo model's checkpoint.
+pub fn demo() -> Arc<Checkpoint> {
+    let folder = root().join("models/manpages-moe");
+    Arc::new(Checkpoint::open(folder).expect("the demo model is part of the repository"))
+}
+
+/// A Hugging Face folder of this repository's test data, imported; it lives as long as the folder.
+pub fn reference(name: &str) -> (tempfile::TempDir, Arc<Checkpoint>, Reference) {
+    let source = root().join("tests/data/hf-refs").join(name);
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let options = ImportOptions {
+        source: source.clone(),
+        out: folder.path().join("checkpoint"),
+        dtype: None,
+        tiers: None,
+        routes: None,
+    };
+    import(&options, &mut |_, _, _| {}).expect("the test data can be imported");
+    let checkpoint = Checkpoint::open(&options.out).expect("what was imported can be opened");
+    let reference = Reference::read(&source).expect("the references can be read");
+    (folder, Arc::new(checkpoint), reference)
+}
+
+/// What transformers computed.
+pub struct Reference {
+    /// One entry per prompt.
+    pub prompts: Vec<ReferencePrompt>,
+    /// Largest difference of a logit that is still agreement.
+    pub tolerance: f32,
+}
+
+/// What transformers computed from one prompt.
+pub struct ReferencePrompt {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// Its greedy continuation.
+    pub greedy: Vec<u32>,
+    /// `[rows, vocab]`.
+    pub logits: Vec<f32>,
+    /// Chosen experts `[layers, rows, k]`, in any order within the k.
+    pub experts: Vec<i32>,
+    /// Experts per token.
+    pub k: usize,
+}
+
+impl Reference {
+    fn read(folder: &Path) -> Result<Self> {
+        let text = std::fs::read(folder.join("refs.json"))?;
+        let refs: serde_json::Value = serde_json::from_slice(&text)?;
+        let tolerance = refs["suggested_tolerance_abs"].as_f64().context("a tolerance")? as f32;
+        let bytes = std::fs::read(folder.join("refs.safetensors"))?;
+        let tensors = SafeTensors::deserialize(&bytes)?;
+        let integers = |name: &str| -> Result<Vec<i64>> {
+            let view = tensors.tensor(name)?;
+            let data = view.data();
+            Ok(match view.dtype() {
+                safetensors::Dtype::I64 => bytemuck::pod_collect_to_vec(data),
+                safetensors::Dtype::I32 => {
+                    bytemuck::pod_collect_to_vec::<u8, i32>(data).into_iter().map(i64::from).collect()
+                }
+                safetensors::Dtype::I16 => {
+                    bytemuck::pod_collect_to_vec::<u8, i16>(data).into_iter().map(i64::from).collect()
+                }
+                safetensors::Dtype::U8 => data.iter().map(|&b| i64::from(b)).collect(),
+                other => bail!("{name} has dtype {other:?}"),
+            })
+        };
+        let mut prompts = Vec::new();
+        for n in 0..2 {
+            let ids = |name: &str| -> Result<Vec<u32>> {
+                Ok(integers(&format!("p{n}.{name}"))?.into_iter().map(|id| id as u32).collect())
+            };
+            let experts = format!("p{n}.router_ids");
+            prompts.push(ReferencePrompt {
+                ids: ids("input_ids")?,
+                greedy: ids("greedy_ids")?,
+                logits: bytemuck::pod_collect_to_vec(
+                    tensors.tensor(&format!("p{n}.logits"))?.data(),
+                ),
+                k: *tensors.tensor(&experts)?.shape().last().context("a shape")?,
+                experts: integers(&experts)?.into_iter().map(|id| id as i32).collect(),
+            });
+        }
+        Ok(Self { prompts, tolerance })
+    }
+}
+
+/// How a cluster computes; none of it may change a bit.
+#[derive(Debug, Clone, Copy)]
+pub struct Setup {
+    /// Nodes.
+    pub workers: usize,
+    /// Compute threads of each.
+    pub threads: usize,
+    /// Vector instructions.
+    pub simd: Simd,
+    /// How experts are spread.
+    pub placement: PlacementPolicy,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            workers: 1,
+            threads: 1,
+            simd: Simd::best(),
+            placement: PlacementPolicy::Balanced,
+        }
+    }
+}
+
+impl Setup {
+    /// Starts such a cluster in this process.
+    pub async fn start(&self, checkpoint: &Arc<Checkpoint>) -> LocalCluster {
+        let options = LocalOptions {
+            workers: self.workers,
+            threads: self.threads,
+            simd: self.simd,
+            dram_bytes: 1 << 30,
+            kv_bytes: 256 << 20,
+            placement: self.placement,
+        };
+        tokio::time::timeout(PATIENCE, LocalCluster::start(checkpoint.clone(), &options))
+            .await
+            .expect("a cluster starts in time")
+            .expect("a cluster starts")
+    }
+}
+
+/// What came of a job.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Outcome {
+    /// Logits of all positions, as bits: NaN equals itself, and -0 is not 0.
+    pub logits: Vec<u32>,
+    /// Chosen experts `[layers, rows, k]` per chunk, flattened in order of chunks.
+    pub experts: Vec<i32>,
+    /// Rows of each chunk of `experts`.
+    pub chunks: Vec<usize>,
+    /// Generated tokens.
+    pub tokens: Vec<u32>,
+}
+
+impl Outcome {
+    /// The logits as numbers.
+    pub fn logits(&self) -> Vec<f32> {
+        self.logits.iter().map(|&bits| f32::from_bits(bits)).collect()
+    }
+}
+
+/// A job that gives everything: logits, routes, a greedy continuation.
+pub fn job(prompt: &[u32], greedy: u32, prefill_chunk: u32) -> JobRequest {
+    JobRequest {
+        prompt: Prompt::Tokens(prompt.to_vec()),
+        max_new_tokens: greedy,
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        seed: 0,
+        tiers: "all".into(),
+        stop_at_eos: false,
+        want_logits: LogitsWanted::All,
+        want_routes: true,
+        prefill_chunk,
+        trace: Default::default(),
+    }
+}
+
+/// Runs a job to its end.
+pub async fn run(cluster: &LocalCluster, request: JobRequest) -> Result<Outcome, String> {
+    let submitted = cluster.coordinator().submit(request).await;
+    let (_, events) = submitted.map_err(|error| error.to_string())?;
+    tokio::time::timeout(PATIENCE, collect(events)).await.expect("a job ends in time")
+}
+
+async fn collect(mut events: mpsc::Receiver<JobEvent>) -> Result<Outcome, String> {
+    let mut outcome = Outcome::default();
+    while let Some(event) = events.recv().await {
+        match event.body {
+            JobEventBody::Token { id, .. } => outcome.tokens.push(id),
+            JobEventBody::Logits { values, .. } => {
+                outcome.logits.extend(values.iter().map(|v| v.to_bits()));
+            }
+            JobEventBody::Routes { rows, ids, .. } => {
+                outcome.chunks.push(rows as usize);
+                outcome.experts.extend(ids);
+            }
+            JobEventBody::Progress { .. } => {}
+            JobEventBody::Done { .. } => return Ok(outcome),
+            JobEventBody::Failed { reason } => return Err(reason),
+        }
+    }
+    Err("the job's events ended without a last one".into())
+}
+
+/// Runs one job on a cluster of its own.
+pub async fn run_alone(checkpoint: &Arc<Checkpoint>, setup: Setup, request: JobRequest) -> Outcome {
+    let cluster = setup.start(checkpoint).await;
+    let outcome = run(&cluster, request).await.expect("the job ends well");
+    cluster.stop().await;
+    outcome
+}

@@ -1,0 +1,130 @@
+//! The same request gives the same bits: on any number of nodes, in any company, at any placement,
+//! in any chunks, with any threads and vector instructions.
+//!
+//! Each test compares every logit, every chosen expert and a greedy continuation with those of
+//! one node of one thread that computes the prompt at once, alone.
+
+use std::sync::Arc;
+
+use lite_llm_actors::placement::PlacementPolicy;
+use lite_llm_kernels::simd::Simd;
+use lite_llm_runtime::checkpoint::Checkpoint;
+use lite_llm_tests::{Outcome, Setup, demo, job, reference, run, run_alone};
+
+/// Tokens generated after the prompt.
+const GREEDY: u32 = 8;
+
+/// A prompt longer than two pages of the cache and than a chunk of 64.
+fn prompt(checkpoint: &Checkpoint) -> Vec<u32> {
+    let vocab = checkpoint.config().vocab as u32;
+    (0..150).map(|i| (i * 7919 + 13) % vocab).collect()
+}
+
+/// The two models that the claim is checked on.
+fn models() -> (tempfile::TempDir, [Arc<Checkpoint>; 2]) {
+    let (folder, olmoe, _) = reference("olmoe");
+    assert!(olmoe.config().moe.as_ref().is_some_and(|moe| moe.experts() >= 8));
+    (folder, [demo(), olmoe])
+}
+
+async fn truth(checkpoint: &Arc<Checkpoint>) -> Outcome {
+    run_alone(checkpoint, Setup::default(), job(&prompt(checkpoint), GREEDY, 0)).await
+}
+
+/// Logits and tokens; routes are compared where the chunks are the same.
+fn assert_same(found: &Outcome, truth: &Outcome, what: &str) {
+    assert_eq!(found.tokens, truth.tokens, "tokens: {what}");
+    assert_eq!(found.logits.len(), truth.logits.len(), "rows: {what}");
+    let differing = found.logits.iter().zip(&truth.logits).filter(|(a, b)| a != b).count();
+    assert_eq!(differing, 0, "logits that differ: {what}");
+    if found.chunks == truth.chunks {
+        assert_eq!(found.experts, truth.experts, "routes: {what}");
+    }
+}
+
+#[tokio::test]
+async fn on_any_number_of_nodes() {
+    let (_folder, models) = models();
+    for checkpoint in &models {
+        let truth = truth(checkpoint).await;
+        for workers in [2, 3, 5] {
+            let setup = Setup { workers, ..Setup::default() };
+            let found = run_alone(checkpoint, setup, job(&prompt(checkpoint), GREEDY, 0)).await;
+            assert_same(&found, &truth, &format!("{workers} workers"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn at_any_placement() {
+    let (_folder, models) = models();
+    for checkpoint in &models {
+        let truth = truth(checkpoint).await;
+        for seed in 1..=4 {
+            let placement = PlacementPolicy::Random(seed);
+            let setup = Setup { workers: 3, placement, ..Setup::default() };
+            let found = run_alone(checkpoint, setup, job(&prompt(checkpoint), GREEDY, 0)).await;
+            assert_same(&found, &truth, &format!("placement {seed}"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn in_any_chunks() {
+    let (_folder, models) = models();
+    for checkpoint in &models {
+        let truth = truth(checkpoint).await;
+        let cluster = Setup { workers: 2, ..Setup::default() }.start(checkpoint).await;
+        for chunk in [1, 7, 64] {
+            let found = run(&cluster, job(&prompt(checkpoint), GREEDY, chunk)).await.unwrap();
+            assert_same(&found, &truth, &format!("chunks of {chunk}"));
+        }
+        cluster.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn with_any_threads_and_vector_instructions() {
+    let (_folder, models) = models();
+    for checkpoint in &models {
+        let truth = truth(checkpoint).await;
+        for simd in Simd::available() {
+            for threads in [1, 2, 3] {
+                let setup = Setup { threads, simd, ..Setup::default() };
+                let found = run_alone(checkpoint, setup, job(&prompt(checkpoint), GREEDY, 0)).await;
+                assert_same(&found, &truth, &format!("{simd}, {threads} threads"));
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn alone_and_among_sixteen_others() {
+    let (_folder, models) = models();
+    for checkpoint in &models {
+        let truth = truth(checkpoint).await;
+        let vocab = checkpoint.config().vocab as u32;
+        for workers in [1, 3] {
+            let cluster = Setup { workers, threads: 2, ..Setup::default() }.start(checkpoint).await;
+            let cluster = Arc::new(cluster);
+            let mut jobs = tokio::task::JoinSet::new();
+            for other in 0..16u32 {
+                let length = 5 + (other * 11) % 90;
+                let tokens: Vec<u32> = (0..length).map(|i| (i * 31 + other * 977) % vocab).collect();
+                let (cluster, chunk) = (cluster.clone(), other % 5 * 13);
+                jobs.spawn(async move { run(&cluster, job(&tokens, 24, chunk)).await.map(|_| ()) });
+            }
+            // It arrives while the others are under way, twice, so that it meets prompts and
+            // decoding sequences.
+            for _ in 0..2 {
+                let found = run(&cluster, job(&prompt(checkpoint), GREEDY, 0)).await.unwrap();
+                assert_same(&found, &truth, &format!("among 16 others on {workers} workers"));
+            }
+            while let Some(ended) = jobs.join_next().await {
+                ended.expect("no panic").expect("the others end well too");
+            }
+            let cluster = Arc::into_inner(cluster).expect("all jobs have ended");
+            cluster.stop().await;
+        }
+    }
+}
