@@ -144,7 +144,7 @@ fn python_method(
         return match method {
             "items" => {
                 from_args::<()>(args)?;
-                state.apply_filter("items", &[value.clone()])
+                state.apply_filter("items", std::slice::from_ref(value))
             }
             "keys" => {
                 from_args::<()>(args)?;

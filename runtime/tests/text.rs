@@ -152,7 +152,8 @@ fn templates_speak_the_dialect_of_transformers() {
 /// The bound on steps grows with the conversation, so that long ones are rendered too.
 #[test]
 fn long_conversations_are_rendered() {
-    let source = "{% for m in messages %}{{ m.role ~ ': ' + m.content.strip() + '\n' }}{% endfor %}";
+    let source =
+        "{% for m in messages %}{{ m.role ~ ': ' + m.content.strip() + '\n' }}{% endfor %}";
     let template = ChatTemplate::new(source, None, None).unwrap();
     let messages = vec![Message::new("user", "x".repeat(100_000)); 40];
     let text = template.render(&messages, false).unwrap();
@@ -164,7 +165,7 @@ fn long_conversations_are_rendered() {
 fn hostile_templates_end_in_errors() {
     let long = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
     let printing = "{% for a in range(99999) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' }}{% endfor %}";
-    let deep = format!("{}1{}", "{{ [".repeat(1), "]".repeat(1) + " }}") + &"{{ (".repeat(5000);
+    let deep = "{{ (".repeat(5000);
     let hostile = [
         "{% include '/etc/passwd' %}",
         "{% extends 'other' %}",

@@ -45,16 +45,12 @@ pub fn read(dir: &Path) -> Result<ModelConfig, ImportError> {
     let hidden = file.size("hidden_size")?;
     let heads = file.size("num_attention_heads")?;
     let kv_heads = file.optional_size("num_key_value_heads")?.unwrap_or(heads);
-    let head_dim = match (class, file.optional_size("head_dim")?) {
-        // OLMoE and Qwen2-MoE divide, whatever else the file says.
-        (Class::Mixtral | Class::Qwen3Moe, Some(head_dim)) => head_dim,
-        (_, stated) => {
-            let divided = hidden / heads.max(1);
-            if heads == 0 || !hidden.is_multiple_of(heads) || stated.is_some_and(|d| d != divided) {
-                let expected = format!("{heads} heads should divide hidden_size {hidden}");
-                return Err(file.wrong("head_dim", &expected));
-            }
-            divided
+    let head_dim = match file.optional_size("head_dim")? {
+        Some(head_dim) => head_dim,
+        None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
+        None => {
+            let expected = format!("{heads} heads do not divide hidden_size {hidden} either");
+            return Err(file.wrong("head_dim", &expected));
         }
     };
     let (rope_theta, rope_scaling) = rope(&file, class)?;

@@ -154,16 +154,15 @@ fn name_of(parameters: u64) -> TierId {
         (320_000_000_000, TIER_100B),
         (3_200_000_000_000, TIER_1T),
     ];
-    let nearest = named.into_iter().find(|(limit, _)| parameters < *limit);
-    let larger = || match parameters {
-        ..32_000_000_000_000 => "tier_10t",
-        ..320_000_000_000_000 => "tier_100t",
+    if let Some((_, id)) = named.into_iter().find(|(limit, _)| parameters < *limit) {
+        return id;
+    }
+    let larger = match parameters {
+        n if n < 32_000_000_000_000 => "tier_10t",
+        n if n < 320_000_000_000_000 => "tier_100t",
         _ => "tier_1000t",
     };
-    match nearest {
-        Some((_, id)) => id,
-        None => larger().parse().expect("a literal that can name a tier"),
-    }
+    larger.parse().expect("a literal that can name a tier")
 }
 
 #[cfg(test)]
