@@ -349,13 +349,9 @@ unsafe fn tile<V: Vector, W: Weights, const R: usize, const N: usize>(
 #[inline(always)]
 fn widest<V: Vector>(rows: usize) -> usize {
     match (V::LANES, rows) {
-        (_, 1) => 8,
-        (16, 2..=3) => 4,
-        (16, _) => 2,
-        (8, 2) => 4,
-        (8, _) => 2,
-        (_, 2..=3) => 8,
-        _ => 4,
+        (_, 1) | (4 | 16, 2..=3) => 8,
+        (8, 2) | (4, _) => 4,
+        _ => 2,
     }
 }
 
@@ -472,7 +468,7 @@ impl Product<'_> {
                         };
                     }
                     match (V::LANES, N) {
-                        (4, 8) => sizes!(1 2 3),
+                        (4 | 16, 8) => sizes!(1 2 3),
                         (4, _) => sizes!(1 2 3 4 5 6),
                         (_, 8) => sizes!(1),
                         (8, 4) => sizes!(1 2),
