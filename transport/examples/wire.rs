@@ -93,6 +93,7 @@ async fn drive(load: Load, rounds: usize) -> Result<(), MeasureError> {
             println!("expert batches / bare QUIC: {:.3}", experts / raw);
         }
     }
+    println!("datagrams lost: {}", connection.datagrams_lost());
     connection.close("measured");
     endpoint.close("measured").await;
     drop(stream);

@@ -222,6 +222,11 @@ impl Connection {
         self.inner.quic.rtt()
     }
 
+    /// Datagrams that were sent and never arrived: the kernel's buffers overflowed, or the network's.
+    pub fn datagrams_lost(&self) -> u64 {
+        self.inner.quic.stats().path.lost_packets
+    }
+
     /// Whether two handles are of one connection.
     pub fn is_same(&self, other: &Connection) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)

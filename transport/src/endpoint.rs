@@ -68,6 +68,8 @@ const NETWORK_MTU_MAX: u16 = 8_952;
 /// Bytes that a socket is asked to hold in the kernel, either way: a burst of large datagrams
 /// overflows the default, and each loss costs a round of recovery. The kernel may grant less.
 const SOCKET_BUFFER_BYTES: usize = 16 << 20;
+/// What a peer on this machine may send ahead in any case.
+const LOOPBACK_WINDOW_BYTES_MIN: u32 = 256 << 10;
 /// How long closing may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -488,22 +490,38 @@ fn server_config(tls: Arc<QuicServerConfig>, loopback: bool) -> Arc<ServerConfig
     Arc::new(config)
 }
 
+/// How far a peer on this machine may send ahead: no further than half of what the kernel holds
+/// for a socket, since what overflows it is lost, and a round trip is short.
+fn loopback_window() -> (u32, u32) {
+    let granted = (|| {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
+        let options = socket2::SockRef::from(&socket);
+        options.set_recv_buffer_size(SOCKET_BUFFER_BYTES).ok()?;
+        u32::try_from(options.recv_buffer_size().ok()?).ok()
+    })();
+    let window = (granted.unwrap_or(0) / 2).clamp(LOOPBACK_WINDOW_BYTES_MIN, STREAM_WINDOW_BYTES);
+    // One stream that nobody reads must not hold up the others.
+    (window, CONNECTION_WINDOW_BYTES / STREAM_WINDOW_BYTES * window)
+}
+
 fn transport(loopback: bool) -> TransportConfig {
     let mut cubic = CubicConfig::default();
     cubic.initial_window(INITIAL_WINDOW_BYTES);
     let mut discovery = MtuDiscoveryConfig::default();
     let mut config = TransportConfig::default();
+    let mut window = (STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES);
     if loopback {
         discovery.upper_bound(LOOPBACK_MTU_MAX);
         config.initial_mtu(LOOPBACK_MTU_START).enable_segmentation_offload(false);
+        window = loopback_window();
     } else {
         discovery.upper_bound(NETWORK_MTU_MAX);
     }
     config
         .mtu_discovery_config(Some(discovery))
         .congestion_controller_factory(Arc::new(cubic))
-        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
-        .receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES))
+        .stream_receive_window(VarInt::from_u32(window.0))
+        .receive_window(VarInt::from_u32(window.1))
         .send_window(u64::from(CONNECTION_WINDOW_BYTES))
         .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
         .max_concurrent_uni_streams(VarInt::from_u32(0))

@@ -226,6 +226,7 @@ impl Exchange {
         while let Some(&(deadline, id)) = self.deadlines.first()
             && deadline <= now
         {
+            self.deadlines.pop_first();
             let owing = self.in_flight.get(&id).map(|dispatch| &dispatch.owing);
             let peers = owing.into_iter().flatten().copied().collect();
             let error = ExchangeError::TimedOut { id, peers, waited: self.timeout };

@@ -62,6 +62,11 @@ impl Times {
         Self { sorted: times, bytes: load.request_bytes() + load.reply_bytes() }
     }
 
+    /// All round trips, shortest first.
+    pub fn sorted(&self) -> &[Duration] {
+        &self.sorted
+    }
+
     /// The time that this share of the round trips stayed within.
     pub fn percentile(&self, share: f64) -> Duration {
         let last = self.sorted.len().saturating_sub(1);
