@@ -311,11 +311,14 @@ pub enum BenchCommand {
 #[derive(Debug, Args)]
 pub struct BenchKernelsArgs {
     /// Threads [default: all cores].
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+    /// Vector instructions: scalar, avx2, avx512, neon [default: the best here].
+    #[arg(long)]
+    pub simd: Option<Simd>,
     /// Runs of each measurement; the median counts.
-    #[arg(long, default_value_t = 7)]
-    pub runs: usize,
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub runs: u16,
 }
 
 /// `bench decode` and `bench prefill`.
@@ -324,48 +327,68 @@ pub struct BenchModelArgs {
     /// Checkpoint folder [default: the small model inside this program].
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Tokens of the prompt.
-    #[arg(long, default_value_t = 512)]
-    pub prompt: u32,
-    /// Tokens to generate.
-    #[arg(long, default_value_t = 64)]
+    /// Tokens of the prompt [default: 64 for decode, 512 for prefill, if the context has room].
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt: Option<u32>,
+    /// Seed of the prompt's tokens.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Tokens to generate (decode).
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 64,
+        value_parser = clap::value_parser!(u32).range(2..=65536)
+    )]
     pub generate: u32,
     /// Runs of each measurement, alternating; the median counts.
-    #[arg(long, default_value_t = 5)]
-    pub runs: usize,
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub runs: u16,
+    /// Measure the cluster only: half the memory, and nothing to compare with.
+    #[arg(long)]
+    pub cluster_only: bool,
     /// Workers.
     #[command(flatten)]
     pub local: LocalArgs,
 }
 
+/// What a round trip of `bench transport` carries.
+#[derive(Debug, Clone, Args)]
+pub struct BenchLoadArgs {
+    /// Tokens of a batch.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub rows: u32,
+    /// Elements of a hidden state.
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub hidden: u32,
+    /// Experts per token.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub top_k: u32,
+}
+
 /// `bench transport`.
 #[derive(Debug, Args)]
 pub struct BenchTransportArgs {
-    /// Tokens of a batch.
-    #[arg(long, default_value_t = 128)]
-    pub rows: u32,
-    /// Elements of a hidden state.
-    #[arg(long, default_value_t = 2048)]
-    pub hidden: u32,
-    /// Experts per token.
-    #[arg(long, default_value_t = 8)]
-    pub top_k: u32,
-    /// Round trips of each measurement.
-    #[arg(long, default_value_t = 100)]
+    /// What travels.
+    #[command(flatten)]
+    pub load: BenchLoadArgs,
+    /// Round trips of each run.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub rounds: u32,
+    /// Runs of each measurement, alternating; the median counts.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub runs: u16,
 }
 
 /// `bench transport-peer`.
 #[derive(Debug, Args)]
 pub struct BenchTransportPeerArgs {
-    /// What to answer: experts, quic or tcp.
-    pub kind: String,
     /// Token file.
     #[arg(long)]
     pub token: PathBuf,
-    /// The asking process.
-    #[arg(long)]
-    pub join: SocketAddr,
+    /// What travels.
+    #[command(flatten)]
+    pub load: BenchLoadArgs,
 }
 
 /// `bench random-model`.

@@ -1,0 +1,267 @@
+//! `lite-llm bench kernels`: packed products beside the `gemm` crate, and products of few rows
+//! beside the speed at which this machine reads memory.
+//!
+//! Shapes: `[rows, K] · [N, K]ᵀ`. Operations are counted as 2 · rows · N · K, bytes as those of
+//! the packed weights.
+
+use anyhow::Result;
+use lite_llm_kernels::{
+    cpu::Cpu,
+    dtype::DType,
+    matrix::{PackedMatrix, Source},
+    measure::read_bandwidth,
+    ops::matmul::matmul,
+    rows::Rows,
+};
+use serde_json::{Value, json};
+
+use super::samples::{Goal, Samples, print_table, take_turns};
+use crate::{
+    cli::{BenchKernelsArgs, ComputeArgs},
+    progress::{Progress, Unit},
+    size::Size,
+};
+
+/// Rows of the tables.
+const ROWS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 256, 512];
+/// `(N, K)` of the products that are compared with `gemm`.
+const SQUARES: [(usize, usize); 2] = [(2048, 2048), (1024, 1024)];
+/// Rows of the products that are limited by memory.
+const FEW_ROWS: [usize; 6] = [1, 2, 4, 8, 16, 32];
+/// K of the matrices that no cache holds, and their bytes.
+const LARGE_K: usize = 2048;
+const LARGE_BYTES: usize = 256 << 20;
+/// What is asked of 512 rows against `gemm`.
+const GEMM_RATIO: f64 = 0.9;
+/// What is asked of one row in bf16 against reading memory.
+const READ_RATIO: f64 = 0.8;
+
+pub(super) async fn measure(args: BenchKernelsArgs, json: bool) -> Result<()> {
+    let BenchKernelsArgs { threads, simd, runs } = args;
+    let cpu = ComputeArgs { threads, simd, dram: None, kv: Size(0) }.device(1)?;
+    let runs = usize::from(runs);
+    let report = tokio::task::spawn_blocking(move || {
+        let steps = (SQUARES.len() * ROWS.len() + FEW_ROWS.len() + 1) as u64;
+        let mut progress = Progress::new("bench kernels", Unit::Things("shapes"), json);
+        let mut done = 0;
+        let mut step = |now: &str| {
+            progress.update(done, steps, now);
+            done += 1;
+        };
+        let (threads, simd) = (cpu.pool().threads(), cpu.simd().to_string());
+        let mut report = Report { threads, simd, ..Report::default() };
+        for (n, k) in SQUARES {
+            compare_with_gemm(&cpu, n, k, runs, &mut report, &mut step);
+        }
+        compare_with_memory(&cpu, runs, &mut report, &mut step);
+        progress.finish();
+        report
+    })
+    .await?;
+    match json {
+        true => println!("{}", report.json()),
+        false => report.print(),
+    }
+    Ok(())
+}
+
+/// A product that was measured beside `gemm`.
+struct Against {
+    rows: usize,
+    n: usize,
+    k: usize,
+    /// GFLOP/s of ours in f32 and of `gemm`.
+    ours: Samples,
+    gemm: Samples,
+}
+
+/// A product that was measured beside reading memory.
+struct Streamed {
+    dtype: DType,
+    rows: usize,
+    /// GB/s of weights.
+    rate: Samples,
+    /// GFLOP per GB of weights.
+    intensity: f64,
+    /// GB/s that the machine read meanwhile.
+    read: Samples,
+}
+
+#[derive(Default)]
+struct Report {
+    threads: usize,
+    simd: String,
+    against: Vec<Against>,
+    streamed: Vec<Streamed>,
+}
+
+impl Against {
+    fn ratio(&self) -> f64 {
+        self.ours.median() / self.gemm.median()
+    }
+
+    fn goal(&self) -> Option<Goal> {
+        (self.rows == 512).then(|| Goal { ratio: self.ratio(), asked: GEMM_RATIO })
+    }
+}
+
+impl Streamed {
+    fn ratio(&self) -> f64 {
+        self.rate.median() / self.read.median()
+    }
+
+    fn goal(&self) -> Option<Goal> {
+        let asked = self.rows == 1 && self.dtype == DType::Bf16;
+        asked.then(|| Goal { ratio: self.ratio(), asked: READ_RATIO })
+    }
+}
+
+fn compare_with_gemm(
+    cpu: &Cpu,
+    n: usize,
+    k: usize,
+    runs: usize,
+    report: &mut Report,
+    step: &mut dyn FnMut(&str),
+) {
+    let w = values(n * k);
+    let packed = PackedMatrix::pack(DType::F32, n, k, Source::F32(&w));
+    for rows in ROWS {
+        step(&format!("{rows} x {n} x {k}"));
+        let x = values(rows * k);
+        let (mut ours, mut theirs) = (vec![0.0; rows * n], vec![0.0; rows * n]);
+        let mut our_product = || matmul(cpu, Rows::dense(&x, k), &packed, None, &mut ours);
+        let threads = report.threads;
+        let mut their_product = || gemm_product(threads, [rows, n, k], &x, &w, &mut theirs);
+        let samples = take_turns(runs, &mut [&mut our_product, &mut their_product]);
+        let gflop = 2.0 * (rows * n * k) as f64 / 1e9;
+        let [ours, gemm] = [&samples[0], &samples[1]].map(|seconds| seconds.rates(gflop));
+        report.against.push(Against { rows, n, k, ours, gemm });
+    }
+}
+
+fn compare_with_memory(cpu: &Cpu, runs: usize, report: &mut Report, step: &mut dyn FnMut(&str)) {
+    let few_rows = FEW_ROWS.iter().map(|&rows| (DType::Bf16, rows));
+    let mut packed: Option<PackedMatrix> = None;
+    for (dtype, rows) in few_rows.chain([(DType::F32, 1)]) {
+        step(&format!("{rows} rows, {dtype}, 256 MiB"));
+        let (k, n) = (LARGE_K, LARGE_BYTES / LARGE_K / dtype.bytes());
+        let packed = match packed.take() {
+            Some(ready) if ready.dtype() == dtype => packed.insert(ready),
+            _ => packed.insert(PackedMatrix::pack(dtype, n, k, Source::F32(&values(n * k)))),
+        };
+        let x = values(rows * k);
+        let mut out = vec![0.0; rows * n];
+        let (mut rate, mut read) = (Samples::default(), Samples::default());
+        for _ in 0..runs {
+            read.push(read_bandwidth(cpu, LARGE_BYTES) / 1e9);
+            let product = &mut || matmul(cpu, Rows::dense(&x, k), packed, None, &mut out);
+            let seconds = &take_turns(3, &mut [product])[0];
+            // Reading counts at its best within a run, so the product does, too.
+            rate.push(packed.data().len() as f64 / 1e9 / seconds.percentile(0.0));
+        }
+        let intensity = 2.0 * rows as f64 / dtype.bytes() as f64;
+        report.streamed.push(Streamed { dtype, rows, rate, intensity, read });
+    }
+}
+
+/// The same product by the `gemm` crate: `out = x · wᵀ`, weights as they stand in a file.
+fn gemm_product(threads: usize, [m, n, k]: [usize; 3], x: &[f32], w: &[f32], out: &mut [f32]) {
+    assert!(x.len() == m * k && w.len() == n * k && out.len() == m * n, "shapes agree");
+    let parallelism = match threads {
+        1 => gemm::Parallelism::None,
+        _ => gemm::Parallelism::Rayon(threads),
+    };
+    // SAFETY: x is [m, k], w is [n, k] read as its transpose, out is [m, n], all row-major, and
+    // their lengths were checked above.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            n as isize,
+            false,
+            x.as_ptr(),
+            1,
+            k as isize,
+            w.as_ptr(),
+            k as isize,
+            1,
+            0.0f32,
+            1.0f32,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// Numbers of no particular kind in [-0.5, 0.5).
+fn values(len: usize) -> Vec<f32> {
+    (0..len as u64).map(|i| (i.wrapping_mul(2_654_435_761) % 1000) as f32 / 1000.0 - 0.5).collect()
+}
+
+impl Report {
+    fn print(&self) {
+        println!("{} · {} threads · medians, ± half the spread\n", self.simd, self.threads);
+        println!("Products in f32, GFLOP/s, beside the gemm crate");
+        let rows: Vec<_> = self
+            .against
+            .iter()
+            .map(|a| {
+                vec![
+                    format!("{} x {} x {}", a.rows, a.n, a.k),
+                    a.ours.show(1),
+                    a.gemm.show(1),
+                    a.goal().map_or_else(|| format!("{:.2}", a.ratio()), |goal| goal.show()),
+                ]
+            })
+            .collect();
+        print_table(&["rows x N x K", "ours", "gemm", "ratio"], &rows);
+        println!("\nProducts with 256 MiB of weights, beside reading memory");
+        let rows: Vec<_> = self
+            .streamed
+            .iter()
+            .map(|s| {
+                vec![
+                    format!("{} row{}, {}", s.rows, if s.rows == 1 { "" } else { "s" }, s.dtype),
+                    format!("{:.1}", s.rate.median() * s.intensity),
+                    s.rate.show(2),
+                    s.read.show(2),
+                    s.goal().map_or_else(|| format!("{:.2}", s.ratio()), |goal| goal.show()),
+                ]
+            })
+            .collect();
+        print_table(&["", "GFLOP/s", "weights GB/s", "read GB/s", "ratio"], &rows);
+    }
+
+    fn json(&self) -> Value {
+        let goal = |goal: Option<Goal>| goal.map(|goal| goal.asked);
+        let against = self.against.iter().map(|a| {
+            json!({
+                "rows": a.rows, "n": a.n, "k": a.k, "dtype": "f32",
+                "gflops": a.ours.json(), "gemm_gflops": a.gemm.json(),
+                "ratio": a.ratio(), "asked": goal(a.goal()),
+            })
+        });
+        let streamed = self.streamed.iter().map(|s| {
+            json!({
+                "rows": s.rows, "dtype": s.dtype.to_string(), "weight_bytes": LARGE_BYTES,
+                "gigabytes_per_second": s.rate.json(),
+                "read_gigabytes_per_second": s.read.json(),
+                "gflops": s.rate.median() * s.intensity,
+                "ratio": s.ratio(), "asked": goal(s.goal()),
+            })
+        });
+        json!({
+            "bench": "kernels",
+            "threads": self.threads,
+            "simd": self.simd,
+            "against_gemm": against.collect::<Vec<_>>(),
+            "against_memory": streamed.collect::<Vec<_>>(),
+        })
+    }
+}
