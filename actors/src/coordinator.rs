@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 use crate::{
-    job::Job,
+    job::{self, Job},
     membership::{Command, Event, Membership, State},
     node::{NODES, NodeMessage},
     placement::PlacementPolicy,
@@ -391,6 +391,7 @@ impl CoordinatorState {
             let ids = tokenizer.encode(text, true).map_err(|error| error.to_string())?;
             request.prompt = Prompt::Tokens(ids);
         }
+        job::check(&request, self.arguments.checkpoint.config())?;
         // The node with the fewest jobs is home; of equals, the first.
         let home = self
             .nodes

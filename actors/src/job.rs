@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use lite_llm_runtime::{
+    config::ModelConfig,
     sampler::Sampling,
     sequence::Request,
     tier::TierSet,
@@ -23,6 +24,7 @@ use tracing::{Instrument, Span, debug, debug_span};
 use crate::{
     lane::{self, JOB_EVENTS_MAX, LaneEvent},
     links::deliver,
+    membership::gone,
     router::LaneInbox,
     trace,
 };
@@ -58,9 +60,11 @@ impl Job {
 
     /// Returns the tokens generated, and why the job failed unless its home node said the last.
     async fn pump(&mut self) -> (u64, Option<String>) {
-        let home = self.home.peer().name.clone();
+        let connection = self.home.clone();
         let gone = |error: &dyn std::fmt::Display| {
-            Some(format!("worker {home}, home of this job, is gone: {error}; submit it again"))
+            let lost = connection.close_reason();
+            let how = lost.map_or_else(|| error.to_string(), |lost| lost.reason);
+            Some(gone(&connection.peer().name, &how))
         };
         let (mut sender, mut receiver) = match self.home.open_stream(StreamKind::Job).await {
             Ok(stream) => stream,
@@ -184,6 +188,16 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
         // The lane ignores jobs that have ended; a lane that is gone has ended them all.
         deliver(&lane, LaneEvent::Cancel(job)).await;
     }
+}
+
+/// Whether a model can serve a job, asked before anything is sent. Text is not looked at: its
+/// tokens are.
+pub fn check(request: &JobRequest, config: &ModelConfig) -> Result<(), String> {
+    if matches!(request.prompt, Prompt::Text(_)) {
+        return Ok(());
+    }
+    let request = engine_request(request.clone(), &Span::none())?;
+    request.check(config).map(drop).map_err(|error| error.to_string())
 }
 
 /// A job as the engine takes it.

@@ -18,7 +18,7 @@ use crossbeam_channel::{Sender, TrySendError};
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
     endpoint::{Endpoint, Expect},
-    frame::{FrameReceiver, FrameSender, OutgoingFrame},
+    frame::{FrameError, FrameReceiver, FrameSender, OutgoingFrame},
     messages::{ExpertBatchView, ExpertFailure, ExpertReplyView, NodeAddress},
 };
 use parking_lot::Mutex;
@@ -179,7 +179,7 @@ impl PendingReaders {
             tokio::spawn(async move {
                 while let Some(frame) = frames.recv().await {
                     if let Err(error) = sender.send(frame).await {
-                        let reason = error.to_string();
+                        let reason = how(error);
                         deliver(&lost, LaneEvent::PeerLost { peer, reason }).await;
                         return;
                     }
@@ -190,12 +190,20 @@ impl PendingReaders {
     }
 }
 
+/// How a stream was lost, without saying again with whom.
+fn how(error: FrameError) -> String {
+    match error {
+        FrameError::Lost { reason, .. } => reason,
+        other => other.to_string(),
+    }
+}
+
 async fn read_replies(peer: u16, mut receiver: FrameReceiver, lane: Sender<LaneEvent>) {
     let reason = loop {
         let reply = match receiver.recv().await {
             Ok(Some(frame)) => ExpertReplyView::check(&frame),
             Ok(None) => break "it closed its stream".to_owned(),
-            Err(error) => break error.to_string(),
+            Err(error) => break how(error),
         };
         match reply {
             Ok(reply) => {

@@ -90,11 +90,9 @@ impl LocalCluster {
         self.workers.remove(index).kill();
     }
 
-    /// Ends the cluster.
+    /// Ends the cluster. The coordinator goes first, so that it misses no worker.
     pub async fn stop(self) {
-        for worker in self.workers {
-            worker.stop().await;
-        }
         self.coordinator.stop().await;
+        futures::future::join_all(self.workers.into_iter().map(Worker::stop)).await;
     }
 }

@@ -242,9 +242,7 @@ impl Membership {
         *slot = None;
         // A cluster that failed stays failed: its nodes' budgets may change with the next join.
         self.state = State::Waiting;
-        self.commands.push_back(Command::Suspend {
-            reason: format!("worker {name} is gone ({reason}); its experts are missing"),
-        });
+        self.commands.push_back(Command::Suspend { reason: gone(name, reason) });
     }
 
     fn loaded(&mut self, name: &str, epoch: u64, result: Result<(), String>) {
@@ -268,6 +266,14 @@ impl Membership {
         self.state = State::Failed(reason.clone());
         self.commands.push_back(Command::Suspend { reason });
     }
+}
+
+/// What a loss means for a job, for people.
+pub fn gone(worker: &str, how: &str) -> String {
+    format!(
+        "worker {worker} is gone ({how}); its experts are missing: submit again when a worker has \
+         taken its place"
+    )
 }
 
 #[cfg(test)]

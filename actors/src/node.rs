@@ -9,10 +9,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::Ordering::Relaxed,
-    },
+    sync::{Arc, OnceLock, atomic::Ordering::Relaxed},
     time::Instant,
 };
 
@@ -88,6 +85,8 @@ pub struct NodeOptions {
     pub inbox: LaneInbox,
     /// Buffers of frames.
     pub buffers: BufferPool,
+    /// Why the node stopped by itself, if it did.
+    pub farewell: Arc<OnceLock<String>>,
 }
 
 /// Where a node finds its model.
@@ -195,6 +194,7 @@ impl Actor for NodeActor {
             }
             NodeMessage::Dismiss(reason) => {
                 info!(%reason, "sent away by the coordinator");
+                let _ = state.options.farewell.set(format!("sent away by the coordinator: {reason}"));
                 myself.stop(Some(reason));
             }
         }
@@ -205,9 +205,11 @@ impl Actor for NodeActor {
         &self,
         myself: ActorRef<Self::Msg>,
         event: SupervisionEvent,
-        _: &mut Self::State,
+        state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         if let SupervisionEvent::ActorFailed(child, reason) = event {
+            // Only the first of several reasons is kept, here and above.
+            let _ = state.options.farewell.set(format!("a part of this node failed: {reason}"));
             error!(child = %child.get_id(), %reason, "an actor of this node failed; the node stops");
             myself.stop(Some(reason.to_string()));
         }

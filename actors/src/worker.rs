@@ -1,6 +1,9 @@
 //! A worker: it joins a cluster, shows its node actor, and serves until it is sent away.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+};
 
 use arc_swap::ArcSwapOption;
 use lite_llm_kernels::{DETERMINISM_VERSION, cpu::Cpu};
@@ -61,6 +64,7 @@ pub struct Worker {
     name: String,
     node: ActorRef<NodeMessage>,
     ended: tokio::task::JoinHandle<()>,
+    farewell: Arc<OnceLock<String>>,
     endpoint: Endpoint,
     connection: Connection,
     control: Option<ControlPlane>,
@@ -91,6 +95,7 @@ impl Worker {
             pid: std::process::id(),
         };
         let buffers = endpoint.pool().clone();
+        let farewell = Arc::new(OnceLock::new());
         let node = NodeOptions {
             info,
             device,
@@ -99,6 +104,7 @@ impl Worker {
             links: links.clone(),
             inbox: inbox.clone(),
             buffers,
+            farewell: farewell.clone(),
         };
         let (node, ended) = Actor::spawn(None, NodeActor, node).await.map_err(failed)?;
         tokio::spawn(links.accept());
@@ -115,7 +121,7 @@ impl Worker {
             false => None,
         };
         info!(worker = %name, %address, %coordinator, "joined");
-        Ok(Self { name, node, ended, endpoint, connection, control })
+        Ok(Self { name, node, ended, farewell, endpoint, connection, control })
     }
 
     /// Its name in the cluster.
@@ -123,13 +129,16 @@ impl Worker {
         &self.name
     }
 
-    /// Serves until the coordinator is gone or the node stopped; says why it ended.
-    pub async fn run(mut self) -> WorkerError {
+    /// Serves until the coordinator is gone or sends it away, or the node stopped; says why.
+    /// [`Worker::stop`] is still to be called.
+    pub async fn run(&mut self) -> WorkerError {
         let reason = tokio::select! {
             lost = self.connection.closed() => format!("lost the coordinator: {}", lost.reason),
-            _ = &mut self.ended => "the node stopped; the lines above say why".to_owned(),
+            _ = &mut self.ended => match self.farewell.get() {
+                Some(reason) => reason.clone(),
+                None => "the node stopped".to_owned(),
+            },
         };
-        self.stop().await;
         WorkerError(reason)
     }
 

@@ -49,6 +49,27 @@ impl Request {
             span: Span::none(),
         }
     }
+
+    /// Checks it against a model: the tiers that it may use, or why it cannot be served.
+    pub fn check(&self, config: &ModelConfig) -> Result<TierMask, RequestError> {
+        let context = config.context;
+        if self.prompt.is_empty() {
+            return Err(RequestError::EmptyPrompt);
+        }
+        // With nothing to generate, a prompt may fill the context.
+        let room = if self.max_new_tokens == 0 { context } else { context.saturating_sub(1) };
+        if self.prompt.len() > room {
+            return Err(RequestError::PromptTooLong { tokens: self.prompt.len(), context });
+        }
+        let vocab = config.vocab;
+        if let Some(position) = self.prompt.iter().position(|&id| id as usize >= vocab) {
+            let id = self.prompt[position];
+            return Err(RequestError::UnknownToken { id, position, vocab });
+        }
+        self.sampling.check()?;
+        let tiers = config.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
+        Ok(self.tiers.mask(tiers)?)
+    }
 }
 
 /// Why a request cannot be served.
@@ -136,25 +157,9 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// Checks a request against a model.
+    /// Admits a request that a model can serve.
     pub(crate) fn new(request: Request, config: &ModelConfig) -> Result<Self, RequestError> {
-        let context = config.context;
-        if request.prompt.is_empty() {
-            return Err(RequestError::EmptyPrompt);
-        }
-        // With nothing to generate, a prompt may fill the context.
-        let room = if request.max_new_tokens == 0 { context } else { context.saturating_sub(1) };
-        if request.prompt.len() > room {
-            return Err(RequestError::PromptTooLong { tokens: request.prompt.len(), context });
-        }
-        let vocab = config.vocab;
-        if let Some(position) = request.prompt.iter().position(|&id| id as usize >= vocab) {
-            let id = request.prompt[position];
-            return Err(RequestError::UnknownToken { id, position, vocab });
-        }
-        request.sampling.check()?;
-        let tiers = config.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
-        let tiers = Arc::new(request.tiers.mask(tiers)?);
+        let tiers = Arc::new(request.check(config)?);
         let tokens = request.prompt.clone();
         Ok(Self {
             request,

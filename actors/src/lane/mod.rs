@@ -16,7 +16,7 @@ mod jobs;
 mod reply;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
@@ -33,7 +33,7 @@ use lite_llm_runtime::{
     sequence::Request,
 };
 use lite_llm_transport::{
-    exchange::{self, Exchange, IN_FLIGHT_DISPATCHES_MAX},
+    exchange::{self, Exchange, ExchangeError, IN_FLIGHT_DISPATCHES_MAX},
     frame::OutgoingFrame,
     messages::{
         ExpertBatchView, ExpertReplyView, JobEvent,
@@ -48,7 +48,7 @@ use self::{
     jobs::Jobs,
     reply::Reply,
 };
-use crate::{placement::Owners, trace};
+use crate::{membership::gone, placement::Owners, trace};
 
 /// Events that may wait for a lane.
 pub const INBOX_MAX: usize = 1024;
@@ -183,7 +183,8 @@ pub struct Lane {
     flights: HashMap<PassId, Flight>,
     /// Which pass an exchange's dispatch belongs to.
     dispatches: HashMap<u64, PassId>,
-    lost: HashSet<u16>,
+    /// How nodes were lost that are gone.
+    lost: HashMap<u16, String>,
     next_dispatch: u64,
     batches: Vec<RemoteBatch>,
     stopped: bool,
@@ -210,7 +211,7 @@ impl Lane {
             jobs: Jobs::default(),
             flights: HashMap::new(),
             dispatches: HashMap::new(),
-            lost: HashSet::new(),
+            lost: HashMap::new(),
             next_dispatch: 0,
             batches: Vec::new(),
             stopped: false,
@@ -277,7 +278,7 @@ impl Lane {
             LaneEvent::Batch { view, reply } => self.batches.push(RemoteBatch { view, reply }),
             LaneEvent::Reply { peer, reply } => self.reply(peer, reply),
             LaneEvent::PeerLost { peer, reason } => {
-                self.lost.insert(peer);
+                self.lost.insert(peer, reason.clone());
                 self.exchange.handle(Instant::now(), exchange::Event::PeerLost { peer, reason });
             }
             LaneEvent::Stop(reason) => {
@@ -407,13 +408,28 @@ impl Lane {
                 }
                 exchange::Command::Fail { id, error } => {
                     let Some(pass) = self.dispatches.remove(&id) else { continue };
-                    let name = error
-                        .peer()
-                        .and_then(|peer| self.peers.get(usize::from(peer))?.as_ref())
-                        .map_or("(none)", |peer| &peer.name);
-                    self.fail(pass, &format!("experts of worker {name} did not answer: {error}"));
+                    self.fail(pass, &self.describe(&error));
                 }
             }
+        }
+    }
+
+    /// Why a dispatch failed, with names instead of numbers.
+    fn describe(&self, error: &ExchangeError) -> String {
+        let peer = error.peer().and_then(|peer| self.peers.get(usize::from(peer))?.as_ref());
+        let Some(Peer { name, .. }) = peer else { return error.to_string() };
+        if let Some(how) = error.peer().and_then(|peer| self.lost.get(&peer)) {
+            return gone(name, how);
+        }
+        match error {
+            ExchangeError::Lost { reason, .. } => gone(name, reason),
+            ExchangeError::Refused { reason, .. } => {
+                format!("worker {name} did not compute its experts: {reason}")
+            }
+            ExchangeError::TimedOut { waited, .. } => {
+                format!("worker {name} did not compute its experts within {waited:?}")
+            }
+            ExchangeError::Overloaded { .. } => error.to_string(),
         }
     }
 
@@ -443,7 +459,7 @@ impl Lane {
     }
 
     fn send(&mut self, peer: u16, frame: OutgoingFrame) -> Result<(), String> {
-        if self.lost.contains(&peer) {
+        if self.lost.contains_key(&peer) {
             return Err("it is gone".into());
         }
         let Some(Some(peer)) = self.peers.get(usize::from(peer)) else {

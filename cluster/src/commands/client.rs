@@ -109,10 +109,11 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     if args.sampling.chat {
         return Err(bad_input(anyhow!("--chat: submit sends plain prompts; run has --chat")));
     }
+    args.sampling.check()?;
     let span = tracing::debug_span!("submit");
     let trace = telemetry::context_of(&span);
     if let Some(prompt) = &args.prompt {
-        let prompt = read_prompt(prompt)?;
+        let prompt = read_prompt(prompt).await?;
         let client = Client::connect(&args.client).await?;
         let mut request = args.sampling.request(Prompt::Text(prompt.clone()));
         request.trace = trace;
@@ -175,6 +176,7 @@ fn read_jobs(args: &SubmitArgs) -> Result<Vec<(String, JobRequest)>> {
             tiers: job.tiers.unwrap_or_else(|| base.tiers.clone()),
             ..base.clone()
         };
+        sampling.check().with_context(|| format!("{shown}, line {number}")).map_err(bad_input)?;
         let request = sampling.request(Prompt::Text(job.prompt.clone()));
         jobs.push((job.prompt, request));
     }

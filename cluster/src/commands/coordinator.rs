@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use lite_llm_actors::serve::{CoordinatorHandle, CoordinatorOptions};
 use lite_llm_transport::{identity::ClusterCa, messages::ClusterStatus};
 
-use super::{TOKEN_FILE, bad_input, default_state, open_model, placement};
+use super::{TOKEN_FILE, bad_input, default_state, interrupted, open_model, placement};
 use crate::cli::CoordinatorArgs;
 
 /// How often the state is looked at, to say what changed.
@@ -44,7 +44,7 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     tokio::select! {
         // It never ends by itself.
         () = watch(watched) => {}
-        _ = tokio::signal::ctrl_c() => {}
+        () = interrupted() => {}
     }
     println!("stopping");
     coordinator.stop().await;

@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
+use lite_llm_actors::job;
 use lite_llm_transport::messages::{JobEventBody, JobRequest, LogitsWanted, Prompt};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Deserialize;
@@ -65,6 +66,12 @@ impl Evaluated {
 pub(super) async fn eval(args: EvalArgs, json: bool) -> Result<()> {
     let tokens = read_tokens(&args.tokens)?;
     let checkpoint = open_model(Some(&args.model))?;
+    for (index, prompt) in tokens.prompts.iter().enumerate() {
+        let checked = job::check(&request(&args, prompt.clone()), checkpoint.config());
+        checked.map_err(|reason| {
+            bad_input(anyhow!("{}: prompt {index}: {reason}", args.tokens.display()))
+        })?;
+    }
     let cluster = args.local.cluster(checkpoint).await?;
     let mut progress = Progress::new("eval", Unit::Things("prompts"), json);
     let mut done: Vec<Option<Evaluated>> = tokens.prompts.iter().map(|_| None).collect();

@@ -11,7 +11,7 @@ mod perplexity;
 mod run;
 mod worker;
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use lite_llm_actors::{
@@ -21,6 +21,7 @@ use lite_llm_actors::{
 use lite_llm_kernels::{cpu::Cpu, simd::Simd};
 use lite_llm_runtime::checkpoint::Checkpoint;
 use lite_llm_transport::token::JoinToken;
+use tokio::sync::oneshot;
 
 use crate::{
     cli::{Cli, ClientArgs, Command, ComputeArgs, LocalArgs},
@@ -31,6 +32,10 @@ use crate::{
 const BAD_INPUT: u8 = 2;
 /// Exit code of an interrupted command, as shells expect it.
 const INTERRUPTED: u8 = 130;
+/// How long an interrupted command may take to leave in good order.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Stack of the thread that performs the command: as the system gives a main thread.
+const COMMAND_STACK_BYTES: usize = 8 << 20;
 
 /// An error that is the caller's: it ends with exit code 2.
 #[derive(Debug)]
@@ -75,34 +80,96 @@ fn start(cli: Cli) -> Result<()> {
         .build()
         .context("the system gives no threads")?;
     let _guard = runtime.enter();
-    let telemetry = telemetry::start(&cli.log, cli.otlp.as_deref()).map_err(bad_input)?;
-    let Cli { command, json, .. } = cli;
+    let Cli { command, json, otlp, log } = cli;
+    let telemetry = telemetry::start(&log, otlp.as_deref(), &role(&command)).map_err(bad_input)?;
+    let ends_itself = matches!(command, Command::Coordinator(_) | Command::Worker(_));
+    // The work has a thread of its own: whatever blocks it, this one hears the signals.
+    let (stop, stopped) = oneshot::channel::<()>();
+    let (done, mut ended) = oneshot::channel();
+    let handle = runtime.handle().clone();
+    let thread = std::thread::Builder::new()
+        .name("lite-llm-command".into())
+        .stack_size(COMMAND_STACK_BYTES)
+        .spawn(move || {
+            let result = handle.block_on(async {
+                tokio::select! {
+                    result = perform(command, json) => result,
+                    Ok(()) = stopped => Err(Interrupted.into()),
+                }
+            });
+            // The other end waits, or has given up.
+            let _ = done.send(result);
+        })
+        .context("the system gives no threads")?;
     let result = runtime.block_on(async {
-        let work = async {
-            match command {
-                Command::Run(args) => run::run(args, json).await,
-                Command::Import(args) => import::import(args, json).await,
-                Command::Inspect(args) => inspect::inspect(args, json),
-                Command::Verify(args) => inspect::verify(args, json).await,
-                Command::Eval(args) => eval::eval(args, json).await,
-                Command::Perplexity(args) => perplexity::perplexity(args, json).await,
-                Command::Coordinator(args) => coordinator::coordinator(args).await,
-                Command::Worker(args) => worker::worker(args).await,
-                Command::Submit(args) => client::submit(args, json).await,
-                Command::Status(args) => client::status(args, json).await,
-                Command::Bench(args) => bench::bench(args, json).await,
-                Command::Doctor => doctor::doctor(json),
-            }
-        };
         tokio::select! {
-            result = work => result,
-            _ = tokio::signal::ctrl_c() => Err(Interrupted.into()),
+            result = &mut ended => result.ok(),
+            () = interrupted() => {
+                if !ends_itself {
+                    // Work that has just ended needs no telling.
+                    let _ = stop.send(());
+                }
+                let ended = tokio::time::timeout(STOP_TIMEOUT, ended).await;
+                Some(ended.map_or_else(|_| Err(Interrupted.into()), |result| {
+                    result.unwrap_or_else(|_| Err(Interrupted.into()))
+                }))
+            }
         }
+    });
+    let result = result.unwrap_or_else(|| match thread.join() {
+        Err(panic) => std::panic::resume_unwind(panic),
+        Ok(()) => Err(anyhow::anyhow!("the command ended without a result")),
     });
     telemetry.finish();
     // Blocking work that was interrupted is not waited for: checkpoints are committed last.
     runtime.shutdown_background();
     result
+}
+
+async fn perform(command: Command, json: bool) -> Result<()> {
+    match command {
+        Command::Run(args) => run::run(args, json).await,
+        Command::Import(args) => import::import(args, json).await,
+        Command::Inspect(args) => inspect::inspect(args, json),
+        Command::Verify(args) => inspect::verify(args, json).await,
+        Command::Eval(args) => eval::eval(args, json).await,
+        Command::Perplexity(args) => perplexity::perplexity(args, json).await,
+        Command::Coordinator(args) => coordinator::coordinator(args).await,
+        Command::Worker(args) => worker::worker(args).await,
+        Command::Submit(args) => client::submit(args, json).await,
+        Command::Status(args) => client::status(args, json).await,
+        Command::Bench(args) => bench::bench(args, json).await,
+        Command::Doctor => doctor::doctor(json),
+    }
+}
+
+/// What this process is called in traces.
+fn role(command: &Command) -> String {
+    match command {
+        Command::Run(_) => "run".into(),
+        Command::Coordinator(_) => "coordinator".into(),
+        Command::Worker(args) => format!("worker {}", worker::name(args)),
+        Command::Submit(_) => "submit".into(),
+        _ => "command".into(),
+    }
+}
+
+/// Returns when somebody pressed Ctrl-C or the system asked this process to end.
+async fn interrupted() {
+    #[cfg(unix)]
+    if let Ok(mut terminate) =
+        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+    {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminate.recv() => {}
+        }
+        return;
+    }
+    // Without a handler the system ends the process by itself.
+    if tokio::signal::ctrl_c().await.is_err() {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// Opens a checkpoint, or the built-in model.
@@ -161,7 +228,8 @@ impl LocalArgs {
             kv_bytes: self.compute.kv.0,
             placement: placement(self.random_placement),
         };
-        Ok(LocalCluster::start(checkpoint, &options).await?)
+        // What fails here is what was given: a damaged model, too little memory for it.
+        LocalCluster::start(checkpoint, &options).await.map_err(bad_input)
     }
 }
 

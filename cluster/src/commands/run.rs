@@ -5,10 +5,13 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use lite_llm_actors::job;
 use lite_llm_runtime::{
     chat::{ChatTemplate, Message},
     checkpoint::{self, Checkpoint},
+    sampler::Sampling,
+    tier::TierSet,
     tokenizer::Tokenizer,
 };
 use lite_llm_transport::messages::{JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt};
@@ -21,20 +24,26 @@ use crate::{
     demo,
 };
 
+/// What is said of an answer without an end.
+const BROKEN_OFF: &str = "the answer broke off: the coordinator ended the job without a word";
+
 pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
     let prompts = match &args.prompt {
-        Some(prompt) => vec![read_prompt(prompt)?],
+        Some(prompt) => vec![read_prompt(prompt).await?],
         None => demo::PROMPTS.map(str::to_owned).to_vec(),
     };
     let checkpoint = open_model(args.model.as_ref())?;
+    let requests = prompts
+        .iter()
+        .map(|prompt| args.sampling.local_request(&checkpoint, prompt))
+        .collect::<Result<Vec<_>>>()?;
     let started = Instant::now();
     let cluster = args.local.cluster(checkpoint.clone()).await?;
     if !json {
         describe(&checkpoint, &args, started)?;
     }
     let result = async {
-        for prompt in &prompts {
-            let request = args.sampling.request(args.sampling.wrap(&checkpoint, prompt)?);
+        for (prompt, request) in prompts.iter().zip(requests) {
             let started = Instant::now();
             let (_, mut events) = cluster.coordinator().submit(request).await?;
             let mut answer = Answer::begin(prompt, json, started)?;
@@ -53,15 +62,18 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
 }
 
 /// A prompt as given, or standard input for `-`.
-pub(super) fn read_prompt(prompt: &str) -> Result<String> {
+pub(super) async fn read_prompt(prompt: &str) -> Result<String> {
     if prompt != "-" {
         return Ok(prompt.to_owned());
     }
-    let mut bytes = Vec::new();
-    std::io::stdin().read_to_end(&mut bytes)?;
+    let bytes = tokio::task::spawn_blocking(|| {
+        let mut bytes = Vec::new();
+        std::io::stdin().read_to_end(&mut bytes).map(|_| bytes)
+    });
+    let bytes = bytes.await?.context("standard input: cannot read")?;
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        bad_input(anyhow::anyhow!("standard input is not UTF-8: byte {at} begins no character"))
+        bad_input(anyhow!("standard input is not UTF-8: byte {at} begins no character"))
     })
 }
 
@@ -105,26 +117,43 @@ impl SamplingArgs {
         }
     }
 
-    /// The prompt, in the model's chat template if that was asked for.
-    fn wrap(&self, checkpoint: &Checkpoint, prompt: &str) -> Result<Prompt> {
+    /// Checks what can be checked without a model.
+    pub(super) fn check(&self) -> Result<()> {
+        let Self { temperature, top_k, top_p, seed, .. } = *self;
+        Sampling { temperature, top_k, top_p, seed }.check().map_err(bad_input)?;
+        let tiers = self.tiers.parse::<TierSet>();
+        tiers.map(drop).map_err(|error| bad_input(anyhow!("tiers: {error}")))
+    }
+
+    /// The job of a prompt for a model that is here: checked before anything is loaded.
+    fn local_request(&self, checkpoint: &Checkpoint, prompt: &str) -> Result<JobRequest> {
+        let request = self.request(Prompt::Tokens(self.encode(checkpoint, prompt)?));
+        let checked = job::check(&request, checkpoint.config());
+        checked.map_err(|reason| bad_input(anyhow!(reason)))?;
+        Ok(request)
+    }
+
+    /// The prompt's tokens, in the model's chat template if that was asked for.
+    fn encode(&self, checkpoint: &Checkpoint, prompt: &str) -> Result<Vec<u32>> {
+        let json = checkpoint.tokenizer_json().map_err(bad_input)?;
+        let tokenizer = Tokenizer::from_json(&json).map_err(bad_input)?;
         if !self.chat {
-            return Ok(Prompt::Text(prompt.to_owned()));
+            return Ok(tokenizer.encode(prompt, true)?);
         }
-        let Some(template) = checkpoint.chat_template()? else {
-            return Err(bad_input(anyhow::anyhow!("--chat: the model has no chat template")));
+        let Some(template) = checkpoint.chat_template().map_err(bad_input)? else {
+            return Err(bad_input(anyhow!("--chat: the model has no chat template")));
         };
-        let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
         let text = |id: Option<&u32>| id.map(|&id| tokenizer.decode_with_special(&[id]));
         let config = checkpoint.config();
         let (bos, eos) = (text(config.bos_token.as_ref()), text(config.eos_tokens.first()));
         let template = ChatTemplate::new(&template, bos.as_deref(), eos.as_deref())?;
         let text = template.render(&[Message::new("user", prompt)], true)?;
         // The template writes the special tokens itself.
-        Ok(Prompt::Tokens(tokenizer.encode(&text, false)?))
+        Ok(tokenizer.encode(&text, false)?)
     }
 }
 
-/// An answer on its way to standard output.
+/// An answer on its way to standard output. One that breaks off ends its line.
 pub(super) struct Answer {
     /// Show the text as it comes.
     stream: bool,
@@ -145,7 +174,9 @@ impl Answer {
             write!(out, "\n{prompt}")?;
             out.flush()?;
         }
-        Ok(Self { stream: !json, ..Self::silent(prompt, started) })
+        let mut answer = Self::silent(prompt, started);
+        answer.stream = !json;
+        Ok(answer)
     }
 
     /// Begins without showing anything.
@@ -191,13 +222,16 @@ impl Answer {
     }
 
     /// Ends: shows the speed, or everything as one line of JSON.
-    pub(super) fn finish(self) -> Result<()> {
+    pub(super) fn finish(mut self) -> Result<()> {
         if !self.stream {
             println!("{}", self.line(0)?);
             return Ok(());
         }
         let (wait, rate) = self.speed();
-        println!();
+        self.end_line();
+        if self.end.is_none() {
+            bail!(BROKEN_OFF);
+        }
         eprintln!(
             "[{} tokens, {rate:.0} per second, the first after {:.0} ms]",
             self.ids.len(),
@@ -209,7 +243,7 @@ impl Answer {
     /// Everything as one line of JSON, under a job's number.
     pub(super) fn line(&self, job: usize) -> Result<serde_json::Value> {
         let Some(end) = &self.end else {
-            bail!("the answer broke off: the coordinator ended the job without a word");
+            bail!(BROKEN_OFF);
         };
         let (wait, rate) = self.speed();
         Ok(json!({
@@ -223,12 +257,24 @@ impl Answer {
         }))
     }
 
+    fn end_line(&mut self) {
+        if std::mem::take(&mut self.stream) {
+            println!();
+        }
+    }
+
     /// Seconds until the first token, and tokens per second after it.
     fn speed(&self) -> (f64, f64) {
         let first = self.first.unwrap_or(self.started);
         let (wait, rest) = (first.duration_since(self.started), self.last.unwrap_or(first) - first);
         let rate = self.ids.len().saturating_sub(1) as f64 / rest.as_secs_f64().max(1e-9);
         (wait.as_secs_f64(), rate)
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.end_line();
     }
 }
 
@@ -244,5 +290,5 @@ pub(super) async fn drain(
             other => each(other)?,
         }
     }
-    bail!("the coordinator ended the job without a word")
+    bail!(BROKEN_OFF)
 }

@@ -7,8 +7,13 @@ use lite_llm_actors::{
 };
 use lite_llm_kernels::device::Device;
 
-use super::{bad_input, coordinator_address, read_token};
+use super::{bad_input, coordinator_address, interrupted, read_token};
 use crate::{cli::WorkerArgs, size::Size};
+
+/// The worker's name in the cluster.
+pub(super) fn name(args: &WorkerArgs) -> String {
+    args.name.clone().unwrap_or_else(|| format!("w{}", std::process::id()))
+}
 
 pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
     if args.device != "cpu" {
@@ -19,7 +24,7 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
     let coordinator = coordinator_address(args.join, &token)?;
     let device = args.compute.device(1)?;
     let dram_bytes = args.compute.dram_bytes(1);
-    let name = args.name.unwrap_or_else(|| format!("w{}", std::process::id()));
+    let name = name(&args);
     println!("worker {name}: {}, {} for experts", device.describe(), Size(dram_bytes));
     let options = WorkerOptions {
         coordinator,
@@ -32,13 +37,15 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
         model: args.model.map_or(Model::AsAssigned, Model::Folder),
         remote: true,
     };
-    let worker = Worker::start(options).await?;
+    let mut worker = Worker::start(options).await?;
     println!("joined {coordinator}");
-    tokio::select! {
+    let result = tokio::select! {
         ended = worker.run() => Err(ended.into()),
-        _ = tokio::signal::ctrl_c() => {
+        () = interrupted() => {
             println!("stopping");
             Ok(())
         }
-    }
+    };
+    worker.stop().await;
+    result
 }
