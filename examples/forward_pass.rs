@@ -15,7 +15,8 @@ use lite_llm_runtime::{
 };
 
 fn main() -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe"))?;
+    let checkpoint =
+        Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe"))?;
     let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
 
     // The dense part of the model goes to the device; experts wait in a store.

@@ -45,7 +45,9 @@ async fn main() -> anyhow::Result<()> {
         let mut logits: Vec<u32> = Vec::new();
         while let Some(event) = events.recv().await {
             match event.body {
-                JobEventBody::Logits { values, .. } => logits.extend(values.iter().map(|v| v.to_bits())),
+                JobEventBody::Logits { values, .. } => {
+                    logits.extend(values.iter().map(|v| v.to_bits()))
+                }
                 JobEventBody::Failed { reason } => anyhow::bail!(reason),
                 _ => {}
             }

@@ -110,7 +110,7 @@ impl Backbone<Cpu> {
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
         let config = checkpoint.config().clone();
-        let loader = Loader { checkpoint, device: &*device };
+        let loader = Loader { checkpoint, device: &device };
         let moe = config.moe.clone().map(Arc::new);
         let mut layers = Vec::with_capacity(config.layers.len());
         for (i, layer) in config.layers.iter().enumerate() {

@@ -245,7 +245,7 @@ impl<D: Device> Engine<D> {
 
     /// The span of the layer that a pass is in.
     pub fn span(&self, pass: PassId) -> Span {
-        self.passes.get(&pass).map_or_else(Span::none, |pass| pass.forward.span().clone())
+        self.passes.get(&pass).map_or_else(Span::none, |pass| pass.forward.layer_span().clone())
     }
 
     /// Gives a pass the outputs of its experts, one per route of its dispatch.
@@ -280,9 +280,9 @@ impl<D: Device> Engine<D> {
     /// Runs all experts that a pass needs in one store.
     pub fn run_pass(&mut self, pass: PassId, store: &dyn ExpertStore<D::Matrix>) {
         let device = self.backbone.device.clone();
-        let outputs = self.dispatch(pass).and_then(|dispatch| {
-            Ok(run_all(&*device, store, &dispatch.hidden, dispatch.routes)?)
-        });
+        let outputs = self
+            .dispatch(pass)
+            .and_then(|dispatch| Ok(run_all(&*device, store, &dispatch.hidden, dispatch.routes)?));
         match outputs {
             Ok(outputs) => {
                 let width = self.backbone.config.hidden;
@@ -435,7 +435,9 @@ impl<D: Device> Engine<D> {
                 self.events.push_back(Event::Prefilled { sequence: id, done, total });
             }
             let at_end = sequence.cached == sequence.tokens.len();
-            if at_end && sequence.generated() < sequence.request.max_new_tokens && !sequence.cancelled
+            if at_end
+                && sequence.generated() < sequence.request.max_new_tokens
+                && !sequence.cancelled
             {
                 let last = &mine[mine.len() - config.vocab..];
                 let token = sample(last, &sequence.request.sampling, sequence.tokens.len() as u64);

@@ -197,7 +197,7 @@ impl<D: Device> ForwardPass<D> {
     }
 
     /// The span of the layer that it is in.
-    pub fn span(&self) -> &Span {
+    pub fn layer_span(&self) -> &Span {
         &self.layer_span
     }
 
@@ -253,9 +253,7 @@ impl<D: Device> ForwardPass<D> {
         let attention = &config.attention;
         let t = &mut self.tensors;
         device.rms_norm(&t.x, &layer.attention_norm, config.norm_eps, &mut t.normed)?;
-        for (linear, out) in
-            [(&layer.q, &mut t.q), (&layer.k, &mut t.k), (&layer.v, &mut t.v)]
-        {
+        for (linear, out) in [(&layer.q, &mut t.q), (&layer.k, &mut t.k), (&layer.v, &mut t.v)] {
             device.matmul(&t.normed, &linear.weight, linear.bias.as_ref(), out)?;
         }
         for (norm, x) in [(&layer.q_norm, &mut t.q), (&layer.k_norm, &mut t.k)] {

@@ -66,10 +66,7 @@ impl PageTable {
 
     /// Where a position lies.
     pub fn slot(&self, position: usize) -> KvSlot {
-        KvSlot {
-            page: self.pages[position / PAGE_TOKENS],
-            offset: (position % PAGE_TOKENS) as u32,
-        }
+        KvSlot { page: self.pages[position / PAGE_TOKENS], offset: (position % PAGE_TOKENS) as u32 }
     }
 }
 

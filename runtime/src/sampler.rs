@@ -28,10 +28,18 @@ impl Sampling {
     /// Says what is wrong with the settings, if anything.
     pub fn check(&self) -> Result<(), SamplingError> {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            return Err(SamplingError { name: "temperature", found: self.temperature, range: "at least 0" });
+            return Err(SamplingError {
+                name: "temperature",
+                found: self.temperature,
+                range: "at least 0",
+            });
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(SamplingError { name: "top-p", found: self.top_p, range: "above 0, at most 1" });
+            return Err(SamplingError {
+                name: "top-p",
+                found: self.top_p,
+                range: "above 0, at most 1",
+            });
         }
         Ok(())
     }
@@ -52,9 +60,8 @@ pub fn sample(logits: &[f32], sampling: &Sampling, position: u64) -> u32 {
         return argmax(logits);
     }
     // Best first; equal logits by token id, so that the order is the same everywhere.
-    let better = |a: &u32, b: &u32| {
-        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-    };
+    let better =
+        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
     let k = sampling.top_k as usize;
     if k > 0 && k < order.len() {
@@ -144,7 +151,10 @@ mod tests {
     #[test]
     fn settings_out_of_range_are_named() {
         let bad = Sampling { top_p: 0.0, ..Sampling::GREEDY };
-        assert_eq!(bad.check().unwrap_err().to_string(), "top-p is 0; above 0, at most 1 is expected");
+        assert_eq!(
+            bad.check().unwrap_err().to_string(),
+            "top-p is 0; above 0, at most 1 is expected"
+        );
         assert!(Sampling { temperature: f32::NAN, ..Sampling::GREEDY }.check().is_err());
     }
 }

@@ -51,8 +51,10 @@ impl DramStore {
         if self.experts.read().contains_key(&key) {
             return Ok(0);
         }
-        let unreadable =
-            |error: &dyn std::fmt::Display| StoreError::Unreadable { key, reason: error.to_string() };
+        let unreadable = |error: &dyn std::fmt::Display| StoreError::Unreadable {
+            key,
+            reason: error.to_string(),
+        };
         let bytes = checkpoint.expert_bytes(key).map_err(|e| unreadable(&e))?;
         self.claim(key, bytes)?;
         match checkpoint.expert(key) {
@@ -86,15 +88,14 @@ impl DramStore {
 
     fn claim(&self, key: ExpertKey, needed: u64) -> Result<(), StoreError> {
         let room = |held: u64| held.checked_add(needed).filter(|&total| total <= self.budget);
-        self.resident
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, room)
-            .map(|_| ())
-            .map_err(|held| StoreError::OverBudget {
+        self.resident.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).map(|_| ()).map_err(
+            |held| StoreError::OverBudget {
                 key,
                 needed,
                 free: self.budget - held,
                 budget: self.budget,
-            })
+            },
+        )
     }
 }
 

@@ -147,7 +147,9 @@ fn the_choice_is_the_definition_at_all_levels_and_for_all_sets() {
         ("tier_1b,tier_100b", [true, false, true]),
         ("..tier_10b", [true, true, false]),
     ];
-    for (k, renormalize) in [((1, 1, 1), false), ((1, 2, 3), true), ((2, 2, 2), false), ((3, 1, 4), true)] {
+    for (k, renormalize) in
+        [((1, 1, 1), false), ((1, 2, 3), true), ((2, 2, 2), false), ((3, 1, 4), true)]
+    {
         let model = model(k, renormalize, 5);
         let states = hidden(40);
         for (set, open) in sets {

@@ -85,12 +85,14 @@ impl Reference {
             let data = view.data();
             Ok(match view.dtype() {
                 safetensors::Dtype::I64 => bytemuck::pod_collect_to_vec(data),
-                safetensors::Dtype::I32 => {
-                    bytemuck::pod_collect_to_vec::<u8, i32>(data).into_iter().map(i64::from).collect()
-                }
-                safetensors::Dtype::I16 => {
-                    bytemuck::pod_collect_to_vec::<u8, i16>(data).into_iter().map(i64::from).collect()
-                }
+                safetensors::Dtype::I32 => bytemuck::pod_collect_to_vec::<u8, i32>(data)
+                    .into_iter()
+                    .map(i64::from)
+                    .collect(),
+                safetensors::Dtype::I16 => bytemuck::pod_collect_to_vec::<u8, i16>(data)
+                    .into_iter()
+                    .map(i64::from)
+                    .collect(),
                 safetensors::Dtype::U8 => data.iter().map(|&b| i64::from(b)).collect(),
                 other => bail!("{name} has dtype {other:?}"),
             })
@@ -130,12 +132,7 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self {
-            workers: 1,
-            threads: 1,
-            simd: Simd::best(),
-            placement: PlacementPolicy::Balanced,
-        }
+        Self { workers: 1, threads: 1, simd: Simd::best(), placement: PlacementPolicy::Balanced }
     }
 }
 

@@ -41,7 +41,8 @@ async fn agrees(name: &str) {
         assert_eq!(outcome.tokens, prompt.greedy, "{name}, prompt {n}: greedy tokens");
         let logits = outcome.logits();
         assert_eq!(logits.len(), prompt.logits.len(), "{name}, prompt {n}: rows of logits");
-        let worst = logits.iter().zip(&prompt.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let worst =
+            logits.iter().zip(&prompt.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst <= reference.tolerance, "{name}, prompt {n}: a logit differs by {worst}");
         assert_eq!(
             sets(&outcome, layers, prompt.k),

@@ -110,7 +110,8 @@ async fn alone_and_among_sixteen_others() {
             let mut jobs = tokio::task::JoinSet::new();
             for other in 0..16u32 {
                 let length = 5 + (other * 11) % 90;
-                let tokens: Vec<u32> = (0..length).map(|i| (i * 31 + other * 977) % vocab).collect();
+                let tokens: Vec<u32> =
+                    (0..length).map(|i| (i * 31 + other * 977) % vocab).collect();
                 let (cluster, chunk) = (cluster.clone(), other % 5 * 13);
                 jobs.spawn(async move { run(&cluster, job(&tokens, 24, chunk)).await.map(|_| ()) });
             }

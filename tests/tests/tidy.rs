@@ -63,13 +63,19 @@ fn files_say_what_they_own_and_stay_short() {
     for (path, text) in all() {
         assert!(text.starts_with("//!"), "{}: the first line says what it owns", short(&path));
         let lines = text.lines().count();
-        assert!(lines <= LINES_MAX, "{}: {lines} lines; it has a second reason to exist", short(&path));
+        assert!(
+            lines <= LINES_MAX,
+            "{}: {lines} lines; it has a second reason to exist",
+            short(&path)
+        );
     }
 }
 
 #[test]
 fn nothing_unwraps_outside_tests_and_nothing_is_left_undone() {
-    for (path, text) in sources(&ORDER.map(|folder| format!("{folder}/src")).each_ref().map(String::as_str)) {
+    for (path, text) in
+        sources(&ORDER.map(|folder| format!("{folder}/src")).each_ref().map(String::as_str))
+    {
         for (number, line) in (1..).zip(outside_tests(&text).lines()) {
             let code = line.split("//").next().unwrap_or(line);
             for banned in [".unwrap()", "todo!(", "unimplemented!(", "dbg!("] {
@@ -84,10 +90,15 @@ fn unsafe_code_lives_in_kernels_and_quinn_in_transport() {
     for folder in ["runtime", "transport", "actors", "cluster", "examples", "tests"] {
         for (path, text) in sources(&[folder]) {
             let code = || text.lines().map(|line| line.split("//").next().unwrap_or(line));
-            let is_unsafe = code().any(|line| line.contains("unsafe {") || line.contains("unsafe fn"));
+            let is_unsafe =
+                code().any(|line| line.contains("unsafe {") || line.contains("unsafe fn"));
             assert!(!is_unsafe || path.ends_with("tidy.rs"), "{}: unsafe code", short(&path));
             let quinn = folder != "transport" && code().any(|line| line.contains("quinn::"));
-            assert!(!quinn || path.ends_with("tidy.rs"), "{}: quinn outside transport", short(&path));
+            assert!(
+                !quinn || path.ends_with("tidy.rs"),
+                "{}: quinn outside transport",
+                short(&path)
+            );
         }
     }
 }

@@ -168,12 +168,8 @@ impl Router<Cpu> for HierarchicalRouter {
         let mut chosen: Vec<(Branch, ExpertKey)> = Vec::new();
         for here in groups.chunk_by(|a, b| (a.tier, a.group) == (b.tier, b.group)) {
             let (tier, group) = (here[0].tier, here[0].group);
-            let key = |expert| ExpertKey {
-                layer: self.layer as u16,
-                tier: tier as u16,
-                group,
-                expert,
-            };
+            let key =
+                |expert| ExpertKey { layer: self.layer as u16, tier: tier as u16, group, expert };
             self.choose(
                 cpu,
                 &rows,
