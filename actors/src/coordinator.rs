@@ -83,6 +83,8 @@ pub struct CoordinatorArguments {
     pub checkpoint: Arc<Checkpoint>,
     /// Its tokenizer.
     pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Bytes of each of its experts.
+    pub expert_bytes: u64,
     /// Workers that make the cluster whole.
     pub workers: usize,
     /// How experts are spread.
@@ -131,10 +133,8 @@ impl Actor for Coordinator {
         arguments: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
         let config = arguments.checkpoint.config().clone();
-        let first = config.expert_keys().next();
-        let expert_bytes =
-            first.map(|key| arguments.checkpoint.expert_bytes(key)).transpose()?.unwrap_or(0);
-        let (workers, policy) = (arguments.workers, arguments.placement);
+        let (expert_bytes, workers) = (arguments.expert_bytes, arguments.workers);
+        let policy = arguments.placement;
         pg::monitor_scope(arguments.cluster.clone(), myself.get_cell());
         myself.send_interval(POLL_INTERVAL, || CoordinatorMessage::Poll);
         Ok(CoordinatorState {
@@ -324,7 +324,7 @@ impl CoordinatorState {
                     self.suspend = watch::Sender::new(None);
                 }
                 Command::Suspend { reason } => {
-                    warn!(%reason, "the cluster cannot serve");
+                    info!(%reason, "the cluster cannot serve");
                     self.suspend.send_replace(Some(reason.clone()));
                     for node in self.nodes.values() {
                         let _ = node.actor.cast(NodeMessage::Suspend(reason.clone()));

@@ -66,6 +66,9 @@ impl CoordinatorHandle {
     /// Starts a coordinator.
     pub async fn start(options: CoordinatorOptions) -> Result<Self, ServeError> {
         let CoordinatorOptions { listen, authority, checkpoint, workers, placement, .. } = options;
+        let first = checkpoint.config().expert_keys().next();
+        let expert_bytes = first.map(|key| checkpoint.expert_bytes(key)).transpose();
+        let expert_bytes = expert_bytes.map_err(failed)?.unwrap_or(0);
         let identity = authority.identity(Role::Coordinator, "coordinator").map_err(failed)?;
         let mut hello = Hello::new(DETERMINISM_VERSION);
         hello.checkpoint = Some(checkpoint.id());
@@ -92,7 +95,14 @@ impl CoordinatorHandle {
             }
         };
         let cluster = scope(&token, address);
-        let arguments = CoordinatorArguments { cluster, checkpoint, tokenizer, workers, placement };
+        let arguments = CoordinatorArguments {
+            cluster,
+            checkpoint,
+            tokenizer,
+            expert_bytes,
+            workers,
+            placement,
+        };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
         let handle = Self { actor, endpoint, token, control, address };
         tokio::spawn(handle.clone().accept());

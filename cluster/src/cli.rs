@@ -92,13 +92,13 @@ pub struct SamplingArgs {
     #[arg(long, default_value_t = 128)]
     pub max_tokens: u32,
     /// 0 always takes the likeliest token.
-    #[arg(long, default_value_t = 0.7)]
+    #[arg(long, default_value_t = 0.7, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Choose among this many likeliest tokens; 0 is no limit.
     #[arg(long, default_value_t = 40)]
     pub top_k: u32,
     /// Choose among the likeliest tokens that together have this probability.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f32,
     /// Seed of the choice: the same seed gives the same text.
     #[arg(long, default_value_t = 0)]

@@ -20,9 +20,9 @@ const SPANS_WAITING_MAX: usize = 65_536;
 /// What of this project is traced.
 const TRACED: &str = "lite_llm_runtime=debug,lite_llm_actors=debug,lite_llm_cluster=debug";
 
-/// What is logged of the libraries below us, unless the filter names them: their spans around
-/// every message say nothing to a user.
-const QUIET: &str = "ractor=warn,ractor_cluster=warn,quinn=warn,quinn_proto=warn,rustls=warn,\
+/// What is logged of the libraries below us, unless the filter names them. Spans around every
+/// message say nothing to a user, and what the actor libraries warn of, our actors report.
+const QUIET: &str = "ractor=error,ractor_cluster=error,quinn=warn,quinn_proto=warn,rustls=warn,\
                      h2=warn,tonic=warn,hyper=warn,hyper_util=warn,tower=warn,opentelemetry=warn";
 
 /// Running telemetry.

@@ -43,11 +43,23 @@ struct BadInput(anyhow::Error);
 
 impl std::fmt::Display for BadInput {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:#}", self.0)
+        f.write_str(&sentence(&self.0))
     }
 }
 
 impl std::error::Error for BadInput {}
+
+/// An error and its causes. Many of ours name their cause in their own sentence: it is not said
+/// twice.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut said = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !said.contains(&cause) {
+            said = format!("{said}: {cause}");
+        }
+    }
+    said
+}
 
 /// Marks an error as the caller's.
 fn bad_input(error: impl Into<anyhow::Error>) -> anyhow::Error {
@@ -68,7 +80,7 @@ pub fn run_command(cli: Cli) -> ExitCode {
             ExitCode::from(INTERRUPTED)
         }
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", sentence(&error));
             ExitCode::from(if error.is::<BadInput>() { BAD_INPUT } else { 1 })
         }
     }
