@@ -323,7 +323,7 @@ fn every_trap_of_the_configuration_is_read_as_transformers_does() {
     assert_eq!(window("qwen3_moe", json!({ "sliding_window": 8 })), [None; 3]);
     let used = json!({ "sliding_window": 8, "use_sliding_window": true });
     assert_eq!(window("qwen3_moe", used), [Some(8); 3]);
-    let types = json!(["full_attention", "sliding_attention", "full_attention"]);
+    let types = json!(["full_attention", "sliding_attention", "attention"]);
     let used = json!({ "sliding_window": 8, "use_sliding_window": true, "layer_types": types });
     assert_eq!(window("qwen2_moe", used), [None, Some(8), None]);
     let used = json!({ "sliding_window": 8, "use_sliding_window": true, "layer_types": null });
@@ -354,6 +354,12 @@ fn every_trap_of_the_configuration_is_read_as_transformers_does() {
     let v4 = json!({ "rope_scaling": { "type": "linear", "factor": 2.0 } });
     let v4 = attention("mixtral", v4);
     assert_eq!((v4.rope_theta, v4.rope_scaling), (1e6, RopeScaling::Linear { factor: 2.0 }));
+    let both = json!({ "rope_scaling": { "type": "linear", "factor": 2.0, "rope_theta": 7e3 },
+                       "rope_parameters": { "rope_type": "default", "rope_theta": 1e4 } });
+    let both = attention("qwen3_moe", both);
+    assert_eq!((both.rope_theta, both.rope_scaling), (7e3, RopeScaling::Linear { factor: 2.0 }));
+    let empty = json!({ "rope_scaling": {}, "rope_parameters": { "rope_theta": 5e3 } });
+    assert_eq!(attention("qwen3_moe", empty).rope_theta, 5e3);
 
     let routing = |class, change| config_with(class, change).unwrap().moe.unwrap().routing;
     assert!(routing("mixtral", json!({})).renormalize);
@@ -361,6 +367,7 @@ fn every_trap_of_the_configuration_is_read_as_transformers_does() {
     assert!(routing("qwen3_moe", json!({})).renormalize);
     let eos = config_with("olmoe", json!({ "eos_token_id": [5, 7] })).unwrap().eos_tokens;
     assert_eq!(eos, [5, 7, 2], "generation_config.json adds its own");
+    config_with("olmoe", json!({ "hidden_act": "swish" })).expect("another name of silu");
 }
 
 #[test]
@@ -452,4 +459,33 @@ fn progress_counts_up_to_all_bytes() {
     assert!(seen.windows(2).all(|w| w[0].0 <= w[1].0), "never backwards");
     let last = seen.last().unwrap();
     assert_eq!((last.0, last.1), (written, written), "{}", last.2);
+}
+
+/// As transformers 5 does: a flag that contradicts the weights does not drop them.
+#[test]
+fn embeddings_are_tied_unless_the_folder_holds_two_tables() {
+    const EMBED: &str = "model.embed_tokens.weight";
+    const HEAD: &str = "lm_head.weight";
+    let dir = tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    write_random_hf(&at("two"), &RandomShape::tiny(RandomClass::Mixtral), &mut |_, _| {}).unwrap();
+    edit_json(&at("two/config.json"), |config| config["tie_word_embeddings"] = json!(true));
+    rewrite(&at("two"), &at("same"), |all| {
+        all.insert(HEAD.into(), all[EMBED].clone());
+    });
+    rewrite(&at("two"), &at("only-head"), |all| {
+        all.remove(EMBED);
+    });
+    for (folder, tied, embed) in
+        [("two", false, EMBED), ("same", true, EMBED), ("only-head", true, HEAD)]
+    {
+        let checkpoint = imported(&at(folder), &at(&format!("{folder}.ckpt")));
+        let source = tensors(&at(folder));
+        assert_eq!(checkpoint.config().tied_embeddings, tied, "{folder}");
+        assert_eq!(checkpoint.has_dense("head"), !tied, "{folder}");
+        check_matrix("embed", &checkpoint.dense_matrix("embed").unwrap(), &source[embed]);
+        if !tied {
+            check_matrix("head", &checkpoint.dense_matrix("head").unwrap(), &source[HEAD]);
+        }
+    }
 }

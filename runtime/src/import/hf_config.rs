@@ -116,7 +116,8 @@ fn class(file: &Keys) -> Result<(Class, &'static str), ImportError> {
 }
 
 fn refuse_unknown_computation(file: &Keys) -> Result<(), ImportError> {
-    if file.value("hidden_act").is_some_and(|act| act != "silu") {
+    // Two names of one function.
+    if file.value("hidden_act").is_some_and(|act| act != "silu" && act != "swish") {
         return Err(file.wrong("hidden_act", "only \"silu\" is known"));
     }
     if file.value("quantization_config").is_some() {
@@ -130,21 +131,23 @@ fn refuse_unknown_computation(file: &Keys) -> Result<(), ImportError> {
 
 fn rope(file: &Keys, class: Class) -> Result<(f64, RopeScaling), ImportError> {
     // Version 5 moves everything into `rope_parameters`; version 4 has theta beside the scaling.
+    // Where a file has both, transformers 5 heeds `rope_scaling`, and theta inside before outside.
     let v5 = file.object("rope_parameters")?;
-    let v4 = file.object("rope_scaling")?;
+    let v4 = file.object("rope_scaling")?.filter(|keys| !keys.map.is_empty());
+    let table = v4.or(v5);
     let top = file.optional_number("rope_theta")?;
-    let inner = match &v5 {
+    let inner = match &table {
         Some(keys) => keys.optional_number("rope_theta")?,
         None => None,
     };
     let default = if class == Class::Mixtral { 1e6 } else { 1e4 };
     let theta = inner.or(top).unwrap_or(default);
-    for keys in [Some(file), v5.as_ref(), v4.as_ref()].into_iter().flatten() {
+    for keys in [Some(file), table.as_ref()].into_iter().flatten() {
         if keys.optional_number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
             return Err(keys.wrong("partial_rotary_factor", "only 1 is known"));
         }
     }
-    let Some(keys) = v5.or(v4) else { return Ok((theta, RopeScaling::None)) };
+    let Some(keys) = table else { return Ok((theta, RopeScaling::None)) };
     let kind = ["rope_type", "type"].into_iter().find(|key| keys.value(key).is_some());
     let Some(key) = kind else {
         // A table without a type says nothing but theta, or is of a form that is not known here.
@@ -232,7 +235,8 @@ fn windows(file: &Keys, class: Class, count: usize) -> Result<Vec<Option<u32>>, 
     for kind in kinds.ok_or_else(expected)? {
         windows.push(match kind.as_str() {
             Some("sliding_attention") => window,
-            Some("full_attention") => None,
+            // The second is an old name.
+            Some("full_attention" | "attention") => None,
             _ => {
                 return Err(file.wrong(
                     "layer_types",

@@ -16,7 +16,7 @@ use serde::{
     de::{MapAccess, Visitor},
 };
 
-use super::ImportError;
+use super::{ImportError, PIECE_BYTES};
 use crate::checkpoint::source::is_plain;
 
 /// A single file's name.
@@ -324,6 +324,26 @@ impl HfTensors {
         let cols = shape.last().copied().unwrap_or(1);
         let rows = shape.iter().rev().skip(1).product();
         Ok(View { file: entry.file, offset: entry.offset, dtype, rows, cols })
+    }
+
+    /// Whether two views have the same format, shape and bytes.
+    pub fn equal(&self, a: &View, b: &View) -> Result<bool, ImportError> {
+        if (a.dtype, a.rows, a.cols) != (b.dtype, b.rows, b.cols) {
+            return Ok(false);
+        }
+        let rows = (PIECE_BYTES / a.row_bytes().max(1)).max(1);
+        let (mut left, mut right) = (Vec::new(), Vec::new());
+        for from in (0..a.rows).step_by(rows) {
+            for (view, bytes) in [(a, &mut left), (b, &mut right)] {
+                let piece = view.slice(from, rows.min(view.rows - from));
+                bytes.resize(piece.bytes() as usize, 0);
+                self.read(&piece, bytes)?;
+            }
+            if left != right {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Fills `out` with the bytes of a view.

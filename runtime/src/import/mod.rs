@@ -161,6 +161,7 @@ pub fn import(
     tiers::cut(&mut config, options.tiers.as_ref(), options.routes.as_ref())?;
     check(source, &config)?;
     let tensors = hf_tensors::HfTensors::open(source)?;
+    config.tied_embeddings = names::tied(&tensors, &config)?;
     let text = text::read(source)?;
 
     let mut names = names::Names::new(&tensors, &config);

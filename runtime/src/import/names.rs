@@ -43,6 +43,20 @@ impl Origin {
     }
 }
 
+const EMBED: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// Whether one table serves as embedding and output projection: as the configuration says,
+/// unless the folder holds two that differ. Transformers 5 then uses both, and so must we:
+/// weights are not dropped because of a wrong flag.
+pub fn tied(source: &HfTensors, config: &ModelConfig) -> Result<bool, ImportError> {
+    if !config.tied_embeddings || !source.contains(EMBED) || !source.contains(HEAD) {
+        return Ok(config.tied_embeddings);
+    }
+    let shape = [config.vocab, config.hidden];
+    source.equal(&source.view(EMBED, &shape)?, &source.view(HEAD, &shape)?)
+}
+
 /// Whether a tensor is stored in the model's format: everything but gates, norms and biases.
 pub fn follows_model_dtype(name: &str) -> bool {
     let last = name.rsplit('.').next().unwrap_or(name);
@@ -68,7 +82,13 @@ impl<'a> Names<'a> {
     /// The origin of a tensor.
     pub fn origin(&mut self, part: Part, spec: &TensorSpec) -> Result<Origin, ImportError> {
         match part {
-            Part::Model => self.whole(&model_name(&spec.name), spec),
+            Part::Model => {
+                // One table for both ends may be stored under either name.
+                let head = self.config.tied_embeddings && spec.name == "embed";
+                let head = head.then(|| HEAD.to_owned());
+                let name = self.spelled([model_name(&spec.name)].into_iter().chain(head));
+                self.whole(&name, spec)
+            }
             Part::Layer(layer) => {
                 let prefix = format!("layers.{layer}.");
                 let rest = spec.name.strip_prefix(&prefix).unwrap_or(&spec.name);
@@ -103,9 +123,7 @@ impl<'a> Names<'a> {
     /// Says whether the source has tensors that nobody asked for.
     pub fn check_all_used(&self) -> Result<(), ImportError> {
         let tied = self.config.tied_embeddings;
-        let derived = |name: &str| {
-            name.ends_with(".rotary_emb.inv_freq") || (tied && name == "lm_head.weight")
-        };
+        let derived = |name: &str| name.ends_with(".rotary_emb.inv_freq") || (tied && name == HEAD);
         let names = self.source.names();
         let mut left = names.iter().filter(|name| !self.used.contains(**name) && !derived(name));
         match left.next() {
@@ -216,8 +234,8 @@ impl<'a> Names<'a> {
 
 fn model_name(name: &str) -> String {
     match name {
-        "embed" => "model.embed_tokens.weight".into(),
-        "head" => "lm_head.weight".into(),
+        "embed" => EMBED.into(),
+        "head" => HEAD.into(),
         other => format!("model.{other}.weight"),
     }
 }
