@@ -402,6 +402,7 @@ fn what_cannot_be_computed_is_refused_by_name() {
             "quantization_config",
         ),
         ("olmoe", json!({ "eos_token_id": "</s>" }), "eos_token_id"),
+        ("mixtral", json!({ "sliding_window": 0 }), "sliding_window"),
         ("qwen3_moe", json!({ "decoder_sparse_step": 0 }), "decoder_sparse_step"),
         ("qwen3_moe", json!({ "num_experts": 9 }), "num_experts"),
         ("qwen3_moe", json!({ "num_local_experts": "REMOVED" }), "num_experts"),

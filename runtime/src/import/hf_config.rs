@@ -214,7 +214,11 @@ fn windows(file: &Keys, class: Class, count: usize) -> Result<Vec<Option<u32>>, 
     let default = if class == Class::Mixtral { None } else { Some(4096) };
     let window = match (used, file.map.contains_key("sliding_window")) {
         (false, _) => None,
-        (true, true) => file.optional_size("sliding_window")?.filter(|&w| w > 0),
+        (true, true) => match file.optional_size("sliding_window")? {
+            // Transformers masks everything then: nobody's model.
+            Some(0) => return Err(file.wrong("sliding_window", "1 or more, or null for none")),
+            window => window,
+        },
         (true, false) => default,
     };
     let window = match window.map(u32::try_from) {
