@@ -486,8 +486,7 @@ fn load(
     let (myself, epoch) = (myself.clone(), assignment.epoch);
     tokio::spawn(async move {
         // Loading takes as long as it takes; a node that dies meanwhile ends the call.
-        let answer =
-            ractor::call!(actor, |reply| NodeMessage::Load(Wire::new(assignment), reply));
+        let answer = ractor::call!(actor, |reply| NodeMessage::Load(Wire::new(assignment), reply));
         let result = match answer.map(Wire::into_inner) {
             Ok(Ok(loaded)) => loaded.error.map_or(Ok(()), Err),
             Ok(Err(error)) => Err(error.to_string()),

@@ -7,11 +7,7 @@
 use std::sync::Arc;
 
 use lite_llm_runtime::{
-    config::ModelConfig,
-    sampler::Sampling,
-    sequence::Request,
-    tier::TierSet,
-    tokenizer::Tokenizer,
+    config::ModelConfig, sampler::Sampling, sequence::Request, tier::TierSet, tokenizer::Tokenizer,
 };
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
@@ -94,7 +90,8 @@ impl Job {
                     Err(error) => return (generated, gone(&error)),
                 },
                 Ok(None) => {
-                    let reason = "this job's events were not read fast enough; read them as they come";
+                    let reason =
+                        "this job's events were not read fast enough; read them as they come";
                     return (generated, Some(reason.to_owned()));
                 }
                 Err(error) => return (generated, gone(&error)),

@@ -51,12 +51,7 @@ pub struct LinkedPeers {
 impl Links {
     /// Connections over an endpoint; what peers ask for goes to the lane of `inbox`.
     pub fn new(endpoint: Endpoint, inbox: LaneInbox) -> Arc<Self> {
-        Arc::new(Self {
-            endpoint,
-            inbox,
-            connections: Mutex::default(),
-            changed: Notify::new(),
-        })
+        Arc::new(Self { endpoint, inbox, connections: Mutex::default(), changed: Notify::new() })
     }
 
     /// Takes in connections of other nodes until the endpoint is closed.
@@ -126,7 +121,10 @@ impl Links {
             return Ok(connection);
         }
         let address: SocketAddr = node.address.parse().map_err(|_| {
-            format!("worker {} says that it listens on {:?}; host:port is expected", node.name, node.address)
+            format!(
+                "worker {} says that it listens on {:?}; host:port is expected",
+                node.name, node.address
+            )
         })?;
         let connection = self
             .endpoint

@@ -343,7 +343,9 @@ mod tests {
         let mut m = ready();
         let before = loads(&drain(&mut m));
         m.handle(Event::Left { name: "a".into(), reason: "idle".into() });
-        assert!(matches!(&drain(&mut m)[..], [Command::Suspend { reason }] if reason.contains("a is gone")));
+        assert!(
+            matches!(&drain(&mut m)[..], [Command::Suspend { reason }] if reason.contains("a is gone"))
+        );
         assert_eq!(*m.state(), State::Waiting);
         m.handle(Event::Joined(info("c", 1000)));
         let after = loads(&drain(&mut m));

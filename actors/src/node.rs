@@ -194,7 +194,8 @@ impl Actor for NodeActor {
             }
             NodeMessage::Dismiss(reason) => {
                 info!(%reason, "sent away by the coordinator");
-                let _ = state.options.farewell.set(format!("sent away by the coordinator: {reason}"));
+                let _ =
+                    state.options.farewell.set(format!("sent away by the coordinator: {reason}"));
                 myself.stop(Some(reason));
             }
         }

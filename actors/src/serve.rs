@@ -72,13 +72,9 @@ impl CoordinatorHandle {
         let identity = authority.identity(Role::Coordinator, "coordinator").map_err(failed)?;
         let mut hello = Hello::new(DETERMINISM_VERSION);
         hello.checkpoint = Some(checkpoint.id());
-        let endpoint = Endpoint::bind_coordinator(
-            listen,
-            &identity,
-            authority.clone(),
-            Options::new(hello),
-        )
-        .map_err(failed)?;
+        let endpoint =
+            Endpoint::bind_coordinator(listen, &identity, authority.clone(), Options::new(hello))
+                .map_err(failed)?;
         let address = endpoint.local_addr().map_err(failed)?;
         let token = Arc::new(authority.join_token(address.to_string()));
         let control = match options.remote_workers {
@@ -122,7 +118,9 @@ impl CoordinatorHandle {
 
     /// Waits until the cluster can serve, or says why it never will.
     pub async fn ready(&self) -> Result<(), ServeError> {
-        ractor::call!(self.actor, CoordinatorMessage::WaitReady).map_err(failed)?.map_err(ServeError)
+        ractor::call!(self.actor, CoordinatorMessage::WaitReady)
+            .map_err(failed)?
+            .map_err(ServeError)
     }
 
     /// Submits a job. Returns its number and its events; dropping them cancels it.

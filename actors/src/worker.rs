@@ -77,8 +77,7 @@ impl Worker {
         let hello = Hello::new(DETERMINISM_VERSION);
         let identity =
             join(coordinator, &token, Role::Worker, &name, &hello).await.map_err(failed)?;
-        let endpoint =
-            Endpoint::bind(listen, &identity, Options::new(hello)).map_err(failed)?;
+        let endpoint = Endpoint::bind(listen, &identity, Options::new(hello)).map_err(failed)?;
         let address = endpoint.local_addr().map_err(failed)?;
         let connection =
             endpoint.connect(coordinator, &Expect::coordinator()).await.map_err(failed)?;

@@ -3,7 +3,7 @@
 //! Spans of this project are at debug level and are recorded only when there is a receiver: a
 //! process without one pays for a disabled check per span and nothing else.
 
-use std::io::IsTerminal;
+use std::{io::IsTerminal, time::Duration};
 
 use opentelemetry::{KeyValue, trace::TracerProvider};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
@@ -56,11 +56,10 @@ pub fn start(filter: &str, otlp: Option<&str>, role: &str) -> anyhow::Result<Tel
 }
 
 fn provider(endpoint: &str, role: &str) -> anyhow::Result<SdkTracerProvider> {
-    let exporter = SpanExporter::builder()
-        .with_tonic()
-        .with_endpoint(endpoint)
-        .build()
-        .map_err(|error| anyhow::anyhow!("--otlp {endpoint}: {error}; http://host:port is expected"))?;
+    let exporter =
+        SpanExporter::builder().with_tonic().with_endpoint(endpoint).build().map_err(|error| {
+            anyhow::anyhow!("--otlp {endpoint}: {error}; http://host:port is expected")
+        })?;
     let batches = BatchConfigBuilder::default().with_max_queue_size(SPANS_WAITING_MAX).build();
     let processor = BatchSpanProcessor::builder(exporter).with_batch_config(batches).build();
     let resource = Resource::builder()
@@ -72,10 +71,10 @@ fn provider(endpoint: &str, role: &str) -> anyhow::Result<SdkTracerProvider> {
 }
 
 impl Telemetry {
-    /// Sends what is left.
-    pub fn finish(self) {
+    /// Sends what is left, for so long at most.
+    pub fn finish(self, limit: Duration) {
         if let Some(provider) = self.provider
-            && let Err(error) = provider.shutdown()
+            && let Err(error) = provider.shutdown_with_timeout(limit)
         {
             eprintln!("warning: the last traces were not sent: {error}");
         }

@@ -73,9 +73,13 @@ fn truncated_files_are_named() {
             if (file, kept) == ("manifest.json", bytes - 1) {
                 continue;
             }
-            copy.damaged(file, |b| b.truncate(kept), || {
-                run(&["verify", copy.dir()]).expect(2, &["error: ", file]);
-            });
+            copy.damaged(
+                file,
+                |b| b.truncate(kept),
+                || {
+                    run(&["verify", copy.dir()]).expect(2, &["error: ", file]);
+                },
+            );
         }
         let path = copy.path(file);
         let moved = copy.path("elsewhere");
@@ -93,10 +97,17 @@ fn flipped_bits_are_named() {
         let bytes = fs::metadata(copy.path(file)).unwrap().len() as usize;
         // The first byte; within a safetensors header; in the middle; the last one that counts.
         for at in [0, 20, bytes / 2, bytes - 2] {
-            copy.damaged(file, |b| b[at] ^= 1, || {
-                let ended = run(&["verify", copy.dir()]);
-                assert!(ended.code == Some(2) && ended.err.contains(file), "{file} {at}: {ended:#?}");
-            });
+            copy.damaged(
+                file,
+                |b| b[at] ^= 1,
+                || {
+                    let ended = run(&["verify", copy.dir()]);
+                    assert!(
+                        ended.code == Some(2) && ended.err.contains(file),
+                        "{file} {at}: {ended:#?}"
+                    );
+                },
+            );
         }
     }
     run(&["verify", copy.dir()]).expect(0, &[]);
@@ -121,14 +132,22 @@ fn damage_is_found_where_a_model_is_loaded() {
     let copy = Copy::new();
     for file in FILES {
         let bytes = fs::metadata(copy.path(file)).unwrap().len() as usize;
-        copy.damaged(file, |b| b[bytes - 9] ^= 1, || {
-            run(&["run", "--model", copy.dir(), "--max-tokens", "1", "hi"])
-                .one_error(2, &[file]);
-        });
-        copy.damaged(file, |b| b.truncate(bytes - 9), || {
-            run(&["run", "--model", copy.dir(), "--max-tokens", "1", "hi"])
-                .one_error(2, &[file]);
-        });
+        copy.damaged(
+            file,
+            |b| b[bytes - 9] ^= 1,
+            || {
+                run(&["run", "--model", copy.dir(), "--max-tokens", "1", "hi"])
+                    .one_error(2, &[file]);
+            },
+        );
+        copy.damaged(
+            file,
+            |b| b.truncate(bytes - 9),
+            || {
+                run(&["run", "--model", copy.dir(), "--max-tokens", "1", "hi"])
+                    .one_error(2, &[file]);
+            },
+        );
     }
     run(&["run", "--model", copy.dir(), "--max-tokens", "1", "hi"]).expect(0, &["[1 tokens"]);
 }

@@ -8,8 +8,7 @@ use lite_llm_runtime::{
 use lite_llm_transport::{
     frame::OutgoingFrame,
     messages::{
-        self, ExpertBatch, ExpertOutputsView, OutgoingExpertBatch, TraceContext,
-        experts::calls_max,
+        self, ExpertBatch, ExpertOutputsView, OutgoingExpertBatch, TraceContext, experts::calls_max,
     },
     pool::BufferPool,
 };

@@ -35,9 +35,7 @@ use lite_llm_runtime::{
 use lite_llm_transport::{
     exchange::{self, Exchange, ExchangeError, IN_FLIGHT_DISPATCHES_MAX},
     frame::OutgoingFrame,
-    messages::{
-        ExpertBatchView, ExpertReplyView, JobEvent,
-    },
+    messages::{ExpertBatchView, ExpertReplyView, JobEvent},
     pool::BufferPool,
 };
 use tokio::sync::mpsc;

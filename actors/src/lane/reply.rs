@@ -6,9 +6,7 @@ use lite_llm_runtime::{
 };
 use lite_llm_transport::{
     frame::OutgoingFrame,
-    messages::{
-        self, ExpertBatchView, ExpertFailure, ExpertOutputs, OutgoingExpertOutputs,
-    },
+    messages::{self, ExpertBatchView, ExpertFailure, ExpertOutputs, OutgoingExpertOutputs},
     pool::BufferPool,
 };
 use tracing::Span;
@@ -40,7 +38,9 @@ impl Reply {
         let span = trace::remote_span("expert shard", head.trace, head.layer, head.calls.len());
         if head.width as usize != width {
             let found = head.width;
-            return Self::Refused(format!("hidden states of width {found}; this model has {width}"));
+            return Self::Refused(format!(
+                "hidden states of width {found}; this model has {width}"
+            ));
         }
         if let Some(error) =
             head.calls.iter().find_map(|call| store.fetch(key(head.layer, call)).err())
@@ -82,9 +82,8 @@ impl Reply {
         view: &ExpertBatchView,
         failed: Option<&str>,
     ) -> Option<OutgoingFrame> {
-        let refuse = |reason: &str| {
-            OutgoingFrame::message(&ExpertFailure::new(view.head().id, reason)).ok()
-        };
+        let refuse =
+            |reason: &str| OutgoingFrame::message(&ExpertFailure::new(view.head().id, reason)).ok();
         match (self, failed) {
             (Self::Outputs(outputs, _span), None) => Some(outputs.finish()),
             (Self::Outputs(..), Some(reason)) => refuse(reason),

@@ -54,9 +54,9 @@ impl Client {
 
     async fn status(&self) -> Result<ClusterStatus> {
         let (_sender, mut receiver) = self.ask(&ClientRequest::Status).await?;
-        let reply = tokio::time::timeout(ANSWER_TIMEOUT, next(&mut receiver))
-            .await
-            .with_context(|| format!("the coordinator did not answer within {ANSWER_TIMEOUT:?}"))??;
+        let reply = tokio::time::timeout(ANSWER_TIMEOUT, next(&mut receiver)).await.with_context(
+            || format!("the coordinator did not answer within {ANSWER_TIMEOUT:?}"),
+        )??;
         match reply {
             ClientReply::Status(status) => Ok(status),
             ClientReply::Refused { reason } => bail!("{reason}"),
@@ -124,6 +124,7 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
         return Ok(());
     }
     let jobs = read_jobs(&args)?;
+    let count = jobs.len();
     let client = std::sync::Arc::new(Client::connect(&args.client).await?);
     let mut running = tokio::task::JoinSet::new();
     let mut next = jobs.into_iter().enumerate();
@@ -150,7 +151,7 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     }
     client.endpoint.close("done").await;
     if failed > 0 {
-        bail!("{failed} jobs failed; their lines say why");
+        bail!("{failed} of {count} jobs failed; their lines say why");
     }
     Ok(())
 }

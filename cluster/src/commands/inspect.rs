@@ -1,7 +1,10 @@
 //! `lite-llm inspect` and `lite-llm verify`.
 
 use anyhow::Result;
-use lite_llm_runtime::checkpoint::{inspect::{self as checkpoint_inspect, Summary}, verify as checkpoint_verify};
+use lite_llm_runtime::checkpoint::{
+    inspect::{self as checkpoint_inspect, Summary},
+    verify as checkpoint_verify,
+};
 use serde_json::json;
 
 use super::{bad_input, open_model};

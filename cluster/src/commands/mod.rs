@@ -34,6 +34,8 @@ const BAD_INPUT: u8 = 2;
 const INTERRUPTED: u8 = 130;
 /// How long an interrupted command may take to leave in good order.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the last spans of a command that ended may take to be sent.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Stack of the thread that performs the command: as the system gives a main thread.
 const COMMAND_STACK_BYTES: usize = 8 << 20;
 
@@ -132,7 +134,8 @@ fn start(cli: Cli) -> Result<()> {
         Err(panic) => std::panic::resume_unwind(panic),
         Ok(()) => Err(anyhow::anyhow!("the command ended without a result")),
     });
-    telemetry.finish();
+    let interrupted = result.as_ref().is_err_and(|error| error.is::<Interrupted>());
+    telemetry.finish(if interrupted { STOP_TIMEOUT } else { FLUSH_TIMEOUT });
     // Blocking work that was interrupted is not waited for: checkpoints are committed last.
     runtime.shutdown_background();
     result

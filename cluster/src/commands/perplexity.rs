@@ -24,8 +24,9 @@ struct Score {
 
 pub(super) async fn perplexity(args: PerplexityArgs, json: bool) -> Result<()> {
     let path = args.text.display();
-    let bytes =
-        std::fs::read(&args.text).with_context(|| format!("{path}: cannot read")).map_err(bad_input)?;
+    let bytes = std::fs::read(&args.text)
+        .with_context(|| format!("{path}: cannot read"))
+        .map_err(bad_input)?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         bad_input(anyhow!("{path}: not UTF-8: byte {at} begins no character"))
@@ -34,7 +35,9 @@ pub(super) async fn perplexity(args: PerplexityArgs, json: bool) -> Result<()> {
     let context = checkpoint.config().context;
     if !(2..=context).contains(&args.window) {
         let window = args.window;
-        return Err(bad_input(anyhow!("--window {window}: 2 to {context} tokens, the model's context, are expected")));
+        return Err(bad_input(anyhow!(
+            "--window {window}: 2 to {context} tokens, the model's context, are expected"
+        )));
     }
     let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
     let ids = tokenizer.encode(&text, false)?;

@@ -64,6 +64,7 @@ impl Ended {
         let errors = self.err.lines().filter(|line| line.starts_with("error: ")).count();
         assert_eq!((errors, self.err.contains("WARN")), (1, false), "{self:#?}");
         assert!(!self.err.contains("panicked"), "{self:#?}");
+        assert!(self.err.matches("(os error").count() <= 1, "a cause is said twice: {self:#?}");
         self.expect(code, words)
     }
 }

@@ -1,0 +1,82 @@
+//! `lite-llm bench`: what it reports, not how fast anything is.
+
+mod process;
+
+use std::time::Duration;
+
+use process::{Process, run};
+use serde_json::Value;
+
+fn report(args: &[&str]) -> Value {
+    let ended = run(args);
+    ended.expect(0, &[]);
+    serde_json::from_str(&ended.out).unwrap_or_else(|error| panic!("{error}: {ended:#?}"))
+}
+
+fn positive(value: &Value, keys: &[&str]) {
+    for key in keys {
+        let at = value.pointer(key).and_then(Value::as_f64);
+        assert!(at.is_some_and(|number| number > 0.0), "{key} is {at:?} in {value}");
+    }
+}
+
+#[test]
+fn decode_and_prefill_stand_beside_the_engine_alone() {
+    // The command itself fails unless cluster and engine generate the same tokens.
+    for workers in ["1", "2"] {
+        let sizes = ["--prompt", "9", "--generate", "3", "--runs", "1", "--workers", workers];
+        for phase in ["decode", "prefill"] {
+            let report = report(&[&["bench", phase, "--json"][..], &sizes].concat());
+            positive(
+                &report,
+                &[
+                    "/cluster_tokens_per_second/median",
+                    "/engine_tokens_per_second/median",
+                    "/ratio",
+                    "/load_seconds",
+                ],
+            );
+            assert_eq!(report["prompt_tokens"], 9);
+            assert_eq!(report["asked"].is_number(), (workers, phase) == ("1", "decode"));
+        }
+    }
+}
+
+#[test]
+fn transport_measures_three_loops_between_two_processes() {
+    let sizes = ["--rows", "5", "--hidden", "48", "--top-k", "3", "--rounds", "4", "--runs", "2"];
+    let report = report(&[&["bench", "transport", "--json"][..], &sizes].concat());
+    for which in ["experts", "quic", "tcp"] {
+        let keys = ["p50_ms", "p99_ms", "gigabytes_per_second/median"];
+        positive(&report[which], &keys.map(|key| format!("/{key}")).each_ref().map(|k| &**k));
+    }
+    assert_eq!((&report["request_bytes"], &report["reply_bytes"]), (&960.into(), &2880.into()));
+}
+
+#[test]
+fn a_long_measurement_can_be_interrupted() {
+    for args in [
+        &["bench", "kernels", "--runs", "1000"][..],
+        &["bench", "decode", "--runs", "1000"],
+        &["bench", "transport", "--rounds", "100000"],
+    ] {
+        let process = Process::start(args);
+        std::thread::sleep(Duration::from_secs(2));
+        process.signal("INT");
+        process.ends_within(Duration::from_secs(5)).expect(130, &["interrupted"]);
+    }
+}
+
+#[test]
+fn what_cannot_be_measured_is_bad_input() {
+    for (args, words) in [
+        (&["bench", "decode", "--generate", "1"][..], &["--generate"][..]),
+        (&["bench", "decode", "--prompt", "2000"], &["2000 tokens", "this model sees 1024"]),
+        (&["bench", "prefill", "--model", "/nowhere"], &["/nowhere"]),
+        (&["bench", "kernels", "--runs", "0"], &["--runs"]),
+        (&["bench", "kernels", "--simd", "sse9"], &["sse9"]),
+        (&["bench", "transport", "--rows", "65536"], &["524288 outputs", "--rows"]),
+    ] {
+        run(args).one_error(2, words);
+    }
+}

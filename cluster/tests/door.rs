@@ -1,0 +1,160 @@
+//! Who may join, as a user sees it: wrong tokens, strangers, other releases, one too many.
+
+mod process;
+
+use std::{fs, time::Duration};
+
+use lite_llm_transport::{
+    endpoint::{Endpoint, Options},
+    identity::{ClusterCa, Role},
+    join::join,
+    session::Hello,
+    token::JoinToken,
+};
+use process::{Cluster, PATIENCE, alone, demo_model, run};
+
+/// Exit code of something that went wrong outside.
+const FAILED: i32 = 1;
+/// Exit code of bad input.
+const BAD_INPUT: i32 = 2;
+
+#[test]
+fn token_files_that_are_none_are_named() {
+    let _alone = alone();
+    let cluster = Cluster::waiting(1, &[]);
+    let good = fs::read(cluster.token()).unwrap();
+    let path = cluster.state.path().join("given-token");
+    let given = path.to_str().unwrap();
+    let missing = run(&["worker", "--token", given]);
+    missing.one_error(BAD_INPUT, &["could not read the join token", given]);
+    let model = demo_model().join("dense/model.safetensors");
+    let mut flipped = good.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    for bytes in [fs::read(model).unwrap(), flipped, good[..middle].to_vec(), Vec::new()] {
+        fs::write(&path, bytes).unwrap();
+        for command in ["worker", "submit", "status"] {
+            let mut args = vec![command, "--token", given];
+            args.extend((command == "submit").then_some("hi"));
+            run(&args).one_error(BAD_INPUT, &[given, "is no join token", "Copy it again"]);
+        }
+    }
+}
+
+#[test]
+fn a_token_of_another_cluster_is_refused_by_its_holder() {
+    let _alone = alone();
+    let (ours, theirs) = (Cluster::waiting(1, &[]), Cluster::waiting(1, &[]));
+    let address = JoinToken::read(ours.token().as_ref()).unwrap().address().to_owned();
+    let token = theirs.token();
+    run(&["worker", "--join", &address, "--token", &token])
+        .one_error(FAILED, &[&address, "not the one of this token"]);
+    run(&["submit", "--coordinator", &address, "--token", &token, "hi"])
+        .one_error(FAILED, &[&address, "not the one of this token"]);
+}
+
+#[test]
+fn one_worker_too_many_and_a_name_twice_are_sent_away_and_the_others_serve_on() {
+    let _alone = alone();
+    let cluster = Cluster::ready(&["a"], &[]);
+    let before = cluster.text();
+    cluster
+        .worker("b")
+        .ends_within(PATIENCE)
+        .one_error(FAILED, &["sent away", "has its 1 workers", "--workers"]);
+    cluster.worker("a").ends_within(PATIENCE).one_error(FAILED, &["named a is here", "--name"]);
+    let bad = cluster.worker("Not/A/Name").ends_within(PATIENCE);
+    bad.one_error(FAILED, &["\"Not/A/Name\" cannot name a node", "a-z"]);
+    assert_eq!(cluster.text(), before);
+}
+
+/// Runs something that ends soon.
+fn soon<T>(future: impl Future<Output = T>) -> T {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let limited = async { tokio::time::timeout(PATIENCE, future).await };
+    runtime.block_on(limited).unwrap()
+}
+
+#[test]
+fn a_worker_of_another_release_is_told_both_versions_and_so_is_the_log() {
+    let _alone = alone();
+    let mut cluster = Cluster::waiting(1, &["--log", "info"]);
+    let token = JoinToken::read(cluster.token().as_ref()).unwrap();
+    let address = token.address().parse().unwrap();
+    for (hello, words) in [
+        (Hello { protocol: 2, ..Hello::new(1) }, ["protocol 1", "this worker 2"]),
+        (Hello::new(9), ["contract 1", "worker by 9"]),
+    ] {
+        let joining = join(address, &token, Role::Worker, "newer", &hello);
+        let error = soon(joining).unwrap_err().to_string();
+        for word in words {
+            assert!(error.contains(word), "{error}");
+        }
+    }
+    cluster.coordinator.wait_until("both refusals", |coordinator| {
+        let log = coordinator.err();
+        log.contains("speaks protocol 2") && log.contains("contract 9")
+    });
+    // The cluster serves who belongs to it.
+    cluster.join("a");
+    cluster.is_ready(&["a"]);
+}
+
+#[test]
+fn a_coordinator_of_another_release_is_named_by_the_worker() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("token");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let _guard = runtime.enter();
+    for (hello, words) in [
+        (Hello { protocol: 2, ..Hello::new(1) }, ["protocol 2", "this worker 1"]),
+        (Hello::new(9), ["contract 9", "worker by 1"]),
+    ] {
+        let ca = std::sync::Arc::new(ClusterCa::ephemeral().unwrap());
+        let identity = ca.identity(Role::Coordinator, "coordinator").unwrap();
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let options = Options::new(hello);
+        let endpoint = Endpoint::bind_coordinator(listen, &identity, ca.clone(), options).unwrap();
+        ca.join_token(endpoint.local_addr().unwrap().to_string()).write(&file).unwrap();
+        let worker = process::Process::start(&["worker", "--token", file.to_str().unwrap()]);
+        let ended = worker.ends_within(Duration::from_secs(20));
+        ended.one_error(FAILED, &words).one_error(FAILED, &["same release"]);
+    }
+}
+
+#[test]
+fn a_cluster_whose_experts_do_not_fit_says_so_to_everybody() {
+    let _alone = alone();
+    let mut cluster = Cluster::waiting(1, &[]);
+    let token = cluster.token();
+    let _small = process::Process::start(&["worker", "--token", &token, "--dram", "1MiB"]);
+    cluster.coordinator.says("failed: the experts take 11796480 bytes");
+    let refused = cluster.submit(&["hi"]).ends_within(PATIENCE);
+    refused.one_error(FAILED, &["11796480 bytes", "give 1048576", "--dram"]);
+}
+
+#[test]
+fn what_a_model_cannot_serve_is_refused_by_the_cluster() {
+    let _alone = alone();
+    let cluster = Cluster::ready(&["a"], &[]);
+    let long = "word ".repeat(3000);
+    for (args, words) in [
+        (&[""][..], &["the prompt is empty"][..]),
+        (&[&long], &["this model sees 1024", "shorten"]),
+        (&["--tiers", "tier_zz", "hi"], &["no tier tier_zz", "tier_1b"]),
+    ] {
+        cluster.submit(args).ends_within(PATIENCE).one_error(FAILED, words);
+    }
+    // In a file of jobs a bad one fails alone.
+    let jobs = cluster.state.path().join("jobs.jsonl");
+    fs::write(&jobs, "{\"prompt\": \"\"}\n{\"prompt\": \"ls\", \"max_tokens\": 3}\n").unwrap();
+    let ended = cluster.submit(&["--file", jobs.to_str().unwrap()]).ends_within(PATIENCE);
+    ended.one_error(FAILED, &["1 of 2 jobs failed"]);
+    let mut lines: Vec<serde_json::Value> =
+        ended.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    lines.sort_by_key(|line| line["job"].as_u64());
+    assert!(lines[0]["error"].as_str().unwrap().contains("empty"), "{ended:#?}");
+    assert_eq!(lines[1]["ids"].as_array().unwrap().len(), 3, "{ended:#?}");
+}
