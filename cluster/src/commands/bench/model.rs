@@ -6,7 +6,7 @@
 //! to the first.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
 
@@ -23,6 +23,7 @@ use lite_llm_runtime::{
 };
 use lite_llm_transport::messages::{JobEventBody, JobRequest, LogitsWanted, Prompt};
 use serde_json::{Value, json};
+use tokio::sync::oneshot;
 
 use super::samples::{Goal, Samples, print_table};
 use crate::{
@@ -91,7 +92,7 @@ impl Timeline {
 pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> Result<()> {
     let checkpoint = open_model(args.model.as_ref())?;
     let work = Arc::new(work(phase, &args, &checkpoint)?);
-    let mut alone = match args.cluster_only {
+    let alone = match args.cluster_only {
         true => None,
         false => Some(Alone::load(checkpoint.clone(), &args).await?),
     };
@@ -119,13 +120,9 @@ pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> R
         for run in 0..=runs {
             progress.update(run, runs + 1, "");
             let ours = run_in_cluster(&cluster, &work).await?;
-            let theirs = match alone.take() {
+            let theirs = match &alone {
                 None => None,
-                Some(engine) => {
-                    let (engine, timeline) = engine.run(work.clone()).await?;
-                    alone = Some(engine);
-                    Some(timeline)
-                }
+                Some(alone) => Some(alone.run(&work).await?),
             };
             if let Some(theirs) = &theirs {
                 ensure!(
@@ -177,11 +174,12 @@ fn work(phase: Phase, args: &BenchModelArgs, checkpoint: &Checkpoint) -> Result<
     Ok(Work { prompt: (0..prompt as u64).map(token).collect(), generate })
 }
 
-/// The engine without actors or network.
+/// What the engine alone is to do, and where its answer goes.
+type Order = (Arc<Work>, oneshot::Sender<Result<Timeline>>);
+
+/// The engine without actors or network, on a thread of its own, as a node's lane is.
 struct Alone {
-    engine: Engine<Cpu>,
-    store: DramStore,
-    requests: u64,
+    orders: mpsc::Sender<Order>,
 }
 
 impl Alone {
@@ -190,26 +188,48 @@ impl Alone {
         let workers = usize::from(args.local.workers);
         // As many threads as all workers together.
         let device = Arc::new(Cpu::new(compute.threads(workers) * workers, compute.simd()?));
-        let load = move || -> Result<Self> {
-            let store = DramStore::new(u64::MAX);
-            store.load_all(&checkpoint)?;
-            let backbone = Backbone::load(&checkpoint, device, |_, _| {})?;
-            Ok(Self { engine: Engine::new(Arc::new(backbone), compute.kv.0)?, store, requests: 0 })
+        let (orders, inbox) = mpsc::channel::<Order>();
+        let (loaded, ready) = oneshot::channel();
+        let life = move || match AloneEngine::load(&checkpoint, device, compute.kv.0) {
+            Err(error) => drop(loaded.send(Err(error))),
+            Ok(mut engine) => {
+                // The asking side may have been interrupted, here and below.
+                drop(loaded.send(Ok(())));
+                for (work, done) in inbox {
+                    drop(done.send(engine.run(&work)));
+                }
+            }
         };
-        tokio::task::spawn_blocking(load).await?
+        std::thread::Builder::new().name("lite-llm-alone".into()).spawn(life)?;
+        ready.await.context("the engine's thread ended while it loaded")??;
+        Ok(Self { orders })
     }
 
-    /// Runs the work on a thread of its own.
-    async fn run(mut self, work: Arc<Work>) -> Result<(Self, Timeline)> {
-        tokio::task::spawn_blocking(move || {
-            let timeline = self.run_here(&work)?;
-            Ok((self, timeline))
-        })
-        .await?
+    async fn run(&self, work: &Arc<Work>) -> Result<Timeline> {
+        let (done, timeline) = oneshot::channel();
+        // An engine that is gone drops the order, which the next line tells.
+        let _ = self.orders.send((work.clone(), done));
+        timeline.await.context("the engine's thread ended")?
+    }
+}
+
+/// What [`Alone`]'s thread owns.
+struct AloneEngine {
+    engine: Engine<Cpu>,
+    store: DramStore,
+    requests: u64,
+}
+
+impl AloneEngine {
+    fn load(checkpoint: &Checkpoint, device: Arc<Cpu>, kv_bytes: u64) -> Result<Self> {
+        let store = DramStore::new(u64::MAX);
+        store.load_all(checkpoint)?;
+        let backbone = Backbone::load(checkpoint, device, |_, _| {})?;
+        Ok(Self { engine: Engine::new(Arc::new(backbone), kv_bytes)?, store, requests: 0 })
     }
 
     /// [`Engine::run_local`], with a look at the clock at every token.
-    fn run_here(&mut self, work: &Work) -> Result<Timeline> {
+    fn run(&mut self, work: &Work) -> Result<Timeline> {
         let mut timeline = Timeline::begin();
         let request = Request::greedy(work.prompt.clone(), work.generate);
         self.requests += 1;
