@@ -56,8 +56,7 @@ pub fn place(
     }
     let mut held = vec![0u64; nodes];
     let mut owners: Owners = vec![Vec::new(); config.layers.len()];
-    let mut index = 0u64;
-    for key in config.expert_keys() {
+    for (index, key) in (0u64..).zip(config.expert_keys()) {
         let layer = usize::from(key.layer);
         let first = match policy {
             // Layers start at different nodes, so that few experts still spread evenly.
@@ -72,7 +71,6 @@ pub fn place(
             .expect("the nodes have room for all experts, checked above");
         held[owner] += 1;
         owners[layer].push(owner as u16);
-        index += 1;
     }
     Ok(owners)
 }
