@@ -79,9 +79,8 @@ impl Actor for RouterActor {
                     // A router that is gone needs no report.
                     let _ = myself.cast(RouterMessage::LaneEnded { lane, panic });
                 };
-                let result = Lane::spawn(*parts, gone).map_err(|error| {
-                    format!("the system gives no thread for computing: {error}")
-                });
+                let result = Lane::spawn(*parts, gone)
+                    .map_err(|error| format!("the system gives no thread for computing: {error}"));
                 let result = result.map(|lane| {
                     state.inbox.store(Some(Arc::new(lane.inbox().clone())));
                     state.lane = Some(lane);

@@ -1,9 +1,7 @@
 //! Spans that cross the wire: W3C trace context out of a span, and spans under a remote parent.
 
 use lite_llm_transport::messages::TraceContext;
-use opentelemetry::{
-    trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState},
-};
+use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
 use tracing::{Span, debug_span};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 

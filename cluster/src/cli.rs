@@ -21,7 +21,13 @@ pub struct Cli {
     #[arg(long, global = true, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
     pub otlp: Option<String>,
     /// What is logged to standard error: error, warn, info, debug, or a tracing filter.
-    #[arg(long, global = true, env = "LITE_LLM_LOG", default_value = "warn", value_name = "FILTER")]
+    #[arg(
+        long,
+        global = true,
+        env = "LITE_LLM_LOG",
+        default_value = "warn",
+        value_name = "FILTER"
+    )]
     pub log: String,
 }
 

@@ -12,9 +12,8 @@ pub(crate) fn cores() -> usize {
 pub(crate) fn free_memory() -> Option<u64> {
     let machine = meminfo("MemAvailable:");
     let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let group = number("/sys/fs/cgroup/memory.max").map(|limit| {
-        limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0))
-    });
+    let group = number("/sys/fs/cgroup/memory.max")
+        .map(|limit| limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
     match (machine, group) {
         (Some(a), Some(b)) => Some(a.min(b)),
         (a, b) => a.or(b),

@@ -55,7 +55,9 @@ impl Progress {
             self.last_line = Instant::now();
             let percent = done * 100 / total.max(1);
             match self.unit {
-                Unit::Bytes => eprintln!("{}: {percent}% of {}", self.what, crate::size::Size(total)),
+                Unit::Bytes => {
+                    eprintln!("{}: {percent}% of {}", self.what, crate::size::Size(total))
+                }
                 Unit::Things(name) => eprintln!("{}: {done} of {total} {name}", self.what),
             }
         }
