@@ -13,8 +13,7 @@ use lite_llm_runtime::{checkpoint::Checkpoint, tokenizer::Tokenizer};
 use lite_llm_transport::{
     connection::Connection,
     messages::{
-        Assignment, ClusterStatus, FlatExpert, JobEvent, JobRequest, JobStart, NodeInfo,
-        NodeStatus, Prompt,
+        Assignment, ClusterStatus, FlatExpert, JobEvent, JobRequest, JobStart, NodeInfo, NodeStatus,
     },
 };
 use ractor::{
@@ -63,8 +62,8 @@ pub enum CoordinatorMessage {
     Submit(Box<JobRequest>, mpsc::Sender<JobEvent>, RpcReplyPort<Result<u64, String>>),
     /// End a job.
     Cancel(u64),
-    /// A job ended, having generated so many tokens.
-    Ended(u64, u64),
+    /// A job ended.
+    Ended(u64),
     /// How is the cluster?
     Status(RpcReplyPort<ClusterStatus>),
     /// Ask the nodes how they are.
@@ -176,7 +175,7 @@ impl Actor for Coordinator {
                     job.cancel.send_replace(true);
                 }
             }
-            CoordinatorMessage::Ended(job, _) => state.ended(job),
+            CoordinatorMessage::Ended(job) => state.ended(job),
             CoordinatorMessage::Status(reply) => {
                 let _ = reply.send(state.status());
             }
@@ -240,10 +239,14 @@ fn describe(myself: &ActorRef<CoordinatorMessage>, actor: ActorRef<NodeMessage>)
 impl CoordinatorState {
     fn connected(&mut self, connection: Connection) {
         let name = connection.peer().name.clone();
-        let kept = self.connections.get(&name);
-        if kept.is_some_and(|kept| kept.close_reason().is_none()) {
-            connection.close(&format!("a worker named {name} is here already; give --name"));
-            return;
+        match self.connections.get(&name).map(Connection::close_reason) {
+            None => {}
+            Some(None) => {
+                connection.close(&format!("a worker named {name} is here already; give --name"));
+                return;
+            }
+            // Its end was not reported yet.
+            Some(Some(lost)) => self.left(&name, &lost.reason),
         }
         self.connections.insert(name.clone(), connection);
         self.join_if_complete(&name);
@@ -385,12 +388,6 @@ impl CoordinatorState {
         if self.jobs.len() >= JOBS_MAX {
             return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
         }
-        if let Prompt::Text(text) = &request.prompt {
-            let tokenizer = self.arguments.tokenizer.as_ref();
-            let tokenizer = tokenizer.ok_or("the model has no tokenizer; send token ids")?;
-            let ids = tokenizer.encode(text, true).map_err(|error| error.to_string())?;
-            request.prompt = Prompt::Tokens(ids);
-        }
         job::check(&request, self.arguments.checkpoint.config())?;
         // The node with the fewest jobs is home; of equals, the first.
         let home = self
@@ -423,9 +420,9 @@ impl CoordinatorState {
         self.jobs.insert(job, RunningJob { home, cancel });
         let myself = myself.clone();
         tokio::spawn(async move {
-            let generated = running.run().await;
+            running.run().await;
             drop(span);
-            let _ = myself.cast(CoordinatorMessage::Ended(job, generated));
+            let _ = myself.cast(CoordinatorMessage::Ended(job));
         });
         Ok(job)
     }

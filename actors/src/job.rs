@@ -40,22 +40,19 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    /// Brings the job to its home node and its events to its reader. Returns the tokens that it
-    /// generated.
-    pub(crate) async fn run(mut self) -> u64 {
+    /// Brings the job to its home node and its events to its reader.
+    pub(crate) async fn run(mut self) {
         let job = self.start.job;
         let trace = self.start.request.trace;
-        let (generated, reason) = self.pump().await;
-        if let Some(reason) = reason {
+        if let Some(reason) = self.pump().await {
             let body = JobEventBody::Failed { reason };
             // A reader that is gone needs no last event.
             let _ = self.events.send(JobEvent { job, trace, body }).await;
         }
-        generated
     }
 
-    /// Returns the tokens generated, and why the job failed unless its home node said the last.
-    async fn pump(&mut self) -> (u64, Option<String>) {
+    /// Returns why the job failed, unless its reader was told how it ended or is gone.
+    async fn pump(&mut self) -> Option<String> {
         let connection = self.home.clone();
         let gone = |error: &dyn std::fmt::Display| {
             let lost = connection.close_reason();
@@ -64,46 +61,55 @@ impl Job {
         };
         let (mut sender, mut receiver) = match self.home.open_stream(StreamKind::Job).await {
             Ok(stream) => stream,
-            Err(error) => return (0, gone(&error)),
+            Err(error) => return gone(&error),
         };
         if let Err(error) = sender.send_message(&self.start).await {
-            return (0, gone(&error));
+            return gone(&error);
         }
         let mut text = self.tokenizer.as_ref().map(|tokenizer| tokenizer.stream());
-        let mut generated = 0;
+        let mut generated = 0u32;
         loop {
             let frame = tokio::select! {
                 frame = receiver.recv() => frame,
-                reason = suspended(&mut self.suspended) => return (generated, Some(reason)),
+                reason = suspended(&mut self.suspended) => return Some(reason),
                 () = cancelled(&mut self.cancelled) => {
                     // The home node sees the stream end and stops; so does the reader.
                     let reason = lite_llm_transport::messages::EndReason::Cancelled;
-                    let body = JobEventBody::Done { reason, generated: generated as u32 };
+                    let body = JobEventBody::Done { reason, generated };
                     let (job, trace) = (self.start.job, self.start.request.trace);
                     let _ = self.events.send(JobEvent { job, trace, body }).await;
-                    return (generated, None);
+                    return None;
                 }
             };
             let mut event = match frame {
                 Ok(Some(frame)) => match frame.decode::<JobEvent>() {
                     Ok(event) => event,
-                    Err(error) => return (generated, gone(&error)),
+                    Err(error) => return gone(&error),
                 },
                 Ok(None) => {
-                    let reason =
-                        "this job's events were not read fast enough; read them as they come";
-                    return (generated, Some(reason.to_owned()));
+                    let reason = "its home node ended this job without a word: it is stopping, or \
+                                  the job's events were not read fast enough; submit it again";
+                    return Some(reason.to_owned());
                 }
-                Err(error) => return (generated, gone(&error)),
+                Err(error) => return gone(&error),
             };
             if let JobEventBody::Token { id, text: piece, .. } = &mut event.body {
                 generated += 1;
                 *piece = text.as_mut().map(|text| text.push(*id)).filter(|piece| !piece.is_empty());
             }
             let last = event.body.is_last();
+            if last && let Some(text) = text.as_mut().map(|t| t.finish()).filter(|t| !t.is_empty())
+            {
+                // What the last tokens left open, and no further token will complete.
+                let (job, trace) = (event.job, event.trace);
+                let rest = JobEvent { job, trace, body: JobEventBody::Text(text) };
+                if self.events.send(rest).await.is_err() {
+                    return None;
+                }
+            }
             // A reader that is gone drops its end; dropping the stream tells the home node.
             if self.events.send(event).await.is_err() || last {
-                return (generated, None);
+                return None;
             }
         }
     }

@@ -19,6 +19,7 @@ use lite_llm_transport::{
     connection::{Connection, StreamKind},
     endpoint::{Endpoint, Expect},
     frame::{FrameError, FrameReceiver, FrameSender, OutgoingFrame},
+    identity::Role,
     messages::{ExpertBatchView, ExpertFailure, ExpertReplyView, NodeAddress},
 };
 use parking_lot::Mutex;
@@ -57,7 +58,10 @@ impl Links {
     /// Takes in connections of other nodes until the endpoint is closed.
     pub async fn accept(self: Arc<Self>) {
         while let Some(connection) = self.endpoint.accept().await {
-            self.clone().keep(connection);
+            // The coordinator is dialed, and clients have no business here.
+            if connection.peer().role == Role::Worker {
+                self.clone().keep(connection);
+            }
         }
     }
 
@@ -101,7 +105,7 @@ impl Links {
             let connection = if index < usize::from(me) {
                 self.dial(node).await
             } else {
-                tokio::time::timeout_at(deadline, self.dialed_by(&node.name)).await.map_err(|_| {
+                tokio::time::timeout_at(deadline, self.dialed_by(node)).await.map_err(|_| {
                     let (name, address) = (&node.name, &node.address);
                     format!("worker {name} ({address}) did not connect within {LINK_TIMEOUT:?}")
                 })
@@ -116,8 +120,7 @@ impl Links {
     }
 
     async fn dial(self: &Arc<Self>, node: &NodeAddress) -> Result<Connection, String> {
-        let kept = self.connections.lock().get(&node.name).cloned();
-        if let Some(connection) = kept.filter(|c| c.close_reason().is_none()) {
+        if let Some(connection) = self.live(node) {
             return Ok(connection);
         }
         let address: SocketAddr = node.address.parse().map_err(|_| {
@@ -135,11 +138,18 @@ impl Links {
         Ok(connection)
     }
 
-    async fn dialed_by(&self, name: &str) -> Connection {
+    /// The connection to this very node, if it stands: one of the same name that died and was
+    /// started again listens on another port.
+    fn live(&self, node: &NodeAddress) -> Option<Connection> {
+        let port = node.address.parse::<SocketAddr>().ok()?.port();
+        let kept = self.connections.lock().get(&node.name).cloned()?;
+        (kept.close_reason().is_none() && kept.address().port() == port).then_some(kept)
+    }
+
+    async fn dialed_by(&self, node: &NodeAddress) -> Connection {
         loop {
             let changed = self.changed.notified();
-            let kept = self.connections.lock().get(name).cloned();
-            if let Some(connection) = kept.filter(|c| c.close_reason().is_none()) {
+            if let Some(connection) = self.live(node) {
                 return connection;
             }
             changed.await;
@@ -228,6 +238,7 @@ async fn serve_batches(
         while let Some(frame) = replies.recv().await {
             if let Err(error) = sender.send(frame).await {
                 debug!(peer = %writer.peer(), %error, "a reply was not sent");
+                writer.close("a reply could not be sent");
                 return;
             }
         }

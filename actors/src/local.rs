@@ -85,11 +85,6 @@ impl LocalCluster {
         &self.coordinator
     }
 
-    /// Ends one worker as if it were killed.
-    pub fn kill_worker(&mut self, index: usize) {
-        self.workers.remove(index).kill();
-    }
-
     /// Ends the cluster. The coordinator goes first, so that it misses no worker.
     pub async fn stop(self) {
         self.coordinator.stop().await;

@@ -141,12 +141,6 @@ impl Membership {
         self.slots.iter().flatten().map(|member| &member.info)
     }
 
-    /// Experts of the node at an index.
-    pub fn experts_of(&self, index: usize) -> u32 {
-        let owners = self.owners.iter().flatten().flatten();
-        owners.filter(|&&owner| usize::from(owner) == index).count() as u32
-    }
-
     /// Whom it waits for, for people.
     pub fn waiting_for(&self) -> Vec<String> {
         match self.state {
@@ -240,7 +234,7 @@ impl Membership {
         };
         let Some(slot) = self.slots.iter_mut().find(named) else { return };
         *slot = None;
-        // A cluster that failed stays failed: its nodes' budgets may change with the next join.
+        // Also after a failure: the next to join may bring what was missing.
         self.state = State::Waiting;
         self.commands.push_back(Command::Suspend { reason: gone(name, reason) });
     }

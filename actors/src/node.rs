@@ -17,6 +17,7 @@ use lite_llm_kernels::cpu::Cpu;
 use lite_llm_runtime::{
     backbone::Backbone,
     checkpoint::Checkpoint,
+    config::{FeedForward, LayerConfig, ModelConfig},
     engine::Engine,
     expert::{ExpertKey, ExpertStore},
     store::DramStore,
@@ -202,6 +203,16 @@ impl Actor for NodeActor {
         Ok(())
     }
 
+    async fn post_stop(
+        &self,
+        _: ActorRef<Self::Msg>,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        // Children are killed with their parent; the router must end its lane first.
+        let _ = state.router.stop_and_wait(Some("the node stops".into()), None).await;
+        Ok(())
+    }
+
     async fn handle_supervisor_evt(
         &self,
         myself: ActorRef<Self::Msg>,
@@ -371,6 +382,7 @@ impl LoaderState {
         model: &OpenModel,
         assignment: &Assignment,
     ) -> Result<(), String> {
+        check_owners(model.checkpoint.config(), assignment)?;
         let moe = model.checkpoint.config().moe.as_ref();
         let mut wanted: BTreeMap<u16, Vec<ExpertKey>> = BTreeMap::new();
         for expert in &assignment.experts {
@@ -426,6 +438,28 @@ impl LoaderState {
             }
         }
         result
+    }
+}
+
+/// Whether an assignment names an owner for each expert of this model and for nothing else: the
+/// lane relies on it.
+fn check_owners(config: &ModelConfig, assignment: &Assignment) -> Result<(), String> {
+    assignment.check().map_err(|error| error.to_string())?;
+    let experts = |layer: &LayerConfig| match (layer.feed_forward, &config.moe) {
+        (FeedForward::Sparse, Some(moe)) => moe.experts(),
+        _ => 0,
+    };
+    let expected: Vec<usize> = config.layers.iter().map(experts).collect();
+    let found: Vec<usize> = assignment.owners.iter().map(Vec::len).collect();
+    let outside = assignment.experts.iter().find(|expert| {
+        expected.get(usize::from(expert.layer)).is_none_or(|&n| expert.flat as usize >= n)
+    });
+    match outside {
+        None if found == expected => Ok(()),
+        None => Err("the coordinator's placement is not of this model's experts".into()),
+        Some(expert) => {
+            Err(format!("the model has no expert {} in layer {}", expert.flat, expert.layer))
+        }
     }
 }
 

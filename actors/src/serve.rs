@@ -12,7 +12,7 @@ use lite_llm_transport::{
     endpoint::{Endpoint, Options},
     frame::{FrameReceiver, FrameSender},
     identity::{ClusterCa, Role},
-    messages::{ClientReply, ClientRequest, ClusterStatus, JobEvent, JobRequest},
+    messages::{ClientReply, ClientRequest, ClusterStatus, JobEvent, JobRequest, Prompt},
     session::Hello,
     token::JoinToken,
 };
@@ -26,6 +26,9 @@ use crate::{
     job::CLIENT_EVENTS_MAX,
     placement::PlacementPolicy,
 };
+
+/// Longest prompt as text, in bytes.
+pub const PROMPT_BYTES_MAX: usize = 4 << 20;
 
 /// What a coordinator is started with.
 pub struct CoordinatorOptions {
@@ -59,6 +62,7 @@ pub struct CoordinatorHandle {
     endpoint: Endpoint,
     token: Arc<JoinToken>,
     control: Option<ControlPlane>,
+    tokenizer: Option<Arc<Tokenizer>>,
     address: SocketAddr,
 }
 
@@ -90,17 +94,17 @@ impl CoordinatorHandle {
                 None
             }
         };
-        let cluster = scope(&token, address);
+        let cluster = scope(&token);
         let arguments = CoordinatorArguments {
             cluster,
             checkpoint,
-            tokenizer,
+            tokenizer: tokenizer.clone(),
             expert_bytes,
             workers,
             placement,
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
-        let handle = Self { actor, endpoint, token, control, address };
+        let handle = Self { actor, endpoint, token, control, tokenizer, address };
         tokio::spawn(handle.clone().accept());
         tokio::spawn(log_refusals(handle.endpoint.clone()));
         Ok(handle)
@@ -126,13 +130,31 @@ impl CoordinatorHandle {
     /// Submits a job. Returns its number and its events; dropping them cancels it.
     pub async fn submit(
         &self,
-        request: JobRequest,
+        mut request: JobRequest,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
+        if let Prompt::Text(text) = request.prompt {
+            request.prompt = Prompt::Tokens(self.encode(text).await?);
+        }
         let (events, receiver) = mpsc::channel(CLIENT_EVENTS_MAX);
         let request = Box::new(request);
         let submit = |reply| CoordinatorMessage::Submit(request, events, reply);
         let job = ractor::call!(self.actor, submit).map_err(failed)?.map_err(ServeError)?;
         Ok((job, receiver))
+    }
+
+    /// The tokens of a text; not on the actor's task, for a long text takes its time.
+    async fn encode(&self, text: String) -> Result<Vec<u32>, ServeError> {
+        if text.len() > PROMPT_BYTES_MAX {
+            let found = text.len();
+            return Err(ServeError(format!(
+                "the prompt has {found} bytes; at most {PROMPT_BYTES_MAX} are taken"
+            )));
+        }
+        let Some(tokenizer) = self.tokenizer.clone() else {
+            return Err(ServeError("the model has no tokenizer; send token ids".into()));
+        };
+        let encode = move || tokenizer.encode(&text, true);
+        tokio::task::spawn_blocking(encode).await.map_err(failed)?.map_err(failed)
     }
 
     /// Ends a job.
@@ -234,9 +256,10 @@ impl CoordinatorHandle {
     }
 }
 
-/// The scope of a cluster's process groups: unique in a process that holds several clusters.
-pub(crate) fn scope(token: &JoinToken, address: SocketAddr) -> String {
-    format!("lite-llm {} {address}", token.cluster())
+/// The scope of a cluster's process groups: the same wherever a member reaches it from, another
+/// for every cluster.
+pub(crate) fn scope(token: &JoinToken) -> String {
+    format!("lite-llm {}", token.cluster())
 }
 
 async fn log_refusals(endpoint: Endpoint) {

@@ -5,7 +5,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+    atomic::{AtomicU32, Ordering::Relaxed},
 };
 
 use lite_llm_runtime::expert::ExpertKey;
@@ -21,8 +21,6 @@ pub struct LoadCounters {
     pub loaded: AtomicU32,
     /// Experts that were assigned.
     pub total: AtomicU32,
-    /// Bytes that are resident.
-    pub bytes: AtomicU64,
 }
 
 /// What a shard is told.
@@ -68,15 +66,16 @@ impl Actor for ExpertShard {
             let (storage, counters) = (state.storage.clone(), state.counters.clone());
             async move {
                 let fetched = ractor::call!(storage, |reply| StorageMessage::Fetch { key, reply });
-                let bytes = fetched
+                fetched
                     .map_err(|error| format!("the storage actor is gone: {error}"))?
                     .map_err(|error| error.to_string())?;
                 counters.loaded.fetch_add(1, Relaxed);
-                counters.bytes.fetch_add(bytes, Relaxed);
                 Ok::<(), String>(())
             }
         });
-        let result = futures::future::try_join_all(fetches).await.map(|_| ());
+        // All are waited for, so that what is let go afterwards is all that there is.
+        let fetched: Vec<Result<(), String>> = futures::future::join_all(fetches).await;
+        let result = fetched.into_iter().collect();
         // The asker may have given up.
         let _ = reply.send(result);
         Ok(())

@@ -78,7 +78,10 @@ impl Worker {
         let identity =
             join(coordinator, &token, Role::Worker, &name, &hello).await.map_err(failed)?;
         let endpoint = Endpoint::bind(listen, &identity, Options::new(hello)).map_err(failed)?;
-        let address = endpoint.local_addr().map_err(failed)?;
+        let mut address = endpoint.local_addr().map_err(failed)?;
+        if address.ip().is_unspecified() {
+            address.set_ip(local_address(coordinator).map_err(failed)?.ip());
+        }
         let connection =
             endpoint.connect(coordinator, &Expect::coordinator()).await.map_err(failed)?;
         let inbox = Arc::new(ArcSwapOption::empty());
@@ -108,7 +111,7 @@ impl Worker {
         let (node, ended) = Actor::spawn(None, NodeActor, node).await.map_err(failed)?;
         tokio::spawn(links.accept());
         tokio::spawn(serve_jobs(connection.clone(), inbox));
-        pg::join_scoped(scope(&token, coordinator), NODES.into(), vec![node.get_cell()]);
+        pg::join_scoped(scope(&token), NODES.into(), vec![node.get_cell()]);
         let control = match options.remote {
             true => {
                 let cookie = token.control_cookie();
@@ -149,10 +152,16 @@ impl Worker {
         }
         self.endpoint.close("the worker stops").await;
     }
+}
 
-    /// Ends at once, as a killed process does: for tests of what others notice.
-    pub fn kill(self) {
-        self.node.kill();
-        self.connection.close("killed");
-    }
+/// The address, with any port, from which this machine reaches another.
+pub fn local_address(toward: SocketAddr) -> std::io::Result<SocketAddr> {
+    let any: SocketAddr = match toward {
+        SocketAddr::V4(_) => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    // Connecting a UDP socket sends nothing; it only asks for the route.
+    let socket = std::net::UdpSocket::bind(any)?;
+    socket.connect(toward)?;
+    Ok(SocketAddr::new(socket.local_addr()?.ip(), 0))
 }

@@ -170,13 +170,13 @@ pub struct EvalArgs {
     /// JSON: {"prompts": [[ids…], …]}.
     #[arg(long, value_name = "FILE")]
     pub tokens: PathBuf,
-    /// Safetensors file to write: p<i>.logits, and what is asked for below.
+    /// Safetensors file to write: p0.logits, p1.logits, …, and what is asked for below.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Also write p<i>.router_ids.
+    /// Also write p0.router_ids, …
     #[arg(long)]
     pub routes: bool,
-    /// Also generate so many tokens greedily and write p<i>.greedy_ids.
+    /// Also generate so many tokens greedily and write p0.greedy_ids, …
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub greedy: u32,
     /// Tokens of a prompt computed at once [default: up to 512]. Never changes a result.
@@ -245,9 +245,10 @@ pub struct WorkerArgs {
     /// Name in the cluster [default: made from the process].
     #[arg(long)]
     pub name: Option<String>,
-    /// Where other workers connect (QUIC, UDP); port 0 takes any.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
-    pub listen: SocketAddr,
+    /// Where other workers connect (QUIC, UDP); port 0 takes any [default: any port of the address
+    /// from which the coordinator is reached].
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
     /// Checkpoint folder on this machine, if it is not where the coordinator has it.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,

@@ -202,6 +202,13 @@ impl<D: Device> Engine<D> {
         }
     }
 
+    /// Holds a sequence back, or lets it go on: for a reader that has fallen behind.
+    pub fn hold(&mut self, id: u64, held: bool) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.held = held;
+        }
+    }
+
     /// The next thing that happened.
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
@@ -313,8 +320,9 @@ impl<D: Device> Engine<D> {
     fn begin(&mut self) -> Option<PassId> {
         self.admit();
         let mut free: Vec<u64> =
-            self.running.iter().copied().filter(|id| !self.sequences[id].in_pass).collect();
-        // Decoding sequences (one token to go) first; the sort is stable, so the oldest lead.
+            self.running.iter().copied().filter(|id| self.sequences[id].is_free()).collect();
+        // Decoding sequences (one token to go) first; the sort is stable, so those that waited
+        // longest lead.
         free.sort_by_key(|id| {
             let sequence = &self.sequences[id];
             sequence.tokens.len() - sequence.cached > 1
@@ -380,6 +388,9 @@ impl<D: Device> Engine<D> {
     /// Takes a finished pass apart: tokens, logits, routes, ends.
     fn finish(&mut self, id: PassId) {
         let Some(Pass { forward, sequences, .. }) = self.passes.remove(&id) else { return };
+        // Those that had their turn go to the back.
+        self.running.retain(|id| !sequences.contains(id));
+        self.running.extend(&sequences);
         let backbone = self.backbone.clone();
         let config = &backbone.config;
         let logits = match forward.logits() {

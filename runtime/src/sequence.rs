@@ -153,6 +153,8 @@ pub(crate) struct Sequence {
     pub(crate) cached: usize,
     pub(crate) table: PageTable,
     pub(crate) in_pass: bool,
+    /// Its reader has fallen behind.
+    pub(crate) held: bool,
     pub(crate) cancelled: bool,
 }
 
@@ -168,8 +170,14 @@ impl Sequence {
             cached: 0,
             table: PageTable::default(),
             in_pass: false,
+            held: false,
             cancelled: false,
         })
+    }
+
+    /// Whether a pass may take it.
+    pub(crate) fn is_free(&self) -> bool {
+        !self.in_pass && !self.held
     }
 
     /// Tokens generated so far.

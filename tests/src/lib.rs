@@ -211,7 +211,7 @@ async fn collect(mut events: mpsc::Receiver<JobEvent>) -> Result<Outcome, String
                 outcome.chunks.push(rows as usize);
                 outcome.experts.extend(ids);
             }
-            JobEventBody::Progress { .. } => {}
+            JobEventBody::Progress { .. } | JobEventBody::Text(_) => {}
             JobEventBody::Done { .. } => return Ok(outcome),
             JobEventBody::Failed { reason } => return Err(reason),
         }

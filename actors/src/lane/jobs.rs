@@ -5,10 +5,7 @@
 
 use std::collections::HashMap;
 
-use lite_llm_runtime::{
-    engine::Event,
-    sequence::{self, Request},
-};
+use lite_llm_runtime::{engine::Event, sequence};
 use lite_llm_transport::messages::{EndReason, JobEvent, JobEventBody, TraceContext};
 use tokio::sync::mpsc;
 use tracing::Span;
@@ -18,11 +15,46 @@ use crate::trace;
 /// Bytes of logits in one event at most (but at least one row).
 const LOGITS_BYTES_MAX: usize = 1 << 20;
 
-struct Job {
+/// A job whose events go to a reader.
+pub(super) struct Job {
+    id: u64,
     events: mpsc::Sender<JobEvent>,
     trace: TraceContext,
     vocab: usize,
+    /// Its events are large, so it is held back while many wait.
+    logits: bool,
     _span: Span,
+}
+
+impl Job {
+    pub(super) fn new(
+        id: u64,
+        vocab: usize,
+        logits: bool,
+        events: mpsc::Sender<JobEvent>,
+        span: Span,
+    ) -> Self {
+        Self { id, events, trace: trace::context_of(&span), vocab, logits, _span: span }
+    }
+
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Ends it with a reason.
+    pub(super) fn fail(self, reason: &str) {
+        self.end(JobEventBody::Failed { reason: reason.to_owned() });
+    }
+
+    fn end(self, body: JobEventBody) {
+        // A reader that is gone or behind cannot be told.
+        let _ = self.events.try_send(JobEvent { job: self.id, trace: self.trace, body });
+    }
+
+    /// Whether its reader is so far behind that it is to generate no more for now.
+    fn is_held(&self) -> bool {
+        self.logits && self.events.capacity() < self.events.max_capacity() / 2
+    }
 }
 
 /// See the module's text.
@@ -32,16 +64,18 @@ pub(super) struct Jobs {
 }
 
 impl Jobs {
-    pub(super) fn insert(
-        &mut self,
-        job: u64,
-        _request: &Request,
-        vocab: usize,
-        events: mpsc::Sender<JobEvent>,
-        span: Span,
-    ) {
-        let trace = trace::context_of(&span);
-        self.jobs.insert(job, Job { events, trace, vocab, _span: span });
+    pub(super) fn insert(&mut self, job: Job) {
+        self.jobs.insert(job.id, job);
+    }
+
+    /// Jobs with large events, each with whether it is to be held back.
+    pub(super) fn backlogs(&self) -> impl Iterator<Item = (u64, bool)> {
+        self.jobs.values().filter(|job| job.logits).map(|job| (job.id, job.is_held()))
+    }
+
+    /// Whether some job is held back.
+    pub(super) fn any_held(&self) -> bool {
+        self.jobs.values().any(Job::is_held)
     }
 
     /// Passes an engine's event on. Returns a job whose reader does not keep up.
@@ -129,8 +163,7 @@ impl Jobs {
 
     fn last(&mut self, id: u64, body: JobEventBody) {
         if let Some(job) = self.jobs.remove(&id) {
-            // A reader that is gone or behind cannot be told.
-            let _ = job.events.try_send(JobEvent { job: id, trace: job.trace, body });
+            job.end(body);
         }
     }
 }

@@ -43,7 +43,7 @@ use tracing::{Span, debug_span};
 
 use self::{
     flight::{Flight, Split},
-    jobs::Jobs,
+    jobs::{Job, Jobs},
     reply::Reply,
 };
 use crate::{membership::gone, placement::Owners, trace};
@@ -54,8 +54,10 @@ pub const INBOX_MAX: usize = 1024;
 pub const OUTBOX_MAX: usize = 256;
 /// Events of one job that may wait for its reader; a job whose reader falls further behind ends.
 pub const JOB_EVENTS_MAX: usize = 1024;
-/// How often a lane that waits looks whether it is to stop.
+/// Longest wait of a lane that has nothing to do.
 const IDLE_WAIT: Duration = Duration::from_secs(1);
+/// Longest wait of a lane that holds a sequence back until its reader has caught up.
+const HELD_WAIT: Duration = Duration::from_millis(5);
 
 /// What a lane is told.
 pub enum LaneEvent {
@@ -153,11 +155,18 @@ impl LaneHandle {
 
     /// Ends the lane; what runs fails with this reason.
     pub fn stop(mut self, reason: &str) {
-        // A full inbox is emptied by the lane; a lane that is gone needs no telling.
-        let _ = self.inbox.send_timeout(LaneEvent::Stop(reason.to_owned()), IDLE_WAIT);
+        // A lane empties its inbox between steps; a lane that is gone needs no telling.
+        let _ = self.inbox.send(LaneEvent::Stop(reason.to_owned()));
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+impl Drop for LaneHandle {
+    fn drop(&mut self) {
+        // An owner that was killed has not called `stop`.
+        let _ = self.inbox.try_send(LaneEvent::Stop("the node stops".into()));
     }
 }
 
@@ -233,6 +242,9 @@ impl Lane {
                 self.run_calls(None);
             }
             self.settle();
+            for (sequence, held) in self.jobs.backlogs() {
+                self.engine.hold(sequence, held);
+            }
             let step = self.engine.step();
             if let Step::Dispatch(pass) = step {
                 self.dispatch(pass);
@@ -242,6 +254,7 @@ impl Lane {
                 self.wait();
             }
         }
+        self.stats.sequences.store(0, Relaxed);
     }
 
     /// Waits for the next event, until the exchange wants the time.
@@ -249,7 +262,8 @@ impl Lane {
         let now = Instant::now();
         let deadline = self.exchange.poll_timeout();
         let wait = deadline.map_or(IDLE_WAIT, |at| at.saturating_duration_since(now));
-        match self.inbox.recv_timeout(wait.min(IDLE_WAIT)) {
+        let longest = if self.jobs.any_held() { HELD_WAIT } else { IDLE_WAIT };
+        match self.inbox.recv_timeout(wait.min(longest)) {
             Ok(event) => self.handle(event),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => self.stopped = true,
@@ -289,9 +303,11 @@ impl Lane {
     fn start(&mut self, start: JobStart) {
         let JobStart { job, request, events, span } = start;
         let vocab = self.engine.backbone().config.vocab;
-        self.jobs.insert(job, &request, vocab, events, span);
-        if let Err(error) = self.engine.submit(job, request) {
-            self.jobs.fail(job, &error.to_string());
+        let logits = request.logits;
+        let job = Job::new(job, vocab, logits, events, span);
+        match self.engine.submit(job.id(), request) {
+            Ok(()) => self.jobs.insert(job),
+            Err(error) => job.fail(&error.to_string()),
         }
     }
 
@@ -375,12 +391,13 @@ impl Lane {
 
     fn reply(&mut self, peer: u16, reply: ExpertReplyView) {
         let (id, now) = (reply.id(), Instant::now());
-        let flight = self.dispatches.get(&id).and_then(|pass| self.flights.get_mut(pass));
-        let event = match (reply, flight) {
-            (_, None) => return,
+        let Some(pass) = self.dispatches.get(&id) else { return };
+        let event = match (reply, self.flights.get_mut(pass)) {
             (ExpertReplyView::Failure(failure), _) => {
                 exchange::Event::Refused { id, peer, reason: failure.reason }
             }
+            // The pass failed meanwhile; the exchange is still to know that this is over.
+            (ExpertReplyView::Outputs(_), None) => exchange::Event::Replied { id, peer },
             (ExpertReplyView::Outputs(view), Some(flight)) => match flight.take(id, peer, view) {
                 Ok(()) => exchange::Event::Replied { id, peer },
                 Err(reason) => exchange::Event::Refused { id, peer, reason },

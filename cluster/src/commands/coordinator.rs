@@ -23,6 +23,13 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
         Some(state) => state,
         None => default_state()?,
     };
+    if args.listen.ip().is_unspecified() && args.advertise.is_none() {
+        let listen = args.listen;
+        return Err(bad_input(anyhow::anyhow!(
+            "--listen {listen} is every address of this machine; say with --advertise ADDR which \
+             one workers are to use"
+        )));
+    }
     let authority = Arc::new(ClusterCa::open_or_create(&state).map_err(bad_input)?);
     let options = CoordinatorOptions {
         listen: args.listen,

@@ -193,6 +193,16 @@ impl Answer {
         }
     }
 
+    fn show(&mut self, text: &str) -> Result<()> {
+        if self.stream {
+            let mut out = std::io::stdout();
+            write!(out, "{text}")?;
+            out.flush()?;
+        }
+        self.text.push_str(text);
+        Ok(())
+    }
+
     /// Shows an event. True if it was the last.
     pub(super) fn take(&mut self, event: JobEvent) -> Result<bool> {
         match event.body {
@@ -201,13 +211,7 @@ impl Answer {
                 self.first.get_or_insert(now);
                 self.last = Some(now);
                 self.ids.push(id);
-                let text = text.unwrap_or_default();
-                if self.stream {
-                    let mut out = std::io::stdout();
-                    write!(out, "{text}")?;
-                    out.flush()?;
-                }
-                self.text.push_str(&text);
+                self.show(&text.unwrap_or_default())?;
                 Ok(false)
             }
             JobEventBody::Done { reason, .. } => {
@@ -215,6 +219,10 @@ impl Answer {
                 Ok(true)
             }
             JobEventBody::Failed { reason } => bail!("{reason}"),
+            JobEventBody::Text(text) => {
+                self.show(&text)?;
+                Ok(false)
+            }
             JobEventBody::Logits { .. }
             | JobEventBody::Routes { .. }
             | JobEventBody::Progress { .. } => Ok(false),

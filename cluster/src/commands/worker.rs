@@ -3,7 +3,7 @@
 use anyhow::{Result, anyhow};
 use lite_llm_actors::{
     node::Model,
-    worker::{Worker, WorkerOptions},
+    worker::{Worker, WorkerOptions, local_address},
 };
 use lite_llm_kernels::device::Device;
 
@@ -25,12 +25,14 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
     let device = args.compute.device(1)?;
     let dram_bytes = args.compute.dram_bytes(1);
     let name = name(&args);
+    let toward = || local_address(coordinator);
+    let listen = args.listen.map_or_else(toward, Ok)?;
     println!("worker {name}: {}, {} for experts", device.describe(), Size(dram_bytes));
     let options = WorkerOptions {
         coordinator,
         token,
         name,
-        listen: args.listen,
+        listen,
         device,
         dram_bytes,
         kv_bytes: args.compute.kv.0,

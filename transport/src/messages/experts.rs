@@ -390,6 +390,8 @@ fn check_batch(batch: &ExpertBatch) -> Result<(), MessageError> {
     const WHAT: &str = "ExpertBatch";
     check_shape(WHAT, batch.rows, BATCH_ROWS_MAX, batch.width)?;
     check_count(WHAT, "calls", batch.calls.len(), BATCH_CALLS_MAX)?;
+    // A row that no call reads would only take memory.
+    check_count(WHAT, "rows", batch.rows as usize, batch.calls.len() as u32)?;
     // The reply has a row per call, and must fit a frame as well.
     check_count(WHAT, "calls", batch.calls.len(), calls_max(batch.width))?;
     match batch.calls.iter().find(|call| call.row >= batch.rows) {

@@ -135,6 +135,8 @@ pub enum JobEventBody {
         /// What happened, and what to do.
         reason: String,
     },
+    /// Text that the tokens before it left open, when no further token completes it.
+    Text(String),
 }
 
 impl JobEventBody {

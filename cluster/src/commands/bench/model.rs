@@ -276,6 +276,7 @@ async fn run_in_cluster(cluster: &LocalCluster, work: &Work) -> Result<Timeline>
             JobEventBody::Done { .. } => return Ok(timeline),
             JobEventBody::Failed { reason } => bail!("the cluster: {reason}"),
             JobEventBody::Progress { .. }
+            | JobEventBody::Text(_)
             | JobEventBody::Logits { .. }
             | JobEventBody::Routes { .. } => {}
         }
