@@ -6,7 +6,7 @@
 //! replies arrive in its inbox.
 //!
 //! Invariants:
-//! - All waits are in [`Lane::run`], for the inbox, until the exchange's next deadline.
+//! - All waits are in `Lane::wait`, for the inbox, until the exchange's next deadline.
 //! - A dispatch ends exactly once: combined, or failed with a reason that names a node.
 //! - Hidden states are gathered once, into the frame that leaves; outputs are combined where
 //!   they arrived.

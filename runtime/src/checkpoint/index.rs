@@ -1,6 +1,6 @@
 //! Indexes: which shard holds which tensor, where in it, and with which hash.
 //!
-//! Invariant: a [`Shard`] that passed [`Shard::check`] holds exactly the tensors that the model's
+//! Invariant: a [`Shard`] that passed `Shard::check` holds exactly the tensors that the model's
 //! configuration asks for, in their order, without gaps, from the end of its header to the end of
 //! the file.
 
