@@ -28,18 +28,8 @@ async fn main() -> anyhow::Result<()> {
         };
         let cluster = LocalCluster::start(checkpoint.clone(), &options).await?;
         let request = JobRequest {
-            prompt: Prompt::Text("To print the current".into()),
-            max_new_tokens: 8,
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            seed: 0,
-            tiers: "all".into(),
-            stop_at_eos: true,
             want_logits: LogitsWanted::All,
-            want_routes: false,
-            prefill_chunk: 0,
-            trace: Default::default(),
+            ..JobRequest::greedy(Prompt::Text("To print the current".into()), 8)
         };
         let (_, mut events) = cluster.coordinator().submit(request).await?;
         let mut logits: Vec<u32> = Vec::new();

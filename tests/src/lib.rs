@@ -177,18 +177,10 @@ impl Outcome {
 /// A job that gives everything: logits, routes, a greedy continuation.
 pub fn job(prompt: &[u32], greedy: u32, prefill_chunk: u32) -> JobRequest {
     JobRequest {
-        prompt: Prompt::Tokens(prompt.to_vec()),
-        max_new_tokens: greedy,
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        seed: 0,
-        tiers: "all".into(),
-        stop_at_eos: false,
         want_logits: LogitsWanted::All,
         want_routes: true,
         prefill_chunk,
-        trace: Default::default(),
+        ..JobRequest::greedy(Prompt::Tokens(prompt.to_vec()), greedy)
     }
 }
 

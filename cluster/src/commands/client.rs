@@ -15,6 +15,7 @@ use lite_llm_transport::{
 };
 use serde::Deserialize;
 use serde_json::json;
+use tracing::debug_span;
 
 use super::{
     bad_input,
@@ -110,13 +111,12 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
         return Err(bad_input(anyhow!("--chat: submit sends plain prompts; run has --chat")));
     }
     args.sampling.check()?;
-    let span = tracing::debug_span!("submit");
-    let trace = telemetry::context_of(&span);
     if let Some(prompt) = &args.prompt {
         let prompt = read_prompt(prompt).await?;
         let client = Client::connect(&args.client).await?;
         let mut request = args.sampling.request(Prompt::Text(prompt.clone()));
-        request.trace = trace;
+        let span = debug_span!("submit");
+        request.trace = telemetry::context_of(&span);
         let mut answer = Answer::begin(&prompt, json, Instant::now())?;
         client.run(request, &mut answer).await?;
         answer.finish()?;
@@ -132,9 +132,12 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     loop {
         while running.len() < CONCURRENT_MAX {
             let Some((index, (prompt, mut request))) = next.next() else { break };
-            request.trace = trace;
+            // Each job is a trace of its own.
+            let span = debug_span!("submit", index);
+            request.trace = telemetry::context_of(&span);
             let client = client.clone();
             running.spawn(async move {
+                let _span = span;
                 let mut answer = Answer::silent(&prompt, Instant::now());
                 let result = client.run(request, &mut answer).await;
                 (index, result.map(|()| answer))

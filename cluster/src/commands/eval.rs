@@ -131,18 +131,11 @@ fn read_tokens(path: &Path) -> Result<Tokens> {
 
 fn request(args: &EvalArgs, prompt: Vec<u32>) -> JobRequest {
     JobRequest {
-        prompt: Prompt::Tokens(prompt),
-        max_new_tokens: args.greedy,
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        seed: 0,
         tiers: args.tiers.clone(),
-        stop_at_eos: false,
         want_logits: LogitsWanted::All,
         want_routes: args.routes,
         prefill_chunk: args.prefill_chunk,
-        trace: Default::default(),
+        ..JobRequest::greedy(Prompt::Tokens(prompt), args.greedy)
     }
 }
 

@@ -122,17 +122,8 @@ impl Score {
 
 fn request(args: &PerplexityArgs, prompt: Vec<u32>) -> JobRequest {
     JobRequest {
-        prompt: Prompt::Tokens(prompt),
-        max_new_tokens: 0,
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        seed: 0,
         tiers: args.tiers.clone(),
-        stop_at_eos: false,
         want_logits: LogitsWanted::All,
-        want_routes: false,
-        prefill_chunk: 0,
-        trace: Default::default(),
+        ..JobRequest::greedy(Prompt::Tokens(prompt), 0)
     }
 }

@@ -56,6 +56,26 @@ pub struct JobRequest {
     pub trace: TraceContext,
 }
 
+impl JobRequest {
+    /// A greedy continuation of a prompt by exactly so many tokens, with all tiers.
+    pub fn greedy(prompt: Prompt, max_new_tokens: u32) -> Self {
+        Self {
+            prompt,
+            max_new_tokens,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 0,
+            tiers: "all".into(),
+            stop_at_eos: false,
+            want_logits: LogitsWanted::None,
+            want_routes: false,
+            prefill_chunk: 0,
+            trace: TraceContext::default(),
+        }
+    }
+}
+
 /// Why a job ended well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub enum EndReason {

@@ -21,7 +21,7 @@ use lite_llm_runtime::{
     sequence::Request,
     store::DramStore,
 };
-use lite_llm_transport::messages::{JobEventBody, JobRequest, LogitsWanted, Prompt};
+use lite_llm_transport::messages::{JobEventBody, JobRequest, Prompt};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
@@ -254,20 +254,7 @@ impl AloneEngine {
 
 async fn run_in_cluster(cluster: &LocalCluster, work: &Work) -> Result<Timeline> {
     let mut timeline = Timeline::begin();
-    let request = JobRequest {
-        prompt: Prompt::Tokens(work.prompt.clone()),
-        max_new_tokens: work.generate as u32,
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        seed: 0,
-        tiers: "all".into(),
-        stop_at_eos: false,
-        want_logits: LogitsWanted::None,
-        want_routes: false,
-        prefill_chunk: 0,
-        trace: Default::default(),
-    };
+    let request = JobRequest::greedy(Prompt::Tokens(work.prompt.clone()), work.generate as u32);
     let (_, mut events) = cluster.coordinator().submit(request).await?;
     loop {
         let event = events.recv().await.context("the coordinator ended the job without a word")?;
