@@ -250,7 +250,7 @@ impl Lane {
                 self.dispatch(pass);
             }
             self.publish();
-            if step == Step::Idle && self.batches.is_empty() {
+            if step == Step::Idle && self.batches.is_empty() && !self.stopped {
                 self.wait();
             }
         }
