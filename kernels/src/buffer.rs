@@ -4,9 +4,13 @@
 
 use std::{
     fmt,
+    fs::File,
+    io,
     ops::{Deref, DerefMut, Range},
-    sync::Arc,
+    sync::{Arc, Weak},
 };
+
+use memmap2::MmapOptions;
 
 /// Alignment of buffers in bytes: a cache line, and the widest vector.
 pub const ALIGN: usize = 64;
@@ -69,6 +73,28 @@ impl Buffer {
         Self { owner, range: 0..0 }.at(whole)
     }
 
+    /// Maps the first `bytes` bytes of a file, to be read in place: nothing is read before it is
+    /// used, and all processes that map the file share its pages.
+    ///
+    /// The file must not change while it is mapped, which holds for the shards of a checkpoint:
+    /// they are complete before they get their names, and are never written to again. As with
+    /// every program that maps files, truncating one kills the process with SIGBUS, and so does a
+    /// disk that cannot be read; bytes written over are seen by whoever reads them next.
+    pub fn map(file: &File, bytes: usize) -> io::Result<Self> {
+        if file.metadata()?.len() < bytes as u64 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // SAFETY: the mapping is read-only and lies within the file, as just seen. That nobody
+        // writes to or truncates the file meanwhile is asked for above; no system can enforce it.
+        let map = unsafe { MmapOptions::new().len(bytes).map(file)? };
+        Ok(Self::from_owner(map).expect("mappings start at pages"))
+    }
+
+    /// The same bytes, without keeping their memory.
+    pub fn downgrade(&self) -> WeakBuffer {
+        WeakBuffer { owner: Arc::downgrade(&self.owner), range: self.range.clone() }
+    }
+
     /// A part of this buffer, sharing its memory.
     ///
     /// # Panics
@@ -85,6 +111,26 @@ impl Buffer {
             return Err(Misaligned { found });
         }
         Ok(Self { owner: self.owner, range })
+    }
+}
+
+/// A [`Buffer`] that does not keep its memory.
+#[derive(Clone)]
+pub struct WeakBuffer {
+    owner: Weak<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl WeakBuffer {
+    /// The buffer, if something still holds its memory.
+    pub fn upgrade(&self) -> Option<Buffer> {
+        Some(Buffer { owner: self.owner.upgrade()?, range: self.range.clone() })
+    }
+}
+
+impl fmt::Debug for WeakBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "WeakBuffer({} bytes)", self.range.len())
     }
 }
 
@@ -109,6 +155,8 @@ impl fmt::Debug for Buffer {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
@@ -120,5 +168,23 @@ mod tests {
         assert_eq!(part[0], 7);
         assert_eq!(part.as_ptr(), whole[128..].as_ptr());
         assert!(whole.slice(1..64).is_err());
+    }
+
+    #[test]
+    fn a_mapped_file_is_read_in_place_and_let_go_with_its_last_buffer() {
+        let mut file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..10_000u32).map(|i| i as u8).collect();
+        file.write_all(&bytes).unwrap();
+        let whole = Buffer::map(&file, bytes.len()).unwrap();
+        assert_eq!(whole[..], bytes);
+        let weak = whole.downgrade();
+        let part = whole.slice(4096..5000).unwrap();
+        assert_eq!(part.as_ptr(), whole[4096..].as_ptr());
+        drop(whole);
+        assert_eq!(weak.upgrade().unwrap()[..], bytes, "the part keeps the mapping");
+        drop(part);
+        assert!(weak.upgrade().is_none());
+        assert!(Buffer::map(&file, bytes.len() + 1).is_err(), "more than the file has");
+        assert!(Buffer::map(&file, 0).unwrap().is_empty());
     }
 }

@@ -3,11 +3,12 @@
 //! Every node holds a whole backbone for its own sequences; experts are elsewhere
 //! ([`crate::expert::ExpertStore`]).
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use lite_llm_kernels::{
     cpu::Cpu,
     device::{Device, DeviceError},
+    matrix::PackedMatrix,
 };
 
 use crate::{
@@ -102,15 +103,16 @@ fn rotary_frequencies(config: &ModelConfig) -> Vec<f32> {
 }
 
 impl Backbone<Cpu> {
-    /// Loads the backbone from a checkpoint, verifying every tensor; `progress` is told
-    /// (layers done, layers in all).
+    /// Loads the backbone from a checkpoint, verifying every tensor on as many threads as the
+    /// device computes with; `progress` is told (layers done, layers in all).
     pub fn load(
         checkpoint: &Checkpoint,
         device: Arc<Cpu>,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
         let config = checkpoint.config().clone();
-        let loader = Loader { checkpoint, device: &device };
+        let matrices = checkpoint.dense_matrices(device.pool().threads())?;
+        let loader = Loader { checkpoint, matrices, device: &device };
         let moe = config.moe.clone().map(Arc::new);
         let mut layers = Vec::with_capacity(config.layers.len());
         for (i, layer) in config.layers.iter().enumerate() {
@@ -170,12 +172,21 @@ impl Backbone<Cpu> {
 
 struct Loader<'a> {
     checkpoint: &'a Checkpoint,
+    matrices: HashMap<String, PackedMatrix>,
     device: &'a Cpu,
 }
 
 impl Loader<'_> {
     fn matrix(&self, name: &str) -> Result<<Cpu as Device>::Matrix, LoadError> {
-        Ok(self.device.matrix(self.checkpoint.dense_matrix(name)?)?)
+        Ok(self.device.matrix(self.dense_matrix(name)?)?)
+    }
+
+    fn dense_matrix(&self, name: &str) -> Result<PackedMatrix, CheckpointError> {
+        match self.matrices.get(name) {
+            Some(matrix) => Ok(matrix.clone()),
+            // The checkpoint says what is wrong.
+            None => self.checkpoint.dense_matrix(name),
+        }
     }
 
     fn vector(&self, name: &str) -> Result<<Cpu as Device>::Vector, LoadError> {
@@ -197,7 +208,7 @@ impl Loader<'_> {
     ) -> Result<HierarchicalRouter, LoadError> {
         let tier_gate = match moe.tiers.len() {
             0 | 1 => None,
-            _ => Some(self.checkpoint.dense_matrix(&format!("layers.{layer}.router.tiers"))?),
+            _ => Some(self.dense_matrix(&format!("layers.{layer}.router.tiers"))?),
         };
         let mut tiers = Vec::with_capacity(moe.tiers.len());
         for (t, tier) in moe.tiers.iter().enumerate() {

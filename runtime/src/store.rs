@@ -1,4 +1,7 @@
 //! Experts held in the memory of the host, within a budget.
+//!
+//! Experts of a checkpoint on disk are mapped: the budget counts the bytes that computing with
+//! them needs in memory, however many processes of the host share those.
 
 use std::{
     collections::HashMap,
@@ -11,7 +14,7 @@ use std::{
 use parking_lot::RwLock;
 
 use crate::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, try_map},
     expert::{ExpertKey, ExpertStore, GatedMlp, StoreError},
 };
 
@@ -71,12 +74,11 @@ impl DramStore {
         }
     }
 
-    /// Loads every expert of a model.
+    /// Loads every expert of a model, verified by as many threads as the machine has cores.
     pub fn load_all(&self, checkpoint: &Checkpoint) -> Result<(), StoreError> {
-        for key in checkpoint.config().expert_keys() {
-            self.load(checkpoint, key)?;
-        }
-        Ok(())
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let keys: Vec<_> = checkpoint.config().expert_keys().collect();
+        try_map(threads, &keys, |&key| self.load(checkpoint, key)).map(drop)
     }
 
     /// Lets an expert go; whoever computes with it keeps it until done.

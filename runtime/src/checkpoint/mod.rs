@@ -12,6 +12,10 @@
 //!   checkpoint is never written to.
 //! - **Distrust.** Sizes are compared with the file before anything is allocated, shapes with the
 //!   model's configuration before anything is read, and no path leaves the folder.
+//! - **Memory.** Weights on disk are mapped, not read: they take the page cache's memory, which
+//!   processes share. Whoever truncates a shard that is in use kills its users
+//!   ([`lite_llm_kernels::buffer::Buffer::map`]), and a byte changed after it was verified is
+//!   computed with; nobody but the owner of a checkpoint should be able to write to it.
 //! - **Concurrency.** Reading takes `&self` from any number of threads. Nothing retries: an error
 //!   names the file and what is wrong with it.
 
@@ -19,6 +23,7 @@ pub mod index;
 pub mod inspect;
 pub mod layout;
 pub mod manifest;
+mod parallel;
 mod reader;
 pub mod source;
 pub mod verify;
@@ -26,6 +31,7 @@ pub mod writer;
 
 use std::{io, path::PathBuf};
 
+pub(crate) use parallel::try_map;
 pub use reader::Checkpoint;
 
 /// Version of the layout that is described here.

@@ -1,4 +1,8 @@
 //! Reads a checkpoint, part by part, checking every byte that it hands out.
+//!
+//! A shard on disk is mapped once, for all tensors that are in use; with the last of them the
+//! mapping goes too. Hashing is what loading costs, so where many tensors are wanted, several
+//! threads share them.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -6,7 +10,11 @@ use std::{
     sync::Arc,
 };
 
-use lite_llm_kernels::{buffer::Buffer, dtype::DType, matrix::PackedMatrix};
+use lite_llm_kernels::{
+    buffer::{Buffer, WeakBuffer},
+    dtype::DType,
+    matrix::PackedMatrix,
+};
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 
@@ -15,6 +23,7 @@ use super::{
     index::{DenseIndex, FileRef, GroupPage, Hash, LayerShard, Shard, TensorEntry, TierIndex},
     layout::{EXPERT_ROUTER, GROUP_ROUTER, Part, expert_position},
     manifest::{MANIFEST, Manifest},
+    parallel::try_map,
     source::{EmbeddedFiles, Files, OpenFile},
     writer::STAGING_MARK,
 };
@@ -32,6 +41,7 @@ pub struct Checkpoint {
     tiers: Mutex<HashMap<usize, Arc<TierIndex>>>,
     pages: Mutex<HashMap<(usize, u32), Arc<GroupPage>>>,
     headers_seen: Mutex<HashSet<String>>,
+    maps: Mutex<HashMap<String, WeakBuffer>>,
 }
 
 impl Checkpoint {
@@ -68,6 +78,7 @@ impl Checkpoint {
             tiers: Mutex::default(),
             pages: Mutex::default(),
             headers_seen: Mutex::default(),
+            maps: Mutex::default(),
         })
     }
 
@@ -100,6 +111,23 @@ impl Checkpoint {
     pub fn dense_matrix(&self, name: &str) -> Result<PackedMatrix, CheckpointError> {
         let (shard, entry) = self.dense_entry(name)?;
         self.matrix(shard, entry)
+    }
+
+    /// All matrices of the dense part by their names, verified by `threads` threads.
+    pub fn dense_matrices(
+        &self,
+        threads: usize,
+    ) -> Result<HashMap<String, PackedMatrix>, CheckpointError> {
+        let layers = self.dense.layers.iter().map(|l| &l.shard);
+        let tensors = std::iter::once(&self.dense.model)
+            .chain(layers)
+            .flat_map(|shard| shard.tensors.iter().map(move |entry| (shard, entry)))
+            .filter(|(_, entry)| entry.shape.len() == 2);
+        let tensors: Vec<_> = tensors.collect();
+        let loaded = try_map(threads, &tensors, |(shard, entry)| {
+            Ok((entry.name.clone(), self.matrix(shard, entry)?))
+        })?;
+        Ok(loaded.into_iter().collect())
     }
 
     /// A vector of the dense part, such as `norm`.
@@ -145,7 +173,7 @@ impl Checkpoint {
         self.matrix(shard, self.entry(shard, EXPERT_ROUTER)?)
     }
 
-    /// The weights of one expert: one read, three matrices that share its memory.
+    /// The weights of one expert: three matrices, one after the other in the same memory.
     pub fn expert(&self, key: ExpertKey) -> Result<GatedMlp, CheckpointError> {
         let page = self.page(key.tier as usize, key.group)?;
         let shard = self.layer_shard(&page, key.layer as usize)?;
@@ -266,12 +294,26 @@ impl Checkpoint {
         Ok(page)
     }
 
-    /// Opens a shard of the right size whose header is the one that was written.
-    pub(super) fn open_shard(&self, shard: &Shard) -> Result<OpenFile, CheckpointError> {
+    /// Opens a shard of the right size whose header is the one that was written; on disk, one
+    /// mapping serves all who use the shard at a time.
+    fn open_shard(&self, shard: &Shard) -> Result<OpenFile, CheckpointError> {
+        let mapped = |maps: &HashMap<String, WeakBuffer>| maps.get(&shard.path)?.upgrade();
+        if let Some(map) = mapped(&self.maps.lock()) {
+            return Ok(OpenFile::Mapped(map));
+        }
         let file = self.files.open_sized(&shard.path, shard.bytes)?;
         if !self.headers_seen.lock().contains(&shard.path) {
             check_header(shard, &file)?;
             self.headers_seen.lock().insert(shard.path.clone());
+        }
+        let file = file.map();
+        if let OpenFile::Mapped(map) = &file {
+            let mut maps = self.maps.lock();
+            // Another thread may have been faster.
+            if let Some(map) = mapped(&maps) {
+                return Ok(OpenFile::Mapped(map));
+            }
+            maps.insert(shard.path.clone(), map.downgrade());
         }
         Ok(file)
     }

@@ -1,7 +1,10 @@
 //! Where a checkpoint's files are: a folder, or bytes within the program.
 //!
 //! Invariants: no path reaches outside (no absolute path, no `..`, no link that leads out), and
-//! nothing is allocated before the file was seen to be as large as the index says.
+//! nothing is allocated or mapped before the file was seen to be as large as the index says.
+//!
+//! Weights are used where they lie: shards on disk are mapped ([`OpenFile::map`]), so they are
+//! read when they are first touched, and worker processes of one host share their pages.
 
 use std::{
     fs::{self, File},
@@ -36,6 +39,8 @@ pub enum OpenFile {
         /// Size when it was opened.
         bytes: u64,
     },
+    /// On disk, and mapped.
+    Mapped(Buffer),
     /// Within the program.
     Embedded(&'static [u8]),
 }
@@ -120,8 +125,21 @@ impl OpenFile {
     pub fn bytes(&self) -> u64 {
         match self {
             OpenFile::File { bytes, .. } => *bytes,
+            OpenFile::Mapped(map) => map.len() as u64,
             OpenFile::Embedded(bytes) => bytes.len() as u64,
         }
+    }
+
+    /// Maps a file that is on disk, all of it. One that cannot be mapped (some file systems have
+    /// no mappings, and a process may have only so many) is read instead, as it was.
+    pub fn map(self) -> Self {
+        if let OpenFile::File { file, bytes } = &self
+            && let Ok(bytes) = usize::try_from(*bytes)
+            && let Ok(map) = Buffer::map(file, bytes)
+        {
+            return OpenFile::Mapped(map);
+        }
+        self
     }
 
     fn checked(&self, path: &str, range: &Range<u64>) -> Result<Range<usize>, CheckpointError> {
@@ -136,13 +154,16 @@ impl OpenFile {
         }
     }
 
-    /// Reads a range into memory that kernels can use; embedded bytes are borrowed when they
-    /// happen to be aligned.
+    /// A range in memory that kernels can use: mapped and embedded bytes are borrowed when they
+    /// are aligned, others are read.
     pub fn read(&self, path: &str, range: Range<u64>) -> Result<Buffer, CheckpointError> {
         let at = self.checked(path, &range)?;
-        if let OpenFile::Embedded(bytes) = self
-            && let Ok(buffer) = Buffer::from_owner(&bytes[at.clone()])
-        {
+        let borrowed = match self {
+            OpenFile::File { .. } => None,
+            OpenFile::Mapped(map) => map.slice(at.clone()).ok(),
+            OpenFile::Embedded(bytes) => Buffer::from_owner(&bytes[at.clone()]).ok(),
+        };
+        if let Some(buffer) = borrowed {
             return Ok(buffer);
         }
         let mut bytes = AlignedBytes::zeroed(at.len());
@@ -156,6 +177,10 @@ impl OpenFile {
         match self {
             OpenFile::File { file, .. } => {
                 file.read_exact_at(out, from).map_err(CheckpointError::io(path, "read"))
+            }
+            OpenFile::Mapped(map) => {
+                out.copy_from_slice(&map[at]);
+                Ok(())
             }
             OpenFile::Embedded(bytes) => {
                 out.copy_from_slice(&bytes[at]);
