@@ -12,20 +12,43 @@ pub enum DType {
     F32,
     /// The upper half of an f32.
     Bf16,
+    /// Blocks of 32 weights of 8 bits with one bf16 scale: 8.5 bits a weight.
+    Int8,
+    /// Blocks of 32 weights of 4 bits with one bf16 scale: 4.5 bits a weight.
+    Int4,
 }
 
 /// A name that is no number format.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no weight format; expected f32 or bf16")]
+#[error("{0:?} is no weight format; expected f32, bf16, int8 or int4")]
 pub struct UnknownDType(String);
 
 impl DType {
-    /// Bytes of one weight.
-    pub fn bytes(self) -> usize {
+    /// Every format, widest first.
+    pub const ALL: [DType; 4] = [DType::F32, DType::Bf16, DType::Int8, DType::Int4];
+
+    /// Bytes of one weight; `None` where weights are stored in blocks.
+    pub fn bytes(self) -> Option<usize> {
         match self {
-            DType::F32 => 4,
-            DType::Bf16 => 2,
+            DType::F32 => Some(4),
+            DType::Bf16 => Some(2),
+            DType::Int8 | DType::Int4 => None,
         }
+    }
+
+    /// Bits of one weight, scales included.
+    pub fn bits(self) -> f64 {
+        match self {
+            DType::F32 => 32.0,
+            DType::Bf16 => 16.0,
+            DType::Int8 => 8.5,
+            DType::Int4 => 4.5,
+        }
+    }
+
+    /// Whether weights are integers in blocks that share a scale.
+    pub fn is_quantised(self) -> bool {
+        matches!(self, DType::Int8 | DType::Int4)
     }
 
     /// Name in files and on the command line.
@@ -33,6 +56,8 @@ impl DType {
         match self {
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
+            DType::Int8 => "int8",
+            DType::Int4 => "int4",
         }
     }
 }
@@ -47,10 +72,7 @@ impl FromStr for DType {
     type Err = UnknownDType;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
-        match name {
-            "f32" => Ok(DType::F32),
-            "bf16" => Ok(DType::Bf16),
-            other => Err(UnknownDType(other.to_owned())),
-        }
+        let found = Self::ALL.into_iter().find(|dtype| dtype.name() == name);
+        found.ok_or_else(|| UnknownDType(name.to_owned()))
     }
 }

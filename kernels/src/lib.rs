@@ -1,12 +1,13 @@
 //! Arithmetic on buffers, with the same bits on every CPU.
 //!
-//! Owns: storage ([`buffer`]), number formats ([`dtype`]), packed weights ([`matrix`]), compute
+//! Owns: storage ([`buffer`]), number formats ([`dtype`], [`blocks`]), packed weights ([`matrix`]), compute
 //! threads ([`pool`]), the instruction sets ([`simd`]), and one file per operation ([`ops`]).
 //! Knows no model: nothing here says "layer", "expert" or "token id".
 //!
 //! Invariant (determinism contract, version [`DETERMINISM_VERSION`]): every result is a function
 //! of its mathematical inputs alone, never of threads, batch, vector width or memory layout.
 
+pub mod blocks;
 pub mod buffer;
 pub mod cpu;
 pub mod device;

@@ -4,14 +4,16 @@
 //! panel is filled with zeros. A panel stores, for k upwards, its 32 weights side by side:
 //! - f32: `[panel][k][32]`;
 //! - bf16: `[panel][k / 2][32][2]`, two consecutive k of one output in one 32-bit word, the even
-//!   k in the low half; an odd K is filled with one zero row.
+//!   k in the low half; an odd K is filled with one zero row;
+//! - int8, int4: `[panel][k / 32]` blocks, each with its scales: see [`crate::blocks`].
 //!
 //! Invariant: packing never changes a value except by rounding to the stored format
-//! (nearest, ties to even).
+//! (nearest, ties to even; for blocks as [`crate::blocks`] says).
 
 use half::{bf16, f16};
 
 use crate::{
+    blocks::{self, BLOCK, INT4_BYTES, INT8_BYTES},
     buffer::{AlignedBytes, Buffer},
     dtype::DType,
 };
@@ -53,11 +55,17 @@ pub struct PackedMatrix {
 impl PackedMatrix {
     /// Bytes that a packed `[n, k]` takes; `None` if that overflows.
     pub fn packed_bytes(dtype: DType, n: usize, k: usize) -> Option<usize> {
-        let k = match dtype {
-            DType::F32 => k,
-            DType::Bf16 => k.checked_next_multiple_of(2)?,
-        };
-        n.div_ceil(PANEL).checked_mul(PANEL)?.checked_mul(k)?.checked_mul(dtype.bytes())
+        n.div_ceil(PANEL).checked_mul(Self::panel_bytes(dtype, k)?)
+    }
+
+    /// Bytes of one panel; `None` if that overflows.
+    pub(crate) fn panel_bytes(dtype: DType, k: usize) -> Option<usize> {
+        match dtype {
+            DType::F32 => k.checked_mul(PANEL * 4),
+            DType::Bf16 => k.checked_next_multiple_of(2)?.checked_mul(PANEL * 2),
+            DType::Int8 => k.div_ceil(BLOCK).checked_mul(INT8_BYTES),
+            DType::Int4 => k.div_ceil(BLOCK).checked_mul(INT4_BYTES),
+        }
     }
 
     /// Takes packed bytes as they are.
@@ -126,7 +134,14 @@ impl PackedMatrix {
                 let word = self.panel_bf16(p)[(i / 2) * PANEL + lane];
                 f32::from_bits(if i.is_multiple_of(2) { word << 16 } else { word & 0xffff_0000 })
             }
+            DType::Int8 => blocks::get_int8(self.block(p, i, INT8_BYTES), lane, i % BLOCK),
+            DType::Int4 => blocks::get_int4(self.block(p, i, INT4_BYTES), lane, i % BLOCK),
         }
+    }
+
+    /// The block of panel p that holds input i, in a format of `bytes` a block.
+    fn block(&self, p: usize, i: usize, bytes: usize) -> &[u8] {
+        &self.data[(p * self.k.div_ceil(BLOCK) + i / BLOCK) * bytes..][..bytes]
     }
 
     /// The k weights of output j, widened exactly.
@@ -134,6 +149,18 @@ impl PackedMatrix {
         assert_eq!(out.len(), self.k, "a row has k values");
         for (i, value) in out.iter_mut().enumerate() {
             *value = self.get(j, i);
+        }
+    }
+}
+
+impl Source<'_> {
+    /// Where the first value is that is NaN or infinite. Formats of blocks cannot hold one: its
+    /// whole block would become NaN.
+    pub fn first_not_finite(&self) -> Option<usize> {
+        match self {
+            Source::F32(values) => values.iter().position(|v| !v.is_finite()),
+            Source::Bf16(values) => values.iter().position(|v| !v.is_finite()),
+            Source::F16(values) => values.iter().position(|v| !v.is_finite()),
         }
     }
 }
@@ -161,13 +188,13 @@ fn pack_values<T: Copy>(
 ) {
     assert_eq!(values.len(), n * k, "source holds n * k values");
     assert_eq!(Some(out.len()), PackedMatrix::packed_bytes(dtype, n, k), "room for the panels");
-    let k_stored = if dtype == DType::Bf16 { k.next_multiple_of(2) } else { k };
-    let panel_bytes = k_stored * PANEL * dtype.bytes();
+    let panel_bytes = PackedMatrix::panel_bytes(dtype, k).expect("a matrix in memory has a size");
     if panel_bytes == 0 {
         return;
     }
     for (p, panel) in out.chunks_exact_mut(panel_bytes).enumerate() {
-        for lane in 0..PANEL.min(n - p * PANEL) {
+        let lanes = PANEL.min(n - p * PANEL);
+        for lane in 0..lanes {
             let row = &values[(p * PANEL + lane) * k..][..k];
             match dtype {
                 DType::F32 => {
@@ -182,7 +209,30 @@ fn pack_values<T: Copy>(
                         panel[(i / 2) * PANEL * 2 + lane * 2 + i % 2] = to_bf16(v);
                     }
                 }
+                DType::Int8 => each_block(row, &to_f32, panel, INT8_BYTES, |x, block| {
+                    blocks::pack_int8(x, lane, block);
+                }),
+                DType::Int4 => each_block(row, &to_f32, panel, INT4_BYTES, |x, block| {
+                    blocks::pack_int4(x, lane, block);
+                }),
             }
         }
+    }
+}
+
+/// Hands every 32 values of a row, filled with zeros at its end, to the packer of a block.
+fn each_block<T: Copy>(
+    row: &[T],
+    to_f32: impl Fn(T) -> f32,
+    panel: &mut [u8],
+    block_bytes: usize,
+    pack: impl Fn(&[f32; BLOCK], &mut [u8]),
+) {
+    for (values, block) in row.chunks(BLOCK).zip(panel.chunks_exact_mut(block_bytes)) {
+        let mut x = [0.0; BLOCK];
+        for (x, &v) in x.iter_mut().zip(values) {
+            *x = to_f32(v);
+        }
+        pack(&x, block);
     }
 }

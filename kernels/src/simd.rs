@@ -11,6 +11,8 @@
 
 use std::{fmt, str::FromStr};
 
+use crate::{blocks::BLOCK, matrix::PANEL};
+
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod scalar;
@@ -85,6 +87,31 @@ impl Simd {
         if self == Simd::Avx512 { 12 } else { 6 }
     }
 
+    /// The set to multiply blocks of integers with: AVX-512 only with VNNI, else AVX2.
+    pub(crate) fn for_blocks(self) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if self == Simd::Avx512 && !is_x86_feature_detected!("avx512vnni") {
+            return Simd::Avx2;
+        }
+        self
+    }
+
+    /// Most rows that one tile of a product of blocks holds in registers.
+    pub(crate) fn block_tile_rows(self) -> usize {
+        if self.for_blocks() == Simd::Avx512 { 6 } else { 3 }
+    }
+
+    /// Runs a kernel over blocks of integers with this set's vectors.
+    #[inline]
+    pub(crate) fn run_blocks<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.for_blocks() {
+            // SAFETY: `Cpu::new` refuses sets that this machine lacks; VNNI was just asked for.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => unsafe { x86::run_avx512_vnni(kernel) },
+            other => other.run(kernel),
+        }
+    }
+
     /// Runs a kernel with this set's vectors.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -151,6 +178,71 @@ pub(crate) trait Vector: Copy {
     unsafe fn load_bf16_low(from: *const u32) -> Self;
     /// The high halves of words of two bf16 each, widened.
     unsafe fn load_bf16_high(from: *const u32) -> Self;
+
+    /// Exact products of one block (see [`crate::blocks`]) of int8: R activations, each record at
+    /// its own address, with N vectors of outputs whose words begin at `w`, [`PANEL`] words apart
+    /// from one row of words to the next.
+    #[inline(always)]
+    unsafe fn dots_int8<const R: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: *const u8,
+    ) -> [[Self; N]; R] {
+        // SAFETY: promised by the caller.
+        unsafe { plain_dots::<Self, R, N>(x, w, int8_of) }
+    }
+
+    /// The same of int4.
+    #[inline(always)]
+    unsafe fn dots_int4<const R: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: *const u8,
+    ) -> [[Self; N]; R] {
+        // SAFETY: promised by the caller.
+        unsafe { plain_dots::<Self, R, N>(x, w, int4_of) }
+    }
+}
+
+/// The integer of k of the output whose words begin at `w`, in int8.
+#[inline(always)]
+unsafe fn int8_of(w: *const u8, k: usize) -> i32 {
+    // SAFETY: the caller promises a block.
+    i32::from(unsafe { *w.add(k / 4 * PANEL * 4 + k % 4) }) - 128
+}
+
+/// The same in int4.
+#[inline(always)]
+unsafe fn int4_of(w: *const u8, k: usize) -> i32 {
+    // SAFETY: the caller promises a block.
+    let byte = unsafe { *w.add(k / 8 * PANEL * 4 + k % 4) };
+    i32::from(if k % 8 < 4 { byte & 15 } else { byte >> 4 }) - 8
+}
+
+/// The truth that the products of blocks are tested against.
+#[inline(always)]
+unsafe fn plain_dots<V: Vector, const R: usize, const N: usize>(
+    x: &[*const u8; R],
+    w: *const u8,
+    weight: unsafe fn(*const u8, usize) -> i32,
+) -> [[V; N]; R] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut out = [[V::zero(); N]; R];
+        for (x, out) in x.iter().zip(&mut out) {
+            for (v, out) in out.iter_mut().enumerate() {
+                let mut lanes = [0.0f32; 16];
+                for (lane, sum) in lanes[..V::LANES].iter_mut().enumerate() {
+                    let w = w.add((v * V::LANES + lane) * 4);
+                    let mut whole = 0;
+                    for k in 0..BLOCK {
+                        whole += weight(w, k) * i32::from((*x.add(k)).cast_signed());
+                    }
+                    *sum = whole as f32;
+                }
+                *out = V::load(lanes.as_ptr());
+            }
+        }
+        out
+    }
 }
 
 /// Compiles one plain Rust function per instruction set and a front that takes the set first.

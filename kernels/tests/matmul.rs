@@ -43,7 +43,7 @@ fn check(m: usize, n: usize, k: usize, x: &[f32], w: &[f32], bias: Option<&[f32]
         let packed = PackedMatrix::pack(dtype, n, k, Source::F32(w));
         let stored: Vec<f32> = match dtype {
             DType::F32 => w.to_vec(),
-            DType::Bf16 => w.iter().map(|w| bf16::from_f32(*w).to_f32()).collect(),
+            _ => w.iter().map(|w| bf16::from_f32(*w).to_f32()).collect(),
         };
         let expected: Vec<f32> = (0..m * n)
             .map(|i| {

@@ -2,6 +2,7 @@
 
 pub mod arena;
 pub mod attention;
+pub(crate) mod blocked;
 pub mod elementwise;
 pub mod embed;
 pub mod function;

@@ -3,19 +3,23 @@
 //! Shapes of one network: x `[m, hidden]`, gate and up `[intermediate, hidden]`,
 //! down `[hidden, intermediate]`, out `[m, hidden]`.
 //! Three steps over all networks together, so that there is no fork and join per network:
-//! interleave the rows; gate, up and silu; down. What lies between is written once, already
-//! interleaved as the down product reads it.
+//! prepare the rows; gate, up and silu; down. What lies between is written once, already as the
+//! down product reads it. A row that several quantised networks read is quantised once.
 
 use crate::{
+    blocks::{quantise_row, record_words},
     cpu::Cpu,
     device::{Swiglu, SwigluGroup},
     matrix::{PANEL, PackedMatrix},
     ops::{
-        matmul::{INLINE_FMAS, Plan},
-        tile::{Product, Sink, Tiles, stack_len},
+        blocked::Records,
+        function,
+        matmul::{INLINE_FMAS, Input, Plan, input, input_words, product},
+        tile::{Sink, stack_len},
     },
     rows::{RowPtr, Rows, RowsMut, pack_tile},
     scratch,
+    simd::vectorised,
 };
 
 /// One network over dense rows; `out` is dense `[x.len(), hidden]`.
@@ -24,6 +28,9 @@ use crate::{
 /// If the shapes do not fit each other.
 pub fn swiglu(cpu: &Cpu, x: Rows<'_>, weights: Swiglu<'_, PackedMatrix>, out: &mut [f32]) {
     assert_eq!(out.len(), x.len() * weights.down.n(), "out is [rows, hidden]");
+    if x.is_empty() {
+        return;
+    }
     let out = RowsMut::dense(out, weights.down.n());
     run(cpu, &mut [Piece::new(cpu, x, weights, out)]);
 }
@@ -64,8 +71,10 @@ struct Piece<'a> {
     out: RowsMut<'a>,
     up: Plan,
     down: Plan,
-    /// Where its interleaved rows and its intermediate values begin.
+    /// Where its interleaved rows, its first row's place in the list of all rows that are
+    /// quantised, and its intermediate values begin.
     packed_at: usize,
+    listed_at: usize,
     between_at: usize,
     /// Its first task of each step.
     pack_task: usize,
@@ -77,6 +86,7 @@ impl<'a> Piece<'a> {
     fn new(cpu: &Cpu, rows: Rows<'a>, weights: Swiglu<'a, PackedMatrix>, out: RowsMut<'a>) -> Self {
         let Swiglu { gate, up, down } = weights;
         assert_eq!((gate.n(), gate.k()), (up.n(), up.k()), "gate and up are of one shape");
+        assert_eq!(gate.dtype(), up.dtype(), "gate and up are of one format");
         assert_eq!((down.n(), down.k()), (up.k(), up.n()), "down is [hidden, intermediate]");
         assert!((0..rows.len()).all(|i| rows.row(i).len() == up.k()), "rows are [hidden]");
         let m = rows.len();
@@ -84,9 +94,10 @@ impl<'a> Piece<'a> {
             rows,
             weights,
             out,
-            up: Plan::new(cpu, m, up.n(), up.k()),
-            down: Plan::new(cpu, m, down.n(), down.k()),
+            up: Plan::new(cpu, m, up),
+            down: Plan::new(cpu, m, down),
             packed_at: 0,
+            listed_at: 0,
             between_at: 0,
             pack_task: 0,
             up_task: 0,
@@ -94,13 +105,24 @@ impl<'a> Piece<'a> {
         }
     }
 
-    /// Interleaved copies of its rows: none where a single row is read in place.
+    fn quantised(&self) -> bool {
+        self.weights.up.dtype().is_quantised()
+    }
+
+    /// Words of its interleaved rows: none where a single row is read in place, or where rows
+    /// are quantised.
     fn packed_len(&self) -> usize {
-        if self.rows.len() > 1 { self.rows.len() * self.weights.up.k() } else { 0 }
+        if self.quantised() { 0 } else { input_words(self.rows.len(), self.weights.up.k(), false) }
+    }
+
+    /// Words of a row between gate and down.
+    fn between_words(&self) -> usize {
+        let down = self.weights.down;
+        if down.dtype().is_quantised() { record_words(down.k()) } else { down.k() }
     }
 
     fn between_len(&self) -> usize {
-        self.rows.len() * self.weights.up.n()
+        self.rows.len() * self.between_words()
     }
 
     fn pack(&self, task: usize, packed: RowsMut<'_>) {
@@ -111,55 +133,117 @@ impl<'a> Piece<'a> {
         pack_tile(self.rows, tiling, task, out);
     }
 
-    fn gate_and_up(&self, cpu: &Cpu, task: usize, packed: &[f32], between: RowsMut<'_>) {
+    fn gate_and_up(&self, cpu: &Cpu, task: usize, prepared: &Prepared<'_>, between: RowsMut<'_>) {
         let Swiglu { gate, up, .. } = self.weights;
-        let values = if self.rows.len() > 1 {
-            &packed[self.packed_at..][..self.packed_len()]
+        let (k, n, tiling) = (up.k(), up.n(), self.up.tiling);
+        let x = if self.quantised() {
+            Input::Records(Records {
+                words: prepared.records,
+                starts: Some(&prepared.starts[self.listed_at..][..self.rows.len()]),
+                row_words: record_words(k),
+            })
         } else {
-            self.rows.row(0)
+            let packed = &prepared.packed[self.packed_at..][..self.packed_len()];
+            input(self.rows, packed, tiling, false, k)
         };
-        let x = Tiles { values, tiling: self.up.tiling, k: up.k() };
         let (tiles, panels) = self.up.task(task);
-        let (first_row, first_col) = (x.tiling.first(tiles.start), panels.start * PANEL);
-        let rows = x.tiling.first(tiles.end) - first_row;
+        let (first_row, first_col) = (tiling.first(tiles.start), panels.start * PANEL);
+        let rows = tiling.first(tiles.end) - first_row;
         let cols = panels.len() * PANEL;
-        let mut stack = scratch::take(stack_len(rows, up.k()));
-        let mut gated = scratch::take(rows * cols);
-        let out = RowsMut::dense(&mut gated, cols);
-        cpu.simd().run(Product {
-            x,
-            tiles: tiles.clone(),
-            w: gate,
-            panels: panels.clone(),
-            stack: &mut stack,
-            sink: Sink::Block { out, first_row, first_col },
-        });
-        let sink = Sink::Gated {
-            gate: &gated,
-            cols,
-            first_row,
-            first_col,
-            tiling: x.tiling,
-            out: between,
-            at: self.between_at,
-            k: up.n(),
-        };
-        cpu.simd().run(Product { x, tiles, w: up, panels, stack: &mut stack, sink });
+        let mut stack = scratch::take(stack_len(rows, k));
+        let mut both = scratch::take(2 * rows * cols);
+        let (gates, ups) = both.split_at_mut(rows * cols);
+        for (w, out) in [(gate, &mut *gates), (up, &mut *ups)] {
+            let sink = Sink::Block { out: RowsMut::dense(out, cols), first_row, first_col };
+            product(cpu, x, (tiling, tiles.clone()), (w, panels.clone()), &mut stack, sink);
+        }
+        let width = cols.min(n - first_col);
+        for (r, (gates, ups)) in gates.chunks(cols).zip(ups.chunks_mut(cols)).enumerate() {
+            let (gates, ups) = (&gates[..width], &mut ups[..width]);
+            gated(cpu.simd(), gates, ups);
+            let row = first_row + r;
+            if self.weights.down.dtype().is_quantised() {
+                let at = self.between_at + row * self.between_words() + record_words(first_col);
+                // SAFETY: tasks have their own rows and panels.
+                let out = unsafe { between.part(0, at, record_words(width)) };
+                quantise_row(cpu.simd(), ups, out);
+            } else {
+                let (t, r) = self.down.tiling.locate(row);
+                let first = self.down.tiling.first(t);
+                let tile_rows = self.down.tiling.first(t + 1) - first;
+                for (i, &value) in ups.iter().enumerate() {
+                    let at = self.between_at + first * n + (first_col + i) * tile_rows + r;
+                    // SAFETY: as above.
+                    unsafe { between.part(0, at, 1)[0] = value };
+                }
+            }
+        }
     }
 
     fn down(&self, cpu: &Cpu, task: usize, between: &[f32]) {
-        let down = self.weights.down;
-        let values = &between[self.between_at..][..self.between_len()];
-        let x = Tiles { values, tiling: self.down.tiling, k: down.k() };
+        let (down, tiling) = (self.weights.down, self.down.tiling);
+        let words = &between[self.between_at..][..self.between_len()];
+        let x = if down.dtype().is_quantised() {
+            Input::Records(Records { words, starts: None, row_words: self.between_words() })
+        } else {
+            Input::Tiles(crate::ops::tile::Tiles { values: words, tiling, k: down.k() })
+        };
         let (tiles, panels) = self.down.task(task);
-        let rows = x.tiling.first(tiles.end) - x.tiling.first(tiles.start);
+        let rows = tiling.first(tiles.end) - tiling.first(tiles.start);
         let mut stack = scratch::take(stack_len(rows, down.k()));
         let sink = Sink::Rows { out: self.out, bias: None };
-        cpu.simd().run(Product { x, tiles, w: down, panels, stack: &mut stack, sink });
+        product(cpu, x, (tiling, tiles), (down, panels), &mut stack, sink);
     }
 }
 
+vectorised! {
+    /// `ups = silu(gates) * ups`.
+    fn gated(gates: &[f32], ups: &mut [f32]) {
+        for (u, &g) in ups.iter_mut().zip(gates) {
+            *u *= function::silu(g);
+        }
+    }
+}
+
+/// Rows as the gate and up products read them.
+struct Prepared<'a> {
+    packed: &'a [f32],
+    records: &'a [f32],
+    starts: &'a [usize],
+}
+
+/// Rows that are to be quantised, each once however many networks read it.
+struct Listed<'a> {
+    /// Every distinct row and the word at which its records begin.
+    distinct: Vec<(&'a [f32], usize)>,
+    /// The same word for each row of each piece, piece by piece.
+    starts: Vec<usize>,
+    /// Words of all records.
+    words: usize,
+}
+
+fn list<'a>(pieces: &mut [Piece<'a>]) -> Listed<'a> {
+    let mut rows: Vec<(&[f32], usize)> = Vec::new();
+    for piece in pieces.iter_mut().filter(|piece| piece.quantised()) {
+        piece.listed_at = rows.len();
+        for i in 0..piece.rows.len() {
+            rows.push((piece.rows.row(i), rows.len()));
+        }
+    }
+    let mut listed = Listed { distinct: Vec::new(), starts: vec![0; rows.len()], words: 0 };
+    rows.sort_unstable_by_key(|(row, i)| (row.as_ptr(), row.len(), *i));
+    for same in rows.chunk_by(|(a, _), (b, _)| std::ptr::eq(*a, *b)) {
+        listed.distinct.push((same[0].0, listed.words));
+        for (_, i) in same {
+            listed.starts[*i] = listed.words;
+        }
+        listed.words += record_words(same[0].0.len());
+    }
+    listed
+}
+
 fn run(cpu: &Cpu, pieces: &mut [Piece<'_>]) {
+    let listed = list(pieces);
     let (mut packs, mut ups, mut downs) = (0, 0, 0);
     let (mut packed_len, mut between_len, mut fmas) = (0, 0, 0);
     for piece in pieces.iter_mut() {
@@ -170,10 +254,11 @@ fn run(cpu: &Cpu, pieces: &mut [Piece<'_>]) {
         downs += piece.down.tasks();
         packed_len += piece.packed_len();
         between_len += piece.between_len();
-        fmas += 2 * piece.between_len() * piece.weights.up.k();
+        fmas += 2 * piece.rows.len() * piece.weights.up.n() * piece.weights.up.k();
     }
     let pieces = &*pieces;
     let mut packed = scratch::take(packed_len);
+    let mut records = scratch::take(listed.words);
     let mut between = scratch::take(between_len);
     let step = |worth: bool, tasks: usize, task: &(dyn Fn(usize) + Sync)| {
         if worth { cpu.pool().run(tasks, task) } else { (0..tasks).for_each(task) }
@@ -184,10 +269,17 @@ fn run(cpu: &Cpu, pieces: &mut [Piece<'_>]) {
         let piece = holder(pieces, task, |p| p.pack_task);
         piece.pack(task - piece.pack_task, out);
     });
+    let out = RowsMut::dense(&mut records, listed.words);
+    step(listed.words >= INLINE_FMAS, listed.distinct.len(), &|task| {
+        let (row, at) = listed.distinct[task];
+        // SAFETY: every distinct row has its own records.
+        quantise_row(cpu.simd(), row, unsafe { out.part(0, at, record_words(row.len())) });
+    });
+    let prepared = Prepared { packed: &packed, records: &records, starts: &listed.starts };
     let out = RowsMut::dense(&mut between, between_len);
     step(fmas >= INLINE_FMAS, ups, &|task| {
         let piece = holder(pieces, task, |p| p.up_task);
-        piece.gate_and_up(cpu, task - piece.up_task, &packed, out);
+        piece.gate_and_up(cpu, task - piece.up_task, &prepared, out);
     });
     step(fmas >= INLINE_FMAS, downs, &|task| {
         let piece = holder(pieces, task, |p| p.down_task);

@@ -20,7 +20,6 @@ use std::ops::Range;
 use crate::{
     dtype::DType,
     matrix::{PANEL, PackedMatrix},
-    ops::function,
     rows::{RowsMut, Tiling},
     simd::{Kernel, Vector},
 };
@@ -37,20 +36,6 @@ pub(crate) enum Sink<'a> {
     Rows { out: RowsMut<'a>, bias: Option<&'a [f32]> },
     /// Into a block whose first value is that of (`first_row`, `first_col`).
     Block { out: RowsMut<'a>, first_row: usize, first_col: usize },
-    /// Outputs u become `silu(gate) * u`, interleaved as the rows of the next product.
-    Gated {
-        /// `[rows of the block][cols]`, whose first value is that of (`first_row`, `first_col`).
-        gate: &'a [f32],
-        cols: usize,
-        first_row: usize,
-        first_col: usize,
-        tiling: Tiling,
-        /// One row that holds, from `at` on, `[tile][k][rows of the tile]`.
-        out: RowsMut<'a>,
-        at: usize,
-        /// Length of a row of the next product.
-        k: usize,
-    },
 }
 
 impl Sink<'_> {
@@ -59,7 +44,7 @@ impl Sink<'_> {
     /// # Safety
     /// Nobody else writes this part at the same time.
     #[inline(always)]
-    unsafe fn put(&self, row: usize, col: usize, values: &mut [f32]) {
+    unsafe fn put(&self, row: usize, col: usize, values: &[f32]) {
         match self {
             Sink::Rows { out, bias } => {
                 // SAFETY: promised by the caller.
@@ -67,7 +52,7 @@ impl Sink<'_> {
                 match bias {
                     Some(bias) => {
                         let bias = &bias[col..col + values.len()];
-                        for ((out, &v), &b) in out.iter_mut().zip(&*values).zip(bias) {
+                        for ((out, &v), &b) in out.iter_mut().zip(values).zip(bias) {
                             *out = v + b;
                         }
                     }
@@ -78,19 +63,6 @@ impl Sink<'_> {
                 // SAFETY: promised by the caller.
                 let out = unsafe { out.part(row - first_row, col - first_col, values.len()) };
                 out.copy_from_slice(values);
-            }
-            Sink::Gated { gate, cols, first_row, first_col, tiling, out, at, k } => {
-                let from = (row - first_row) * cols + (col - first_col);
-                for (u, &g) in values.iter_mut().zip(&gate[from..]) {
-                    *u *= function::silu(g);
-                }
-                let (t, r) = tiling.locate(row);
-                let first = tiling.first(t);
-                let rows = tiling.first(t + 1) - first;
-                for (i, &value) in values.iter().enumerate() {
-                    // SAFETY: promised by the caller.
-                    unsafe { out.part(0, at + first * k + (col + i) * rows + r, 1)[0] = value };
-                }
             }
         }
     }
@@ -121,7 +93,7 @@ pub(crate) fn stack_len(rows: usize, k: usize) -> usize {
 }
 
 /// Subtrees that wait at the same time, at most.
-fn levels(k: usize) -> usize {
+pub(crate) fn levels(k: usize) -> usize {
     (usize::BITS - k.div_ceil(LEAF).leading_zeros()) as usize
 }
 
@@ -284,25 +256,20 @@ unsafe fn leaf<V: Vector, W: Weights, const R: usize, const N: usize>(
     }
 }
 
-/// Where a leaf is in the tree and in memory.
+/// Which leaf of how many.
 #[derive(Clone, Copy)]
-struct LeafAt {
-    index: usize,
-    count: usize,
-    k: usize,
+pub(crate) struct LeafAt {
+    pub(crate) index: usize,
+    pub(crate) count: usize,
 }
 
-/// One leaf of one tile, added to the tree; outputs go to the sink after the last leaf.
+/// Adds one leaf of one tile to the tree; outputs go to the sink after the last leaf.
 ///
 /// # Safety
-/// As [`leaf`]; `stack` points to the tile's place in level 0 and levels are `level_len` apart.
+/// `stack` points to the tile's place in level 0; levels are `level_len` apart.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn tile<V: Vector, W: Weights, const R: usize, const N: usize>(
-    x: *const f32,
-    w: *const u8,
-    offsets: &[usize; N],
-    ahead: Ahead,
+pub(crate) unsafe fn finish<V: Vector, const R: usize, const N: usize>(
+    mut acc: [[V; N]; R],
     at: LeafAt,
     stack: *mut f32,
     level_len: usize,
@@ -311,7 +278,6 @@ unsafe fn tile<V: Vector, W: Weights, const R: usize, const N: usize>(
 ) {
     // SAFETY: promised by the caller.
     unsafe {
-        let mut acc = leaf::<V, W, R, N>(x, w, offsets, ahead, at.k);
         let last = at.index + 1 == at.count;
         // Subtrees that wait on the stack before this leaf.
         let mut waiting = at.index.count_ones() as usize;
@@ -340,7 +306,7 @@ unsafe fn tile<V: Vector, W: Weights, const R: usize, const N: usize>(
             for v in 0..N {
                 acc[r][v].store(values.as_mut_ptr().add(v * V::LANES));
             }
-            sink.put(row + r, col, &mut values[..(N * V::LANES).min(n - col)]);
+            sink.put(row + r, col, &values[..(N * V::LANES).min(n - col)]);
         }
     }
 }
@@ -365,6 +331,7 @@ impl Kernel for Product<'_> {
             match self.w.dtype() {
                 DType::F32 => self.run_format::<V, F32>(),
                 DType::Bf16 => self.run_format::<V, Bf16>(),
+                other => unreachable!("{other} is stored in blocks: see blocked.rs"),
             }
         }
     }
@@ -432,10 +399,11 @@ impl Product<'_> {
         let items = self.tiles.len() * parts;
         for index in 0..count {
             let from = index * LEAF;
-            let at = LeafAt { index, count, k: LEAF.min(k - from) };
+            let len = LEAF.min(k - from);
+            let at = LeafAt { index, count };
             // SAFETY: LEAF is even, so a leaf starts at a whole pair; inside by the assertions.
             let w = unsafe { base.add(from / 2 * W::PAIR_BYTES) };
-            let leaf_end = w.wrapping_add(at.k / 2 * W::PAIR_BYTES);
+            let leaf_end = w.wrapping_add(len / 2 * W::PAIR_BYTES);
             for item in 0..items {
                 let (part, t) = (item / self.tiles.len(), item % self.tiles.len());
                 let col = col + part * strip;
@@ -459,9 +427,9 @@ impl Product<'_> {
                     macro_rules! sizes {
                         ($($size:literal)*) => {
                             match r {
-                                $($size => tile::<V, W, $size, N>(
-                                    x, w, &offsets, ahead, at, stack, level_len, &self.sink,
-                                    (row, col, n),
+                                $($size => finish(
+                                    leaf::<V, W, $size, N>(x, w, &offsets, ahead, len),
+                                    at, stack, level_len, &self.sink, (row, col, n),
                                 ),)*
                                 _ => unreachable!("tile of {r} rows and {N} vectors"),
                             }

@@ -1,8 +1,18 @@
 //! x86-64 registers: eight lanes of AVX2, sixteen of AVX-512.
 
+// Registers are arrays that are indexed alike; closures would be compiled without the instructions.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::*;
 
 use super::{Kernel, Vector};
+use crate::{blocks::BLOCK, matrix::PANEL};
+
+/// Bytes from one row of words of a block to the next.
+const WORDS: usize = PANEL * 4;
+
+/// Where −Σ q lies in a record of activations.
+const MINUS_SUM: usize = BLOCK + 4;
 
 /// Runs a kernel compiled for AVX2 and FMA.
 ///
@@ -20,6 +30,16 @@ pub(crate) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
 /// The machine has F, BW, VL and DQ.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
 pub(crate) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller promises the instructions.
+    unsafe { kernel.run::<F32x16>() }
+}
+
+/// Runs a kernel compiled for AVX-512 with VNNI.
+///
+/// # Safety
+/// The machine has F, BW, VL, DQ and VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+pub(crate) unsafe fn run_avx512_vnni<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller promises the instructions.
     unsafe { kernel.run::<F32x16>() }
 }
@@ -98,6 +118,88 @@ impl Vector for F32x8 {
             Self(_mm256_castsi256_ps(_mm256_and_si256(words, high)))
         }
     }
+
+    #[inline(always)]
+    unsafe fn dots_int8<const R: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: *const u8,
+    ) -> [[Self; N]; R] {
+        // SAFETY: see the impl; records and blocks are promised by the caller.
+        unsafe {
+            // |w| · (x with the sign of w): pairs are at most 2 · 128 · 127 and fit in 16 bits.
+            let (flip, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
+            let mut sums = [[_mm256_setzero_si256(); N]; R];
+            for g in 0..BLOCK / 4 {
+                let mut weights = [flip; N];
+                for v in 0..N {
+                    let w = _mm256_loadu_si256(w.add(g * WORDS + v * 32).cast());
+                    weights[v] = _mm256_xor_si256(w, flip);
+                }
+                for r in 0..R {
+                    let x = _mm256_set1_epi32(x[r].add(4 * g).cast::<i32>().read_unaligned());
+                    for v in 0..N {
+                        let x = _mm256_sign_epi8(x, weights[v]);
+                        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights[v]), x);
+                        let dots = _mm256_madd_epi16(pairs, ones);
+                        sums[r][v] = _mm256_add_epi32(sums[r][v], dots);
+                    }
+                }
+            }
+            let mut out = [[Self::zero(); N]; R];
+            for r in 0..R {
+                for v in 0..N {
+                    out[r][v] = Self(_mm256_cvtepi32_ps(sums[r][v]));
+                }
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dots_int4<const R: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: *const u8,
+    ) -> [[Self; N]; R] {
+        // SAFETY: see the impl; records and blocks are promised by the caller.
+        unsafe {
+            // A lane of 16 bits adds 16 products of at most 15 · 127, which fit.
+            let (low, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
+            let mut pairs = [[_mm256_setzero_si256(); N]; R];
+            for g in 0..BLOCK / 8 {
+                let mut both = [_mm256_setzero_si256(); N];
+                for v in 0..N {
+                    both[v] = _mm256_loadu_si256(w.add(g * WORDS + v * 32).cast());
+                }
+                for half in 0..2 {
+                    let mut weights = both;
+                    for v in 0..N {
+                        if half == 1 {
+                            weights[v] = _mm256_srli_epi16::<4>(both[v]);
+                        }
+                        weights[v] = _mm256_and_si256(weights[v], low);
+                    }
+                    for r in 0..R {
+                        let x = x[r].add(8 * g + 4 * half).cast::<i32>().read_unaligned();
+                        let x = _mm256_set1_epi32(x);
+                        for v in 0..N {
+                            let dots = _mm256_maddubs_epi16(weights[v], x);
+                            pairs[r][v] = _mm256_add_epi16(pairs[r][v], dots);
+                        }
+                    }
+                }
+            }
+            let mut out = [[Self::zero(); N]; R];
+            for r in 0..R {
+                let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 3;
+                let offset = _mm256_set1_epi32(offset);
+                for v in 0..N {
+                    let sum = _mm256_add_epi32(_mm256_madd_epi16(pairs[r][v], ones), offset);
+                    out[r][v] = Self(_mm256_cvtepi32_ps(sum));
+                }
+            }
+            out
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -172,6 +274,85 @@ impl Vector for F32x16 {
             let words = _mm512_loadu_si512(from.cast());
             let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
             Self(_mm512_castsi512_ps(_mm512_and_si512(words, high)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dots_int8<const R: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: *const u8,
+    ) -> [[Self; N]; R] {
+        // SAFETY: see the impl; records and blocks are promised by the caller.
+        unsafe {
+            let mut sums = [[_mm512_setzero_si512(); N]; R];
+            for r in 0..R {
+                let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 7;
+                sums[r] = [_mm512_set1_epi32(offset); N];
+            }
+            for g in 0..BLOCK / 4 {
+                let mut weights = [_mm512_setzero_si512(); N];
+                for v in 0..N {
+                    weights[v] = _mm512_loadu_si512(w.add(g * WORDS + v * 64).cast());
+                }
+                for r in 0..R {
+                    let x = _mm512_set1_epi32(x[r].add(4 * g).cast::<i32>().read_unaligned());
+                    for v in 0..N {
+                        sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], weights[v], x);
+                    }
+                }
+            }
+            let mut out = [[Self::zero(); N]; R];
+            for r in 0..R {
+                for v in 0..N {
+                    out[r][v] = Self(_mm512_cvtepi32_ps(sums[r][v]));
+                }
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dots_int4<const R: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: *const u8,
+    ) -> [[Self; N]; R] {
+        // SAFETY: see the impl; records and blocks are promised by the caller.
+        unsafe {
+            let low = _mm512_set1_epi8(15);
+            let mut sums = [[_mm512_setzero_si512(); N]; R];
+            for r in 0..R {
+                let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 3;
+                sums[r] = [_mm512_set1_epi32(offset); N];
+            }
+            for g in 0..BLOCK / 8 {
+                let mut both = [_mm512_setzero_si512(); N];
+                for v in 0..N {
+                    both[v] = _mm512_loadu_si512(w.add(g * WORDS + v * 64).cast());
+                }
+                for half in 0..2 {
+                    let mut weights = both;
+                    for v in 0..N {
+                        if half == 1 {
+                            weights[v] = _mm512_srli_epi16::<4>(both[v]);
+                        }
+                        weights[v] = _mm512_and_si512(weights[v], low);
+                    }
+                    for r in 0..R {
+                        let x = x[r].add(8 * g + 4 * half).cast::<i32>().read_unaligned();
+                        let x = _mm512_set1_epi32(x);
+                        for v in 0..N {
+                            sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], weights[v], x);
+                        }
+                    }
+                }
+            }
+            let mut out = [[Self::zero(); N]; R];
+            for r in 0..R {
+                for v in 0..N {
+                    out[r][v] = Self(_mm512_cvtepi32_ps(sums[r][v]));
+                }
+            }
+            out
         }
     }
 }

@@ -72,12 +72,21 @@ impl TensorSpec {
 
     /// Shape of the stored values: panels for a matrix.
     pub fn stored_dims(&self) -> Vec<usize> {
-        use lite_llm_kernels::matrix::PANEL;
+        use lite_llm_kernels::{
+            blocks::{BLOCK, INT4_BYTES, INT8_BYTES},
+            matrix::PANEL,
+        };
         match (self.shape, self.dtype) {
             (Shape::Vector { n }, _) => vec![n],
             (Shape::Matrix { n, k }, DType::F32) => vec![n.div_ceil(PANEL), k, PANEL],
             (Shape::Matrix { n, k }, DType::Bf16) => {
                 vec![n.div_ceil(PANEL), k.div_ceil(2), PANEL, 2]
+            }
+            (Shape::Matrix { n, k }, DType::Int8) => {
+                vec![n.div_ceil(PANEL), k.div_ceil(BLOCK), INT8_BYTES]
+            }
+            (Shape::Matrix { n, k }, DType::Int4) => {
+                vec![n.div_ceil(PANEL), k.div_ceil(BLOCK), INT4_BYTES]
             }
         }
     }

@@ -235,7 +235,7 @@ pub fn write_random_hf(
     write("config.json", &shape.config())?;
     write("tokenizer.json", &byte_tokenizer(shape.vocab))?;
 
-    let value_bytes = shape.dtype.bytes() as u64;
+    let value_bytes = value_bytes(shape.dtype);
     let mut files: Vec<Vec<Tensor>> = vec![vec![]];
     let (mut total, mut filled) = (0, 0);
     for tensor in shape.tensors() {
@@ -279,10 +279,11 @@ fn write_file(
     let mut header = Map::new();
     let mut at = 0;
     for tensor in tensors {
-        let end = at + tensor.values() * shape.dtype.bytes() as u64;
+        let end = at + tensor.values() * value_bytes(shape.dtype);
         let dtype = match shape.dtype {
             DType::F32 => "F32",
             DType::Bf16 => "BF16",
+            other => unreachable!("{other} is not written to Hugging Face folders"),
         };
         let entry = json!({ "dtype": dtype, "shape": tensor.shape, "data_offsets": [at, end] });
         header.insert(tensor.name.clone(), entry);
@@ -317,6 +318,7 @@ fn write_file(
                     }
                     bytemuck::cast_slice(&bf16s[..piece])
                 }
+                other => unreachable!("{other} is not written to Hugging Face folders"),
             };
             write(bytes)?;
             wrote(bytes.len() as u64);
@@ -324,6 +326,11 @@ fn write_file(
         }
     }
     Ok(())
+}
+
+/// Bytes of one value in a Hugging Face folder.
+fn value_bytes(dtype: DType) -> u64 {
+    dtype.bytes().expect("Hugging Face folders hold no blocks of ours") as u64
 }
 
 fn name_seed(name: &str) -> u64 {

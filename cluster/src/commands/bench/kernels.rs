@@ -157,7 +157,7 @@ fn compare_with_memory(cpu: &Cpu, runs: usize, report: &mut Report, step: &mut d
     let mut packed: Option<PackedMatrix> = None;
     for (dtype, rows) in few_rows.chain([(DType::F32, 1)]) {
         step(&format!("{rows} rows, {dtype}, 256 MiB"));
-        let (k, n) = (LARGE_K, LARGE_BYTES / LARGE_K / dtype.bytes());
+        let (k, n) = (LARGE_K, (LARGE_BYTES as f64 / LARGE_K as f64 / dtype.bits() * 8.0) as usize);
         let packed = match packed.take() {
             Some(ready) if ready.dtype() == dtype => packed.insert(ready),
             _ => packed.insert(PackedMatrix::pack(dtype, n, k, Source::F32(&values(n * k)))),
@@ -172,7 +172,7 @@ fn compare_with_memory(cpu: &Cpu, runs: usize, report: &mut Report, step: &mut d
             // Reading counts at its best within a run, so the product does, too.
             rate.push(packed.data().len() as f64 / 1e9 / seconds.percentile(0.0));
         }
-        let intensity = 2.0 * rows as f64 / dtype.bytes() as f64;
+        let intensity = 16.0 * rows as f64 / dtype.bits();
         report.streamed.push(Streamed { dtype, rows, rate, intensity, read });
     }
 }

@@ -1,0 +1,238 @@
+//! Integers in blocks that share a scale: weights in `int8` and `int4`, and the activations that
+//! meet them.
+//!
+//! **Weights.** 32 consecutive k of one output make a block: value = scale · q, exactly, with the
+//! scale in bf16 (so that no weight that bf16 can hold is out of range).
+//! - int8: q in −127..=127, scale = largest magnitude / 127, rounded up to bf16;
+//! - int4: q in −8..=7; of [`INT4_CANDIDATES`] scales on each side of zero, around largest / 8, the
+//!   one with the least squared error in units of the largest weight, the first among equals. The scale may be negative, so that the largest weight
+//!   can take −8 (as in llama.cpp's Q4_0).
+//!
+//! **A block of a panel**, as it lies in memory and on disk: first the scales of the panel's 32
+//! outputs as 16 words, output i in the low half of word i and output i + 16 in the high half;
+//! then words of one output each, 32 words side by side:
+//! - int8, 8 rows of words: byte j of row g is q + 128 of k = 4g + j. 1088 bytes in all;
+//! - int4, 4 rows of words: byte j of row g holds q + 8 of k = 8g + j in its low half and of
+//!   k = 8g + 4 + j in its high half. 576 bytes in all.
+//!
+//! K that is no multiple of 32 is filled with q = 0.
+//!
+//! **Activations.** A row `[k]` becomes one record of [`RECORD_WORDS`] words per block: 32 bytes q,
+//! the scale (f32), and −Σ q (i32, which takes the offset of the weights off a product).
+//! scale = largest / 127, q = x · (127 / largest) rounded to nearest, ties to even.
+//!
+//! **Both.** A block whose largest magnitude is below 2⁻¹⁰⁰ counts as zeros. A block that holds
+//! NaN or infinity gets the scale NaN, and so becomes whatever is computed from it.
+
+use crate::{
+    matrix::PANEL,
+    simd::{Simd, vectorised},
+};
+
+/// k's per block; fixed by the determinism contract.
+pub const BLOCK: usize = 32;
+
+/// Words of 4 bytes that the activations of one block take.
+pub const RECORD_WORDS: usize = BLOCK / 4 + 2;
+
+/// Scales that are tried for a block of int4.
+pub const INT4_CANDIDATES: usize = 17;
+
+/// Below this magnitude a block counts as zeros: 2⁻¹⁰⁰.
+const NOTHING: f32 = f32::from_bits(27 << 23);
+
+/// Bytes of the scales of a block of a panel.
+pub(crate) const SCALE_BYTES: usize = PANEL * 2;
+/// Bytes of a block of a panel in int8.
+pub const INT8_BYTES: usize = SCALE_BYTES + BLOCK * PANEL;
+/// Bytes of a block of a panel in int4.
+pub const INT4_BYTES: usize = SCALE_BYTES + BLOCK * PANEL / 2;
+
+/// Where the scale of a lane lies in a block of a panel, in units of bf16.
+fn scale_at(lane: usize) -> usize {
+    lane % 16 * 2 + lane / 16
+}
+
+/// A bf16 scale, widened.
+fn scale(block: &[u8], lane: usize) -> f32 {
+    let at = 2 * scale_at(lane);
+    f32::from_bits(u32::from(u16::from_le_bytes([block[at], block[at + 1]])) << 16)
+}
+
+/// Of the finite bf16 values that are at least `x`, the least; `x` is not negative.
+fn bf16_up(x: f32) -> f32 {
+    let bits = x.to_bits();
+    f32::from_bits(bits.wrapping_add(0xffff) & 0xffff_0000)
+}
+
+/// `x` in bf16, to nearest, ties to even; `x` is finite.
+fn bf16_nearest(x: f32) -> f32 {
+    half::bf16::from_f32(x).to_f32()
+}
+
+/// Whole number nearest to `x`, ties to even; |x| is below 2²².
+#[inline(always)]
+fn nearest(x: f32) -> i32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (x + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()).cast_signed()
+}
+
+vectorised! {
+    /// One block of int8: its scale and integers.
+    fn quantise_int8(x: &[f32; BLOCK]) -> (f32, [i8; BLOCK]) {
+        let largest = largest_magnitude(x);
+        if largest < NOTHING {
+            return (0.0, [0; BLOCK]);
+        }
+        if !largest.is_finite() {
+            return (f32::NAN, [0; BLOCK]);
+        }
+        let scale = bf16_up(largest / 127.0);
+        (scale, x.map(|v| nearest(v / scale).clamp(-127, 127) as i8))
+    }
+}
+
+vectorised! {
+    /// One block of int4: its scale and integers.
+    fn quantise_int4(x: &[f32; BLOCK]) -> (f32, [i8; BLOCK]) {
+        let largest = largest_magnitude(x);
+        if largest < NOTHING {
+            return (0.0, [0; BLOCK]);
+        }
+        if !largest.is_finite() {
+            return (f32::NAN, [0; BLOCK]);
+        }
+        let mut best = (f32::INFINITY, 0.0, [0; BLOCK]);
+        for i in 0..INT4_CANDIDATES {
+            // The largest weight becomes ±9 to ±6.6, cut off at -8 and 7.
+            let steps = 9.0 - 0.15 * i as f32;
+            for sign in [-1.0f32, 1.0] {
+                let scale = bf16_nearest(sign * largest / steps);
+                let inverse = 1.0 / scale;
+                let q = x.map(|v| nearest((v * inverse).clamp(-8.0, 7.0)));
+                let mut errors = [0.0f32; 8];
+                for (x, q) in x.chunks_exact(8).zip(q.chunks_exact(8)) {
+                    for lane in 0..8 {
+                        let off = (x[lane] * inverse - q[lane] as f32) * (1.0 / steps);
+                        errors[lane] += off * off;
+                    }
+                }
+                let error = errors.iter().sum::<f32>();
+                if error < best.0 {
+                    best = (error, scale, q);
+                }
+            }
+        }
+        (best.1, best.2.map(|q| q as i8))
+    }
+}
+
+/// As integers, NaN is above infinity and infinity above every number.
+#[inline(always)]
+fn largest_magnitude(x: &[f32; BLOCK]) -> f32 {
+    let mut largest = 0;
+    for v in x {
+        largest = largest.max(v.to_bits() & 0x7fff_ffff);
+    }
+    f32::from_bits(largest)
+}
+
+fn set_scale(block: &mut [u8], lane: usize, scale: f32) {
+    let at = 2 * scale_at(lane);
+    block[at..at + 2].copy_from_slice(&((scale.to_bits() >> 16) as u16).to_le_bytes());
+}
+
+/// Writes one block of one output in int8.
+pub(crate) fn pack_int8(x: &[f32; BLOCK], lane: usize, block: &mut [u8]) {
+    let (scale, q) = quantise_int8(Simd::best(), x);
+    set_scale(block, lane, scale);
+    for (k, q) in q.into_iter().enumerate() {
+        block[SCALE_BYTES + (k / 4 * PANEL + lane) * 4 + k % 4] = (q as u8) ^ 0x80;
+    }
+}
+
+/// Writes one block of one output in int4.
+pub(crate) fn pack_int4(x: &[f32; BLOCK], lane: usize, block: &mut [u8]) {
+    let (scale, q) = quantise_int4(Simd::best(), x);
+    set_scale(block, lane, scale);
+    for (k, q) in q.into_iter().enumerate() {
+        let at = SCALE_BYTES + (k / 8 * PANEL + lane) * 4 + k % 4;
+        let nibble = (q + 8) as u8;
+        // The low half comes first and overwrites what was there.
+        block[at] = if k % 8 < 4 { nibble } else { block[at] | nibble << 4 };
+    }
+}
+
+/// The weight of k within a block of int8.
+pub(crate) fn get_int8(block: &[u8], lane: usize, k: usize) -> f32 {
+    let q = (block[SCALE_BYTES + (k / 4 * PANEL + lane) * 4 + k % 4] ^ 0x80).cast_signed();
+    scale(block, lane) * f32::from(q)
+}
+
+/// The weight of k within a block of int4.
+pub(crate) fn get_int4(block: &[u8], lane: usize, k: usize) -> f32 {
+    let byte = block[SCALE_BYTES + (k / 8 * PANEL + lane) * 4 + k % 4];
+    let nibble = if k % 8 < 4 { byte & 15 } else { byte >> 4 };
+    scale(block, lane) * (f32::from(nibble) - 8.0)
+}
+
+/// Words that the records of a row of k values take.
+pub fn record_words(k: usize) -> usize {
+    k.div_ceil(BLOCK) * RECORD_WORDS
+}
+
+vectorised! {
+    /// Turns a row `[k]` into records; `out` is of [`record_words`] words, of which only the bits
+    /// matter.
+    pub fn quantise_row(x: &[f32], out: &mut [f32]) {
+        assert_eq!(out.len(), record_words(x.len()), "one record per block");
+        let mut blocks = x.chunks_exact(BLOCK);
+        let mut records = out.chunks_exact_mut(RECORD_WORDS);
+        for (block, record) in (&mut blocks).zip(&mut records) {
+            quantise_block(block.try_into().expect("a whole block"), record);
+        }
+        if let Some(record) = records.next() {
+            let mut block = [0.0; BLOCK];
+            block[..blocks.remainder().len()].copy_from_slice(blocks.remainder());
+            quantise_block(&block, record);
+        }
+    }
+}
+
+#[inline(always)]
+fn quantise_block(x: &[f32; BLOCK], record: &mut [f32]) {
+    let largest = largest_magnitude(x);
+    let (scale, inverse) = if largest < NOTHING {
+        (0.0, 0.0)
+    } else if largest.is_finite() {
+        (largest / 127.0, 127.0 / largest)
+    } else {
+        record.fill(0.0);
+        record[BLOCK / 4] = f32::NAN;
+        return;
+    };
+    let mut q = [0i8; BLOCK];
+    let mut sum = 0;
+    for (q, v) in q.iter_mut().zip(x) {
+        let whole = nearest(v * inverse);
+        sum += whole;
+        *q = whole as i8;
+    }
+    for (word, q) in record.iter_mut().zip(q.chunks_exact(4)) {
+        let bytes = [q[0] as u8, q[1] as u8, q[2] as u8, q[3] as u8];
+        *word = f32::from_bits(u32::from_le_bytes(bytes));
+    }
+    record[BLOCK / 4] = scale;
+    record[BLOCK / 4 + 1] = f32::from_bits((-sum).cast_unsigned());
+}
+
+/// The values that a row's records stand for: scale · q.
+pub fn dequantise_row(records: &[f32], out: &mut [f32]) {
+    assert_eq!(records.len(), record_words(out.len()), "one record per block");
+    for (out, record) in out.chunks_mut(BLOCK).zip(records.chunks_exact(RECORD_WORDS)) {
+        for (k, out) in out.iter_mut().enumerate() {
+            let q = record[k / 4].to_bits().to_le_bytes()[k % 4].cast_signed();
+            *out = record[BLOCK / 4] * f32::from(q);
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Products with weights in blocks of integers: rule 2 of the determinism contract.
+//!
+//! Rule 2: the integers of a block are multiplied and added exactly; a block's result is
+//! `f32(Σ q·q) · (scale of the weights · scale of the activations)`, and block results are added
+//! by rule 1, that is: inside a leaf of 256 k one accumulator per output starts at +0.0 and takes
+//! them in order by fused multiply-add; leaves meet in the tree of `tile.rs`.
+//!
+//! A tile is R rows × N vectors of outputs. Rows are records (see [`crate::blocks`]), each where
+//! it lies: nothing is interleaved, so a row that several networks read is quantised once.
+
+// Registers are arrays that are indexed alike; iterators would hide which lane meets which.
+#![allow(clippy::needless_range_loop)]
+
+use std::ops::Range;
+
+use crate::{
+    blocks::{BLOCK, INT4_BYTES, INT8_BYTES, RECORD_WORDS, SCALE_BYTES},
+    dtype::DType,
+    matrix::{PANEL, PackedMatrix},
+    ops::tile::{LEAF, LeafAt, Sink, finish, levels},
+    rows::Tiling,
+    simd::{Kernel, Vector},
+};
+
+/// Blocks per leaf.
+const LEAF_BLOCKS: usize = LEAF / BLOCK;
+const RECORD_BYTES: usize = RECORD_WORDS * 4;
+
+/// Quantised rows, wherever they lie.
+#[derive(Clone, Copy)]
+pub(crate) struct Records<'a> {
+    /// Records of all rows.
+    pub(crate) words: &'a [f32],
+    /// The word at which each row's records begin; one row after the other where there is no list.
+    pub(crate) starts: Option<&'a [usize]>,
+    /// Words per row: [`crate::blocks::record_words`].
+    pub(crate) row_words: usize,
+}
+
+impl Records<'_> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> *const u8 {
+        let start = self.starts.map_or(row * self.row_words, |starts| starts[row]);
+        self.words[start..][..self.row_words].as_ptr().cast()
+    }
+}
+
+/// Some tiles of rows times some panels of a matrix.
+pub(crate) struct BlockedProduct<'a> {
+    pub(crate) x: Records<'a>,
+    pub(crate) tiling: Tiling,
+    pub(crate) tiles: Range<usize>,
+    pub(crate) w: &'a PackedMatrix,
+    pub(crate) panels: Range<usize>,
+    /// Of at least [`super::tile::stack_len`] values.
+    pub(crate) stack: &'a mut [f32],
+    pub(crate) sink: Sink<'a>,
+}
+
+/// A format of blocks.
+trait Format {
+    /// Bytes of a block of a panel.
+    const BYTES: usize;
+
+    /// # Safety
+    /// As [`Vector::dots_int8`].
+    unsafe fn dots<V: Vector, const R: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: *const u8,
+    ) -> [[V; N]; R];
+}
+
+struct Int8;
+struct Int4;
+
+impl Format for Int8 {
+    const BYTES: usize = INT8_BYTES;
+
+    #[inline(always)]
+    unsafe fn dots<V: Vector, const R: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: *const u8,
+    ) -> [[V; N]; R] {
+        // SAFETY: promised by the caller.
+        unsafe { V::dots_int8::<R, N>(x, w) }
+    }
+}
+
+impl Format for Int4 {
+    const BYTES: usize = INT4_BYTES;
+
+    #[inline(always)]
+    unsafe fn dots<V: Vector, const R: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: *const u8,
+    ) -> [[V; N]; R] {
+        // SAFETY: promised by the caller.
+        unsafe { V::dots_int4::<R, N>(x, w) }
+    }
+}
+
+/// The sums of one leaf of `blocks` blocks, for outputs `lane..lane + N * LANES` of the panel.
+///
+/// # Safety
+/// `x` are the leaf's first records and `w` its first block; all are readable.
+#[inline(always)]
+unsafe fn leaf<V: Vector, F: Format, const R: usize, const N: usize>(
+    mut x: [*const u8; R],
+    mut w: *const u8,
+    lane: usize,
+    mut ahead: Ahead,
+    blocks: usize,
+) -> [[V; N]; R] {
+    // SAFETY: promised by the caller; pointers move inside the leaf.
+    unsafe {
+        let mut acc = [[V::zero(); N]; R];
+        for _ in 0..blocks {
+            ahead.block::<V, F>();
+            let dots = F::dots::<V, R, N>(&x, w.add(SCALE_BYTES + lane * 4));
+            let mut scales = [V::zero(); N];
+            for v in 0..N {
+                let lane = lane + v * V::LANES;
+                let words = w.cast::<u32>().add(lane % 16);
+                scales[v] =
+                    if lane < 16 { V::load_bf16_low(words) } else { V::load_bf16_high(words) };
+            }
+            for r in 0..R {
+                let scale = V::splat(x[r].add(BLOCK).cast::<f32>().read_unaligned());
+                for v in 0..N {
+                    acc[r][v] = acc[r][v].fma(dots[r][v], scales[v].mul(scale));
+                }
+                x[r] = x[r].add(RECORD_BYTES);
+            }
+            w = w.add(F::BYTES);
+        }
+        acc
+    }
+}
+
+/// Asks, block by block, for an item's share of the leaf after this one.
+#[derive(Clone, Copy)]
+struct Ahead {
+    at: *const u8,
+    /// Cache lines per block.
+    lines: usize,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn share<F: Format>(leaf_end: *const u8, item: usize, items: usize) -> Self {
+        let lines = F::BYTES / 64;
+        let each = lines.div_ceil(items);
+        let from = (item * each).min(lines);
+        Self { at: leaf_end.wrapping_add(from * 64), lines: each.min(lines - from) }
+    }
+
+    #[inline(always)]
+    unsafe fn block<V: Vector, F: Format>(&mut self) {
+        for line in 0..self.lines {
+            // SAFETY: a prefetch never faults.
+            unsafe { V::prefetch(self.at.wrapping_add(line * 64)) };
+        }
+        self.at = self.at.wrapping_add(F::BYTES);
+    }
+}
+
+impl Kernel for BlockedProduct<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            match self.w.dtype() {
+                DType::Int8 => self.run_format::<V, Int8>(),
+                DType::Int4 => self.run_format::<V, Int4>(),
+                other => unreachable!("{other} is not stored in blocks"),
+            }
+        }
+    }
+}
+
+impl BlockedProduct<'_> {
+    /// Panel by panel; each leaf is done for all tiles and all strips of two vectors while it is
+    /// near.
+    #[inline(always)]
+    unsafe fn run_format<V: Vector, F: Format>(self) {
+        let Self { x, tiling, tiles, w, panels, stack, sink } = self;
+        let (n, blocks) = (w.n(), w.k().div_ceil(BLOCK));
+        let first = tiling.first(tiles.start);
+        let rows = tiling.first(tiles.end) - first;
+        let strip = 2 * V::LANES;
+        let strips = PANEL / strip;
+        let level_len = rows * PANEL;
+        assert!(levels(w.k()) * level_len <= stack.len(), "the stack holds every level");
+        assert!(x.row_words == blocks * RECORD_WORDS, "records are of k values");
+        let panels = panels.start..panels.end.min(n.div_ceil(PANEL));
+        assert!(panels.end * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
+        let stack = stack.as_mut_ptr();
+        let count = blocks.div_ceil(LEAF_BLOCKS).max(1);
+        let items = tiles.len() * strips;
+        for panel in panels {
+            let base = w.data().as_ptr().wrapping_add(panel * blocks * F::BYTES);
+            for index in 0..count {
+                let from = index * LEAF_BLOCKS;
+                let len = LEAF_BLOCKS.min(blocks - from);
+                let at = LeafAt { index, count };
+                let w = base.wrapping_add(from * F::BYTES);
+                let leaf_end = w.wrapping_add(len * F::BYTES);
+                for item in 0..items {
+                    let (part, t) = (item / tiles.len(), item % tiles.len());
+                    let col = panel * PANEL + part * strip;
+                    if col >= n {
+                        break;
+                    }
+                    let row = tiling.first(tiles.start + t);
+                    let r = tiling.first(tiles.start + t + 1) - row;
+                    let ahead = Ahead::share::<F>(leaf_end, item, items);
+                    macro_rules! sizes {
+                        ($($size:literal)*) => {
+                            match r {
+                                $($size => {
+                                    let mut at_row = [std::ptr::null(); $size];
+                                    for i in 0..$size {
+                                        at_row[i] = x.row(row + i).wrapping_add(from * RECORD_BYTES);
+                                    }
+                                    // SAFETY: rows, panels and the stack hold the tile by the
+                                    // assertions above.
+                                    unsafe {
+                                        let acc = leaf::<V, F, $size, 2>(
+                                            at_row, w, part * strip, ahead, len,
+                                        );
+                                        let stack =
+                                            stack.add(((row - first) + part * rows) * strip);
+                                        finish(acc, at, stack, level_len, &sink, (row, col, n));
+                                    }
+                                })*
+                                _ => unreachable!("tile of {r} rows"),
+                            }
+                        };
+                    }
+                    match V::LANES {
+                        16 => sizes!(1 2 3 4 5 6),
+                        _ => sizes!(1 2 3),
+                    }
+                }
+            }
+        }
+    }
+}
