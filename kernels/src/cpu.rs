@@ -7,7 +7,7 @@ use std::borrow::Cow;
 pub use crate::ops::arena::KvArena;
 use crate::{
     buffer::AlignedBytes,
-    device::{Device, DeviceError, Swiglu, SwigluGroup},
+    device::{Device, DeviceError, Projection, Swiglu, SwigluGroup},
     kv::{KvShape, KvSlot, Query},
     matrix::PackedMatrix,
     ops::{attention, elementwise, embed, matmul, norm, rope, swiglu},
@@ -182,6 +182,20 @@ impl Device for Cpu {
         out: &mut Tensor,
     ) -> Result<(), DeviceError> {
         matmul::matmul(self, x.as_rows(), w, bias.map(Vec::as_slice), out.as_mut_slice());
+        Ok(())
+    }
+
+    fn project(
+        &self,
+        x: &Tensor,
+        projections: [Projection<'_, Self>; 3],
+    ) -> Result<(), DeviceError> {
+        let mut linears = projections.map(|p| matmul::Linear {
+            weight: p.weight,
+            bias: p.bias.map(Vec::as_slice),
+            out: p.out.as_mut_slice(),
+        });
+        matmul::matmul_many(self, x.as_rows(), &mut linears);
         Ok(())
     }
 

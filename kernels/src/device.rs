@@ -59,6 +59,16 @@ pub struct SwigluGroup<'a, M> {
     pub outputs: Vec<&'a mut [f32]>,
 }
 
+/// One linear map of [`Device::project`].
+pub struct Projection<'a, D: Device + ?Sized> {
+    /// `[n, k]`.
+    pub weight: &'a D::Matrix,
+    /// `[n]`.
+    pub bias: Option<&'a D::Vector>,
+    /// `[rows, n]`.
+    pub out: &'a mut D::Tensor,
+}
+
 /// What a forward pass asks of the machine that computes it.
 ///
 /// Outputs are given in their right shape; a caller that passes a wrong one has a defect, and that
@@ -120,6 +130,13 @@ pub trait Device: Send + Sync + 'static {
         w: &Self::Matrix,
         bias: Option<&Self::Vector>,
         out: &mut Self::Tensor,
+    ) -> Result<(), DeviceError>;
+    /// [`Device::matmul`] of the same rows with several weights of one kind of format (blocks of
+    /// integers, or not), as one piece of work.
+    fn project(
+        &self,
+        x: &Self::Tensor,
+        projections: [Projection<'_, Self>; 3],
     ) -> Result<(), DeviceError>;
     /// Limits every element to `[-limit, limit]`.
     fn clamp(&self, x: &mut Self::Tensor, limit: f32) -> Result<(), DeviceError>;

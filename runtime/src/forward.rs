@@ -16,7 +16,7 @@
 use std::{borrow::Cow, sync::Arc};
 
 use lite_llm_kernels::{
-    device::{Device, DeviceError},
+    device::{Device, DeviceError, Projection},
     kv::{KvSlot, PAGE_TOKENS, Query},
 };
 
@@ -253,9 +253,13 @@ impl<D: Device> ForwardPass<D> {
         let attention = &config.attention;
         let t = &mut self.tensors;
         device.rms_norm(&t.x, &layer.attention_norm, config.norm_eps, &mut t.normed)?;
-        for (linear, out) in [(&layer.q, &mut t.q), (&layer.k, &mut t.k), (&layer.v, &mut t.v)] {
-            device.matmul(&t.normed, &linear.weight, linear.bias.as_ref(), out)?;
-        }
+        let linears = [(&layer.q, &mut t.q), (&layer.k, &mut t.k), (&layer.v, &mut t.v)];
+        let projections = linears.map(|(linear, out)| Projection {
+            weight: &linear.weight,
+            bias: linear.bias.as_ref(),
+            out,
+        });
+        device.project(&t.normed, projections)?;
         for (norm, x) in [(&layer.q_norm, &mut t.q), (&layer.k_norm, &mut t.k)] {
             if let Some(norm) = norm {
                 device.rms_norm_in_place(x, norm, config.norm_eps)?;

@@ -52,8 +52,9 @@ pub(crate) struct BlockedProduct<'a> {
     pub(crate) tiles: Range<usize>,
     pub(crate) w: &'a PackedMatrix,
     pub(crate) panels: Range<usize>,
-    /// Of at least [`super::tile::stack_len`] values.
-    pub(crate) stack: &'a mut [f32],
+    /// [`super::tile::stack_len`] values.
+    pub(crate) stack: *mut f32,
+    pub(crate) stack_len: usize,
     pub(crate) sink: Sink<'a>,
 }
 
@@ -99,39 +100,45 @@ impl Format for Int4 {
     }
 }
 
-/// The sums of one leaf of `blocks` blocks, for outputs `lane..lane + N * LANES` of the panel.
+/// The sums of one leaf of `blocks` blocks, for outputs `lane..lane + 2 * LANES` of each of P
+/// panels. Several panels are read side by side because memory answers several streams faster
+/// than one.
 ///
 /// # Safety
-/// `x` are the leaf's first records and `w` its first block; all are readable.
+/// `x` are the leaf's first records and `w` the panels' first blocks; all are readable.
 #[inline(always)]
-unsafe fn leaf<V: Vector, F: Format, const R: usize, const N: usize>(
+unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize>(
     mut x: [*const u8; R],
-    mut w: *const u8,
+    mut w: [*const u8; P],
     lane: usize,
     mut ahead: Ahead,
     blocks: usize,
-) -> [[V; N]; R] {
+) -> [[[V; 2]; R]; P] {
     // SAFETY: promised by the caller; pointers move inside the leaf.
     unsafe {
-        let mut acc = [[V::zero(); N]; R];
+        let mut acc = [[[V::zero(); 2]; R]; P];
         for _ in 0..blocks {
             ahead.block::<V, F>();
-            let dots = F::dots::<V, R, N>(&x, w.add(SCALE_BYTES + lane * 4));
-            let mut scales = [V::zero(); N];
-            for v in 0..N {
-                let lane = lane + v * V::LANES;
-                let words = w.cast::<u32>().add(lane % 16);
-                scales[v] =
-                    if lane < 16 { V::load_bf16_low(words) } else { V::load_bf16_high(words) };
+            for p in 0..P {
+                let dots = F::dots::<V, R, 2>(&x, w[p].add(SCALE_BYTES + lane * 4));
+                let mut scales = [V::zero(); 2];
+                for v in 0..2 {
+                    let lane = lane + v * V::LANES;
+                    let words = w[p].cast::<u32>().add(lane % 16);
+                    scales[v] =
+                        if lane < 16 { V::load_bf16_low(words) } else { V::load_bf16_high(words) };
+                }
+                for r in 0..R {
+                    let scale = V::splat(x[r].add(BLOCK).cast::<f32>().read_unaligned());
+                    for v in 0..2 {
+                        acc[p][r][v] = acc[p][r][v].fma(dots[r][v], scales[v].mul(scale));
+                    }
+                }
+                w[p] = w[p].add(F::BYTES);
             }
             for r in 0..R {
-                let scale = V::splat(x[r].add(BLOCK).cast::<f32>().read_unaligned());
-                for v in 0..N {
-                    acc[r][v] = acc[r][v].fma(dots[r][v], scales[v].mul(scale));
-                }
                 x[r] = x[r].add(RECORD_BYTES);
             }
-            w = w.add(F::BYTES);
         }
         acc
     }
@@ -181,68 +188,102 @@ impl Kernel for BlockedProduct<'_> {
 }
 
 impl BlockedProduct<'_> {
-    /// Panel by panel; each leaf is done for all tiles and all strips of two vectors while it is
-    /// near.
     #[inline(always)]
     unsafe fn run_format<V: Vector, F: Format>(self) {
-        let Self { x, tiling, tiles, w, panels, stack, sink } = self;
+        let n = self.w.n();
+        let rows = self.tiling.first(self.tiles.end) - self.tiling.first(self.tiles.start);
+        let end = self.panels.end.min(n.div_ceil(PANEL));
+        let mut panel = self.panels.start;
+        while panel < end {
+            // Panels side by side only where registers and a single tile of rows allow it.
+            let together = match (self.tiles.len(), rows) {
+                (1, 1..=2) if end - panel >= 4 => 4,
+                (1, 1..=3) if end - panel >= 2 => 2,
+                _ => 1,
+            };
+            // SAFETY: promised by the caller.
+            unsafe {
+                match together {
+                    4 => self.run_panels::<V, F, 4>(panel),
+                    2 => self.run_panels::<V, F, 2>(panel),
+                    _ => self.run_panels::<V, F, 1>(panel),
+                }
+            }
+            panel += together;
+        }
+    }
+
+    /// P panels from one on; each leaf is done for all tiles and all strips of two vectors while
+    /// it is near.
+    #[inline(always)]
+    unsafe fn run_panels<V: Vector, F: Format, const P: usize>(&self, panel: usize) {
+        let Self { x, tiling, ref tiles, w, ref sink, .. } = *self;
         let (n, blocks) = (w.n(), w.k().div_ceil(BLOCK));
         let first = tiling.first(tiles.start);
         let rows = tiling.first(tiles.end) - first;
         let strip = 2 * V::LANES;
         let strips = PANEL / strip;
-        let level_len = rows * PANEL;
-        assert!(levels(w.k()) * level_len <= stack.len(), "the stack holds every level");
+        let level_len = P * rows * PANEL;
+        assert!(levels(w.k()) * level_len <= self.stack_len, "the stack holds every level");
         assert!(x.row_words == blocks * RECORD_WORDS, "records are of k values");
-        let panels = panels.start..panels.end.min(n.div_ceil(PANEL));
-        assert!(panels.end * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
-        let stack = stack.as_mut_ptr();
+        assert!((panel + P) * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
         let count = blocks.div_ceil(LEAF_BLOCKS).max(1);
         let items = tiles.len() * strips;
-        for panel in panels {
-            let base = w.data().as_ptr().wrapping_add(panel * blocks * F::BYTES);
-            for index in 0..count {
-                let from = index * LEAF_BLOCKS;
-                let len = LEAF_BLOCKS.min(blocks - from);
-                let at = LeafAt { index, count };
-                let w = base.wrapping_add(from * F::BYTES);
-                let leaf_end = w.wrapping_add(len * F::BYTES);
-                for item in 0..items {
-                    let (part, t) = (item / tiles.len(), item % tiles.len());
-                    let col = panel * PANEL + part * strip;
-                    if col >= n {
-                        break;
-                    }
-                    let row = tiling.first(tiles.start + t);
-                    let r = tiling.first(tiles.start + t + 1) - row;
-                    let ahead = Ahead::share::<F>(leaf_end, item, items);
-                    macro_rules! sizes {
-                        ($($size:literal)*) => {
-                            match r {
-                                $($size => {
-                                    let mut at_row = [std::ptr::null(); $size];
-                                    for i in 0..$size {
-                                        at_row[i] = x.row(row + i).wrapping_add(from * RECORD_BYTES);
+        let mut base = [std::ptr::null(); P];
+        for p in 0..P {
+            base[p] = w.data().as_ptr().wrapping_add((panel + p) * blocks * F::BYTES);
+        }
+        for index in 0..count {
+            let from = index * LEAF_BLOCKS;
+            let len = LEAF_BLOCKS.min(blocks - from);
+            let at = LeafAt { index, count };
+            let mut w = base;
+            for p in 0..P {
+                w[p] = base[p].wrapping_add(from * F::BYTES);
+            }
+            for item in 0..items {
+                let (part, t) = (item / tiles.len(), item % tiles.len());
+                let col = panel * PANEL + part * strip;
+                let row = tiling.first(tiles.start + t);
+                let r = tiling.first(tiles.start + t + 1) - row;
+                let ahead = if P == 1 {
+                    Ahead::share::<F>(w[0].wrapping_add(len * F::BYTES), item, items)
+                } else {
+                    // The hardware follows several streams by itself.
+                    Ahead { at: w[0], lines: 0 }
+                };
+                macro_rules! sizes {
+                    ($($size:literal)*) => {
+                        match r {
+                            $($size => {
+                                let mut at_row = [std::ptr::null(); $size];
+                                for i in 0..$size {
+                                    at_row[i] = x.row(row + i).wrapping_add(from * RECORD_BYTES);
+                                }
+                                // SAFETY: rows, panels and the stack hold the tile by the
+                                // assertions above.
+                                unsafe {
+                                    let acc =
+                                        leaf::<V, F, $size, P>(at_row, w, part * strip, ahead, len);
+                                    for p in 0..P {
+                                        let col = col + p * PANEL;
+                                        let place = p * rows * PANEL
+                                            + ((row - first) + part * rows) * strip;
+                                        if col < n {
+                                            let stack = self.stack.add(place);
+                                            finish(acc[p], at, stack, level_len, sink, (row, col, n));
+                                        }
                                     }
-                                    // SAFETY: rows, panels and the stack hold the tile by the
-                                    // assertions above.
-                                    unsafe {
-                                        let acc = leaf::<V, F, $size, 2>(
-                                            at_row, w, part * strip, ahead, len,
-                                        );
-                                        let stack =
-                                            stack.add(((row - first) + part * rows) * strip);
-                                        finish(acc, at, stack, level_len, &sink, (row, col, n));
-                                    }
-                                })*
-                                _ => unreachable!("tile of {r} rows"),
-                            }
-                        };
-                    }
-                    match V::LANES {
-                        16 => sizes!(1 2 3 4 5 6),
-                        _ => sizes!(1 2 3),
-                    }
+                                }
+                            })*
+                            _ => unreachable!("tile of {r} rows"),
+                        }
+                    };
+                }
+                match (V::LANES, P) {
+                    (_, 4) => sizes!(1 2),
+                    (8, 1) | (4, 1) | (_, 2) => sizes!(1 2 3),
+                    _ => sizes!(1 2 3 4 5 6),
                 }
             }
         }

@@ -172,7 +172,17 @@ pub(crate) fn product(
     match x {
         Input::Tiles(x) => cpu.simd().run(Product { x, tiles, w, panels, stack, sink }),
         Input::Records(x) => {
-            cpu.simd().run_blocks(BlockedProduct { x, tiling, tiles, w, panels, stack, sink });
+            let (stack, stack_len) = (stack.as_mut_ptr(), stack.len());
+            cpu.simd().run_blocks(BlockedProduct {
+                x,
+                tiling,
+                tiles,
+                w,
+                panels,
+                stack,
+                stack_len,
+                sink,
+            });
         }
     }
 }

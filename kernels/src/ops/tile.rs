@@ -89,7 +89,7 @@ pub(crate) struct Product<'a> {
 
 /// Values of stack that `rows` rows and inputs of `k` values need.
 pub(crate) fn stack_len(rows: usize, k: usize) -> usize {
-    levels(k) * rows * if rows < 4 { STRIP_MAX } else { PANEL }
+    levels(k) * rows * if rows < 7 { STRIP_MAX } else { PANEL }
 }
 
 /// Subtrees that wait at the same time, at most.
