@@ -139,11 +139,12 @@ pub struct RunArgs {
 /// `import`.
 #[derive(Debug, Args)]
 pub struct ImportArgs {
-    /// Folder with config.json, safetensors and tokenizer.json.
+    /// Hugging Face folder (config.json, safetensors, tokenizer.json), or a checkpoint to convert.
+    #[arg(value_name = "SOURCE")]
     pub hf_dir: PathBuf,
     /// Folder to write: new or empty.
     pub out_dir: PathBuf,
-    /// Weight format: f32 or bf16 [default: the folder's own].
+    /// Weight format: f32, bf16, int8 or int4 [default: the folder's own].
     #[arg(long)]
     pub dtype: Option<lite_llm_kernels::dtype::DType>,
     /// Cut the experts into tiers, for experiments: NAME:GROUPSxEXPERTS,… in order.

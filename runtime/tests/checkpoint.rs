@@ -5,21 +5,29 @@ mod hf;
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
+use lite_llm_kernels::{cpu::Cpu, dtype::DType};
 use lite_llm_runtime::{
+    backbone::Backbone,
     checkpoint::{Checkpoint, CheckpointError, index::Hash, inspect::inspect, verify::verify},
     expert::ExpertKey,
     import::{
         ImportOptions, import,
         random::{RandomClass, RandomShape, write_random_hf},
     },
+    store::DramStore,
 };
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 
 /// A small checkpoint with two tiers, one of two groups, and a chat template.
 fn checkpoint() -> (TempDir, PathBuf) {
+    checkpoint_in(DType::F32)
+}
+
+fn checkpoint_in(dtype: DType) -> (TempDir, PathBuf) {
     let dir = tempdir().unwrap();
     let (source, out) = (dir.path().join("hf"), dir.path().join("ckpt"));
     write_random_hf(&source, &RandomShape::tiny(RandomClass::Qwen2Moe), &mut |_, _| {}).unwrap();
@@ -27,6 +35,7 @@ fn checkpoint() -> (TempDir, PathBuf) {
     let options = ImportOptions {
         tiers: Some("tier_1b:2x2,tier_10b:1x4".parse().unwrap()),
         routes: Some("2x1x1".parse().unwrap()),
+        dtype: Some(dtype),
         ..hf::options(&source, &out)
     };
     import(&options, &mut |_, _, _| {}).unwrap();
@@ -121,10 +130,16 @@ fn a_whole_checkpoint_verifies_and_summarises() {
 #[test]
 fn every_flipped_byte_is_noticed_and_its_file_named() {
     let (_dir, out) = checkpoint();
-    assert_eq!(complaints(&out), [""; 0]);
-    for path in files(&out) {
+    flip_bytes(&out);
+    let (_dir, out) = checkpoint_in(DType::Int8);
+    flip_bytes(&out);
+}
+
+fn flip_bytes(out: &Path) {
+    assert_eq!(complaints(out), [""; 0]);
+    for path in files(out) {
         let whole = fs::read(&path).unwrap();
-        let name = path.strip_prefix(&out).unwrap().to_str().unwrap();
+        let name = path.strip_prefix(out).unwrap().to_str().unwrap();
         // Every file at many places; the bit changes with the place.
         let small = whole.len() < 3000;
         let places = (0..whole.len()).step_by(if small { 7 } else { 797 });
@@ -132,26 +147,43 @@ fn every_flipped_byte_is_noticed_and_its_file_named() {
             let mut flipped = whole.clone();
             flipped[at] ^= 1 << (at % 8);
             fs::write(&path, &flipped).unwrap();
-            let complaints = complaints(&out);
+            let complaints = complaints(out);
             assert_eq!(complaints.len(), 1, "{name} byte {at}: {complaints:?}");
             assert!(complaints[0].contains(name), "{name} byte {at}: {complaints:?}");
         }
         fs::write(&path, &whole).unwrap();
     }
-    assert_eq!(complaints(&out), [""; 0]);
+    assert_eq!(complaints(out), [""; 0]);
 }
 
 #[test]
 fn damaged_weights_are_never_handed_out() {
-    let (_dir, out) = checkpoint();
-    for path in files(&out).into_iter().filter(|p| p.extension().unwrap() == "safetensors") {
+    for dtype in [DType::F32, DType::Int8, DType::Int4] {
+        let (_dir, out) = checkpoint_in(dtype);
+        damage_weights(&out);
+    }
+}
+
+fn damage_weights(out: &Path) {
+    for path in files(out).into_iter().filter(|p| p.extension().unwrap() == "safetensors") {
         let whole = fs::read(&path).unwrap();
         for at in (0..whole.len()).step_by(1999).chain([whole.len() - 1]) {
             let mut flipped = whole.clone();
             flipped[at] ^= 0x10;
             fs::write(&path, &flipped).unwrap();
-            let error = load_all(&Checkpoint::open(&out).unwrap()).unwrap_err();
+            let opened = Checkpoint::open(out).unwrap();
+            let error = load_all(&opened).unwrap_err();
             assert!(matches!(error, CheckpointError::Damaged { .. }), "{error}");
+            // As a server loads it: several threads over all that it needs.
+            let store = DramStore::new(u64::MAX);
+            let device = Arc::new(Cpu::best(2));
+            let backbone = Backbone::load(&opened, device, |_, _| {}).map(drop);
+            let refused = [store.load_all(&opened).err().map(|error| error.to_string())]
+                .into_iter()
+                .chain([backbone.err().map(|error| error.to_string())]);
+            let refused: Vec<String> = refused.flatten().collect();
+            let name = path.strip_prefix(out).unwrap().to_str().unwrap();
+            assert!(!refused.is_empty() && refused.iter().all(|e| e.contains(name)), "{refused:?}");
         }
         fs::write(&path, &whole).unwrap();
     }
@@ -248,8 +280,14 @@ fn questions_about_parts_that_do_not_exist_are_answered_with_errors() {
 /// Other programs read the shards, and data lies where O_DIRECT and vector loads want it.
 #[test]
 fn shards_are_aligned_safetensors() {
-    let (_dir, out) = checkpoint();
-    for path in files(&out).into_iter().filter(|p| p.extension().unwrap() == "safetensors") {
+    for dtype in DType::ALL {
+        let (_dir, out) = checkpoint_in(dtype);
+        check_alignment(&out);
+    }
+}
+
+fn check_alignment(out: &Path) {
+    for path in files(out).into_iter().filter(|p| p.extension().unwrap() == "safetensors") {
         let bytes = fs::read(&path).unwrap();
         let (header, _) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
         assert_eq!((8 + header) % 4096, 0, "{}", path.display());
@@ -328,7 +366,9 @@ fn a_forged_manifest_cannot_leave_its_folder_or_lie_about_shapes() {
         fs::write(out.join("manifest.json"), &manifest).unwrap();
         fs::write(out.join("dense/index.json"), &index).unwrap();
     }
-    let configs: [(&str, Change); 6] = [
+    let configs: [(&str, Change); 8] = [
+        ("/dtype", |v| *v = json!("int8")),
+        ("/dtype", |v| *v = json!("int2")),
         ("/format", |v| *v = json!(2)),
         ("/determinism", |v| *v = json!(99)),
         ("/model/hidden", |v| *v = json!(0)),
@@ -377,9 +417,30 @@ fn an_embedded_checkpoint_is_the_same_checkpoint() {
     verify(&embedded, &mut |_, _, _| {}).unwrap();
 }
 
-/// Experts are loaded by many threads at once, each in one read that its three matrices share.
+/// Shards are mapped: whoever asks for an expert gets the same memory, for as long as somebody
+/// holds a part of its shard, though the checkpoint is closed and the files' names are gone.
 #[test]
-fn experts_load_in_parallel_and_share_one_read() {
+fn those_who_use_an_expert_share_its_memory() {
+    for dtype in [DType::Bf16, DType::Int8] {
+        let (_dir, out) = checkpoint_in(dtype);
+        let (a, b) = (Checkpoint::open(&out).unwrap(), Checkpoint::open(&out).unwrap());
+        let key = |expert| ExpertKey { layer: 1, tier: 1, group: 0, expert };
+        let (first, again, next) =
+            (a.expert(key(0)).unwrap(), a.expert(key(0)).unwrap(), a.expert(key(1)).unwrap());
+        assert_eq!(first.gate.data().as_ptr(), again.gate.data().as_ptr());
+        let end = first.down.data().as_ptr_range().end;
+        assert_eq!(end, next.gate.data().as_ptr(), "one mapping holds the whole shard");
+        let other = b.expert(key(0)).unwrap();
+        assert_eq!(first.gate.data()[..], other.gate.data()[..]);
+        drop((a, b));
+        fs::remove_dir_all(&out).unwrap();
+        assert_eq!(first.down.data()[..], other.down.data()[..]);
+    }
+}
+
+/// Experts are loaded by many threads at once; an expert's three matrices lie side by side.
+#[test]
+fn experts_load_in_parallel() {
     let (_dir, out) = checkpoint();
     let checkpoint = Checkpoint::open(&out).unwrap();
     let moe = checkpoint.config().moe.clone().unwrap();

@@ -33,7 +33,12 @@ pub(super) fn print(summary: &Summary, json: bool) -> Result<()> {
         count(s.parameters),
         count(s.active_parameters)
     );
-    println!("size         {} in {} shards", Size(s.bytes), s.shards);
+    println!(
+        "size         {} in {} shards, {:.2} bits per parameter",
+        Size(s.bytes),
+        s.shards,
+        s.bits_per_parameter
+    );
     println!("layers       {} ({} sparse), hidden {}", s.layers, s.sparse_layers, s.hidden);
     println!("vocabulary   {}, context {}", s.vocab, s.context);
     for tier in &s.tiers {

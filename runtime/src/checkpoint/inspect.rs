@@ -24,6 +24,8 @@ pub struct Summary {
     pub active_parameters: u64,
     /// Bytes of all shards.
     pub bytes: u64,
+    /// Bits that a parameter takes in them on average, scales and padding included.
+    pub bits_per_parameter: f64,
     /// Shards.
     pub shards: usize,
     /// Layers.
@@ -73,6 +75,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Summary, CheckpointError> {
         matrices.filter_map(|t| t.bytes()).sum()
     });
     let (parameters, active_parameters) = count_parameters(config);
+    let bytes = shards.iter().map(|s| s.bytes).sum();
     let tiers = config.moe.iter().flat_map(|moe| &moe.tiers);
     Ok(Summary {
         id: checkpoint.manifest().root.to_string(),
@@ -80,7 +83,8 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Summary, CheckpointError> {
         dtype: checkpoint.dtype().name(),
         parameters,
         active_parameters,
-        bytes: shards.iter().map(|s| s.bytes).sum(),
+        bytes,
+        bits_per_parameter: bytes as f64 * 8.0 / parameters.max(1) as f64,
         shards: shards.len(),
         layers: config.layers.len(),
         sparse_layers: config.sparse_layers().count(),

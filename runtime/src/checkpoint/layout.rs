@@ -1,10 +1,19 @@
 //! Names, shapes and order of every tensor of a checkpoint, as a function of its configuration.
 //!
-//! Writer, reader and import all ask here, so a name is spelled once. Within a shard packed
-//! matrices come first and vectors last: packed bytes are multiples of 128, so every matrix
-//! starts at a multiple of 64 without a gap, which safetensors would not allow.
+//! Writer, reader and import all ask here, so a name is spelled once, and so is the format of each
+//! tensor in a checkpoint of each format ([`Role::stored`]). Within a shard packed matrices come
+//! first and vectors last: packed bytes are multiples of 64, so every matrix starts at one without
+//! a gap, which safetensors would not allow.
+//!
+//! Matrices are stored as [`lite_llm_kernels::matrix`] packs them: values of f32 and bf16 by
+//! panels, and for int8 and int4 bytes (`U8` to safetensors) of shape [panels, blocks along K,
+//! bytes of a block of a panel], described in [`lite_llm_kernels::blocks`].
 
-use lite_llm_kernels::{dtype::DType, matrix::PackedMatrix};
+use lite_llm_kernels::{
+    blocks::{BLOCK, INT4_BYTES, INT8_BYTES},
+    dtype::DType,
+    matrix::{PANEL, PackedMatrix},
+};
 
 use crate::config::{FeedForward, ModelConfig, QkNorm};
 
@@ -36,9 +45,36 @@ pub struct TensorSpec {
     pub shape: Shape,
 }
 
+/// What a matrix is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// The embedding table; the output projection, too, where the two are one.
+    Embed,
+    /// The output projection.
+    Head,
+    /// A router, or the gate of a shared expert.
+    Gate,
+    /// Everything else.
+    Weights,
+}
+
+impl Role {
+    /// How a matrix is stored in a checkpoint of a format. Gates decide who computes, and keep
+    /// f32. Tables of tokens are read by rows and hold rare outliers: blocks of 4 bits would cost
+    /// them much for few bytes.
+    fn stored(self, format: DType) -> DType {
+        match (self, format) {
+            (Role::Gate, _) => DType::F32,
+            (Role::Embed, DType::Int8 | DType::Int4) => DType::Bf16,
+            (Role::Head, DType::Int4) => DType::Int8,
+            (Role::Embed | Role::Head | Role::Weights, format) => format,
+        }
+    }
+}
+
 impl TensorSpec {
-    fn matrix(name: impl Into<String>, dtype: DType, n: usize, k: usize) -> Self {
-        Self { name: name.into(), dtype, shape: Shape::Matrix { n, k } }
+    fn matrix(name: impl Into<String>, role: Role, format: DType, n: usize, k: usize) -> Self {
+        Self { name: name.into(), dtype: role.stored(format), shape: Shape::Matrix { n, k } }
     }
 
     fn vector(name: impl Into<String>, n: usize) -> Self {
@@ -70,12 +106,8 @@ impl TensorSpec {
         }
     }
 
-    /// Shape of the stored values: panels for a matrix.
+    /// Shape of what is stored: panels of values, or of bytes in blocks, for a matrix.
     pub fn stored_dims(&self) -> Vec<usize> {
-        use lite_llm_kernels::{
-            blocks::{BLOCK, INT4_BYTES, INT8_BYTES},
-            matrix::PANEL,
-        };
         match (self.shape, self.dtype) {
             (Shape::Vector { n }, _) => vec![n],
             (Shape::Matrix { n, k }, DType::F32) => vec![n.div_ceil(PANEL), k, PANEL],
@@ -174,18 +206,21 @@ impl Part {
             Part::Layer(layer) => Box::new(layer_tensors(config, dtype, layer).into_iter()),
             Part::GroupRouter { tier, .. } => Box::new(config.moe.iter().map(move |moe| {
                 let groups = moe.tiers[tier].groups as usize;
-                TensorSpec::matrix(GROUP_ROUTER, DType::F32, groups, config.hidden)
+                TensorSpec::matrix(GROUP_ROUTER, Role::Gate, dtype, groups, config.hidden)
             })),
             Part::Group { tier, .. } => Box::new(config.moe.iter().flat_map(move |moe| {
                 let (inner, hidden) = (moe.intermediate, config.hidden);
                 let experts = moe.tiers[tier].experts_per_group;
                 let gate =
-                    TensorSpec::matrix(EXPERT_ROUTER, DType::F32, experts as usize, config.hidden);
+                    TensorSpec::matrix(EXPERT_ROUTER, Role::Gate, dtype, experts as usize, hidden);
+                let weights = move |e, name, n, k| {
+                    TensorSpec::matrix(format!("experts.{e}.{name}"), Role::Weights, dtype, n, k)
+                };
                 let each = move |e| {
                     [
-                        TensorSpec::matrix(format!("experts.{e}.gate"), dtype, inner, hidden),
-                        TensorSpec::matrix(format!("experts.{e}.up"), dtype, inner, hidden),
-                        TensorSpec::matrix(format!("experts.{e}.down"), dtype, hidden, inner),
+                        weights(e, "gate", inner, hidden),
+                        weights(e, "up", inner, hidden),
+                        weights(e, "down", hidden, inner),
                     ]
                 };
                 std::iter::once(gate).chain((0..experts).flat_map(each))
@@ -205,9 +240,10 @@ pub fn expert_position(expert: u32) -> usize {
 }
 
 fn model_tensors(config: &ModelConfig, dtype: DType) -> Vec<TensorSpec> {
-    let mut list = vec![TensorSpec::matrix("embed", dtype, config.vocab, config.hidden)];
+    let table = |name, role| TensorSpec::matrix(name, role, dtype, config.vocab, config.hidden);
+    let mut list = vec![table("embed", Role::Embed)];
     if !config.tied_embeddings {
-        list.push(TensorSpec::matrix("head", dtype, config.vocab, config.hidden));
+        list.push(table("head", Role::Head));
     }
     list.push(TensorSpec::vector("norm", config.hidden));
     list
@@ -219,7 +255,8 @@ fn layer_tensors(config: &ModelConfig, dtype: DType, layer: usize) -> Vec<Tensor
     let q = attention.heads * attention.head_dim;
     let kv = attention.kv_heads * attention.head_dim;
     let name = |rest: &str| format!("layers.{layer}.{rest}");
-    let matrix = |rest: &str, n, k| TensorSpec::matrix(name(rest), dtype, n, k);
+    let matrix = |rest: &str, n, k| TensorSpec::matrix(name(rest), Role::Weights, dtype, n, k);
+    let gate = |rest: &str, n| TensorSpec::matrix(name(rest), Role::Gate, dtype, n, hidden);
     let vector = |rest: &str, n| TensorSpec::vector(name(rest), n);
     let mlp = |at: &str, inner| {
         [
@@ -239,13 +276,12 @@ fn layer_tensors(config: &ModelConfig, dtype: DType, layer: usize) -> Vec<Tensor
         (FeedForward::Dense { intermediate }, _) => list.extend(mlp("ffn", intermediate)),
         (FeedForward::Sparse, Some(moe)) => {
             if moe.tiers.len() > 1 {
-                let gate = name("router.tiers");
-                list.push(TensorSpec::matrix(gate, DType::F32, moe.tiers.len(), hidden));
+                list.push(gate("router.tiers", moe.tiers.len()));
             }
             if let Some(shared) = &moe.shared {
                 list.extend(mlp("shared", shared.intermediate));
                 if shared.gated {
-                    list.push(TensorSpec::matrix(name("shared.router"), DType::F32, 1, hidden));
+                    list.push(gate("shared.router", 1));
                 }
             }
         }

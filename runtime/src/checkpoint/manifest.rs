@@ -28,7 +28,8 @@ pub struct Manifest {
     pub determinism: u32,
     /// Hash of this file with these digits zeroed.
     pub root: Hash,
-    /// Format of projections, experts and embeddings; gates, norms and biases are f32.
+    /// Format of projections and experts. Gates, norms and biases are f32; for the embedding and
+    /// the head see [`super::layout`].
     pub dtype: DType,
     /// The model.
     pub model: ModelConfig,

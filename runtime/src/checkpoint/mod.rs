@@ -33,6 +33,7 @@ use std::{io, path::PathBuf};
 
 pub(crate) use parallel::try_map;
 pub use reader::Checkpoint;
+pub(crate) use reader::Tensor;
 
 /// Version of the layout that is described here.
 pub const FORMAT_VERSION: u32 = 1;

@@ -44,6 +44,15 @@ pub struct Checkpoint {
     maps: Mutex<HashMap<String, WeakBuffer>>,
 }
 
+/// The values of one tensor.
+#[derive(Debug)]
+pub(crate) enum Tensor {
+    /// Packed weights.
+    Matrix(PackedMatrix),
+    /// Norms and biases.
+    Vector(Vec<f32>),
+}
+
 impl Checkpoint {
     /// Opens the checkpoint in a folder. Reads the manifest and the dense index, no weights.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, CheckpointError> {
@@ -87,7 +96,7 @@ impl Checkpoint {
         &self.manifest.model
     }
 
-    /// Format of projections, experts and embeddings.
+    /// Format of projections and experts.
     pub fn dtype(&self) -> DType {
         self.manifest.dtype
     }
@@ -222,6 +231,38 @@ impl Checkpoint {
 
     pub(super) fn dense_index(&self) -> &DenseIndex {
         &self.dense
+    }
+
+    /// Describes one shard; what it says was checked.
+    pub(crate) fn shard(&self, part: Part) -> Result<Shard, CheckpointError> {
+        let (layer, found) = match part {
+            Part::Model => return Ok(self.dense.model.clone()),
+            Part::Layer(layer) => {
+                (layer, self.dense.layers.get(layer).map(|layer| layer.shard.clone()))
+            }
+            Part::GroupRouter { tier, layer } => {
+                let index = self.tier_index(tier)?;
+                let router = index.routers.iter().find(|router| router.layer == layer);
+                (layer, router.map(|router| router.shard.clone()))
+            }
+            Part::Group { tier, layer, group } => {
+                (layer, self.page(tier, group)?.shard(layer).cloned())
+            }
+        };
+        found.ok_or_else(|| self.absent(format!("such part of layer {layer}")))
+    }
+
+    /// One tensor of a shard, verified.
+    pub(crate) fn tensor(
+        &self,
+        shard: &Shard,
+        entry: &TensorEntry,
+    ) -> Result<Tensor, CheckpointError> {
+        let bytes = self.tensor_bytes(shard, entry)?;
+        match entry.shape.len() {
+            2 => to_matrix(shard, entry, bytes).map(Tensor::Matrix),
+            _ => Ok(Tensor::Vector(bytemuck::pod_collect_to_vec(&bytes))),
+        }
     }
 
     fn absent(&self, what: String) -> CheckpointError {

@@ -7,13 +7,15 @@ use half::{bf16, f16};
 use lite_llm_kernels::{
     buffer::AlignedBytes,
     dtype::DType,
-    matrix::{PANEL, PackedMatrix, Source, pack_into},
+    matrix::{PANEL, PackedMatrix, Source},
 };
 
 use super::{
     ImportError, PIECE_BYTES,
     hf_tensors::{HfDType, HfTensors, View},
     names::Origin,
+    not_finite,
+    pack::Packer,
 };
 use crate::checkpoint::{
     layout::{Shape, TensorSpec},
@@ -24,12 +26,12 @@ use crate::checkpoint::{
 pub(super) struct Copier<'a> {
     source: &'a HfTensors,
     read: AlignedBytes,
-    packed: AlignedBytes,
+    packer: Packer,
 }
 
 impl<'a> Copier<'a> {
     pub(super) fn new(source: &'a HfTensors) -> Self {
-        Self { source, read: AlignedBytes::zeroed(0), packed: AlignedBytes::zeroed(0) }
+        Self { source, read: AlignedBytes::zeroed(0), packer: Packer::new() }
     }
 
     pub(super) fn copy(
@@ -68,6 +70,7 @@ impl<'a> Copier<'a> {
         }
     }
 
+    /// Packs some rows of a tensor.
     fn pack(
         &mut self,
         piece: &View,
@@ -75,16 +78,15 @@ impl<'a> Copier<'a> {
         k: usize,
         sink: &mut TensorSink<'_>,
     ) -> Result<(), ImportError> {
-        let n = piece.rows;
-        let bytes =
-            PackedMatrix::packed_bytes(dtype, n, k).expect("ModelConfig::check bounds every width");
-        grow(&mut self.packed, bytes);
         self.fill(piece)?;
         let source = typed(piece.dtype, &self.read[..piece.bytes() as usize]);
-        let packed = &mut self.packed[..bytes];
-        packed.fill(0);
-        pack_into(dtype, n, k, source, packed);
-        Ok(sink.write(packed)?)
+        match self.packer.pack(dtype, piece.rows, k, source) {
+            Ok(packed) => Ok(sink.write(packed)?),
+            Err(at) => {
+                let (tensor, path) = self.source.name_of(piece);
+                Err(not_finite(path, tensor, at.value, dtype))
+            }
+        }
     }
 
     fn values(&mut self, view: &View) -> Result<Vec<f32>, ImportError> {

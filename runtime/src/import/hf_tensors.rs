@@ -287,6 +287,14 @@ impl HfTensors {
         file.unwrap_or(&self.dir).display().to_string()
     }
 
+    /// Name of the tensor that a view is of, and the file that holds it; for messages.
+    pub(super) fn name_of(&self, view: &View) -> (String, String) {
+        let before = |e: &Entry| e.file == view.file && e.offset <= view.offset;
+        let tensors = self.tensors.iter().filter(|(_, entry)| before(entry));
+        let name = tensors.max_by_key(|(_, entry)| entry.offset).map(|(name, _)| name.clone());
+        (name.unwrap_or_default(), self.files[view.file].0.display().to_string())
+    }
+
     /// A tensor of exactly this shape, as a matrix whose rows have the last dimension's length.
     pub fn view(&self, name: &str, shape: &[usize]) -> Result<View, ImportError> {
         let error = |found: String, expected: String| ImportError::Tensor {

@@ -1,4 +1,4 @@
-//! Import: a Hugging Face folder becomes a native checkpoint.
+//! Import: a Hugging Face folder, or a checkpoint of another format, becomes a native checkpoint.
 //!
 //! # Contract
 //! - **Nothing is written before everything was looked at**: the configuration is understood
@@ -7,7 +7,9 @@
 //! - **Memory** does not grow with the model or with its largest tensor: a few buffers of
 //!   [`PIECE_BYTES`].
 //! - **Values** are those of the source, bit for bit, unless `dtype` asks for rounding. Gates,
-//!   norms and biases become f32, which is exact from every source format.
+//!   norms and biases become f32, which is exact from every source format. Formats of blocks
+//!   (int8, int4) refuse weights that are NaN or infinite.
+//! - **Checkpoints** as sources are converted, so that tokenizer, template and tiers stay.
 //! - **Interruption** leaves a folder without a manifest; the next import into it starts over.
 //! - **Distrust.** A folder is data from strangers: sizes are checked against files before use,
 //!   nothing in it is executed, and no name in it reaches another folder.
@@ -16,6 +18,8 @@ mod copy;
 pub mod hf_config;
 pub mod hf_tensors;
 pub mod names;
+mod native;
+mod pack;
 pub mod random;
 pub mod text;
 pub mod tiers;
@@ -45,12 +49,12 @@ pub const PIECE_BYTES: usize = 8 << 20;
 /// What to import, and how.
 #[derive(Debug, Clone)]
 pub struct ImportOptions {
-    /// The Hugging Face folder.
+    /// The Hugging Face folder, or a checkpoint.
     pub source: PathBuf,
     /// The checkpoint's folder: new, empty, or left by an interrupted import.
     pub out: PathBuf,
-    /// Format of projections, experts and embeddings; by default the source's own, widened
-    /// to f32 where it is f16 or mixed.
+    /// Format of projections and experts, and with them of embeddings; by default the source's
+    /// own, widened to f32 where it is f16 or mixed. Needed to convert a checkpoint.
     pub dtype: Option<DType>,
     /// Cut the experts into tiers and groups; by default one tier of one group.
     pub tiers: Option<TierCut>,
@@ -151,11 +155,25 @@ impl ImportError {
     }
 }
 
+fn not_finite(path: String, tensor: String, value: f32, dtype: DType) -> ImportError {
+    ImportError::Tensor {
+        path,
+        tensor,
+        found: format!("a weight is {value}"),
+        expected: format!(
+            "{dtype} holds finite weights only; the source is damaged or its training failed"
+        ),
+    }
+}
+
 /// Imports a folder. `progress` hears bytes done, bytes in all, and the shard at hand.
 pub fn import(
     options: &ImportOptions,
     progress: &mut dyn FnMut(u64, u64, &str),
 ) -> Result<Summary, ImportError> {
+    if native::is_checkpoint(options) {
+        return native::convert(options, progress);
+    }
     let source = &options.source;
     let mut config = hf_config::read(source)?;
     tiers::cut(&mut config, options.tiers.as_ref(), options.routes.as_ref())?;

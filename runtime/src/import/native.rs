@@ -1,0 +1,139 @@
+//! Conversion: a checkpoint becomes one of another format.
+//!
+//! Tokenizer, chat template, tiers and routing stay as they are. Every tensor is verified, widened
+//! to f32, which is exact from every format, and packed again; tensors whose format stays are
+//! copied. So a checkpoint that was imported without rounding converts to the same bytes, root
+//! hash and all, as its source imports to. A conversion that would change nothing is refused.
+
+use lite_llm_kernels::matrix::{PANEL, PackedMatrix, Source};
+
+use super::{ImportError, ImportOptions, PIECE_BYTES, not_finite, pack::Packer};
+use crate::checkpoint::{
+    Checkpoint, Tensor,
+    index::Shard,
+    inspect::{Summary, inspect},
+    layout::{Part, TensorSpec},
+    manifest::MANIFEST,
+    writer::{TensorSink, Text, Writer},
+};
+
+/// Whether a folder is a checkpoint and no Hugging Face folder.
+pub(super) fn is_checkpoint(options: &ImportOptions) -> bool {
+    options.source.join(MANIFEST).exists()
+}
+
+/// Converts a checkpoint. `progress` is as for an import.
+pub(super) fn convert(
+    options: &ImportOptions,
+    progress: &mut dyn FnMut(u64, u64, &str),
+) -> Result<Summary, ImportError> {
+    if options.tiers.is_some() || options.routes.is_some() {
+        return Err(ImportError::Cut {
+            option: if options.tiers.is_some() { "--tiers" } else { "--routes" },
+            text: String::new(),
+            reason: "a checkpoint keeps its tiers when it is converted; cut the Hugging Face \
+                     folder while importing it"
+                .into(),
+        });
+    }
+    let checkpoint = Checkpoint::open(&options.source)?;
+    let dtype = match options.dtype {
+        Some(dtype) if dtype != checkpoint.dtype() => dtype,
+        _ => {
+            return Err(ImportError::file(
+                &options.source,
+                format!("a checkpoint in {} already", checkpoint.dtype()),
+                "name another format with --dtype, or copy the folder",
+            ));
+        }
+    };
+    let config = checkpoint.config();
+    let text = Text {
+        tokenizer_json: checkpoint.tokenizer_json()?,
+        chat_template: checkpoint.chat_template()?,
+        bos_token: checkpoint.manifest().text.bos_token.clone(),
+        eos_token: checkpoint.manifest().text.eos_token.clone(),
+    };
+    let mut total = 0;
+    for part in Part::all(config) {
+        total += checkpoint.shard(part)?.bytes;
+    }
+    let mut writer = Writer::create(&options.out, config, dtype)?;
+    let mut converter = Converter { packer: Packer::new(), rows: vec![] };
+    let mut done = 0;
+    for part in Part::all(config) {
+        let shard = checkpoint.shard(part)?;
+        let mut entries = shard.tensors.iter();
+        writer.write_part(part, |spec, sink| {
+            let entry = entries.next().expect("names and order do not depend on the format");
+            progress(done, total, &shard.path);
+            done += entry.bytes;
+            converter.tensor(&shard, spec, &checkpoint.tensor(&shard, entry)?, sink)
+        })?;
+        done += shard.header_bytes;
+    }
+    progress(total, total, MANIFEST);
+    writer.finish(&text)?;
+    Ok(inspect(&Checkpoint::open(&options.out)?)?)
+}
+
+/// Buffers that are used again.
+struct Converter {
+    packer: Packer,
+    rows: Vec<f32>,
+}
+
+impl Converter {
+    fn tensor(
+        &mut self,
+        shard: &Shard,
+        spec: &TensorSpec,
+        tensor: &Tensor,
+        sink: &mut TensorSink<'_>,
+    ) -> Result<(), ImportError> {
+        match tensor {
+            Tensor::Vector(values) => Ok(sink.write(bytemuck::cast_slice(values))?),
+            Tensor::Matrix(matrix) if matrix.dtype() == spec.dtype => {
+                Ok(sink.write(matrix.data())?)
+            }
+            Tensor::Matrix(matrix) => self.matrix(shard, spec, matrix, sink),
+        }
+    }
+
+    fn matrix(
+        &mut self,
+        shard: &Shard,
+        spec: &TensorSpec,
+        matrix: &PackedMatrix,
+        sink: &mut TensorSink<'_>,
+    ) -> Result<(), ImportError> {
+        let (n, k) = (matrix.n(), matrix.k());
+        let rows = (PIECE_BYTES / (4 * k).max(1) / PANEL).max(1) * PANEL;
+        for from in (0..n).step_by(rows) {
+            let rows = rows.min(n - from);
+            self.rows.resize(rows * k, 0.0);
+            widen(matrix, from, &mut self.rows, self.packer.threads());
+            let source = Source::F32(&self.rows);
+            let packed = self.packer.pack(spec.dtype, rows, k, source).map_err(|at| {
+                not_finite(shard.path.clone(), spec.name.clone(), at.value, spec.dtype)
+            })?;
+            sink.write(packed)?;
+        }
+        Ok(())
+    }
+}
+
+/// The rows of a matrix from one on, as f32.
+fn widen(matrix: &PackedMatrix, from: usize, rows: &mut [f32], threads: usize) {
+    let k = matrix.k();
+    let share = (rows.len() / k).div_ceil(threads).max(PANEL) * k;
+    std::thread::scope(|scope| {
+        for (i, part) in rows.chunks_mut(share).enumerate() {
+            scope.spawn(move || {
+                for (j, row) in part.chunks_mut(k).enumerate() {
+                    matrix.row(from + i * (share / k) + j, row);
+                }
+            });
+        }
+    });
+}
