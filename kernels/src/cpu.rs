@@ -228,7 +228,7 @@ impl Device for Cpu {
         v: &Tensor,
         slots: &[KvSlot],
     ) -> Result<(), DeviceError> {
-        arena.append(layer, k.as_slice(), v.as_slice(), slots);
+        arena.append(self, layer, k.as_slice(), v.as_slice(), slots);
         Ok(())
     }
 

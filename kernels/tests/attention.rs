@@ -4,7 +4,7 @@
 use lite_llm_kernels::{
     cpu::{Cpu, KvArena, Tensor},
     device::Device,
-    kv::{KvShape, KvSlot, PAGE_TOKENS, Query},
+    kv::{KvDType, KvShape, KvSlot, PAGE_TOKENS, Query},
     ops::function::exp,
     simd::Simd,
 };
@@ -54,7 +54,12 @@ impl Sequence {
     }
 
     fn empty_arena(&self, cpu: &Cpu) -> KvArena {
-        let shape = KvShape { layers: 2, kv_heads: self.kv_heads, head_dim: self.head_dim };
+        let shape = KvShape {
+            layers: 2,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            dtype: KvDType::F32,
+        };
         cpu.kv_arena(shape, self.pages().len()).unwrap()
     }
 
@@ -276,7 +281,7 @@ fn a_visible_nan_reaches_its_heads_and_no_other_row() {
 fn pages_take_memory_when_they_are_first_written() {
     let cpu = Cpu::best(1);
     let sequence = Sequence::new(19, 1, 1, 8, 70);
-    let mut arena = cpu.kv_arena(KvShape { layers: 2, kv_heads: 1, head_dim: 8 }, 1000).unwrap();
+    let mut arena = cpu.kv_arena(KvShape { layers: 2, kv_heads: 1, head_dim: 8, dtype: KvDType::F32 }, 1000).unwrap();
     assert_eq!((arena.pages(), arena.pages_written()), (1000, 0));
     sequence.append(&cpu, &mut arena, 0, 3);
     assert_eq!(arena.pages_written(), 1);

@@ -22,7 +22,7 @@ use std::{
 
 use lite_llm_kernels::{
     device::{Device, DeviceError},
-    kv::{KvShape, PAGE_TOKENS},
+    kv::{KvDType, KvShape, PAGE_TOKENS},
 };
 
 use tracing::{Span, debug_span};
@@ -147,6 +147,7 @@ impl<D: Device> Engine<D> {
             layers: backbone.config.layers.len(),
             kv_heads: attention.kv_heads,
             head_dim: attention.head_dim,
+            dtype: KvDType::F32,
         };
         let pages = (kv_bytes / shape.page_bytes() as u64).clamp(1, u32::MAX.into()) as usize;
         Ok(Self {
