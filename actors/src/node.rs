@@ -13,7 +13,7 @@ use std::{
     time::Instant,
 };
 
-use lite_llm_kernels::cpu::Cpu;
+use lite_llm_kernels::{cpu::Cpu, kv::KvDType};
 use lite_llm_runtime::{
     backbone::Backbone,
     checkpoint::Checkpoint,
@@ -37,7 +37,7 @@ use crate::{
     links::Links,
     router::{LaneInbox, RouterActor, RouterMessage},
     shard::{ExpertShard, LoadCounters, ShardArguments, ShardMessage},
-    storage::{StorageActor, StorageMessage},
+    storage::{StorageActor, StorageArguments, StorageMessage},
     wire::Wire,
 };
 
@@ -319,7 +319,10 @@ impl LoaderState {
         self.load_experts(&model, &assignment).await?;
         let engine = {
             let (backbone, kv_bytes) = (model.backbone.clone(), self.options.kv_bytes);
-            Engine::new(backbone, kv_bytes).map_err(|error| error.to_string())?
+            let kv_dtype: KvDType = assignment.kv_dtype.parse().map_err(|error| {
+                format!("the coordinator assigned a cache that this release lacks: {error}")
+            })?;
+            Engine::with_cache(backbone, kv_bytes, kv_dtype).map_err(|error| error.to_string())?
         };
         let parts = LaneParts {
             engine,
@@ -366,7 +369,11 @@ impl LoaderState {
         let (checkpoint, backbone) =
             tokio::task::spawn_blocking(open).await.map_err(|error| error.to_string())??;
         let store = Arc::new(DramStore::new(self.options.info.budget_bytes));
-        let arguments = (store.clone(), checkpoint.clone());
+        let arguments = StorageArguments {
+            store: store.clone(),
+            checkpoint: checkpoint.clone(),
+            reads: self.options.device.pool().threads(),
+        };
         let (storage, _) = Actor::spawn_linked(None, StorageActor, arguments, self.node.clone())
             .await
             .map_err(|error| error.to_string())?;

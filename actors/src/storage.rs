@@ -1,7 +1,8 @@
 //! The storage actor of one residence: today DRAM, filled from the checkpoint.
 //!
 //! It answers each fetch when the experts asked for are resident. Reading and verifying happen on
-//! blocking threads, a bounded number at a time, never on the actor's own task.
+//! blocking threads, at most as many at a time as the node computes with, never on the actor's own
+//! task.
 
 use std::sync::Arc;
 
@@ -13,9 +14,6 @@ use lite_llm_runtime::{
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
 use tokio::sync::Semaphore;
-
-/// Experts that are read at a time: enough to overlap the disk with hashing.
-pub const READS_MAX: usize = 4;
 
 /// What a storage actor is told.
 #[derive(RactorMessage)]
@@ -41,17 +39,27 @@ pub struct StorageState {
     reads: Arc<Semaphore>,
 }
 
+/// What it is made of.
+pub struct StorageArguments {
+    /// Where experts are held.
+    pub store: Arc<DramStore>,
+    /// Where they come from.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Experts that are read at a time.
+    pub reads: usize,
+}
+
 impl Actor for StorageActor {
     type Msg = StorageMessage;
     type State = StorageState;
-    type Arguments = (Arc<DramStore>, Arc<Checkpoint>);
+    type Arguments = StorageArguments;
 
     async fn pre_start(
         &self,
         _: ActorRef<Self::Msg>,
-        (store, checkpoint): Self::Arguments,
+        StorageArguments { store, checkpoint, reads }: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        Ok(StorageState { store, checkpoint, reads: Arc::new(Semaphore::new(READS_MAX)) })
+        Ok(StorageState { store, checkpoint, reads: Arc::new(Semaphore::new(reads.max(1))) })
     }
 
     async fn handle(

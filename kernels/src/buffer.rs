@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use memmap2::MmapOptions;
+use memmap2::{Advice, Mmap, MmapOptions};
 
 /// Alignment of buffers in bytes: a cache line, and the widest vector.
 pub const ALIGN: usize = 64;
@@ -58,18 +58,47 @@ impl AsRef<[u8]> for AlignedBytes {
     }
 }
 
+/// What a buffer keeps alive.
+trait Owner: Send + Sync {
+    fn bytes(&self) -> &[u8];
+    /// Says that these bytes will be read soon.
+    fn will_need(&self, _: Range<usize>) {}
+}
+
+struct Memory<T>(T);
+
+impl<T: AsRef<[u8]> + Send + Sync> Owner for Memory<T> {
+    fn bytes(&self) -> &[u8] {
+        self.0.as_ref()
+    }
+}
+
+impl Owner for Mmap {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+
+    fn will_need(&self, range: Range<usize>) {
+        // It is only advice: where it is not taken, pages are read as they are touched.
+        let _ = self.advise_range(Advice::WillNeed, range.start, range.len());
+    }
+}
+
 /// Shared, immutable, aligned bytes: owned memory, a mapped file, or a received message.
 #[derive(Clone)]
 pub struct Buffer {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Arc<dyn Owner>,
     range: Range<usize>,
 }
 
 impl Buffer {
     /// Shares all of `owner`'s bytes without copying them.
     pub fn from_owner(owner: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self, Misaligned> {
-        let owner: Arc<dyn AsRef<[u8]> + Send + Sync> = Arc::new(owner);
-        let whole = 0..(*owner).as_ref().len();
+        Self::owned_by(Arc::new(Memory(owner)))
+    }
+
+    fn owned_by(owner: Arc<dyn Owner>) -> Result<Self, Misaligned> {
+        let whole = 0..owner.bytes().len();
         Self { owner, range: 0..0 }.at(whole)
     }
 
@@ -87,7 +116,14 @@ impl Buffer {
         // SAFETY: the mapping is read-only and lies within the file, as just seen. That nobody
         // writes to or truncates the file meanwhile is asked for above; no system can enforce it.
         let map = unsafe { MmapOptions::new().len(bytes).map(file)? };
-        Ok(Self::from_owner(map).expect("mappings start at pages"))
+        Ok(Self::owned_by(Arc::new(map)).expect("mappings start at pages"))
+    }
+
+    /// Says that all of it will be read soon, so that the system fetches what is not in memory
+    /// in large pieces. Several threads that read a mapped file at several places look to it as if
+    /// they jumped about, and it would fetch single pages.
+    pub fn will_need(&self) {
+        self.owner.will_need(self.range.clone());
     }
 
     /// The same bytes, without keeping their memory.
@@ -106,7 +142,7 @@ impl Buffer {
     }
 
     fn at(self, range: Range<usize>) -> Result<Self, Misaligned> {
-        let found = (*self.owner).as_ref()[range.clone()].as_ptr() as usize % ALIGN;
+        let found = self.owner.bytes()[range.clone()].as_ptr() as usize % ALIGN;
         if found != 0 && !range.is_empty() {
             return Err(Misaligned { found });
         }
@@ -117,7 +153,7 @@ impl Buffer {
 /// A [`Buffer`] that does not keep its memory.
 #[derive(Clone)]
 pub struct WeakBuffer {
-    owner: Weak<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Weak<dyn Owner>,
     range: Range<usize>,
 }
 
@@ -137,7 +173,7 @@ impl fmt::Debug for WeakBuffer {
 impl Deref for Buffer {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &(*self.owner).as_ref()[self.range.clone()]
+        &self.owner.bytes()[self.range.clone()]
     }
 }
 
@@ -176,6 +212,7 @@ mod tests {
         let bytes: Vec<u8> = (0..10_000u32).map(|i| i as u8).collect();
         file.write_all(&bytes).unwrap();
         let whole = Buffer::map(&file, bytes.len()).unwrap();
+        whole.will_need();
         assert_eq!(whole[..], bytes);
         let weak = whole.downgrade();
         let part = whole.slice(4096..5000).unwrap();

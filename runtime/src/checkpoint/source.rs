@@ -160,7 +160,10 @@ impl OpenFile {
         let at = self.checked(path, &range)?;
         let borrowed = match self {
             OpenFile::File { .. } => None,
-            OpenFile::Mapped(map) => map.slice(at.clone()).ok(),
+            OpenFile::Mapped(map) => {
+                let slice = map.slice(at.clone()).ok();
+                slice.inspect(Buffer::will_need)
+            }
             OpenFile::Embedded(bytes) => Buffer::from_owner(&bytes[at.clone()]).ok(),
         };
         if let Some(buffer) = borrowed {
