@@ -8,7 +8,7 @@ use lite_llm_actors::{
     local::{LocalCluster, LocalOptions},
     placement::PlacementPolicy,
 };
-use lite_llm_kernels::simd::Simd;
+use lite_llm_kernels::{kv::KvDType, simd::Simd};
 use lite_llm_runtime::checkpoint::Checkpoint;
 use lite_llm_transport::messages::{JobEventBody, JobRequest, LogitsWanted, Prompt};
 
@@ -24,6 +24,7 @@ async fn main() -> anyhow::Result<()> {
             simd: Simd::best(),
             dram_bytes: 1 << 30,
             kv_bytes: 64 << 20,
+            kv_dtype: KvDType::F32,
             placement: PlacementPolicy::Balanced,
         };
         let cluster = LocalCluster::start(checkpoint.clone(), &options).await?;

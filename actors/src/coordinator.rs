@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use lite_llm_kernels::kv::KvDType;
 use lite_llm_runtime::{checkpoint::Checkpoint, tokenizer::Tokenizer};
 use lite_llm_transport::{
     connection::Connection,
@@ -88,6 +89,8 @@ pub struct CoordinatorArguments {
     pub workers: usize,
     /// How experts are spread.
     pub placement: PlacementPolicy,
+    /// How all nodes keep keys and values.
+    pub kv_dtype: KvDType,
 }
 
 /// See the module's text.
@@ -368,6 +371,7 @@ impl CoordinatorState {
             nodes,
             you: index,
             seed: checkpoint.config().moe.as_ref().map_or(0, |moe| moe.routing.seed),
+            kv_dtype: self.arguments.kv_dtype.name().into(),
         }
     }
 

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use lite_llm_kernels::{cpu::Cpu, simd::Simd};
+use lite_llm_kernels::{cpu::Cpu, kv::KvDType, simd::Simd};
 use lite_llm_runtime::checkpoint::Checkpoint;
 use lite_llm_transport::identity::ClusterCa;
 
@@ -29,6 +29,8 @@ pub struct LocalOptions {
     pub dram_bytes: u64,
     /// Bytes of caches of keys and values per node.
     pub kv_bytes: u64,
+    /// How they are kept.
+    pub kv_dtype: KvDType,
     /// How experts are spread.
     pub placement: PlacementPolicy,
 }
@@ -57,6 +59,7 @@ impl LocalCluster {
             checkpoint: checkpoint.clone(),
             workers: options.workers,
             placement: options.placement,
+            kv_dtype: options.kv_dtype,
             remote_workers: false,
         })
         .await?;

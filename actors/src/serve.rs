@@ -5,7 +5,7 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
-use lite_llm_kernels::DETERMINISM_VERSION;
+use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
 use lite_llm_runtime::{checkpoint::Checkpoint, tokenizer::Tokenizer};
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
@@ -42,6 +42,8 @@ pub struct CoordinatorOptions {
     pub workers: usize,
     /// How experts are spread.
     pub placement: PlacementPolicy,
+    /// How all workers keep keys and values: it is part of what fixes a request's bits.
+    pub kv_dtype: KvDType,
     /// Whether workers are other processes; if not, they are actors of this one.
     pub remote_workers: bool,
 }
@@ -102,6 +104,7 @@ impl CoordinatorHandle {
             expert_bytes,
             workers,
             placement,
+            kv_dtype: options.kv_dtype,
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
         let handle = Self { actor, endpoint, token, control, tokenizer, address };

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
-use lite_llm_kernels::simd::Simd;
+use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
 use crate::size::Size;
 
@@ -86,6 +86,9 @@ pub struct LocalArgs {
     /// Spread experts at random, by this seed. Never changes a result.
     #[arg(long, value_name = "SEED")]
     pub random_placement: Option<u64>,
+    /// How keys and values are kept: f32, bf16 (half the memory), int8 (a quarter).
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    pub kv_dtype: KvDType,
     /// Compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
@@ -232,6 +235,9 @@ pub struct CoordinatorArgs {
     /// Spread experts at random, by this seed. Never changes a result.
     #[arg(long, value_name = "SEED")]
     pub random_placement: Option<u64>,
+    /// How all workers keep keys and values: f32, bf16 (half the memory), int8 (a quarter).
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    pub kv_dtype: KvDType,
 }
 
 /// `worker`.

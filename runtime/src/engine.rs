@@ -140,14 +140,24 @@ pub struct Engine<D: Device> {
 }
 
 impl<D: Device> Engine<D> {
-    /// An engine whose caches take at most `kv_bytes` (at least one page is always there).
+    /// An engine whose caches take at most `kv_bytes` (at least one page is always there), and
+    /// keep keys and values as they were computed.
     pub fn new(backbone: Arc<Backbone<D>>, kv_bytes: u64) -> Result<Self, DeviceError> {
+        Self::with_cache(backbone, kv_bytes, KvDType::F32)
+    }
+
+    /// The same, with the format of keys and values.
+    pub fn with_cache(
+        backbone: Arc<Backbone<D>>,
+        kv_bytes: u64,
+        kv_dtype: KvDType,
+    ) -> Result<Self, DeviceError> {
         let attention = &backbone.config.attention;
         let shape = KvShape {
             layers: backbone.config.layers.len(),
             kv_heads: attention.kv_heads,
             head_dim: attention.head_dim,
-            dtype: KvDType::F32,
+            dtype: kv_dtype,
         };
         let pages = (kv_bytes / shape.page_bytes() as u64).clamp(1, u32::MAX.into()) as usize;
         Ok(Self {

@@ -11,7 +11,7 @@ use lite_llm_actors::{
     local::{LocalCluster, LocalOptions},
     placement::PlacementPolicy,
 };
-use lite_llm_kernels::simd::Simd;
+use lite_llm_kernels::{kv::KvDType, simd::Simd};
 use lite_llm_runtime::{
     checkpoint::Checkpoint,
     import::{ImportOptions, import},
@@ -117,7 +117,7 @@ impl Reference {
     }
 }
 
-/// How a cluster computes; none of it may change a bit.
+/// How a cluster computes; none of it may change a bit, but for the cache's format.
 #[derive(Debug, Clone, Copy)]
 pub struct Setup {
     /// Nodes.
@@ -128,11 +128,19 @@ pub struct Setup {
     pub simd: Simd,
     /// How experts are spread.
     pub placement: PlacementPolicy,
+    /// How keys and values are kept: the one thing here that does change bits.
+    pub kv_dtype: KvDType,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { workers: 1, threads: 1, simd: Simd::best(), placement: PlacementPolicy::Balanced }
+        Self {
+            workers: 1,
+            threads: 1,
+            simd: Simd::best(),
+            placement: PlacementPolicy::Balanced,
+            kv_dtype: KvDType::F32,
+        }
     }
 }
 
@@ -145,6 +153,7 @@ impl Setup {
             simd: self.simd,
             dram_bytes: 1 << 30,
             kv_bytes: 256 << 20,
+            kv_dtype: self.kv_dtype,
             placement: self.placement,
         };
         tokio::time::timeout(PATIENCE, LocalCluster::start(checkpoint.clone(), &options))

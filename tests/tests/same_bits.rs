@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use lite_llm_actors::placement::PlacementPolicy;
-use lite_llm_kernels::simd::Simd;
+use lite_llm_kernels::{kv::KvDType, simd::Simd};
 use lite_llm_runtime::checkpoint::Checkpoint;
 use lite_llm_tests::{Outcome, Setup, demo, job, reference, run, run_alone};
 
@@ -105,6 +105,36 @@ async fn with_any_threads_and_vector_instructions() {
                 let found = run_alone(checkpoint, setup, job(&prompt(checkpoint), GREEDY, 0)).await;
                 assert_same(&found, &truth, &format!("{simd}, {threads} threads"));
             }
+        }
+    }
+}
+
+#[tokio::test]
+async fn with_any_format_of_the_cache_which_alone_changes_them() {
+    let (_folder, models) = models();
+    for checkpoint in &models {
+        let mut truths: Vec<Outcome> = Vec::new();
+        for kv_dtype in KvDType::ALL {
+            let alone = Setup { kv_dtype, ..Setup::default() };
+            let truth = run_alone(checkpoint, alone, job(&prompt(checkpoint), GREEDY, 0)).await;
+            let simd = Simd::Scalar;
+            for setup in [
+                Setup { workers: 3, placement: PlacementPolicy::Random(5), ..alone },
+                Setup { threads: 3, ..alone },
+                Setup { workers: 2, simd, ..alone },
+            ] {
+                let cluster = setup.start(checkpoint).await;
+                for chunk in [0, 13, 64] {
+                    let job = job(&prompt(checkpoint), GREEDY, chunk);
+                    let found = run(&cluster, job).await.unwrap();
+                    let what = format!("{kv_dtype} cache, {setup:?}, chunks of {chunk}");
+                    assert_same(&found, &truth, &what);
+                }
+                cluster.stop().await;
+            }
+            let differs = truths.iter().all(|other| other.logits != truth.logits);
+            assert!(differs, "{kv_dtype} reaches the arithmetic");
+            truths.push(truth);
         }
     }
 }

@@ -150,6 +150,7 @@ fn assignment() -> Assignment {
         nodes: vec![node.clone(), node],
         you: 1,
         seed: 5,
+        kv_dtype: "bf16".into(),
     }
 }
 

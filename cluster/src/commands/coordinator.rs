@@ -37,6 +37,7 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
         checkpoint,
         workers: args.workers.into(),
         placement: placement(args.random_placement),
+        kv_dtype: args.kv_dtype,
         remote_workers: true,
     };
     let coordinator = CoordinatorHandle::start(options).await?;

@@ -241,6 +241,7 @@ impl LocalArgs {
             simd: self.compute.simd()?,
             dram_bytes: self.compute.dram_bytes(workers),
             kv_bytes: self.compute.kv.0,
+            kv_dtype: self.kv_dtype,
             placement: placement(self.random_placement),
         };
         // What fails here is what was given: a damaged model, too little memory for it.

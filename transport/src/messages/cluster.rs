@@ -64,6 +64,8 @@ pub struct Assignment {
     pub you: u16,
     /// Seed of the routing's tie-break.
     pub seed: u64,
+    /// Name of the format in which every node keeps keys and values.
+    pub kv_dtype: String,
 }
 
 impl Assignment {

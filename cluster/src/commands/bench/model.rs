@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use lite_llm_actors::local::LocalCluster;
-use lite_llm_kernels::cpu::Cpu;
+use lite_llm_kernels::{cpu::Cpu, kv::KvDType};
 use lite_llm_runtime::{
     backbone::Backbone,
     checkpoint::Checkpoint,
@@ -184,13 +184,13 @@ struct Alone {
 
 impl Alone {
     async fn load(checkpoint: Arc<Checkpoint>, args: &BenchModelArgs) -> Result<Self> {
-        let compute = args.local.compute.clone();
+        let (compute, kv_dtype) = (args.local.compute.clone(), args.local.kv_dtype);
         let workers = usize::from(args.local.workers);
         // As many threads as all workers together.
         let device = Arc::new(Cpu::new(compute.threads(workers) * workers, compute.simd()?));
         let (orders, inbox) = mpsc::channel::<Order>();
         let (loaded, ready) = oneshot::channel();
-        let life = move || match AloneEngine::load(&checkpoint, device, compute.kv.0) {
+        let life = move || match AloneEngine::load(&checkpoint, device, compute.kv.0, kv_dtype) {
             Err(error) => drop(loaded.send(Err(error))),
             Ok(mut engine) => {
                 // The asking side may have been interrupted, here and below.
@@ -221,11 +221,17 @@ struct AloneEngine {
 }
 
 impl AloneEngine {
-    fn load(checkpoint: &Checkpoint, device: Arc<Cpu>, kv_bytes: u64) -> Result<Self> {
+    fn load(
+        checkpoint: &Checkpoint,
+        device: Arc<Cpu>,
+        kv_bytes: u64,
+        kv_dtype: KvDType,
+    ) -> Result<Self> {
         let store = DramStore::new(u64::MAX);
         store.load_all(checkpoint)?;
         let backbone = Backbone::load(checkpoint, device, |_, _| {})?;
-        Ok(Self { engine: Engine::new(Arc::new(backbone), kv_bytes)?, store, requests: 0 })
+        let engine = Engine::with_cache(Arc::new(backbone), kv_bytes, kv_dtype)?;
+        Ok(Self { engine, store, requests: 0 })
     }
 
     /// [`Engine::run_local`], with a look at the clock at every token.
