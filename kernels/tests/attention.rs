@@ -21,6 +21,41 @@ struct Sequence {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
+    dtype: KvDType,
+}
+
+/// What the cache keeps: numbers, and a scale per position and key/value head.
+struct Kept {
+    k: (Vec<f32>, Vec<f32>),
+    v: (Vec<f32>, Vec<f32>),
+}
+
+/// Rows of heads as a format keeps them: numbers and scales, 1 where there are none.
+fn kept(dtype: KvDType, values: &[f32], head_dim: usize, keys: bool) -> (Vec<f32>, Vec<f32>) {
+    let (mut numbers, mut scales) = (Vec::new(), Vec::new());
+    for head in values.chunks(head_dim) {
+        let poison = |x: f32| if keys && !x.is_finite() { f32::NAN } else { x };
+        let largest = head.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+        match dtype {
+            KvDType::F32 => numbers.extend(head.iter().map(|&x| poison(x))),
+            KvDType::Bf16 => {
+                numbers.extend(head.iter().map(|&x| poison(half::bf16::from_f32(x).to_f32())))
+            }
+            KvDType::Int8 if head.iter().any(|x| !x.is_finite()) => {
+                numbers.extend(head.iter().map(|_| 0.0));
+            }
+            KvDType::Int8 => numbers.extend(head.iter().map(|x| match largest / 127.0 {
+                0.0 => 0.0,
+                s => (x / s).round_ties_even().clamp(-127.0, 127.0),
+            })),
+        }
+        scales.push(match dtype {
+            KvDType::Int8 if head.iter().any(|x| !x.is_finite()) => f32::NAN,
+            KvDType::Int8 => largest / 127.0,
+            _ => 1.0,
+        });
+    }
+    (numbers, scales)
 }
 
 impl Sequence {
@@ -29,7 +64,12 @@ impl Sequence {
         let kv = kv_heads * head_dim;
         let q = numbers.fill(len * kv * group).iter().map(|x| x * 4.0).collect();
         let (k, v) = (numbers.fill(len * kv), numbers.fill(len * kv));
-        Self { kv_heads, group, head_dim, len, q, k, v }
+        Self { kv_heads, group, head_dim, len, q, k, v, dtype: KvDType::F32 }
+    }
+
+    fn kept(&self) -> Kept {
+        let kept = |values: &[f32], keys| kept(self.dtype, values, self.head_dim, keys);
+        Kept { k: kept(&self.k, true), v: kept(&self.v, false) }
     }
 
     fn cols(&self) -> usize {
@@ -58,7 +98,7 @@ impl Sequence {
             layers: 2,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            dtype: KvDType::F32,
+            dtype: self.dtype,
         };
         cpu.kv_arena(shape, self.pages().len()).unwrap()
     }
@@ -107,16 +147,20 @@ impl Sequence {
     /// The rule, one head after another.
     fn by_the_rule(&self, position: usize, window: Option<u32>) -> Vec<f32> {
         let first = window.map_or(0, |w| (position + 1).saturating_sub(w as usize));
-        let mut out = Vec::new();
+        let (kept, mut out) = (self.kept(), Vec::new());
         for head in 0..self.kv_heads * self.group {
+            let at = |position: usize| position * self.kv_heads + head / self.group;
+            let numbers = |all: &[f32], position: usize| {
+                all[at(position) * self.head_dim..][..self.head_dim].to_vec()
+            };
             let (mut max, mut total) = (f32::NEG_INFINITY, 0.0f32);
             let mut acc = vec![0.0f32; self.head_dim];
             for page in first / PAGE_TOKENS..=position / PAGE_TOKENS {
                 let base = page * PAGE_TOKENS;
                 let seen = first.max(base)..=position.min(base + PAGE_TOKENS - 1);
                 let scores: Vec<(usize, f32)> = seen
-                    .map(|p| (p, rule_1(self.query(position, head), self.key_value(p, head).0)))
-                    .map(|(p, dot)| (p, dot * self.scale()))
+                    .map(|p| (p, rule_1(self.query(position, head), &numbers(&kept.k.0, p))))
+                    .map(|(p, dot)| (p, dot * kept.k.1[at(p)] * self.scale()))
                     .collect();
                 let new = scores.iter().fold(max, |m, (_, s)| m.max(*s));
                 let keep = exp(max - new);
@@ -133,8 +177,9 @@ impl Sequence {
                 total = total.mul_add(keep, sum);
                 acc.iter_mut().for_each(|x| *x *= keep);
                 for p in first.max(base)..=position.min(base + PAGE_TOKENS - 1) {
-                    for (x, v) in acc.iter_mut().zip(self.key_value(p, head).1) {
-                        *x = weights[p - base].mul_add(*v, *x);
+                    let weight = weights[p - base] * kept.v.1[at(p)];
+                    for (x, v) in acc.iter_mut().zip(numbers(&kept.v.0, p)) {
+                        *x = weight.mul_add(v, *x);
                     }
                 }
             }
@@ -182,6 +227,10 @@ fn rule_1(x: &[f32], w: &[f32]) -> f32 {
     }
 }
 
+/// Formats of the cache, and how far results may be from exact ones of the numbers given.
+const FORMATS: [(KvDType, f64); 3] =
+    [(KvDType::F32, 2e-6), (KvDType::Bf16, 2e-2), (KvDType::Int8, 5e-2)];
+
 #[test]
 fn rows_have_the_bits_of_the_rule_and_are_close_to_exact() {
     let cpus = cpus();
@@ -195,21 +244,26 @@ fn rows_have_the_bits_of_the_rule_and_are_close_to_exact() {
         (1, 2, 300),
         (1, 1, 520),
     ] {
-        let sequence = Sequence::new(7, kv_heads, group, head_dim, 140);
-        for window in [None, Some(1), Some(5), Some(64), Some(65), Some(100)] {
-            let positions = [0, 1, 62, 63, 64, 65, 127, 128, 139];
-            let expected: Vec<f32> =
-                positions.iter().flat_map(|&p| sequence.by_the_rule(p, window)).collect();
-            let exact = positions.iter().flat_map(|&p| sequence.exact(p, window));
-            for (e, exact) in expected.iter().zip(exact) {
-                assert!((f64::from(*e) - exact).abs() < 2e-6, "{e} against {exact}");
-            }
-            for cpu in &cpus {
-                let mut arena = sequence.empty_arena(cpu);
-                sequence.append(cpu, &mut arena, 0, sequence.len);
-                let found = sequence.attend(cpu, &arena, &positions, window);
-                let what = format!("{kv_heads}x{group}x{head_dim} window {window:?} on {cpu:?}");
-                assert_same(&found, &expected, &what);
+        for (dtype, bound) in FORMATS {
+            let mut sequence = Sequence::new(7, kv_heads, group, head_dim, 140);
+            sequence.dtype = dtype;
+            for window in [None, Some(1), Some(5), Some(64), Some(65), Some(100)] {
+                let positions = [0, 1, 62, 63, 64, 65, 127, 128, 139];
+                let expected: Vec<f32> =
+                    positions.iter().flat_map(|&p| sequence.by_the_rule(p, window)).collect();
+                let exact = positions.iter().flat_map(|&p| sequence.exact(p, window));
+                for (e, exact) in expected.iter().zip(exact) {
+                    assert!((f64::from(*e) - exact).abs() < bound, "{e} against {exact}");
+                }
+                for cpu in &cpus {
+                    let mut arena = sequence.empty_arena(cpu);
+                    sequence.append(cpu, &mut arena, 0, sequence.len);
+                    let found = sequence.attend(cpu, &arena, &positions, window);
+                    let what = format!(
+                        "{kv_heads}x{group}x{head_dim} {dtype} window {window:?} on {cpu:?}"
+                    );
+                    assert_same(&found, &expected, &what);
+                }
             }
         }
     }
@@ -281,10 +335,103 @@ fn a_visible_nan_reaches_its_heads_and_no_other_row() {
 fn pages_take_memory_when_they_are_first_written() {
     let cpu = Cpu::best(1);
     let sequence = Sequence::new(19, 1, 1, 8, 70);
-    let mut arena = cpu.kv_arena(KvShape { layers: 2, kv_heads: 1, head_dim: 8, dtype: KvDType::F32 }, 1000).unwrap();
+    let mut arena = cpu
+        .kv_arena(KvShape { layers: 2, kv_heads: 1, head_dim: 8, dtype: KvDType::F32 }, 1000)
+        .unwrap();
     assert_eq!((arena.pages(), arena.pages_written()), (1000, 0));
     sequence.append(&cpu, &mut arena, 0, 3);
     assert_eq!(arena.pages_written(), 1);
     sequence.append(&cpu, &mut arena, 3, 70);
     assert_eq!(arena.pages_written(), 2);
+}
+
+#[test]
+fn few_rows_with_many_keys_have_the_bits_of_the_rule_on_any_threads() {
+    for (kv_heads, group, head_dim) in [(1, 4, 64), (1, 13, 48), (3, 1, 100)] {
+        for (dtype, _) in FORMATS {
+            let mut sequence = Sequence::new(23, kv_heads, group, head_dim, 1100);
+            sequence.dtype = dtype;
+            for window in [None, Some(900)] {
+                let positions = [700, 960, 1050, 1099];
+                let expected: Vec<f32> =
+                    positions.iter().flat_map(|&p| sequence.by_the_rule(p, window)).collect();
+                for cpu in cpus() {
+                    let mut arena = sequence.empty_arena(&cpu);
+                    sequence.append(&cpu, &mut arena, 0, sequence.len);
+                    let found = sequence.attend(&cpu, &arena, &positions, window);
+                    let what = format!("{kv_heads}x{group}x{head_dim} {dtype} on {cpu:?}");
+                    assert_same(&found, &expected, &what);
+                    let alone = sequence.attend(&cpu, &arena, &positions[3..], window);
+                    assert_same(&alone, &expected[3 * sequence.cols()..], &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn numbers_of_every_kind_have_the_bits_of_the_rule() {
+    for seed in 0..12 {
+        for (dtype, _) in FORMATS {
+            let (kv_heads, group, head_dim) = (2, 2, 24);
+            let mut sequence = Sequence::new(seed, kv_heads, group, head_dim, 90);
+            sequence.dtype = dtype;
+            let mut numbers = Numbers(seed + 100);
+            let size = [1.0, 1e-20, 1e-38][seed as usize % 3];
+            for values in [&mut sequence.q, &mut sequence.k, &mut sequence.v] {
+                *values = numbers.wild(values.len()).iter().map(|x| x * size).collect();
+            }
+            if seed >= 9 {
+                sequence.k.fill(if seed == 9 { 0.0 } else { 1e-45 });
+                sequence.v[..1000].fill(-0.0);
+            }
+            let positions = [0, 40, 70, 89];
+            let expected: Vec<f32> =
+                positions.iter().flat_map(|&p| sequence.by_the_rule(p, Some(60))).collect();
+            for cpu in cpus() {
+                let mut arena = sequence.empty_arena(&cpu);
+                sequence.append(&cpu, &mut arena, 0, 90);
+                let found = sequence.attend(&cpu, &arena, &positions, Some(60));
+                assert_same(&found, &expected, &format!("seed {seed}, {dtype} on {cpu:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_so_wherever_it_is_seen_and_nowhere_else() {
+    let cpu = Cpu::best(2);
+    for (dtype, _) in FORMATS {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for which in ["q", "k", "v"] {
+                let mut sequence = Sequence::new(29, 2, 1, 24, 80);
+                sequence.dtype = dtype;
+                match which {
+                    "q" => sequence.q[50 * 48 + 3] = bad,
+                    "k" => sequence.k[50 * 48 + 3] = bad,
+                    _ => sequence.v[50 * 48 + 3] = bad,
+                }
+                let mut arena = sequence.empty_arena(&cpu);
+                sequence.append(&cpu, &mut arena, 0, 80);
+                let found = sequence.attend(&cpu, &arena, &[49, 50, 79], None);
+                for (i, head) in found.chunks(24).enumerate() {
+                    let poisoned = i == 2 || i == 4 && which != "q";
+                    let finite = head.iter().all(|x| x.is_finite());
+                    assert_eq!(finite, !poisoned, "{bad} in {which}, {dtype}, head {i}: {head:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn pages_of_smaller_formats_are_smaller() {
+    let bytes = KvDType::ALL
+        .map(|dtype| KvShape { layers: 3, kv_heads: 2, head_dim: 128, dtype }.page_bytes());
+    let numbers = 3 * 2 * 2 * 128 * PAGE_TOKENS;
+    assert_eq!(bytes, [4 * numbers, 2 * numbers, numbers + 3 * 2 * 2 * PAGE_TOKENS * 4]);
+    for dtype in KvDType::ALL {
+        assert_eq!(dtype.name().parse(), Ok(dtype));
+    }
+    assert!("fp8".parse::<KvDType>().unwrap_err().to_string().contains("int8"));
 }
