@@ -63,8 +63,8 @@ struct Case<'a> {
 }
 
 impl<'a> Case<'a> {
-    fn new(cpu: &'a Cpu, heads: usize, kv_heads: usize, context: usize) -> Self {
-        let shape = KvShape { layers: 1, kv_heads, head_dim: 128, dtype: KvDType::F32 };
+    fn new(cpu: &'a Cpu, dtype: KvDType, heads: usize, kv_heads: usize, context: usize) -> Self {
+        let shape = KvShape { layers: 1, kv_heads, head_dim: 128, dtype };
         let layer_bytes = shape.page_bytes() * context / PAGE_TOKENS;
         let shape = KvShape { layers: (CACHE_BYTES / layer_bytes).max(1), ..shape };
         let pages: Vec<u32> = (0..context.div_ceil(PAGE_TOKENS) as u32).collect();
@@ -142,11 +142,14 @@ fn main() {
         let products = product_rate(&cpu);
         let bandwidth = measure::read_bandwidth(&cpu, CACHE_BYTES) / 1e9;
         println!("{}: {products:.0} GFLOP/s, {bandwidth:.1} GB/s", cpu.describe());
-        for (heads, kv_heads) in [(16, 16), (32, 4)] {
-            for context in [512, 4096] {
-                let case = Case::new(&cpu, heads, kv_heads, context);
-                case.decode(bandwidth);
-                case.prefill(products);
+        for dtype in KvDType::ALL {
+            println!("{dtype} cache");
+            for (heads, kv_heads) in [(16, 16), (32, 4)] {
+                for context in [512, 4096] {
+                    let case = Case::new(&cpu, dtype, heads, kv_heads, context);
+                    case.decode(bandwidth);
+                    case.prefill(products);
+                }
             }
         }
     }

@@ -98,6 +98,14 @@ impl Ahead {
         Self { at, step: bytes / rows.max(1) }
     }
 
+    /// The share of reader i of n that read the same `rows` rows one after another: memory is
+    /// then busy all the time, not only while the first reads.
+    #[inline(always)]
+    pub(super) fn share(self, i: usize, n: usize, rows: usize) -> Self {
+        let step = self.step / n;
+        Self { at: self.at.wrapping_add(i * rows * step), step }
+    }
+
     #[inline(always)]
     unsafe fn row<V: Vector>(&mut self) {
         for line in (0..self.step).step_by(64) {
@@ -355,9 +363,10 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const N: usize>(
     q: *const f32,
     out: *mut f32,
 ) {
-    let mut ahead = keys.ahead;
+    let parts = PAGE_TOKENS / (N * V::LANES);
     let number = if F::PAIRS { 2 * F::BYTES } else { F::BYTES };
-    for part in (0..PAGE_TOKENS).step_by(N * V::LANES) {
+    for p in 0..parts {
+        let part = p * N * V::LANES;
         if part >= keys.to || part + N * V::LANES <= keys.from {
             continue;
         }
@@ -367,6 +376,7 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const N: usize>(
             let rows = keys.keys.add(part * number);
             let (from, to, len) = (0, keys.head_dim, PAGE_TOKENS);
             let (x, stride, next) = (q, 1, keys.rows);
+            let ahead = keys.ahead.share(p, parts, keys.head_dim);
             let stream = Stream { rows, len, from, to, x, stride, next, ahead };
             accumulate::<V, F, R, N>(&mut acc, stream);
             for r in 0..R {
@@ -375,7 +385,6 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const N: usize>(
                 }
             }
         }
-        ahead = Ahead::NOTHING;
     }
 }
 
@@ -492,6 +501,7 @@ impl Kernel for AddValues {
 /// As [`add_values`], of format F, and the machine has V's instructions.
 #[inline(always)]
 unsafe fn all_columns<V: Vector, F: Format>(mut values: Values, acc: *mut f32) {
+    let ahead = values.ahead;
     let mut done = 0;
     while done < values.rows {
         let r = together::<V>(values.rows - done);
@@ -499,6 +509,12 @@ unsafe fn all_columns<V: Vector, F: Format>(mut values: Values, acc: *mut f32) {
         while col < values.len {
             let left = (values.len - col) / V::LANES;
             let at = (done, col);
+            let strips = (values.len / (4 * V::LANES)).max(1);
+            let strip = col / (4 * V::LANES);
+            values.ahead = match done == 0 && strip < strips {
+                true => ahead.share(strip, strips, PAGE_TOKENS),
+                false => Ahead::NOTHING,
+            };
             // SAFETY: promised by the caller; columns are inside by `left`.
             col += unsafe {
                 match (V::LANES, r, left) {
@@ -519,7 +535,6 @@ unsafe fn all_columns<V: Vector, F: Format>(mut values: Values, acc: *mut f32) {
                     (_, _, _) => columns::<V, F, 6, 1>(values, at, acc),
                 }
             };
-            values.ahead = Ahead::NOTHING;
         }
         done += r;
     }

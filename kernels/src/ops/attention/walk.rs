@@ -43,8 +43,8 @@ pub(super) fn walk(simd: Simd, job: &Job<'_>, rows: Range<usize>, kv_head: usize
         let here = head(page);
         let [_, value_scales] = scales(here, shape.dtype);
         // What comes next in the walk is asked for while this is read for the first time.
-        let mut keys_ahead = Ahead::over(here.values(), shape.value_bytes(), head_dim);
-        let mut values_ahead = match page + 1 < pages.end {
+        let keys_ahead = Ahead::over(here.values(), shape.value_bytes(), head_dim);
+        let values_ahead = match page + 1 < pages.end {
             true => Ahead::over(head(page + 1).keys(), shape.key_bytes(), PAGE_TOKENS),
             false => Ahead::NOTHING,
         };
@@ -52,10 +52,10 @@ pub(super) fn walk(simd: Simd, job: &Job<'_>, rows: Range<usize>, kv_head: usize
             let group = groups.first(g)..groups.first(g + 1);
             let scores = &mut scores[group.start * PAGE_TOKENS..group.end * PAGE_TOKENS];
             let new = &mut keep[group.clone()];
-            if !items.score(q, g, page, here, keys_ahead, stack, scores, new) {
+            let ahead = keys_ahead.share(g, groups.count(), head_dim);
+            if !items.score(q, g, page, here, ahead, stack, scores, new) {
                 continue;
             }
-            keys_ahead = Ahead::NOTHING;
             for (item, scores) in group.zip(scores.as_chunks_mut().0) {
                 if items.sees(item, page) {
                     let (old, new) = (most[item], keep[item]);
@@ -70,9 +70,8 @@ pub(super) fn walk(simd: Simd, job: &Job<'_>, rows: Range<usize>, kv_head: usize
             let first = groups.first(g);
             let weights = &scores[first * PAGE_TOKENS..];
             let added = &mut acc[first * cols..];
-            if items.add(g, page, here, (0, cols), weights, &keep[first..], values_ahead, added) {
-                values_ahead = Ahead::NOTHING;
-            }
+            let ahead = values_ahead.share(g, groups.count(), PAGE_TOKENS);
+            items.add(g, page, here, (0, cols), weights, &keep[first..], ahead, added);
         }
     }
     items.finish(acc, total, 0, cols);
@@ -174,7 +173,7 @@ impl Items<'_> {
     }
 
     /// Adds `len` columns of a page's values, from `col` on, to the sums of group g, `[items of
-    /// the group][len]`; whether any item sees anything of the page.
+    /// the group][len]`. Items that see nothing of the page keep theirs.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn add(
         &self,
@@ -186,7 +185,7 @@ impl Items<'_> {
         keep: &[f32],
         ahead: Ahead,
         acc: &mut [f32],
-    ) -> bool {
+    ) {
         let shape = self.job.arena.shape();
         let first = self.groups.first(g);
         let rows = self.groups.first(g + 1) - first;
@@ -202,7 +201,7 @@ impl Items<'_> {
             (from, to) = (from.max(seen.0), to.min(seen.1));
         }
         if !any {
-            return false;
+            return;
         }
         let all = Values {
             dtype: shape.dtype,
@@ -221,7 +220,7 @@ impl Items<'_> {
             // SAFETY: the lengths were checked above, a head of the arena has whole values, and
             // groups have at most ROWS_MAX items.
             unsafe { add_values(self.simd, all, acc.as_mut_ptr()) };
-            return true;
+            return;
         }
         let ones = [1.0f32; ROWS_MAX];
         let alone = |r: usize, (from, to): (usize, usize), keep: &[f32], acc: &mut [f32]| {
@@ -250,7 +249,6 @@ impl Items<'_> {
                 }
             }
         }
-        true
     }
 
     /// Divides all sums, `[items][len]`, of columns from `col` on, and writes the outputs.
