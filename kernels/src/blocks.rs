@@ -66,14 +66,17 @@ fn bf16_up(x: f32) -> f32 {
 }
 
 /// `x` in bf16, to nearest, ties to even; `x` is finite.
+#[inline(always)]
 fn bf16_nearest(x: f32) -> f32 {
     half::bf16::from_f32(x).to_f32()
 }
 
+/// Adding it rounds to whole numbers: 1.5 · 2²³.
+const MAGIC: f32 = 12_582_912.0;
+
 /// Whole number nearest to `x`, ties to even; |x| is below 2²².
 #[inline(always)]
 fn nearest(x: f32) -> i32 {
-    const MAGIC: f32 = 12_582_912.0;
     (x + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()).cast_signed()
 }
 
@@ -102,28 +105,36 @@ vectorised! {
         if !largest.is_finite() {
             return (f32::NAN, [0; BLOCK]);
         }
-        let mut best = (f32::INFINITY, 0.0, [0; BLOCK]);
+        let mut best = (f32::INFINITY, 0.0);
         for i in 0..INT4_CANDIDATES {
             // The largest weight becomes ±9 to ±6.6, cut off at -8 and 7.
             let steps = 9.0 - 0.15 * i as f32;
+            let per_step = 1.0 / steps;
             for sign in [-1.0f32, 1.0] {
                 let scale = bf16_nearest(sign * largest / steps);
                 let inverse = 1.0 / scale;
-                let q = x.map(|v| nearest((v * inverse).clamp(-8.0, 7.0)));
                 let mut errors = [0.0f32; 8];
-                for (x, q) in x.chunks_exact(8).zip(q.chunks_exact(8)) {
-                    for lane in 0..8 {
-                        let off = (x[lane] * inverse - q[lane] as f32) * (1.0 / steps);
-                        errors[lane] += off * off;
+                // Loops over lanes with nothing else in them: they become vectors.
+                for group in 0..BLOCK / 8 {
+                    for (lane, error) in errors.iter_mut().enumerate() {
+                        let exact = x[group * 8 + lane] * inverse;
+                        let rounded = (exact.clamp(-8.0, 7.0) + MAGIC) - MAGIC;
+                        let off = (exact - rounded) * per_step;
+                        *error += off * off;
                     }
                 }
                 let error = errors.iter().sum::<f32>();
                 if error < best.0 {
-                    best = (error, scale, q);
+                    best = (error, scale);
                 }
             }
         }
-        (best.1, best.2.map(|q| q as i8))
+        let inverse = 1.0 / best.1;
+        let mut q = [0; BLOCK];
+        for (q, x) in q.iter_mut().zip(x) {
+            *q = nearest((x * inverse).clamp(-8.0, 7.0)) as i8;
+        }
+        (best.1, q)
     }
 }
 
