@@ -358,9 +358,18 @@ pub struct BenchModelArgs {
     /// Runs of each measurement, alternating; the median counts.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub runs: u16,
+    /// Requests at the same time, each with its own prompt.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub sequences: u16,
     /// Measure the cluster only: half the memory, and nothing to compare with.
     #[arg(long)]
     pub cluster_only: bool,
+    /// Start every worker as a process of its own.
+    #[arg(long)]
+    pub processes: bool,
+    /// Say where the time of a step of the engine alone goes.
+    #[arg(long, conflicts_with = "cluster_only")]
+    pub profile: bool,
     /// Workers.
     #[command(flatten)]
     pub local: LocalArgs,

@@ -5,7 +5,7 @@ use std::{hint::black_box, time::Instant};
 use crate::{
     buffer::AlignedBytes,
     cpu::Cpu,
-    simd::{Simd, vectorised},
+    simd::{Kernel, Simd, Vector, vectorised},
 };
 
 /// Bytes per second that all threads of `cpu` together read from a buffer of `bytes` bytes: the
@@ -31,6 +31,60 @@ pub fn read_bandwidth(cpu: &Cpu, bytes: usize) -> f64 {
         .into_iter()
         .flat_map(|read| [pass(read), pass(read), pass(read)])
         .fold(0.0, f64::max)
+}
+
+/// What the multipliers of all threads of `cpu` do at best, in operations per second (a product
+/// and a sum are two): in f32, and in int8. Registers only; the best of several tries.
+///
+/// The second is derived from the first: VNNI multiplies four pairs of bytes where a fused
+/// multiply-add does one of floats, and AVX2 needs two multiplying instructions for 32 pairs where
+/// it has one for 8 floats.
+pub fn peak_operations(cpu: &Cpu) -> (f64, f64) {
+    const ROUNDS: usize = 1 << 18;
+    let threads = cpu.pool().threads();
+    let mut best = 0.0f64;
+    for _ in 0..10 {
+        let from = Instant::now();
+        cpu.pool().run(threads, &|_| {
+            black_box(cpu.simd().run(Multiply { rounds: black_box(ROUNDS) }));
+        });
+        let operations = 2 * threads * ROUNDS * CHAINS * cpu.simd().lanes();
+        best = best.max(operations as f64 / from.elapsed().as_secs_f64());
+    }
+    let bytes_per_float = if cpu.simd().for_blocks() == Simd::Avx512 { 4.0 } else { 2.0 };
+    (best, best * bytes_per_float)
+}
+
+/// Independent sums: enough that none waits for itself.
+const CHAINS: usize = 12;
+
+struct Multiply {
+    rounds: usize,
+}
+
+impl Kernel for Multiply {
+    type Output = f32;
+
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) -> f32 {
+        // SAFETY: promised by the caller; `out` holds a vector.
+        unsafe {
+            let (a, b) = (V::splat(black_box(1e-3)), V::splat(black_box(0.5)));
+            let mut acc = [V::zero(); CHAINS];
+            for _ in 0..self.rounds {
+                for sum in &mut acc {
+                    *sum = sum.fma(a, b);
+                }
+            }
+            let mut out = [0.0; 16];
+            let mut total = 0.0;
+            for sum in acc {
+                sum.store(out.as_mut_ptr());
+                total += out[0];
+            }
+            total
+        }
+    }
 }
 
 vectorised! {

@@ -87,6 +87,15 @@ impl Simd {
         if self == Simd::Avx512 { 12 } else { 6 }
     }
 
+    /// f32 values of one vector.
+    pub(crate) fn lanes(self) -> usize {
+        match self {
+            Simd::Scalar | Simd::Avx2 => 8,
+            Simd::Avx512 => 16,
+            Simd::Neon => 4,
+        }
+    }
+
     /// The set to multiply blocks of integers with: AVX-512 only with VNNI, else AVX2.
     pub(crate) fn for_blocks(self) -> Self {
         #[cfg(target_arch = "x86_64")]

@@ -297,10 +297,12 @@ impl<D: Device> Engine<D> {
 
     /// Runs all experts that a pass needs in one store.
     pub fn run_pass(&mut self, pass: PassId, store: &dyn ExpertStore<D::Matrix>) {
+        let experts = debug_span!(parent: &self.span(pass), "experts").entered();
         let device = self.backbone.device.clone();
         let outputs = self
             .dispatch(pass)
             .and_then(|dispatch| Ok(run_all(&*device, store, &dispatch.hidden, dispatch.routes)?));
+        drop(experts);
         match outputs {
             Ok(outputs) => {
                 let width = self.backbone.config.hidden;

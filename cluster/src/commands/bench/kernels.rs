@@ -1,15 +1,17 @@
-//! `lite-llm bench kernels`: packed products beside the `gemm` crate, and products of few rows
-//! beside the speed at which this machine reads memory.
+//! `lite-llm bench kernels`: packed products beside the `gemm` crate, and products with weights
+//! of every format that no cache holds beside what memory and multipliers allow.
 //!
 //! Shapes: `[rows, K] · [N, K]ᵀ`. Operations are counted as 2 · rows · N · K, bytes as those of
-//! the packed weights.
+//! the packed weights. The ceiling of a product is the lesser of what the multipliers do at best
+//! and of the rate at which weights can be read, both measured in the same run.
 
 use anyhow::Result;
 use lite_llm_kernels::{
+    buffer::AlignedBytes,
     cpu::Cpu,
     dtype::DType,
     matrix::{PackedMatrix, Source},
-    measure::read_bandwidth,
+    measure::{peak_operations, read_bandwidth},
     ops::matmul::matmul,
     rows::Rows,
 };
@@ -26,11 +28,9 @@ use crate::{
 const ROWS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 256, 512];
 /// `(N, K)` of the products that are compared with `gemm`.
 const SQUARES: [(usize, usize); 2] = [(2048, 2048), (1024, 1024)];
-/// Rows of the products that are limited by memory.
-const FEW_ROWS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 /// K of the matrices that no cache holds, and their bytes.
 const LARGE_K: usize = 2048;
-const LARGE_BYTES: usize = 256 << 20;
+const LARGE_BYTES: usize = 128 << 20;
 /// What is asked of 512 rows against `gemm`.
 const GEMM_RATIO: f64 = 0.9;
 /// What is asked of one row in bf16 against reading memory.
@@ -41,7 +41,7 @@ pub(super) async fn measure(args: BenchKernelsArgs, json: bool) -> Result<()> {
     let cpu = ComputeArgs { threads, simd, dram: None, kv: Size(0) }.device(1)?;
     let runs = usize::from(runs);
     let report = tokio::task::spawn_blocking(move || {
-        let steps = (SQUARES.len() * ROWS.len() + FEW_ROWS.len() + 1) as u64;
+        let steps = ((SQUARES.len() + DType::ALL.len()) * ROWS.len()) as u64;
         let mut progress = Progress::new("bench kernels", Unit::Things("shapes"), json);
         let mut done = 0;
         let mut step = |now: &str| {
@@ -53,7 +53,7 @@ pub(super) async fn measure(args: BenchKernelsArgs, json: bool) -> Result<()> {
         for (n, k) in SQUARES {
             compare_with_gemm(&cpu, n, k, runs, &mut report, &mut step);
         }
-        compare_with_memory(&cpu, runs, &mut report, &mut step);
+        compare_with_ceilings(&cpu, runs, &mut report, &mut step);
         progress.finish();
         report
     })
@@ -75,7 +75,7 @@ struct Against {
     gemm: Samples,
 }
 
-/// A product that was measured beside reading memory.
+/// A product that was measured beside reading memory and the peak of the multipliers.
 struct Streamed {
     dtype: DType,
     rows: usize,
@@ -85,6 +85,8 @@ struct Streamed {
     intensity: f64,
     /// GB/s that the machine read meanwhile.
     read: Samples,
+    /// GFLOP/s that its multipliers do at best.
+    peak: f64,
 }
 
 #[derive(Default)]
@@ -106,8 +108,18 @@ impl Against {
 }
 
 impl Streamed {
+    /// GFLOP/s.
+    fn speed(&self) -> f64 {
+        self.rate.median() * self.intensity
+    }
+
+    /// GFLOP/s that memory and multipliers allow.
+    fn ceiling(&self) -> f64 {
+        self.peak.min(self.read.median() * self.intensity)
+    }
+
     fn ratio(&self) -> f64 {
-        self.rate.median() / self.read.median()
+        self.speed() / self.ceiling()
     }
 
     fn goal(&self) -> Option<Goal> {
@@ -152,29 +164,41 @@ fn compare_with_gemm(
     }
 }
 
-fn compare_with_memory(cpu: &Cpu, runs: usize, report: &mut Report, step: &mut dyn FnMut(&str)) {
-    let few_rows = FEW_ROWS.iter().map(|&rows| (DType::Bf16, rows));
-    let mut packed: Option<PackedMatrix> = None;
-    for (dtype, rows) in few_rows.chain([(DType::F32, 1)]) {
-        step(&format!("{rows} rows, {dtype}, 256 MiB"));
-        let (k, n) = (LARGE_K, (LARGE_BYTES as f64 / LARGE_K as f64 / dtype.bits() * 8.0) as usize);
-        let packed = match packed.take() {
-            Some(ready) if ready.dtype() == dtype => packed.insert(ready),
-            _ => packed.insert(PackedMatrix::pack(dtype, n, k, Source::F32(&values(n * k)))),
-        };
-        let x = values(rows * k);
-        let mut out = vec![0.0; rows * n];
-        let (mut rate, mut read) = (Samples::default(), Samples::default());
-        for _ in 0..runs {
-            read.push(read_bandwidth(cpu, LARGE_BYTES) / 1e9);
-            let product = &mut || matmul(cpu, Rows::dense(&x, k), packed, None, &mut out);
-            let seconds = &take_turns(3, &mut [product])[0];
-            // Reading counts at its best within a run, so the product does, too.
-            rate.push(packed.data().len() as f64 / 1e9 / seconds.percentile(0.0));
+fn compare_with_ceilings(cpu: &Cpu, runs: usize, report: &mut Report, step: &mut dyn FnMut(&str)) {
+    let peaks = peak_operations(cpu);
+    for dtype in DType::ALL {
+        let (k, panel_values) = (LARGE_K, 32 * LARGE_K);
+        let panels = (LARGE_BYTES as f64 / (panel_values as f64 * dtype.bits() / 8.0)) as usize;
+        let n = 32 * panels;
+        let packed = repeated(dtype, n, k);
+        for rows in ROWS {
+            step(&format!("{rows} rows, {dtype}"));
+            let x = values(rows * k);
+            let mut out = vec![0.0; rows * n];
+            let (mut rate, mut read) = (Samples::default(), Samples::default());
+            for _ in 0..runs {
+                read.push(read_bandwidth(cpu, LARGE_BYTES) / 1e9);
+                let product = &mut || matmul(cpu, Rows::dense(&x, k), &packed, None, &mut out);
+                let seconds = &take_turns(3, &mut [product])[0];
+                // Reading counts at its best within a run, so the product does, too.
+                rate.push(packed.data().len() as f64 / 1e9 / seconds.percentile(0.0));
+            }
+            let intensity = 16.0 * rows as f64 / dtype.bits();
+            let peak = if dtype.is_quantised() { peaks.1 } else { peaks.0 } / 1e9;
+            report.streamed.push(Streamed { dtype, rows, rate, intensity, read, peak });
         }
-        let intensity = 16.0 * rows as f64 / dtype.bits();
-        report.streamed.push(Streamed { dtype, rows, rate, intensity, read });
     }
+}
+
+/// Packed weights whose panels repeat: what is measured is reading them, not making them.
+fn repeated(dtype: DType, n: usize, k: usize) -> PackedMatrix {
+    let some = PackedMatrix::pack(dtype, 1024, k, Source::F32(&values(1024 * k)));
+    let bytes = PackedMatrix::packed_bytes(dtype, n, k).expect("a matrix in memory has a size");
+    let mut all = AlignedBytes::zeroed(bytes);
+    for part in all.chunks_mut(some.data().len()) {
+        part.copy_from_slice(&some.data()[..part.len()]);
+    }
+    PackedMatrix::new(dtype, n, k, all.into()).expect("the size is that of the shape")
 }
 
 /// Weights of N outputs and K inputs in memory, with the strides of K and N.
@@ -246,21 +270,22 @@ impl Report {
             })
             .collect();
         print_table(&["rows x N x K", "ours", "gemm", "ratio"], &rows);
-        println!("\nProducts with 256 MiB of weights, beside reading memory");
+        println!("\nProducts with 128 MiB of weights, beside what memory and multipliers allow");
         let rows: Vec<_> = self
             .streamed
             .iter()
             .map(|s| {
                 vec![
                     format!("{} row{}, {}", s.rows, if s.rows == 1 { "" } else { "s" }, s.dtype),
-                    format!("{:.1}", s.rate.median() * s.intensity),
+                    format!("{:.1}", s.speed()),
                     s.rate.show(2),
                     s.read.show(2),
+                    format!("{:.1}", s.ceiling()),
                     s.goal().map_or_else(|| format!("{:.2}", s.ratio()), |goal| goal.show()),
                 ]
             })
             .collect();
-        print_table(&["", "GFLOP/s", "weights GB/s", "read GB/s", "ratio"], &rows);
+        print_table(&["", "GFLOP/s", "weights GB/s", "read GB/s", "ceiling", "ratio"], &rows);
     }
 
     fn json(&self) -> Value {
@@ -277,7 +302,7 @@ impl Report {
                 "rows": s.rows, "dtype": s.dtype.to_string(), "weight_bytes": LARGE_BYTES,
                 "gigabytes_per_second": s.rate.json(),
                 "read_gigabytes_per_second": s.read.json(),
-                "gflops": s.rate.median() * s.intensity,
+                "gflops": s.speed(), "peak_gflops": s.peak, "ceiling_gflops": s.ceiling(),
                 "ratio": s.ratio(), "asked": goal(s.goal()),
             })
         });
@@ -286,7 +311,7 @@ impl Report {
             "threads": self.threads,
             "simd": self.simd,
             "against_gemm": against.collect::<Vec<_>>(),
-            "against_memory": streamed.collect::<Vec<_>>(),
+            "against_ceilings": streamed.collect::<Vec<_>>(),
         })
     }
 }

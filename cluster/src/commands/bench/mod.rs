@@ -2,6 +2,8 @@
 
 mod kernels;
 mod model;
+mod processes;
+mod profile;
 mod random_model;
 mod samples;
 mod transport;

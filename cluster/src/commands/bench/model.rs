@@ -3,7 +3,8 @@
 //!
 //! Both have the same weights, threads and prompt, and take turns; both must say the same tokens,
 //! or the measurement is void. Decode counts the tokens after the first, prefill the prompt's up
-//! to the first.
+//! to the first; several requests count together, from the first one's beginning to the last
+//! one's end.
 
 use std::{
     sync::{Arc, mpsc},
@@ -11,7 +12,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use lite_llm_actors::local::LocalCluster;
 use lite_llm_kernels::{cpu::Cpu, kv::KvDType};
 use lite_llm_runtime::{
     backbone::Backbone,
@@ -25,7 +25,11 @@ use lite_llm_transport::messages::{JobEventBody, JobRequest, Prompt};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use super::samples::{Goal, Samples, print_table};
+use super::{
+    processes::Cluster,
+    profile::{Profile, profile},
+    samples::{Goal, Samples, print_table},
+};
 use crate::{
     cli::BenchModelArgs,
     commands::{bad_input, open_model},
@@ -34,6 +38,10 @@ use crate::{
 
 /// What is asked of a cluster of one worker against the engine alone, in tokens per second.
 const RATIO: f64 = 0.95;
+/// What is asked of two requests, each at home on a worker process of one thread, against both in
+/// one engine of two threads.
+const DECODE_APART: f64 = 0.85;
+const PREFILL_APART: f64 = 0.9;
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +60,7 @@ impl Phase {
 }
 
 /// When a request's tokens came.
+#[derive(Clone)]
 struct Timeline {
     submitted: Instant,
     /// Every token and when it was there.
@@ -71,22 +80,27 @@ impl Timeline {
         self.tokens.iter().map(|(id, _)| *id).collect()
     }
 
-    /// Tokens per second of a phase.
-    fn rate(&self, phase: Phase, prompt: usize) -> f64 {
-        let (Some((_, first)), Some((_, last))) = (self.tokens.first(), self.tokens.last()) else {
-            return 0.0;
-        };
-        let (count, time) = match phase {
-            Phase::Decode => (self.tokens.len() - 1, last.duration_since(*first)),
-            Phase::Prefill => (prompt, first.duration_since(self.submitted)),
-        };
-        count as f64 / time.as_secs_f64().max(1e-9)
-    }
-
     /// Times between tokens.
     fn gaps(&self) -> impl Iterator<Item = Duration> {
         self.tokens.windows(2).map(|pair| pair[1].1.duration_since(pair[0].1))
     }
+}
+
+/// Tokens per second of a phase of requests that ran together.
+fn rate(timelines: &[Timeline], phase: Phase, prompt: usize) -> f64 {
+    let firsts = timelines.iter().filter_map(|t| t.tokens.first().map(|(_, at)| *at));
+    let lasts = timelines.iter().filter_map(|t| t.tokens.last().map(|(_, at)| *at));
+    let (count, from, to) = match phase {
+        Phase::Decode => {
+            let count = timelines.iter().map(|t| t.tokens.len().saturating_sub(1)).sum();
+            (count, firsts.min(), lasts.max())
+        }
+        Phase::Prefill => {
+            (prompt * timelines.len(), timelines.iter().map(|t| t.submitted).min(), firsts.max())
+        }
+    };
+    let (Some(from), Some(to)) = (from, to) else { return 0.0 };
+    count as f64 / to.duration_since(from).as_secs_f64().max(1e-9)
 }
 
 pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> Result<()> {
@@ -97,20 +111,23 @@ pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> R
         false => Some(Alone::load(checkpoint.clone(), &args).await?),
     };
     let loading = Instant::now();
-    let cluster = args.local.cluster(checkpoint.clone()).await?;
+    let cluster = Cluster::start(checkpoint.clone(), &args).await?;
     let mut report = Report {
         phase,
         model: checkpoint.location(),
         workers: args.local.workers.into(),
         threads: args.local.compute.threads(args.local.workers.into()),
         simd: args.local.compute.simd()?.to_string(),
-        prompt: work.prompt.len(),
+        processes: args.processes,
+        prompt: work.prompt(),
+        sequences: work.prompts.len(),
         generate: work.generate,
         load: loading.elapsed(),
         cluster: Samples::default(),
         alone: alone.is_some().then(Samples::default),
         gaps: Samples::default(),
         alone_gaps: Samples::default(),
+        profile: None,
     };
     let mut progress =
         Progress::new(&format!("bench {}", phase.name()), Unit::Things("runs"), json);
@@ -126,14 +143,17 @@ pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> R
             };
             if let Some(theirs) = &theirs {
                 ensure!(
-                    ours.ids() == theirs.ids(),
+                    ours.iter().map(Timeline::ids).eq(theirs.iter().map(Timeline::ids)),
                     "the cluster and the engine alone generated different tokens: \
                      what was measured is not the same work"
                 );
             }
             if run > 0 {
-                report.take(&ours, theirs.as_ref());
+                report.take(&ours, theirs.as_deref());
             }
+        }
+        if let (true, Some(alone)) = (args.profile, &alone) {
+            report.profile = Some(alone.profile(&work).await?);
         }
         Ok(())
     }
@@ -146,10 +166,18 @@ pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> R
     })
 }
 
-/// The request that is repeated.
+/// The requests that are repeated.
 struct Work {
-    prompt: Vec<u32>,
+    /// All of one length.
+    prompts: Vec<Vec<u32>>,
     generate: usize,
+}
+
+impl Work {
+    /// Tokens of each prompt.
+    fn prompt(&self) -> usize {
+        self.prompts.first().map_or(0, Vec::len)
+    }
 }
 
 fn work(phase: Phase, args: &BenchModelArgs, checkpoint: &Checkpoint) -> Result<Work> {
@@ -171,11 +199,16 @@ fn work(phase: Phase, args: &BenchModelArgs, checkpoint: &Checkpoint) -> Result<
         )));
     }
     let token = |at| (random_u64(args.seed, Purpose::Sampling, at) % config.vocab as u64) as u32;
-    Ok(Work { prompt: (0..prompt as u64).map(token).collect(), generate })
+    let prompts = (0..u64::from(args.sequences))
+        .map(|s| (s * prompt as u64..(s + 1) * prompt as u64).map(token).collect())
+        .collect();
+    Ok(Work { prompts, generate })
 }
 
 /// What the engine alone is to do, and where its answer goes.
-type Order = (Arc<Work>, oneshot::Sender<Result<Timeline>>);
+type Order = (Arc<Work>, bool, oneshot::Sender<Result<Answer>>);
+/// When the tokens of each request came, and where the time went if that was asked for.
+type Answer = (Vec<Timeline>, Option<Profile>);
 
 /// The engine without actors or network, on a thread of its own, as a node's lane is.
 struct Alone {
@@ -195,8 +228,15 @@ impl Alone {
             Ok(mut engine) => {
                 // The asking side may have been interrupted, here and below.
                 drop(loaded.send(Ok(())));
-                for (work, done) in inbox {
-                    drop(done.send(engine.run(&work)));
+                for (work, profiled, done) in inbox {
+                    let answer = match profiled {
+                        false => engine.run(&work).map(|timelines| (timelines, None)),
+                        true => {
+                            let (timelines, profile) = profile(|| engine.run(&work));
+                            timelines.map(|timelines| (timelines, Some(profile)))
+                        }
+                    };
+                    drop(done.send(answer));
                 }
             }
         };
@@ -205,11 +245,19 @@ impl Alone {
         Ok(Self { orders })
     }
 
-    async fn run(&self, work: &Arc<Work>) -> Result<Timeline> {
-        let (done, timeline) = oneshot::channel();
+    async fn run(&self, work: &Arc<Work>) -> Result<Vec<Timeline>> {
+        Ok(self.order(work, false).await?.0)
+    }
+
+    async fn profile(&self, work: &Arc<Work>) -> Result<Profile> {
+        Ok(self.order(work, true).await?.1.unwrap_or_default())
+    }
+
+    async fn order(&self, work: &Arc<Work>, profiled: bool) -> Result<Answer> {
+        let (done, answer) = oneshot::channel();
         // An engine that is gone drops the order, which the next line tells.
-        let _ = self.orders.send((work.clone(), done));
-        timeline.await.context("the engine's thread ended")?
+        let _ = self.orders.send((work.clone(), profiled, done));
+        answer.await.context("the engine's thread ended")?
     }
 }
 
@@ -235,32 +283,44 @@ impl AloneEngine {
     }
 
     /// [`Engine::run_local`], with a look at the clock at every token.
-    fn run(&mut self, work: &Work) -> Result<Timeline> {
-        let mut timeline = Timeline::begin();
-        let request = Request::greedy(work.prompt.clone(), work.generate);
-        self.requests += 1;
-        self.engine.submit(self.requests, request).map_err(bad_input)?;
-        loop {
+    fn run(&mut self, work: &Work) -> Result<Vec<Timeline>> {
+        let mut timelines = vec![Timeline::begin(); work.prompts.len()];
+        let first = self.requests;
+        for prompt in &work.prompts {
+            let request = Request::greedy(prompt.clone(), work.generate);
+            self.engine.submit(self.requests, request).map_err(bad_input)?;
+            self.requests += 1;
+        }
+        let mut running = timelines.len();
+        while running > 0 {
             match self.engine.step() {
-                Step::Idle => bail!("the engine stopped before its request ended"),
+                Step::Idle => bail!("the engine stopped before its requests ended"),
                 Step::Advanced => {}
                 Step::Dispatch(pass) => self.engine.run_pass(pass, &self.store),
             }
             while let Some(event) = self.engine.poll_event() {
                 match event {
-                    Event::Token { id, .. } => timeline.push(id),
-                    Event::Ended { .. } => return Ok(timeline),
+                    Event::Token { id, sequence, .. } => {
+                        timelines[(sequence - first) as usize].push(id);
+                    }
+                    Event::Ended { .. } => running -= 1,
                     Event::Failed { reason, .. } => bail!("the engine alone: {reason}"),
                     Event::Prefilled { .. } | Event::Logits { .. } | Event::Routes { .. } => {}
                 }
             }
         }
+        Ok(timelines)
     }
 }
 
-async fn run_in_cluster(cluster: &LocalCluster, work: &Work) -> Result<Timeline> {
+async fn run_in_cluster(cluster: &Cluster, work: &Work) -> Result<Vec<Timeline>> {
+    let requests = work.prompts.iter().map(|prompt| request_of_cluster(cluster, prompt, work));
+    futures::future::try_join_all(requests).await
+}
+
+async fn request_of_cluster(cluster: &Cluster, prompt: &[u32], work: &Work) -> Result<Timeline> {
     let mut timeline = Timeline::begin();
-    let request = JobRequest::greedy(Prompt::Tokens(work.prompt.clone()), work.generate as u32);
+    let request = JobRequest::greedy(Prompt::Tokens(prompt.to_vec()), work.generate as u32);
     let (_, mut events) = cluster.coordinator().submit(request).await?;
     loop {
         let event = events.recv().await.context("the coordinator ended the job without a word")?;
@@ -282,7 +342,9 @@ struct Report {
     workers: usize,
     threads: usize,
     simd: String,
+    processes: bool,
     prompt: usize,
+    sequences: usize,
     generate: usize,
     /// From nothing to a cluster that can serve.
     load: Duration,
@@ -292,15 +354,19 @@ struct Report {
     /// Seconds between tokens.
     gaps: Samples,
     alone_gaps: Samples,
+    profile: Option<Profile>,
 }
 
 impl Report {
-    fn take(&mut self, ours: &Timeline, theirs: Option<&Timeline>) {
-        self.cluster.push(ours.rate(self.phase, self.prompt));
-        self.gaps.extend(ours.gaps().map(|gap| gap.as_secs_f64()));
+    fn take(&mut self, ours: &[Timeline], theirs: Option<&[Timeline]>) {
+        let gaps = |timelines: &[Timeline]| -> Vec<f64> {
+            timelines.iter().flat_map(|t| t.gaps().map(|gap| gap.as_secs_f64())).collect()
+        };
+        self.cluster.push(rate(ours, self.phase, self.prompt));
+        self.gaps.extend(gaps(ours));
         if let (Some(alone), Some(theirs)) = (&mut self.alone, theirs) {
-            alone.push(theirs.rate(self.phase, self.prompt));
-            self.alone_gaps.extend(theirs.gaps().map(|gap| gap.as_secs_f64()));
+            alone.push(rate(theirs, self.phase, self.prompt));
+            self.alone_gaps.extend(gaps(theirs));
         }
     }
 
@@ -308,26 +374,38 @@ impl Report {
         self.alone.as_ref().map(|alone| self.cluster.median() / alone.median())
     }
 
-    /// The ratio that is asked is that of decoding with one worker.
+    /// Asked are decoding one request with one worker, and a request at home on each of several
+    /// worker processes.
     fn goal(&self) -> Option<Goal> {
-        let asked = self.phase == Phase::Decode && self.workers == 1;
-        self.ratio().filter(|_| asked).map(|ratio| Goal { ratio, asked: RATIO })
+        let asked = match (self.phase, self.workers, self.sequences) {
+            (Phase::Decode, 1, 1) => RATIO,
+            (Phase::Decode, 2, 2) if self.processes => DECODE_APART,
+            (Phase::Prefill, 2, 2) if self.processes => PREFILL_APART,
+            _ => return None,
+        };
+        self.ratio().map(|ratio| Goal { ratio, asked })
     }
 
     fn print(&self) {
         println!(
-            "{} · {} worker{} x {} thread{} of {} · loaded in {:.2} s",
+            "{} · {} worker{}{} x {} thread{} of {} · loaded in {:.2} s",
             self.model,
             self.workers,
-            if self.workers == 1 { "" } else { "s" },
+            if self.processes { " process" } else { "" },
+            match (self.workers, self.processes) {
+                (1, _) => "",
+                (_, false) => "s",
+                (_, true) => "es",
+            },
             self.threads,
             if self.threads == 1 { "" } else { "s" },
             self.simd,
             self.load.as_secs_f64(),
         );
         println!(
-            "{}: {} tokens of prompt, {} generated · medians of {} runs, ± half the spread\n",
+            "{}: {} x {} tokens of prompt, {} generated · medians of {} runs, ± half the spread\n",
             self.phase.name(),
+            self.sequences,
             self.prompt,
             self.generate,
             self.cluster.len(),
@@ -354,6 +432,13 @@ impl Report {
             (None, Some(ratio)) => println!("\nratio {ratio:.3}"),
             (None, None) => {}
         }
+        if let Some(profile) = &self.profile {
+            let tokens = match self.phase {
+                Phase::Decode => self.prompt + self.generate,
+                Phase::Prefill => self.prompt,
+            };
+            profile.print(tokens * self.sequences);
+        }
     }
 
     fn json(&self) -> Value {
@@ -365,6 +450,8 @@ impl Report {
             "bench": self.phase.name(),
             "model": self.model,
             "workers": self.workers,
+            "processes": self.processes,
+            "sequences": self.sequences,
             "threads_per_worker": self.threads,
             "simd": self.simd,
             "prompt_tokens": self.prompt,
@@ -376,6 +463,7 @@ impl Report {
             "engine_between_tokens": self.alone.as_ref().and_then(|_| gaps(&self.alone_gaps)),
             "ratio": self.ratio(),
             "asked": self.goal().map(|goal| goal.asked),
+            "profile": self.profile.as_ref().map(Profile::json),
         })
     }
 }
