@@ -189,25 +189,26 @@ pub(crate) trait Vector: Copy {
     unsafe fn load_bf16_high(from: *const u32) -> Self;
 
     /// Exact products of one block (see [`crate::blocks`]) of int8: R activations, each record at
-    /// its own address, with N vectors of outputs whose words begin at `w`, [`PANEL`] words apart
-    /// from one row of words to the next.
+    /// its own address, with two vectors of outputs of each of P panels, whose words begin at `w`
+    /// and are [`PANEL`] words apart from one row of words to the next. Panels take turns row by
+    /// row, so that memory sees P streams that advance together.
     #[inline(always)]
-    unsafe fn dots_int8<const R: usize, const N: usize>(
+    unsafe fn dots_int8<const R: usize, const P: usize>(
         x: &[*const u8; R],
-        w: *const u8,
-    ) -> [[Self; N]; R] {
+        w: &[*const u8; P],
+    ) -> [[[Self; 2]; R]; P] {
         // SAFETY: promised by the caller.
-        unsafe { plain_dots::<Self, R, N>(x, w, int8_of) }
+        unsafe { plain_dots::<Self, R, P>(x, w, int8_of) }
     }
 
     /// The same of int4.
     #[inline(always)]
-    unsafe fn dots_int4<const R: usize, const N: usize>(
+    unsafe fn dots_int4<const R: usize, const P: usize>(
         x: &[*const u8; R],
-        w: *const u8,
-    ) -> [[Self; N]; R] {
+        w: &[*const u8; P],
+    ) -> [[[Self; 2]; R]; P] {
         // SAFETY: promised by the caller.
-        unsafe { plain_dots::<Self, R, N>(x, w, int4_of) }
+        unsafe { plain_dots::<Self, R, P>(x, w, int4_of) }
     }
 }
 
@@ -228,26 +229,28 @@ unsafe fn int4_of(w: *const u8, k: usize) -> i32 {
 
 /// The truth that the products of blocks are tested against.
 #[inline(always)]
-unsafe fn plain_dots<V: Vector, const R: usize, const N: usize>(
+unsafe fn plain_dots<V: Vector, const R: usize, const P: usize>(
     x: &[*const u8; R],
-    w: *const u8,
+    w: &[*const u8; P],
     weight: unsafe fn(*const u8, usize) -> i32,
-) -> [[V; N]; R] {
+) -> [[[V; 2]; R]; P] {
     // SAFETY: promised by the caller.
     unsafe {
-        let mut out = [[V::zero(); N]; R];
-        for (x, out) in x.iter().zip(&mut out) {
-            for (v, out) in out.iter_mut().enumerate() {
-                let mut lanes = [0.0f32; 16];
-                for (lane, sum) in lanes[..V::LANES].iter_mut().enumerate() {
-                    let w = w.add((v * V::LANES + lane) * 4);
-                    let mut whole = 0;
-                    for k in 0..BLOCK {
-                        whole += weight(w, k) * i32::from((*x.add(k)).cast_signed());
+        let mut out = [[[V::zero(); 2]; R]; P];
+        for (w, out) in w.iter().zip(&mut out) {
+            for (x, out) in x.iter().zip(out) {
+                for (v, out) in out.iter_mut().enumerate() {
+                    let mut lanes = [0.0f32; 16];
+                    for (lane, sum) in lanes[..V::LANES].iter_mut().enumerate() {
+                        let w = w.add((v * V::LANES + lane) * 4);
+                        let mut whole = 0;
+                        for k in 0..BLOCK {
+                            whole += weight(w, k) * i32::from((*x.add(k)).cast_signed());
+                        }
+                        *sum = whole as f32;
                     }
-                    *sum = whole as f32;
+                    *out = V::load(lanes.as_ptr());
                 }
-                *out = V::load(lanes.as_ptr());
             }
         }
         out

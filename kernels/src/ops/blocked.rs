@@ -5,7 +5,7 @@
 //! by rule 1, that is: inside a leaf of 256 k one accumulator per output starts at +0.0 and takes
 //! them in order by fused multiply-add; leaves meet in the tree of `tile.rs`.
 //!
-//! A tile is R rows × N vectors of outputs. Rows are records (see [`crate::blocks`]), each where
+//! A tile is R rows × two vectors of outputs of P panels. Rows are records (see [`crate::blocks`]), each where
 //! it lies: nothing is interleaved, so a row that several networks read is quantised once.
 
 // Registers are arrays that are indexed alike; iterators would hide which lane meets which.
@@ -65,10 +65,10 @@ trait Format {
 
     /// # Safety
     /// As [`Vector::dots_int8`].
-    unsafe fn dots<V: Vector, const R: usize, const N: usize>(
+    unsafe fn dots<V: Vector, const R: usize, const P: usize>(
         x: &[*const u8; R],
-        w: *const u8,
-    ) -> [[V; N]; R];
+        w: &[*const u8; P],
+    ) -> [[[V; 2]; R]; P];
 }
 
 struct Int8;
@@ -78,12 +78,12 @@ impl Format for Int8 {
     const BYTES: usize = INT8_BYTES;
 
     #[inline(always)]
-    unsafe fn dots<V: Vector, const R: usize, const N: usize>(
+    unsafe fn dots<V: Vector, const R: usize, const P: usize>(
         x: &[*const u8; R],
-        w: *const u8,
-    ) -> [[V; N]; R] {
+        w: &[*const u8; P],
+    ) -> [[[V; 2]; R]; P] {
         // SAFETY: promised by the caller.
-        unsafe { V::dots_int8::<R, N>(x, w) }
+        unsafe { V::dots_int8::<R, P>(x, w) }
     }
 }
 
@@ -91,12 +91,12 @@ impl Format for Int4 {
     const BYTES: usize = INT4_BYTES;
 
     #[inline(always)]
-    unsafe fn dots<V: Vector, const R: usize, const N: usize>(
+    unsafe fn dots<V: Vector, const R: usize, const P: usize>(
         x: &[*const u8; R],
-        w: *const u8,
-    ) -> [[V; N]; R] {
+        w: &[*const u8; P],
+    ) -> [[[V; 2]; R]; P] {
         // SAFETY: promised by the caller.
-        unsafe { V::dots_int4::<R, N>(x, w) }
+        unsafe { V::dots_int4::<R, P>(x, w) }
     }
 }
 
@@ -119,8 +119,12 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize>(
         let mut acc = [[[V::zero(); 2]; R]; P];
         for _ in 0..blocks {
             ahead.block::<V, F>();
+            let mut words = w;
             for p in 0..P {
-                let dots = F::dots::<V, R, 2>(&x, w[p].add(SCALE_BYTES + lane * 4));
+                words[p] = w[p].add(SCALE_BYTES + lane * 4);
+            }
+            let dots = F::dots::<V, R, P>(&x, &words);
+            for p in 0..P {
                 let mut scales = [V::zero(); 2];
                 for v in 0..2 {
                     let lane = lane + v * V::LANES;
@@ -131,7 +135,7 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize>(
                 for r in 0..R {
                     let scale = V::splat(x[r].add(BLOCK).cast::<f32>().read_unaligned());
                     for v in 0..2 {
-                        acc[p][r][v] = acc[p][r][v].fma(dots[r][v], scales[v].mul(scale));
+                        acc[p][r][v] = acc[p][r][v].fma(dots[p][r][v], scales[v].mul(scale));
                     }
                 }
                 w[p] = w[p].add(F::BYTES);

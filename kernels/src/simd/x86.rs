@@ -120,35 +120,37 @@ impl Vector for F32x8 {
     }
 
     #[inline(always)]
-    unsafe fn dots_int8<const R: usize, const N: usize>(
+    unsafe fn dots_int8<const R: usize, const P: usize>(
         x: &[*const u8; R],
-        w: *const u8,
-    ) -> [[Self; N]; R] {
+        w: &[*const u8; P],
+    ) -> [[[Self; 2]; R]; P] {
         // SAFETY: see the impl; records and blocks are promised by the caller.
         unsafe {
             // |w| · (x with the sign of w): pairs are at most 2 · 128 · 127 and fit in 16 bits.
             let (flip, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
-            let mut sums = [[_mm256_setzero_si256(); N]; R];
+            let mut sums = [[[_mm256_setzero_si256(); 2]; R]; P];
             for g in 0..BLOCK / 4 {
-                let mut weights = [flip; N];
-                for v in 0..N {
-                    let w = _mm256_loadu_si256(w.add(g * WORDS + v * 32).cast());
-                    weights[v] = _mm256_xor_si256(w, flip);
-                }
-                for r in 0..R {
-                    let x = _mm256_set1_epi32(x[r].add(4 * g).cast::<i32>().read_unaligned());
-                    for v in 0..N {
-                        let x = _mm256_sign_epi8(x, weights[v]);
-                        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights[v]), x);
-                        let dots = _mm256_madd_epi16(pairs, ones);
-                        sums[r][v] = _mm256_add_epi32(sums[r][v], dots);
+                for p in 0..P {
+                    for v in 0..2 {
+                        let w = _mm256_loadu_si256(w[p].add(g * WORDS + v * 32).cast());
+                        let w = _mm256_xor_si256(w, flip);
+                        let magnitude = _mm256_abs_epi8(w);
+                        for r in 0..R {
+                            let x = x[r].add(4 * g).cast::<i32>().read_unaligned();
+                            let x = _mm256_sign_epi8(_mm256_set1_epi32(x), w);
+                            let pairs = _mm256_maddubs_epi16(magnitude, x);
+                            let dots = _mm256_madd_epi16(pairs, ones);
+                            sums[p][r][v] = _mm256_add_epi32(sums[p][r][v], dots);
+                        }
                     }
                 }
             }
-            let mut out = [[Self::zero(); N]; R];
-            for r in 0..R {
-                for v in 0..N {
-                    out[r][v] = Self(_mm256_cvtepi32_ps(sums[r][v]));
+            let mut out = [[[Self::zero(); 2]; R]; P];
+            for p in 0..P {
+                for r in 0..R {
+                    for v in 0..2 {
+                        out[p][r][v] = Self(_mm256_cvtepi32_ps(sums[p][r][v]));
+                    }
                 }
             }
             out
@@ -156,45 +158,44 @@ impl Vector for F32x8 {
     }
 
     #[inline(always)]
-    unsafe fn dots_int4<const R: usize, const N: usize>(
+    unsafe fn dots_int4<const R: usize, const P: usize>(
         x: &[*const u8; R],
-        w: *const u8,
-    ) -> [[Self; N]; R] {
+        w: &[*const u8; P],
+    ) -> [[[Self; 2]; R]; P] {
         // SAFETY: see the impl; records and blocks are promised by the caller.
         unsafe {
             // A lane of 16 bits adds 16 products of at most 15 · 127, which fit.
             let (low, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
-            let mut pairs = [[_mm256_setzero_si256(); N]; R];
+            let mut pairs = [[[_mm256_setzero_si256(); 2]; R]; P];
             for g in 0..BLOCK / 8 {
-                let mut both = [_mm256_setzero_si256(); N];
-                for v in 0..N {
-                    both[v] = _mm256_loadu_si256(w.add(g * WORDS + v * 32).cast());
-                }
-                for half in 0..2 {
-                    let mut weights = both;
-                    for v in 0..N {
-                        if half == 1 {
-                            weights[v] = _mm256_srli_epi16::<4>(both[v]);
-                        }
-                        weights[v] = _mm256_and_si256(weights[v], low);
-                    }
-                    for r in 0..R {
-                        let x = x[r].add(8 * g + 4 * half).cast::<i32>().read_unaligned();
-                        let x = _mm256_set1_epi32(x);
-                        for v in 0..N {
-                            let dots = _mm256_maddubs_epi16(weights[v], x);
-                            pairs[r][v] = _mm256_add_epi16(pairs[r][v], dots);
+                for p in 0..P {
+                    for v in 0..2 {
+                        let both = _mm256_loadu_si256(w[p].add(g * WORDS + v * 32).cast());
+                        let first = _mm256_and_si256(both, low);
+                        let second = _mm256_and_si256(_mm256_srli_epi16::<4>(both), low);
+                        for r in 0..R {
+                            let x = x[r].add(8 * g).cast::<i32>();
+                            let dots = _mm256_add_epi16(
+                                _mm256_maddubs_epi16(first, _mm256_set1_epi32(x.read_unaligned())),
+                                _mm256_maddubs_epi16(
+                                    second,
+                                    _mm256_set1_epi32(x.add(1).read_unaligned()),
+                                ),
+                            );
+                            pairs[p][r][v] = _mm256_add_epi16(pairs[p][r][v], dots);
                         }
                     }
                 }
             }
-            let mut out = [[Self::zero(); N]; R];
+            let mut out = [[[Self::zero(); 2]; R]; P];
             for r in 0..R {
                 let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 3;
                 let offset = _mm256_set1_epi32(offset);
-                for v in 0..N {
-                    let sum = _mm256_add_epi32(_mm256_madd_epi16(pairs[r][v], ones), offset);
-                    out[r][v] = Self(_mm256_cvtepi32_ps(sum));
+                for p in 0..P {
+                    for v in 0..2 {
+                        let sum = _mm256_madd_epi16(pairs[p][r][v], ones);
+                        out[p][r][v] = Self(_mm256_cvtepi32_ps(_mm256_add_epi32(sum, offset)));
+                    }
                 }
             }
             out
@@ -278,33 +279,36 @@ impl Vector for F32x16 {
     }
 
     #[inline(always)]
-    unsafe fn dots_int8<const R: usize, const N: usize>(
+    unsafe fn dots_int8<const R: usize, const P: usize>(
         x: &[*const u8; R],
-        w: *const u8,
-    ) -> [[Self; N]; R] {
+        w: &[*const u8; P],
+    ) -> [[[Self; 2]; R]; P] {
         // SAFETY: see the impl; records and blocks are promised by the caller.
         unsafe {
-            let mut sums = [[_mm512_setzero_si512(); N]; R];
+            let mut sums = [[[_mm512_setzero_si512(); 2]; R]; P];
             for r in 0..R {
                 let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 7;
-                sums[r] = [_mm512_set1_epi32(offset); N];
+                for p in 0..P {
+                    sums[p][r] = [_mm512_set1_epi32(offset); 2];
+                }
             }
             for g in 0..BLOCK / 4 {
-                let mut weights = [_mm512_setzero_si512(); N];
-                for v in 0..N {
-                    weights[v] = _mm512_loadu_si512(w.add(g * WORDS + v * 64).cast());
-                }
-                for r in 0..R {
-                    let x = _mm512_set1_epi32(x[r].add(4 * g).cast::<i32>().read_unaligned());
-                    for v in 0..N {
-                        sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], weights[v], x);
+                for p in 0..P {
+                    let first = _mm512_loadu_si512(w[p].add(g * WORDS).cast());
+                    let second = _mm512_loadu_si512(w[p].add(g * WORDS + 64).cast());
+                    for r in 0..R {
+                        let x = _mm512_set1_epi32(x[r].add(4 * g).cast::<i32>().read_unaligned());
+                        sums[p][r][0] = _mm512_dpbusd_epi32(sums[p][r][0], first, x);
+                        sums[p][r][1] = _mm512_dpbusd_epi32(sums[p][r][1], second, x);
                     }
                 }
             }
-            let mut out = [[Self::zero(); N]; R];
-            for r in 0..R {
-                for v in 0..N {
-                    out[r][v] = Self(_mm512_cvtepi32_ps(sums[r][v]));
+            let mut out = [[[Self::zero(); 2]; R]; P];
+            for p in 0..P {
+                for r in 0..R {
+                    for v in 0..2 {
+                        out[p][r][v] = Self(_mm512_cvtepi32_ps(sums[p][r][v]));
+                    }
                 }
             }
             out
@@ -312,44 +316,42 @@ impl Vector for F32x16 {
     }
 
     #[inline(always)]
-    unsafe fn dots_int4<const R: usize, const N: usize>(
+    unsafe fn dots_int4<const R: usize, const P: usize>(
         x: &[*const u8; R],
-        w: *const u8,
-    ) -> [[Self; N]; R] {
+        w: &[*const u8; P],
+    ) -> [[[Self; 2]; R]; P] {
         // SAFETY: see the impl; records and blocks are promised by the caller.
         unsafe {
             let low = _mm512_set1_epi8(15);
-            let mut sums = [[_mm512_setzero_si512(); N]; R];
+            let mut sums = [[[_mm512_setzero_si512(); 2]; R]; P];
             for r in 0..R {
                 let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 3;
-                sums[r] = [_mm512_set1_epi32(offset); N];
+                for p in 0..P {
+                    sums[p][r] = [_mm512_set1_epi32(offset); 2];
+                }
             }
             for g in 0..BLOCK / 8 {
-                let mut both = [_mm512_setzero_si512(); N];
-                for v in 0..N {
-                    both[v] = _mm512_loadu_si512(w.add(g * WORDS + v * 64).cast());
-                }
-                for half in 0..2 {
-                    let mut weights = both;
-                    for v in 0..N {
-                        if half == 1 {
-                            weights[v] = _mm512_srli_epi16::<4>(both[v]);
-                        }
-                        weights[v] = _mm512_and_si512(weights[v], low);
-                    }
-                    for r in 0..R {
-                        let x = x[r].add(8 * g + 4 * half).cast::<i32>().read_unaligned();
-                        let x = _mm512_set1_epi32(x);
-                        for v in 0..N {
-                            sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], weights[v], x);
+                for p in 0..P {
+                    for v in 0..2 {
+                        let both = _mm512_loadu_si512(w[p].add(g * WORDS + v * 64).cast());
+                        let first = _mm512_and_si512(both, low);
+                        let second = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
+                        for r in 0..R {
+                            let x = x[r].add(8 * g).cast::<i32>();
+                            let (a, b) = (x.read_unaligned(), x.add(1).read_unaligned());
+                            let sum = &mut sums[p][r][v];
+                            *sum = _mm512_dpbusd_epi32(*sum, first, _mm512_set1_epi32(a));
+                            *sum = _mm512_dpbusd_epi32(*sum, second, _mm512_set1_epi32(b));
                         }
                     }
                 }
             }
-            let mut out = [[Self::zero(); N]; R];
-            for r in 0..R {
-                for v in 0..N {
-                    out[r][v] = Self(_mm512_cvtepi32_ps(sums[r][v]));
+            let mut out = [[[Self::zero(); 2]; R]; P];
+            for p in 0..P {
+                for r in 0..R {
+                    for v in 0..2 {
+                        out[p][r][v] = Self(_mm512_cvtepi32_ps(sums[p][r][v]));
+                    }
                 }
             }
             out
