@@ -25,7 +25,7 @@ use std::{
 };
 
 /// How long an idle thread looks for work before it sleeps.
-pub const SPIN: Duration = Duration::from_micros(20);
+pub const SPIN: Duration = Duration::from_micros(50);
 
 /// Low bits of the state: how many workers have joined the open job.
 const JOINED: u64 = (1 << 31) - 1;

@@ -56,7 +56,20 @@ pub(crate) struct BlockedProduct<'a> {
     pub(crate) stack: *mut f32,
     pub(crate) stack_len: usize,
     pub(crate) sink: Sink<'a>,
+    /// What is probably read next: its beginning is asked for while the end is computed.
+    pub(crate) next: Option<Next<'a>>,
 }
+
+/// Panels of a matrix that are read soon.
+#[derive(Clone, Copy)]
+pub(crate) struct Next<'a> {
+    pub(crate) w: &'a PackedMatrix,
+    pub(crate) panel: usize,
+}
+
+/// Panels whose beginnings are asked for ahead of time, and lines of each per block of a leaf.
+const NEXT_PANELS: usize = 4;
+const NEXT_LINES: usize = 3;
 
 /// A format of blocks.
 trait Format {
@@ -148,12 +161,32 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize>(
     }
 }
 
-/// Asks, block by block, for an item's share of the leaf after this one.
+/// The beginnings of panels that are read soon.
 #[derive(Clone, Copy)]
-struct Ahead {
+struct Begin {
     at: *const u8,
-    /// Cache lines per block.
-    lines: usize,
+    panels: usize,
+    panel_bytes: usize,
+}
+
+impl Begin {
+    fn new(Next { w, panel }: Next<'_>) -> Self {
+        let panels = w.n().div_ceil(PANEL);
+        let panel_bytes = w.data().len() / panels.max(1);
+        let at = w.data().as_ptr().wrapping_add(panel * panel_bytes);
+        Self { at, panels: NEXT_PANELS.min(panels.saturating_sub(panel)), panel_bytes }
+    }
+}
+
+/// What is asked for while a leaf is computed, block by block.
+#[derive(Clone, Copy)]
+enum Ahead {
+    /// Nothing.
+    Nothing,
+    /// Lines of each block from an address on: a share of the next leaf.
+    Lines { at: *const u8, lines: usize },
+    /// Beginnings of other panels.
+    Begin(Begin),
 }
 
 impl Ahead {
@@ -162,16 +195,33 @@ impl Ahead {
         let lines = F::BYTES / 64;
         let each = lines.div_ceil(items);
         let from = (item * each).min(lines);
-        Self { at: leaf_end.wrapping_add(from * 64), lines: each.min(lines - from) }
+        Self::Lines { at: leaf_end.wrapping_add(from * 64), lines: each.min(lines - from) }
     }
 
     #[inline(always)]
     unsafe fn block<V: Vector, F: Format>(&mut self) {
-        for line in 0..self.lines {
-            // SAFETY: a prefetch never faults.
-            unsafe { V::prefetch(self.at.wrapping_add(line * 64)) };
+        // SAFETY: a prefetch never faults.
+        unsafe {
+            match self {
+                Self::Nothing => {}
+                Self::Lines { at, lines } => {
+                    for line in 0..*lines {
+                        V::prefetch(at.wrapping_add(line * 64));
+                    }
+                    *at = at.wrapping_add(F::BYTES);
+                }
+                Self::Begin(begin) => {
+                    for panel in 0..begin.panels {
+                        for line in 0..NEXT_LINES {
+                            V::prefetch(
+                                begin.at.wrapping_add(panel * begin.panel_bytes + line * 64),
+                            );
+                        }
+                    }
+                    begin.at = begin.at.wrapping_add(NEXT_LINES * 64);
+                }
+            }
         }
-        self.at = self.at.wrapping_add(F::BYTES);
     }
 }
 
@@ -205,12 +255,15 @@ impl BlockedProduct<'_> {
                 (1, 1..=3) if end - panel >= 2 => 2,
                 _ => 1,
             };
+            let following = Next { w: self.w, panel: panel + together };
+            let next = if following.panel < end { Some(following) } else { self.next };
+            let begin = if rows <= 3 { next.map(Begin::new) } else { None };
             // SAFETY: promised by the caller.
             unsafe {
                 match together {
-                    4 => self.run_panels::<V, F, 4>(panel),
-                    2 => self.run_panels::<V, F, 2>(panel),
-                    _ => self.run_panels::<V, F, 1>(panel),
+                    4 => self.run_panels::<V, F, 4>(panel, begin),
+                    2 => self.run_panels::<V, F, 2>(panel, begin),
+                    _ => self.run_panels::<V, F, 1>(panel, begin),
                 }
             }
             panel += together;
@@ -220,7 +273,11 @@ impl BlockedProduct<'_> {
     /// P panels from one on; each leaf is done for all tiles and all strips of two vectors while
     /// it is near.
     #[inline(always)]
-    unsafe fn run_panels<V: Vector, F: Format, const P: usize>(&self, panel: usize) {
+    unsafe fn run_panels<V: Vector, F: Format, const P: usize>(
+        &self,
+        panel: usize,
+        begin: Option<Begin>,
+    ) {
         let Self { x, tiling, ref tiles, w, ref sink, .. } = *self;
         let (n, blocks) = (w.n(), w.k().div_ceil(BLOCK));
         let first = tiling.first(tiles.start);
@@ -250,11 +307,13 @@ impl BlockedProduct<'_> {
                 let col = panel * PANEL + part * strip;
                 let row = tiling.first(tiles.start + t);
                 let r = tiling.first(tiles.start + t + 1) - row;
-                let ahead = if P == 1 {
-                    Ahead::share::<F>(w[0].wrapping_add(len * F::BYTES), item, items)
-                } else {
+                let ahead = match begin {
+                    Some(begin) if index + 1 == count && item == 0 => Ahead::Begin(begin),
+                    _ if P == 1 => {
+                        Ahead::share::<F>(w[0].wrapping_add(len * F::BYTES), item, items)
+                    }
                     // The hardware follows several streams by itself.
-                    Ahead { at: w[0], lines: 0 }
+                    _ => Ahead::Nothing,
                 };
                 macro_rules! sizes {
                     ($($size:literal)*) => {

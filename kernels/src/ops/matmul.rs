@@ -11,7 +11,7 @@ use crate::{
     cpu::Cpu,
     matrix::{PANEL, PackedMatrix},
     ops::{
-        blocked::{BlockedProduct, Records},
+        blocked::{BlockedProduct, Next, Records},
         tile::{Product, Sink, Tiles, stack_len},
     },
     rows::{Rows, RowsMut, Tiling, pack_tile},
@@ -75,14 +75,17 @@ pub fn matmul_many(cpu: &Cpu, x: Rows<'_>, linears: &mut [Linear<'_>]) {
     let mut packed = scratch::take(input_words(m, k, quantised));
     prepare(cpu, x, tiling, quantised, &mut packed);
     let x = input(x, &packed, tiling, quantised, k);
+    let threads = cpu.pool().threads();
     let task = |task: usize| {
-        let holds = |slot: &&Option<(usize, _, _, _, _)>| slot.is_some_and(|s| s.0 <= task);
-        let found = outs.iter().rfind(holds).copied().flatten();
+        let holds = |slot: &Option<(usize, _, _, _, _)>, task| slot.is_some_and(|s| s.0 <= task);
+        let found = outs.iter().rfind(|slot| holds(slot, task)).copied().flatten();
         let (first, plan, w, bias, out) = found.expect("every task belongs to a product");
         let (tiles, panels) = plan.task(task - first);
         let rows = tiling.first(tiles.end) - tiling.first(tiles.start);
         let mut stack = scratch::take(stack_len(rows, k));
-        product(cpu, x, (tiling, tiles), (w, panels), &mut stack, Sink::Rows { out, bias });
+        let next = outs.iter().rfind(|slot| holds(slot, task + threads)).copied().flatten();
+        let next = next.and_then(|(first, plan, w, ..)| plan.next(w, task + threads - first));
+        product(cpu, x, (tiling, tiles), (w, panels), &mut stack, Sink::Rows { out, bias }, next);
     };
     if fmas < INLINE_FMAS {
         (0..tasks).for_each(task);
@@ -168,6 +171,7 @@ pub(crate) fn product(
     (w, panels): (&PackedMatrix, std::ops::Range<usize>),
     stack: &mut [f32],
     sink: Sink<'_>,
+    next: Option<Next<'_>>,
 ) {
     match x {
         Input::Tiles(x) => cpu.simd().run(Product { x, tiles, w, panels, stack, sink }),
@@ -182,6 +186,7 @@ pub(crate) fn product(
                 stack,
                 stack_len,
                 sink,
+                next,
             });
         }
     }
@@ -216,6 +221,11 @@ impl Plan {
 
     pub(crate) fn tasks(&self) -> usize {
         self.blocks() * self.panels.div_ceil(self.panels_per_task)
+    }
+
+    /// What a task reads first, if there is such a task.
+    pub(crate) fn next<'a>(&self, w: &'a PackedMatrix, task: usize) -> Option<Next<'a>> {
+        (task < self.tasks()).then(|| Next { w, panel: self.task(task).1.start })
     }
 
     fn blocks(&self) -> usize {

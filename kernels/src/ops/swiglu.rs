@@ -12,7 +12,7 @@ use crate::{
     device::{Swiglu, SwigluGroup},
     matrix::{PANEL, PackedMatrix},
     ops::{
-        blocked::Records,
+        blocked::{Next, Records},
         function,
         matmul::{INLINE_FMAS, Input, Plan, input, input_words, product},
         tile::{Sink, stack_len},
@@ -133,7 +133,14 @@ impl<'a> Piece<'a> {
         pack_tile(self.rows, tiling, task, out);
     }
 
-    fn gate_and_up(&self, cpu: &Cpu, task: usize, prepared: &Prepared<'_>, between: RowsMut<'_>) {
+    fn gate_and_up(
+        &self,
+        cpu: &Cpu,
+        task: usize,
+        prepared: &Prepared<'_>,
+        between: RowsMut<'_>,
+        next: Option<Next<'_>>,
+    ) {
         let Swiglu { gate, up, .. } = self.weights;
         let (k, n, tiling) = (up.k(), up.n(), self.up.tiling);
         let x = if self.quantised() {
@@ -153,9 +160,10 @@ impl<'a> Piece<'a> {
         let mut stack = scratch::take(stack_len(rows, k));
         let mut both = scratch::take(2 * rows * cols);
         let (gates, ups) = both.split_at_mut(rows * cols);
-        for (w, out) in [(gate, &mut *gates), (up, &mut *ups)] {
+        let up_next = Some(Next { w: up, panel: panels.start });
+        for (w, out, next) in [(gate, &mut *gates, up_next), (up, &mut *ups, next)] {
             let sink = Sink::Block { out: RowsMut::dense(out, cols), first_row, first_col };
-            product(cpu, x, (tiling, tiles.clone()), (w, panels.clone()), &mut stack, sink);
+            product(cpu, x, (tiling, tiles.clone()), (w, panels.clone()), &mut stack, sink, next);
         }
         let width = cols.min(n - first_col);
         for (r, (gates, ups)) in gates.chunks(cols).zip(ups.chunks_mut(cols)).enumerate() {
@@ -180,7 +188,7 @@ impl<'a> Piece<'a> {
         }
     }
 
-    fn down(&self, cpu: &Cpu, task: usize, between: &[f32]) {
+    fn down(&self, cpu: &Cpu, task: usize, between: &[f32], next: Option<Next<'_>>) {
         let (down, tiling) = (self.weights.down, self.down.tiling);
         let words = &between[self.between_at..][..self.between_len()];
         let x = if down.dtype().is_quantised() {
@@ -192,7 +200,7 @@ impl<'a> Piece<'a> {
         let rows = tiling.first(tiles.end) - tiling.first(tiles.start);
         let mut stack = scratch::take(stack_len(rows, down.k()));
         let sink = Sink::Rows { out: self.out, bias: None };
-        product(cpu, x, (tiling, tiles), (down, panels), &mut stack, sink);
+        product(cpu, x, (tiling, tiles), (down, panels), &mut stack, sink, next);
     }
 }
 
@@ -264,6 +272,20 @@ fn run(cpu: &Cpu, pieces: &mut [Piece<'_>]) {
         if worth { cpu.pool().run(tasks, task) } else { (0..tasks).for_each(task) }
     };
 
+    // A thread probably computes every so-manieth task.
+    let threads = cpu.pool().threads();
+    let next_down = |task: usize| {
+        let piece = holder(pieces, task.min(downs - 1), |p| p.down_task);
+        piece.down.next(piece.weights.down, task - piece.down_task)
+    };
+    let next_up = |task: usize| {
+        if task >= ups {
+            return next_down(task - ups);
+        }
+        let piece = holder(pieces, task, |p| p.up_task);
+        piece.up.next(piece.weights.gate, task - piece.up_task)
+    };
+
     let out = RowsMut::dense(&mut packed, packed_len);
     step(packed_len >= INLINE_FMAS, packs, &|task| {
         let piece = holder(pieces, task, |p| p.pack_task);
@@ -279,11 +301,11 @@ fn run(cpu: &Cpu, pieces: &mut [Piece<'_>]) {
     let out = RowsMut::dense(&mut between, between_len);
     step(fmas >= INLINE_FMAS, ups, &|task| {
         let piece = holder(pieces, task, |p| p.up_task);
-        piece.gate_and_up(cpu, task - piece.up_task, &prepared, out);
+        piece.gate_and_up(cpu, task - piece.up_task, &prepared, out, next_up(task + threads));
     });
     step(fmas >= INLINE_FMAS, downs, &|task| {
         let piece = holder(pieces, task, |p| p.down_task);
-        piece.down(cpu, task - piece.down_task, &between);
+        piece.down(cpu, task - piece.down_task, &between, next_down(task + threads));
     });
 }
 

@@ -90,6 +90,7 @@ impl Processes {
             checkpoint,
             workers: count,
             placement: placement(local.random_placement),
+            kv_dtype: local.kv_dtype,
             remote_workers: true,
         })
         .await?;
