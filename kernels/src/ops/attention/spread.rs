@@ -136,7 +136,8 @@ impl Part<'_> {
         let mut before = scratch::take(count);
         before.fill(f32::NEG_INFINITY);
         let pages = self.share_of_pages();
-        for page in self.pages.start..pages.end {
+        let table = table.iter().enumerate().take(pages.end).skip(self.pages.start);
+        for (page, &number) in table {
             let row = self.row(page);
             let most = &most[row * count..(row + 1) * count];
             let raise = |old: f32, most: f32| if most > old { most } else { old };
@@ -149,7 +150,7 @@ impl Part<'_> {
                 (scores.part(row, 0, count * PAGE_TOKENS), state.part(row, 0, 2 * count))
             };
             let (keep, sum) = state.split_at_mut(count);
-            let head = job.arena.head(table[page], job.layer, items.kv_head);
+            let head = job.arena.head(number, job.layer, items.kv_head);
             let [_, value_scales] = scales(head, job.arena.shape().dtype);
             for (item, weights) in scores.as_chunks_mut().0.iter_mut().enumerate() {
                 if items.sees(item, page) {
