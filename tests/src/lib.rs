@@ -11,7 +11,7 @@ use lite_llm_actors::{
     local::{LocalCluster, LocalOptions},
     placement::PlacementPolicy,
 };
-use lite_llm_kernels::{kv::KvDType, simd::Simd};
+use lite_llm_kernels::{dtype::DType, kv::KvDType, simd::Simd};
 use lite_llm_runtime::{
     checkpoint::Checkpoint,
     import::{ImportOptions, import},
@@ -36,19 +36,40 @@ pub fn demo() -> Arc<Checkpoint> {
 
 /// A Hugging Face folder of this repository's test data, imported; it lives as long as the folder.
 pub fn reference(name: &str) -> (tempfile::TempDir, Arc<Checkpoint>, Reference) {
+    reference_as(name, None)
+}
+
+/// The same with weights in another format.
+pub fn reference_as(
+    name: &str,
+    dtype: Option<DType>,
+) -> (tempfile::TempDir, Arc<Checkpoint>, Reference) {
     let source = root().join("tests/data/hf-refs").join(name);
+    let reference = Reference::read(&source).expect("the references can be read");
+    let (folder, checkpoint) = imported(source, dtype);
+    (folder, checkpoint, reference)
+}
+
+/// A folder as a checkpoint, which lives as long as the folder that comes with it.
+pub fn imported(source: PathBuf, dtype: Option<DType>) -> (tempfile::TempDir, Arc<Checkpoint>) {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let options = ImportOptions {
-        source: source.clone(),
-        out: folder.path().join("checkpoint"),
-        dtype: None,
-        tiers: None,
-        routes: None,
-    };
+    let out = folder.path().join("checkpoint");
+    let options = ImportOptions { source, out, dtype, tiers: None, routes: None };
     import(&options, &mut |_, _, _| {}).expect("the test data can be imported");
     let checkpoint = Checkpoint::open(&options.out).expect("what was imported can be opened");
-    let reference = Reference::read(&source).expect("the references can be read");
-    (folder, Arc::new(checkpoint), reference)
+    (folder, Arc::new(checkpoint))
+}
+
+/// A file of the data that projects share, or `None` and a line that says so.
+pub fn shared(path: &str) -> Option<PathBuf> {
+    let folder =
+        std::env::var_os("LITE_LLM_SHARED").map_or(root().join("../shared"), PathBuf::from);
+    let file = folder.join(path);
+    if file.exists() {
+        return Some(file);
+    }
+    println!("skipped: {} is not here; LITE_LLM_SHARED says where shared data is", file.display());
+    None
 }
 
 /// What transformers computed.
@@ -71,6 +92,21 @@ pub struct ReferencePrompt {
     pub experts: Vec<i32>,
     /// Experts per token.
     pub k: usize,
+}
+
+impl ReferencePrompt {
+    /// The chosen experts as `[layers][rows]` sorted sets.
+    pub fn expert_sets(&self, layers: usize) -> Vec<Vec<Vec<i32>>> {
+        let per_layer = self.experts.len() / layers;
+        let layers = self.experts.chunks_exact(per_layer);
+        layers.map(|layer| layer.chunks_exact(self.k).map(sorted).collect()).collect()
+    }
+}
+
+fn sorted(experts: &[i32]) -> Vec<i32> {
+    let mut experts = experts.to_vec();
+    experts.sort_unstable();
+    experts
 }
 
 impl Reference {
@@ -177,6 +213,20 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// The chosen experts as `[layers][rows]` sorted sets.
+    pub fn expert_sets(&self, layers: usize, k: usize) -> Vec<Vec<Vec<i32>>> {
+        let mut sets = vec![Vec::new(); layers];
+        let mut rest = self.experts.as_slice();
+        for &rows in &self.chunks {
+            for set in &mut sets {
+                let (mine, others) = rest.split_at(rows * k);
+                rest = others;
+                set.extend(mine.chunks_exact(k).map(sorted));
+            }
+        }
+        sets
+    }
+
     /// The logits as numbers.
     pub fn logits(&self) -> Vec<f32> {
         self.logits.iter().map(|&bits| f32::from_bits(bits)).collect()

@@ -1,36 +1,7 @@
 //! Agreement with software that is not ours: transformers' logits, greedy tokens and chosen
 //! experts for a model of each class, through import and a cluster of two nodes.
 
-use lite_llm_tests::{Outcome, ReferencePrompt, Setup, job, reference, run};
-
-/// The chosen experts of one prompt as `[layers][rows]` sorted sets.
-fn sets(outcome: &Outcome, layers: usize, k: usize) -> Vec<Vec<Vec<i32>>> {
-    let mut sets = vec![Vec::new(); layers];
-    let mut rest = outcome.experts.as_slice();
-    for &rows in &outcome.chunks {
-        for set in &mut sets {
-            let (mine, others) = rest.split_at(rows * k);
-            rest = others;
-            set.extend(mine.chunks_exact(k).map(sorted));
-        }
-    }
-    sets
-}
-
-fn sorted(experts: &[i32]) -> Vec<i32> {
-    let mut experts = experts.to_vec();
-    experts.sort_unstable();
-    experts
-}
-
-fn expected_sets(prompt: &ReferencePrompt, layers: usize) -> Vec<Vec<Vec<i32>>> {
-    let per_layer = prompt.experts.len() / layers;
-    prompt
-        .experts
-        .chunks_exact(per_layer)
-        .map(|layer| layer.chunks_exact(prompt.k).map(sorted).collect())
-        .collect()
-}
+use lite_llm_tests::{Setup, job, reference, run};
 
 async fn agrees(name: &str) {
     let (_folder, checkpoint, reference) = reference(name);
@@ -45,8 +16,8 @@ async fn agrees(name: &str) {
             logits.iter().zip(&prompt.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(worst <= reference.tolerance, "{name}, prompt {n}: a logit differs by {worst}");
         assert_eq!(
-            sets(&outcome, layers, prompt.k),
-            expected_sets(prompt, layers),
+            outcome.expert_sets(layers, prompt.k),
+            prompt.expert_sets(layers),
             "{name}, prompt {n}: chosen experts"
         );
     }

@@ -64,13 +64,15 @@ struct Batch {
 }
 
 impl Split<'_> {
-    /// Splits a dispatch by owner and writes a frame for each other node that owns a part.
+    /// Splits a dispatch by owner and writes a frame for each other node that owns a part. `here`
+    /// is memory for the outputs that are computed here: see [`Flight::into_memory`].
     pub(super) fn split(
         &self,
         dispatch: &Dispatch<'_>,
         next_id: &mut u64,
         trace: TraceContext,
         buffers: &BufferPool,
+        mut here: Vec<f32>,
     ) -> Result<(Flight, Vec<Outgoing>), String> {
         let moe = self.config.moe.as_ref().ok_or("a model without experts dispatched")?;
         let width = self.config.hidden;
@@ -79,12 +81,12 @@ impl Split<'_> {
             Flight { width, parts: Vec::new(), here: Vec::new(), sent: HashMap::new() };
         let mut frames = Vec::new();
         let mut batches: BTreeMap<u16, Batch> = BTreeMap::new();
-        let mut here = 0;
+        let mut calls_here = 0;
         for (index, (row, route)) in (0u32..).zip(dispatch.routes.with_rows()) {
             let owner = owners[route.key.flat(moe)];
             if owner == self.here {
-                flight.parts.push(Part::Here(here));
-                here += 1;
+                flight.parts.push(Part::Here(calls_here));
+                calls_here += 1;
                 continue;
             }
             let batch = batches.entry(owner).or_default();
@@ -98,7 +100,8 @@ impl Split<'_> {
         for (owner, batch) in batches {
             frames.push(flight.send(batch, owner, dispatch, next_id, trace, buffers)?);
         }
-        flight.here = vec![0.0; here as usize * width];
+        here.resize(calls_here as usize * width, 0.0);
+        flight.here = here;
         Ok((flight, frames))
     }
 }
@@ -151,6 +154,11 @@ impl Flight {
         }
         self.sent.insert(id, Sent { peer, calls: count, outputs: None, complete: false });
         Ok((id, peer, frame.finish()))
+    }
+
+    /// The memory of the outputs that were computed here, for the next flight.
+    pub(super) fn into_memory(self) -> Vec<f32> {
+        self.here
     }
 
     /// Whether some calls are to be run here.

@@ -188,6 +188,9 @@ pub struct Lane {
     exchange: Exchange,
     jobs: Jobs,
     flights: HashMap<PassId, Flight>,
+    /// Memory of flights that have ended: a layer of a long prompt fills many pages, and getting
+    /// them from the system each time would cost more than it seems.
+    spare: Vec<Vec<f32>>,
     /// Which pass an exchange's dispatch belongs to.
     dispatches: HashMap<u64, PassId>,
     /// How nodes were lost that are gone.
@@ -217,6 +220,7 @@ impl Lane {
             exchange: Exchange::new(exchange::DISPATCH_TIMEOUT, IN_FLIGHT_DISPATCHES_MAX),
             jobs: Jobs::default(),
             flights: HashMap::new(),
+            spare: Vec::new(),
             dispatches: HashMap::new(),
             lost: HashMap::new(),
             next_dispatch: 0,
@@ -315,11 +319,12 @@ impl Lane {
     fn dispatch(&mut self, pass: PassId) {
         let layer = self.engine.span(pass);
         let span = debug_span!(parent: &layer, "dispatch", remote = tracing::field::Empty);
+        let memory = self.spare.pop().unwrap_or_default();
         let split = self.engine.dispatch(pass).map_err(|error| error.to_string()).and_then(|d| {
             let config = &self.engine.backbone().config;
             let split = Split { config, owners: &self.owners, here: self.index };
             let context = trace::context_of(&span);
-            split.split(&d, &mut self.next_dispatch, context, &self.buffers)
+            split.split(&d, &mut self.next_dispatch, context, &self.buffers, memory)
         });
         let (flight, frames) = match split {
             Ok(split) => split,
@@ -452,6 +457,8 @@ impl Lane {
         if self.flights.get(&pass).is_some_and(Flight::is_complete) {
             let flight = self.flights.remove(&pass).expect("looked up just now");
             self.engine.combine(pass, &flight.parts());
+            // At most as many as there are passes at the same time.
+            self.spare.push(flight.into_memory());
         }
     }
 

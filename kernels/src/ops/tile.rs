@@ -18,6 +18,7 @@
 use std::ops::Range;
 
 use crate::{
+    RELAXED_ORDER,
     dtype::DType,
     matrix::{PANEL, PackedMatrix},
     rows::{RowsMut, Tiling},
@@ -279,9 +280,13 @@ pub(crate) unsafe fn finish<V: Vector, const R: usize, const N: usize>(
     // SAFETY: promised by the caller.
     unsafe {
         let last = at.index + 1 == at.count;
-        // Subtrees that wait on the stack before this leaf.
-        let mut waiting = at.index.count_ones() as usize;
-        let merges = if last { waiting } else { at.index.trailing_ones() as usize };
+        // Subtrees that wait on the stack before this leaf, and how many it is added to.
+        let (mut waiting, merges) = if RELAXED_ORDER {
+            (at.index.min(1), at.index.min(1))
+        } else {
+            let waiting = at.index.count_ones() as usize;
+            (waiting, if last { waiting } else { at.index.trailing_ones() as usize })
+        };
         for _ in 0..merges {
             waiting -= 1;
             let level = stack.add(waiting * level_len);

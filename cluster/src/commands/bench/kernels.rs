@@ -7,6 +7,7 @@
 
 use anyhow::Result;
 use lite_llm_kernels::{
+    RELAXED_ORDER,
     buffer::AlignedBytes,
     cpu::Cpu,
     dtype::DType,
@@ -255,7 +256,8 @@ fn values(len: usize) -> Vec<f32> {
 
 impl Report {
     fn print(&self) {
-        println!("{} · {} threads · medians, ± half the spread\n", self.simd, self.threads);
+        let order = if RELAXED_ORDER { " · relaxed order: not our bits" } else { "" };
+        println!("{} · {} threads{order} · medians, ± half the spread\n", self.simd, self.threads);
         println!("Products in f32, GFLOP/s, beside the gemm crate");
         let rows: Vec<_> = self
             .against
@@ -310,6 +312,7 @@ impl Report {
             "bench": "kernels",
             "threads": self.threads,
             "simd": self.simd,
+            "relaxed_order": RELAXED_ORDER,
             "against_gemm": against.collect::<Vec<_>>(),
             "against_ceilings": streamed.collect::<Vec<_>>(),
         })
