@@ -7,9 +7,9 @@
 use std::sync::Arc;
 
 use lite_llm_actors::placement::PlacementPolicy;
-use lite_llm_kernels::{kv::KvDType, simd::Simd};
+use lite_llm_kernels::{dtype::DType, kv::KvDType, simd::Simd};
 use lite_llm_runtime::checkpoint::Checkpoint;
-use lite_llm_tests::{Outcome, Setup, demo, job, reference, run, run_alone};
+use lite_llm_tests::{Outcome, Setup, demo, imported, job, reference, root, run, run_alone};
 
 /// Tokens generated after the prompt.
 const GREEDY: u32 = 8;
@@ -135,6 +135,34 @@ async fn with_any_format_of_the_cache_which_alone_changes_them() {
             let differs = truths.iter().all(|other| other.logits != truth.logits);
             assert!(differs, "{kv_dtype} reaches the arithmetic");
             truths.push(truth);
+        }
+    }
+}
+
+/// Hashes of the demo model's logits with weights in blocks, seen on the same two machines.
+const DEMO_LOGITS_IN_BLOCKS: [(DType, &str); 2] =
+    [(DType::Int8, "INT8HASH"), (DType::Int4, "INT4HASH")];
+
+#[tokio::test]
+async fn with_weights_in_blocks() {
+    for (dtype, pinned) in DEMO_LOGITS_IN_BLOCKS {
+        let (_folder, checkpoint) = imported(root().join("models/manpages-moe"), Some(dtype));
+        let truth = truth(&checkpoint).await;
+        let hash = blake3::hash(bytemuck::cast_slice(&truth.logits));
+        assert_eq!(hash.to_hex().as_str(), pinned, "{dtype}");
+        let placement = PlacementPolicy::Random(3);
+        let mut setups = vec![Setup { workers: 3, placement, ..Setup::default() }];
+        for simd in Simd::available() {
+            setups.push(Setup { simd, threads: 2, ..Setup::default() });
+        }
+        for setup in setups {
+            let cluster = setup.start(&checkpoint).await;
+            for chunk in [0, 5, 64] {
+                let job = job(&prompt(&checkpoint), GREEDY, chunk);
+                let found = run(&cluster, job).await.unwrap();
+                assert_same(&found, &truth, &format!("{dtype}, {setup:?}, chunks of {chunk}"));
+            }
+            cluster.stop().await;
         }
     }
 }

@@ -65,11 +65,12 @@ impl Cluster {
         match self {
             Self::Here(cluster) => cluster.stop().await,
             Self::Processes(Processes { coordinator, mut workers, .. }) => {
-                coordinator.stop().await;
+                // Nothing runs any more: workers that miss their coordinator would only say so.
                 for worker in &mut workers {
                     // One that has ended already needs no killing.
                     let _ = worker.kill().await;
                 }
+                coordinator.stop().await;
             }
         }
     }
