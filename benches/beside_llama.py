@@ -4,8 +4,9 @@
   benches/beside_llama.py --llama DIR --lite-llm FILE [--rounds 5] [--threads 2] [--out FILE.jsonl]
                           [--rpc] NAME=MODEL.gguf,CHECKPOINT ...
 
-DIR holds llama-bench (and, for --rpc, ggml-rpc-server) of a llama.cpp that you have built; how, and
-how to write the same random weights for both, is told in the README under "Beside llama.cpp".
+DIR holds llama-bench (and, for --rpc, ggml-rpc-server) of a llama.cpp that you have built. MODEL.gguf and
+CHECKPOINT hold the same weights: `llama-quantize` makes Q8_0 and Q4_0 from what convert_hf_to_gguf.py wrote,
+`lite-llm import --dtype int8|int4` from the same Hugging Face folder.
 
 One round runs each program once: llama-bench -r 1, then `lite-llm bench ... --cluster-only --runs 1
 --json` (a cluster of one worker; with --rpc two worker processes of one thread against two

@@ -17,7 +17,7 @@
 //!
 //! Rows of one sequence that follow each other, and the heads that share a key/value head, walk
 //! together, so that what one reads of a page serves all. Where there are too few such walks to
-//! occupy the threads, the steps of a walk are [`spread`] over them. Neither changes a row's own
+//! occupy the threads, the steps of a walk are `spread` over them. Neither changes a row's own
 //! order of operations.
 //!
 //! A NaN or infinity in a visible key or value, or in q, makes NaN or infinity of what it

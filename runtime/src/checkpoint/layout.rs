@@ -1,7 +1,7 @@
 //! Names, shapes and order of every tensor of a checkpoint, as a function of its configuration.
 //!
 //! Writer, reader and import all ask here, so a name is spelled once, and so is the format of each
-//! tensor in a checkpoint of each format ([`Role::stored`]). Within a shard packed matrices come
+//! tensor in a checkpoint of each format (`Role::stored`). Within a shard packed matrices come
 //! first and vectors last: packed bytes are multiples of 64, so every matrix starts at one without
 //! a gap, which safetensors would not allow.
 //!
