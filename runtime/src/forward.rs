@@ -20,7 +20,7 @@ use lite_llm_kernels::{
     kv::{KvSlot, PAGE_TOKENS, Query},
 };
 
-use tracing::{Span, debug_span};
+use tracing::{Span, debug_span, trace_span};
 
 use crate::{
     backbone::{Backbone, BackboneLayer, FeedForwardLayer},
@@ -212,7 +212,6 @@ impl<D: Device> ForwardPass<D> {
             self.layer_span = debug_span!(parent: &self.span, "layer", layer = self.layer);
             let _layer = self.layer_span.clone().entered();
             debug_span!("attention").in_scope(|| self.attend(layer, arena))?;
-            let _ffn = debug_span!("ffn").entered();
             let device = &*backbone.device;
             let t = &mut self.tensors;
             device.rms_norm(&t.x, &layer.ffn_norm, backbone.config.norm_eps, &mut t.normed)?;
@@ -253,7 +252,7 @@ impl<D: Device> ForwardPass<D> {
         let (device, config) = (&*backbone.device, &backbone.config);
         let attention = &config.attention;
         let t = &mut self.tensors;
-        let qkv = debug_span!("qkv").entered();
+        let qkv = trace_span!("qkv").entered();
         device.rms_norm(&t.x, &layer.attention_norm, config.norm_eps, &mut t.normed)?;
         let linears = [(&layer.q, &mut t.q), (&layer.k, &mut t.k), (&layer.v, &mut t.v)];
         let projections = linears.map(|(linear, out)| Projection {
@@ -263,7 +262,7 @@ impl<D: Device> ForwardPass<D> {
         });
         device.project(&t.normed, projections)?;
         drop(qkv);
-        let rope = debug_span!("rope_and_kv").entered();
+        let rope = trace_span!("rope_and_kv").entered();
         for (norm, x) in [(&layer.q_norm, &mut t.q), (&layer.k_norm, &mut t.k)] {
             if let Some(norm) = norm {
                 device.rms_norm_in_place(x, norm, config.norm_eps)?;
@@ -290,7 +289,7 @@ impl<D: Device> ForwardPass<D> {
         let scale = 1.0 / (attention.head_dim as f32).sqrt();
         let window = config.layers[self.layer].window;
         device.attention(arena, self.layer, &t.q, &queries, scale, window, &mut t.attended)?;
-        let _output = debug_span!("attention_output").entered();
+        let _output = trace_span!("attention_output").entered();
         device.matmul(&t.attended, &layer.o.weight, layer.o.bias.as_ref(), &mut t.delta)?;
         device.add(&mut t.x, &t.delta)?;
         Ok(())
