@@ -193,9 +193,8 @@ pub fn record_words(k: usize) -> usize {
 }
 
 vectorised! {
-    /// Turns a row `[k]` into records; `out` is of [`record_words`] words, of which only the bits
-    /// matter.
-    pub fn quantise_row(x: &[f32], out: &mut [f32]) {
+    /// [`quantise`], for callers that hold a `Cpu`.
+    pub(crate) fn quantise_row(x: &[f32], out: &mut [f32]) {
         assert_eq!(out.len(), record_words(x.len()), "one record per block");
         let mut blocks = x.chunks_exact(BLOCK);
         let mut records = out.chunks_exact_mut(RECORD_WORDS);
@@ -208,6 +207,16 @@ vectorised! {
             quantise_block(&block, record);
         }
     }
+}
+
+/// Turns a row `[k]` into records; `out` is of [`record_words`] words, of which only the bits
+/// matter.
+///
+/// # Panics
+/// If this machine lacks the instructions.
+pub fn quantise(simd: Simd, x: &[f32], out: &mut [f32]) {
+    assert!(simd.is_available(), "this machine has no {simd}");
+    quantise_row(simd, x, out);
 }
 
 #[inline(always)]

@@ -208,7 +208,8 @@ pub trait Device: Send + Sync + 'static {
     /// Multiplies row r by `sigmoid(logits[r, 0])`; `logits` is `[rows, 1]`.
     fn sigmoid_gate(&self, x: &mut Self::Tensor, logits: &Self::Tensor) -> Result<(), DeviceError>;
     /// Many networks, each over its own rows, as one piece of work (the experts of a layer).
-    /// Rows and outputs are host memory on devices that share it, else pinned staging.
+    /// Every output is written, whatever it held. Rows and outputs are host memory on devices that
+    /// share it, else pinned staging.
     fn swiglu_groups(
         &self,
         groups: &mut [SwigluGroup<'_, Self::Matrix>],

@@ -51,8 +51,13 @@ pub fn peak_operations(cpu: &Cpu) -> (f64, f64) {
         let operations = 2 * threads * ROUNDS * CHAINS * cpu.simd().lanes();
         best = best.max(operations as f64 / from.elapsed().as_secs_f64());
     }
-    let bytes_per_float = if cpu.simd().for_blocks() == Simd::Avx512 { 4.0 } else { 2.0 };
-    (best, best * bytes_per_float)
+    let in_bytes = match cpu.simd().for_blocks() {
+        Simd::Avx512 => 4.0,
+        Simd::Avx2 => 2.0 * 8.0 / cpu.simd().lanes() as f64,
+        // Plain code multiplies bytes no faster than floats.
+        _ => 1.0,
+    };
+    (best, best * in_bytes)
 }
 
 /// Independent sums: enough that none waits for itself.

@@ -3,7 +3,7 @@
 //! count and path, whatever the values.
 
 use lite_llm_kernels::{
-    blocks::{BLOCK, dequantise_row, quantise_row, record_words},
+    blocks::{BLOCK, dequantise_row, quantise, record_words},
     cpu::Cpu,
     device::{Device, Swiglu, SwigluGroup},
     dtype::DType,
@@ -224,7 +224,7 @@ fn records_are_the_same_on_every_instruction_set() {
             .into_iter()
             .map(|simd| {
                 let mut out = vec![f32::NAN; record_words(k)];
-                quantise_row(simd, &x, &mut out);
+                quantise(simd, &x, &mut out);
                 out.iter().map(|v| v.to_bits()).collect()
             })
             .collect();

@@ -112,11 +112,10 @@ impl KvArena {
         for slot in slots {
             assert!((slot.offset as usize) < PAGE_TOKENS, "{slot:?} is inside a page");
             let page = slot.page as usize;
-            if self.pages[page].is_none() {
-                let mut bytes = AlignedBytes::zeroed(self.shape.page_bytes());
-                self.starts[page] = Start(bytes.as_mut_ptr());
-                self.pages[page] = Some(bytes);
-            }
+            let page_bytes = self.shape.page_bytes();
+            let bytes = self.pages[page].get_or_insert_with(|| AlignedBytes::zeroed(page_bytes));
+            // Anew each time: a pointer from before the page was read must not write.
+            self.starts[page] = Start(bytes.as_mut_ptr());
         }
         // Keys and values of a head are a task each: no two write to the same bytes.
         let this = &*self;

@@ -39,6 +39,8 @@ use crate::{
 
 /// Rows times heads that walk together at most, if a row has no more heads than this.
 const TOGETHER: usize = 48;
+/// Scores that a spread walk may hold at a time; beyond that rows walk, one thread each.
+const SPREAD_SCORES_MAX: usize = 1 << 24;
 
 /// Fewer products than this are not worth a second thread.
 const INLINE_PRODUCTS: usize = 1 << 14;
@@ -87,7 +89,9 @@ pub fn attention(
 
     let tasks = ends.len() * kv_heads;
     let idle = !tasks.is_multiple_of(threads) && tasks < 4 * threads;
-    if idle && keys * cols >= SPREAD_PRODUCTS {
+    let longest = (0..queries.len()).map(|row| job.visible(row).len()).max().unwrap_or(0);
+    let scores = (longest + 2 * PAGE_TOKENS) * kv_heads * TOGETHER.max(job.heads());
+    if idle && keys * cols >= SPREAD_PRODUCTS && scores <= SPREAD_SCORES_MAX {
         (0..ends.len()).for_each(|t| spread::spread(cpu, &job, tile(t)));
         return;
     }

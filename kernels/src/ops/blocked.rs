@@ -113,44 +113,53 @@ impl Format for Int4 {
     }
 }
 
-/// The sums of one leaf of `blocks` blocks, for outputs `lane..lane + 2 * LANES` of each of P
-/// panels. Several panels are read side by side because memory answers several streams faster
-/// than one.
+/// The sums of one leaf of `blocks` blocks, for S strips of two vectors from output `lane` on, of
+/// each of P panels. Several panels are read side by side because memory answers several streams
+/// faster than one; several strips, because a stream that leaves lines out is answered slowly.
 ///
 /// # Safety
 /// `x` are the leaf's first records and `w` the panels' first blocks; all are readable.
 #[inline(always)]
-unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize>(
+unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize, const S: usize>(
     mut x: [*const u8; R],
     mut w: [*const u8; P],
     lane: usize,
     mut ahead: Ahead,
     blocks: usize,
-) -> [[[V; 2]; R]; P] {
+) -> [[[[V; 2]; R]; P]; S] {
     // SAFETY: promised by the caller; pointers move inside the leaf.
     unsafe {
-        let mut acc = [[[V::zero(); 2]; R]; P];
+        let mut acc = [[[[V::zero(); 2]; R]; P]; S];
         for _ in 0..blocks {
             ahead.block::<V, F>();
-            let mut words = w;
-            for p in 0..P {
-                words[p] = w[p].add(SCALE_BYTES + lane * 4);
-            }
-            let dots = F::dots::<V, R, P>(&x, &words);
-            for p in 0..P {
-                let mut scales = [V::zero(); 2];
-                for v in 0..2 {
-                    let lane = lane + v * V::LANES;
-                    let words = w[p].cast::<u32>().add(lane % 16);
-                    scales[v] =
-                        if lane < 16 { V::load_bf16_low(words) } else { V::load_bf16_high(words) };
+            for s in 0..S {
+                let lane = lane + s * 2 * V::LANES;
+                let mut words = w;
+                for p in 0..P {
+                    words[p] = w[p].add(SCALE_BYTES + lane * 4);
                 }
-                for r in 0..R {
-                    let scale = V::splat(x[r].add(BLOCK).cast::<f32>().read_unaligned());
+                let dots = F::dots::<V, R, P>(&x, &words);
+                for p in 0..P {
+                    let mut scales = [V::zero(); 2];
                     for v in 0..2 {
-                        acc[p][r][v] = acc[p][r][v].fma(dots[p][r][v], scales[v].mul(scale));
+                        let lane = lane + v * V::LANES;
+                        let words = w[p].cast::<u32>().add(lane % 16);
+                        scales[v] = if lane < 16 {
+                            V::load_bf16_low(words)
+                        } else {
+                            V::load_bf16_high(words)
+                        };
+                    }
+                    for r in 0..R {
+                        let scale = V::splat(x[r].add(BLOCK).cast::<f32>().read_unaligned());
+                        for v in 0..2 {
+                            let sum = &mut acc[s][p][r][v];
+                            *sum = sum.fma(dots[p][r][v], scales[v].mul(scale));
+                        }
                     }
                 }
+            }
+            for p in 0..P {
                 w[p] = w[p].add(F::BYTES);
             }
             for r in 0..R {
@@ -260,10 +269,12 @@ impl BlockedProduct<'_> {
             let begin = if rows <= 3 { next.map(Begin::new) } else { None };
             // SAFETY: promised by the caller.
             unsafe {
-                match together {
-                    4 => self.run_panels::<V, F, 4>(panel, begin),
-                    2 => self.run_panels::<V, F, 2>(panel, begin),
-                    _ => self.run_panels::<V, F, 1>(panel, begin),
+                match (together, V::LANES) {
+                    (4, 8) => self.run_panels::<V, F, 4, 2>(panel, begin),
+                    (4, _) => self.run_panels::<V, F, 4, 1>(panel, begin),
+                    (2, 8) => self.run_panels::<V, F, 2, 2>(panel, begin),
+                    (2, _) => self.run_panels::<V, F, 2, 1>(panel, begin),
+                    _ => self.run_panels::<V, F, 1, 1>(panel, begin),
                 }
             }
             panel += together;
@@ -273,7 +284,7 @@ impl BlockedProduct<'_> {
     /// P panels from one on; each leaf is done for all tiles and all strips of two vectors while
     /// it is near.
     #[inline(always)]
-    unsafe fn run_panels<V: Vector, F: Format, const P: usize>(
+    unsafe fn run_panels<V: Vector, F: Format, const P: usize, const S: usize>(
         &self,
         panel: usize,
         begin: Option<Begin>,
@@ -289,7 +300,7 @@ impl BlockedProduct<'_> {
         assert!(x.row_words == blocks * RECORD_WORDS, "records are of k values");
         assert!((panel + P) * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
         let count = blocks.div_ceil(LEAF_BLOCKS).max(1);
-        let items = tiles.len() * strips;
+        let items = tiles.len() * (strips / S);
         let mut base = [std::ptr::null(); P];
         for p in 0..P {
             base[p] = w.data().as_ptr().wrapping_add((panel + p) * blocks * F::BYTES);
@@ -304,6 +315,7 @@ impl BlockedProduct<'_> {
             }
             for item in 0..items {
                 let (part, t) = (item / tiles.len(), item % tiles.len());
+                let part = part * S;
                 let col = panel * PANEL + part * strip;
                 let row = tiling.first(tiles.start + t);
                 let r = tiling.first(tiles.start + t + 1) - row;
@@ -326,15 +338,20 @@ impl BlockedProduct<'_> {
                                 // SAFETY: rows, panels and the stack hold the tile by the
                                 // assertions above.
                                 unsafe {
-                                    let acc =
-                                        leaf::<V, F, $size, P>(at_row, w, part * strip, ahead, len);
-                                    for p in 0..P {
-                                        let col = col + p * PANEL;
-                                        let place = p * rows * PANEL
-                                            + ((row - first) + part * rows) * strip;
-                                        if col < n {
-                                            let stack = self.stack.add(place);
-                                            finish(acc[p], at, stack, level_len, sink, (row, col, n));
+                                    let acc = leaf::<V, F, $size, P, S>(
+                                        at_row, w, part * strip, ahead, len,
+                                    );
+                                    for (s, acc) in acc.into_iter().enumerate() {
+                                        for (p, acc) in acc.into_iter().enumerate() {
+                                            let col = col + p * PANEL + s * strip;
+                                            let place = p * rows * PANEL
+                                                + ((row - first) + (part + s) * rows) * strip;
+                                            if col < n {
+                                                let stack = self.stack.add(place);
+                                                finish(
+                                                    acc, at, stack, level_len, sink, (row, col, n),
+                                                );
+                                            }
                                         }
                                     }
                                 }

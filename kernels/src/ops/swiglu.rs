@@ -275,7 +275,10 @@ fn run(cpu: &Cpu, pieces: &mut [Piece<'_>]) {
     // A thread probably computes every so-manieth task.
     let threads = cpu.pool().threads();
     let next_down = |task: usize| {
-        let piece = holder(pieces, task.min(downs - 1), |p| p.down_task);
+        if task >= downs {
+            return None;
+        }
+        let piece = holder(pieces, task, |p| p.down_task);
         piece.down.next(piece.weights.down, task - piece.down_task)
     };
     let next_up = |task: usize| {

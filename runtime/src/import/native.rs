@@ -19,7 +19,7 @@ use crate::checkpoint::{
 
 /// Whether a folder is a checkpoint and no Hugging Face folder.
 pub(super) fn is_checkpoint(options: &ImportOptions) -> bool {
-    options.source.join(MANIFEST).exists()
+    options.source.join(MANIFEST).exists() && !options.source.join("config.json").exists()
 }
 
 /// Converts a checkpoint. `progress` is as for an import.

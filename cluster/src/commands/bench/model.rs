@@ -377,10 +377,11 @@ impl Report {
     /// Asked are decoding one request with one worker, and a request at home on each of several
     /// worker processes.
     fn goal(&self) -> Option<Goal> {
+        let apart = self.processes && self.threads == 1;
         let asked = match (self.phase, self.workers, self.sequences) {
             (Phase::Decode, 1, 1) => RATIO,
-            (Phase::Decode, 2, 2) if self.processes => DECODE_APART,
-            (Phase::Prefill, 2, 2) if self.processes => PREFILL_APART,
+            (Phase::Decode, 2, 2) if apart => DECODE_APART,
+            (Phase::Prefill, 2, 2) if apart => PREFILL_APART,
             _ => return None,
         };
         self.ratio().map(|ratio| Goal { ratio, asked })

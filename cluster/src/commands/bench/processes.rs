@@ -99,14 +99,16 @@ impl Processes {
         let token = folder.path().join(TOKEN_FILE);
         authority.join_token(coordinator.address().to_string()).write(&token)?;
         let program = std::env::current_exe().context("the path of this program")?;
+        // Asked once: workers that load already would leave less for the next.
+        let (dram, simd) = (local.compute.dram_bytes(count).to_string(), local.compute.simd()?);
         let mut workers = Vec::with_capacity(count);
         for number in 1..=count {
             let mut command = Command::new(&program);
             command.arg("worker").arg("--token").arg(&token).arg("--model").arg(&model);
             command.arg("--name").arg(format!("w{number}"));
             command.arg("--threads").arg(local.compute.threads(count).to_string());
-            command.arg("--simd").arg(local.compute.simd()?.name());
-            command.arg("--dram").arg(local.compute.dram_bytes(count).to_string());
+            command.arg("--simd").arg(simd.name());
+            command.arg("--dram").arg(&dram);
             command.arg("--kv").arg(local.compute.kv.0.to_string());
             command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
             workers.push(command.spawn().context("start a worker process")?);
