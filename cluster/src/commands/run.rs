@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -271,12 +271,18 @@ impl Answer {
         }
     }
 
-    /// Seconds until the first token, and tokens per second after it.
+    /// Seconds until the first token, and tokens per second after it; of an answer so short that
+    /// its tokens arrive in a burst, tokens per second of the whole.
     fn speed(&self) -> (f64, f64) {
+        const BURST: Duration = Duration::from_millis(20);
         let first = self.first.unwrap_or(self.started);
-        let (wait, rest) = (first.duration_since(self.started), self.last.unwrap_or(first) - first);
-        let rate = self.ids.len().saturating_sub(1) as f64 / rest.as_secs_f64().max(1e-9);
-        (wait.as_secs_f64(), rate)
+        let last = self.last.unwrap_or(first);
+        let (tokens, time) = match last - first {
+            rest if rest < BURST => (self.ids.len(), last - self.started),
+            rest => (self.ids.len() - 1, rest),
+        };
+        let wait = first.duration_since(self.started).as_secs_f64();
+        (wait, tokens as f64 / time.as_secs_f64().max(1e-9))
     }
 }
 
