@@ -83,13 +83,10 @@ fn nearest(x: f32) -> i32 {
 vectorised! {
     /// One block of int8: its scale and integers.
     fn quantise_int8(x: &[f32; BLOCK]) -> (f32, [i8; BLOCK]) {
-        let largest = largest_magnitude(x);
-        if largest < NOTHING {
-            return (0.0, [0; BLOCK]);
-        }
-        if !largest.is_finite() {
-            return (f32::NAN, [0; BLOCK]);
-        }
+        let largest = match largest_magnitude(x) {
+            Ok(largest) => largest,
+            Err(scale) => return (scale, [0; BLOCK]),
+        };
         let scale = bf16_up(largest / 127.0);
         (scale, x.map(|v| nearest(v / scale).clamp(-127, 127) as i8))
     }
@@ -98,13 +95,10 @@ vectorised! {
 vectorised! {
     /// One block of int4: its scale and integers.
     fn quantise_int4(x: &[f32; BLOCK]) -> (f32, [i8; BLOCK]) {
-        let largest = largest_magnitude(x);
-        if largest < NOTHING {
-            return (0.0, [0; BLOCK]);
-        }
-        if !largest.is_finite() {
-            return (f32::NAN, [0; BLOCK]);
-        }
+        let largest = match largest_magnitude(x) {
+            Ok(largest) => largest,
+            Err(scale) => return (scale, [0; BLOCK]),
+        };
         let mut best = (f32::INFINITY, 0.0);
         for i in 0..INT4_CANDIDATES {
             // The largest weight becomes ±9 to ±6.6, cut off at -8 and 7.
@@ -138,14 +132,20 @@ vectorised! {
     }
 }
 
-/// As integers, NaN is above infinity and infinity above every number.
+/// The largest magnitude of a block, or the scale of a block of zeros that stands for it: 0 where
+/// it counts as zeros, NaN where something is not finite.
 #[inline(always)]
-fn largest_magnitude(x: &[f32; BLOCK]) -> f32 {
+fn largest_magnitude(x: &[f32; BLOCK]) -> Result<f32, f32> {
+    // As integers, NaN is above infinity and infinity above every number.
     let mut largest = 0;
     for v in x {
         largest = largest.max(v.to_bits() & 0x7fff_ffff);
     }
-    f32::from_bits(largest)
+    match f32::from_bits(largest) {
+        largest if largest < NOTHING => Err(0.0),
+        largest if largest.is_finite() => Ok(largest),
+        _ => Err(f32::NAN),
+    }
 }
 
 fn set_scale(block: &mut [u8], lane: usize, scale: f32) {
@@ -221,16 +221,15 @@ pub fn quantise(simd: Simd, x: &[f32], out: &mut [f32]) {
 
 #[inline(always)]
 fn quantise_block(x: &[f32; BLOCK], record: &mut [f32]) {
-    let largest = largest_magnitude(x);
-    let (scale, inverse) = if largest < NOTHING {
-        (0.0, 0.0)
-    } else if largest.is_finite() {
-        (largest / 127.0, 127.0 / largest)
-    } else {
-        record.fill(0.0);
-        record[BLOCK / 4] = f32::NAN;
-        return;
+    let largest = match largest_magnitude(x) {
+        Ok(largest) => largest,
+        Err(scale) => {
+            record.fill(0.0);
+            record[BLOCK / 4] = scale;
+            return;
+        }
     };
+    let (scale, inverse) = (largest / 127.0, 127.0 / largest);
     let mut q = [0i8; BLOCK];
     let mut sum = 0;
     for (q, v) in q.iter_mut().zip(x) {

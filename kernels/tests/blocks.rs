@@ -18,21 +18,9 @@ use lite_llm_kernels::{
 use proptest::prelude::*;
 
 mod numbers;
-use numbers::{Numbers, assert_same, cpus};
+use numbers::{Numbers, assert_same, cpus, tree};
 
 const FORMATS: [DType; 2] = [DType::Int8, DType::Int4];
-
-/// The sum of n leaves: a tree that splits at the largest power of two below n.
-fn tree(leaves: &[f32]) -> f32 {
-    match leaves {
-        [] => 0.0,
-        [only] => *only,
-        _ => {
-            let split = leaves.len().next_power_of_two() / 2;
-            tree(&leaves[..split]) + tree(&leaves[split..])
-        }
-    }
-}
 
 /// The activations of a block: scale and integers, from the rule alone.
 fn activations(x: &[f32]) -> (f32, Vec<i32>) {

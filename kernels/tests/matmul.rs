@@ -13,19 +13,7 @@ use lite_llm_kernels::{
 use proptest::prelude::*;
 
 mod numbers;
-use numbers::{Numbers, assert_same, cpus};
-
-/// The sum of n leaves: a tree that splits at the largest power of two below n.
-fn tree(leaves: &[f32]) -> f32 {
-    match leaves {
-        [] => 0.0,
-        [only] => *only,
-        _ => {
-            let split = leaves.len().next_power_of_two() / 2;
-            tree(&leaves[..split]) + tree(&leaves[split..])
-        }
-    }
-}
+use numbers::{Numbers, assert_same, cpus, tree};
 
 /// Rule 1 for one output.
 fn rule_1(x: &[f32], w: &[f32]) -> f32 {

@@ -5,8 +5,9 @@
 //! by rule 1, that is: inside a leaf of 256 k one accumulator per output starts at +0.0 and takes
 //! them in order by fused multiply-add; leaves meet in the tree of `tile.rs`.
 //!
-//! A tile is R rows × two vectors of outputs of P panels. Rows are records (see [`crate::blocks`]), each where
-//! it lies: nothing is interleaved, so a row that several networks read is quantised once.
+//! A tile is R rows × two vectors of outputs of P panels. Rows are records (see
+//! [`crate::blocks`]), each where it lies: nothing is interleaved, so a row that several networks
+//! read is quantised once.
 
 // Registers are arrays that are indexed alike; iterators would hide which lane meets which.
 #![allow(clippy::needless_range_loop)]
@@ -52,9 +53,8 @@ pub(crate) struct BlockedProduct<'a> {
     pub(crate) tiles: Range<usize>,
     pub(crate) w: &'a PackedMatrix,
     pub(crate) panels: Range<usize>,
-    /// [`super::tile::stack_len`] values.
-    pub(crate) stack: *mut f32,
-    pub(crate) stack_len: usize,
+    /// Of at least [`super::tile::stack_len`] values.
+    pub(crate) stack: &'a mut [f32],
     pub(crate) sink: Sink<'a>,
     /// What is probably read next: its beginning is asked for while the end is computed.
     pub(crate) next: Option<Next<'a>>,
@@ -252,7 +252,7 @@ impl Kernel for BlockedProduct<'_> {
 
 impl BlockedProduct<'_> {
     #[inline(always)]
-    unsafe fn run_format<V: Vector, F: Format>(self) {
+    unsafe fn run_format<V: Vector, F: Format>(mut self) {
         let n = self.w.n();
         let rows = self.tiling.first(self.tiles.end) - self.tiling.first(self.tiles.start);
         let end = self.panels.end.min(n.div_ceil(PANEL));
@@ -285,20 +285,22 @@ impl BlockedProduct<'_> {
     /// it is near.
     #[inline(always)]
     unsafe fn run_panels<V: Vector, F: Format, const P: usize, const S: usize>(
-        &self,
+        &mut self,
         panel: usize,
         begin: Option<Begin>,
     ) {
-        let Self { x, tiling, ref tiles, w, ref sink, .. } = *self;
+        let Self { x, tiling, tiles, w, stack, sink, .. } = self;
+        let (x, tiling, w) = (*x, *tiling, *w);
         let (n, blocks) = (w.n(), w.k().div_ceil(BLOCK));
         let first = tiling.first(tiles.start);
         let rows = tiling.first(tiles.end) - first;
         let strip = 2 * V::LANES;
         let strips = PANEL / strip;
         let level_len = P * rows * PANEL;
-        assert!(levels(w.k()) * level_len <= self.stack_len, "the stack holds every level");
+        assert!(levels(w.k()) * level_len <= stack.len(), "the stack holds every level");
         assert!(x.row_words == blocks * RECORD_WORDS, "records are of k values");
         assert!((panel + P) * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
+        let stack = stack.as_mut_ptr();
         let count = blocks.div_ceil(LEAF_BLOCKS).max(1);
         let items = tiles.len() * (strips / S);
         let mut base = [std::ptr::null(); P];
@@ -347,7 +349,7 @@ impl BlockedProduct<'_> {
                                             let place = p * rows * PANEL
                                                 + ((row - first) + (part + s) * rows) * strip;
                                             if col < n {
-                                                let stack = self.stack.add(place);
+                                                let stack = stack.add(place);
                                                 finish(
                                                     acc, at, stack, level_len, sink, (row, col, n),
                                                 );

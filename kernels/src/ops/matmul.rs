@@ -176,7 +176,6 @@ pub(crate) fn product(
     match x {
         Input::Tiles(x) => cpu.simd().run(Product { x, tiles, w, panels, stack, sink }),
         Input::Records(x) => {
-            let (stack, stack_len) = (stack.as_mut_ptr(), stack.len());
             cpu.simd().run_blocks(BlockedProduct {
                 x,
                 tiling,
@@ -184,7 +183,6 @@ pub(crate) fn product(
                 w,
                 panels,
                 stack,
-                stack_len,
                 sink,
                 next,
             });

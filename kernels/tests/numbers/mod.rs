@@ -1,4 +1,4 @@
-//! Test data from a seed, the CPUs that must agree, and what agreement is.
+//! Test data from a seed, the tree of rule 1, the CPUs that must agree, and what agreement is.
 
 // Not every test file needs every helper.
 #![allow(dead_code)]
@@ -36,6 +36,18 @@ impl Numbers {
                 _ => self.unit(),
             })
             .collect()
+    }
+}
+
+/// The sum of n leaves: rule 1's tree, which splits at the largest power of two below n.
+pub(crate) fn tree(leaves: &[f32]) -> f32 {
+    match leaves {
+        [] => 0.0,
+        [only] => *only,
+        _ => {
+            let split = leaves.len().next_power_of_two() / 2;
+            tree(&leaves[..split]) + tree(&leaves[split..])
+        }
     }
 }
 
