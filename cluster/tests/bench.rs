@@ -4,7 +4,7 @@ mod process;
 
 use std::time::Duration;
 
-use process::{Process, run};
+use process::{Process, demo_model, run};
 use serde_json::Value;
 
 fn report(args: &[&str]) -> Value {
@@ -43,6 +43,53 @@ fn decode_and_prefill_stand_beside_the_engine_alone() {
 }
 
 #[test]
+fn several_requests_run_on_worker_processes_and_their_time_is_accounted_for() {
+    let model = demo_model();
+    let model = model.to_str().unwrap();
+    let report = report(&[
+        "bench",
+        "decode",
+        "--json",
+        "--model",
+        model,
+        "--prompt",
+        "9",
+        "--generate",
+        "3",
+        "--runs",
+        "1",
+        "--workers",
+        "2",
+        "--threads",
+        "1",
+        "--processes",
+        "--sequences",
+        "2",
+        "--profile",
+    ]);
+    positive(&report, &["/cluster_tokens_per_second/median", "/ratio", "/asked"]);
+    assert_eq!((&report["processes"], &report["sequences"]), (&true.into(), &2.into()));
+    let whole = report["profile"]["seconds"].as_f64().unwrap();
+    let spans = report["profile"]["spans"].as_array().unwrap();
+    let sum: f64 = spans.iter().map(|span| span["seconds"].as_f64().unwrap()).sum();
+    assert!((sum / whole - 1.0).abs() < 1e-6, "{sum} of {whole} seconds in {spans:?}");
+    for name in ["qkv", "attention", "route", "experts", "combine", "logits"] {
+        assert!(spans.iter().any(|span| span["span"] == name), "{name} in {spans:?}");
+    }
+}
+
+#[test]
+fn a_worker_process_that_cannot_start_is_named_at_once() {
+    let model = demo_model();
+    let model = model.to_str().unwrap();
+    let args =
+        ["bench", "decode", "--model", model, "--processes", "--dram", "1", "--cluster-only"];
+    let ended = Process::start(&args).ends_within(Duration::from_secs(30));
+    assert_ne!(ended.code, Some(0), "{ended:#?}");
+    assert!(ended.err.contains("budget"), "{ended:#?}");
+}
+
+#[test]
 fn transport_measures_three_loops_between_two_processes() {
     let sizes = ["--rows", "5", "--hidden", "48", "--top-k", "3", "--rounds", "4", "--runs", "2"];
     let report = report(&[&["bench", "transport", "--json"][..], &sizes].concat());
@@ -73,6 +120,7 @@ fn what_cannot_be_measured_is_bad_input() {
         (&["bench", "decode", "--generate", "1"][..], &["--generate"][..]),
         (&["bench", "decode", "--prompt", "2000"], &["2000 tokens", "this model sees 1024"]),
         (&["bench", "prefill", "--model", "/nowhere"], &["/nowhere"]),
+        (&["bench", "decode", "--processes"], &["--processes needs --model"]),
         (&["bench", "kernels", "--runs", "0"], &["--runs"]),
         (&["bench", "kernels", "--simd", "sse9"], &["sse9"]),
         (&["bench", "transport", "--rows", "65536"], &["524288 outputs", "--rows"]),

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use lite_llm_actors::{
     local::LocalCluster,
     serve::{CoordinatorHandle, CoordinatorOptions},
@@ -113,8 +113,16 @@ impl Processes {
             command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
             workers.push(command.spawn().context("start a worker process")?);
         }
-        let ready = timeout(START_TIMEOUT, coordinator.ready()).await;
-        ready.with_context(|| format!("the workers were not ready within {START_TIMEOUT:?}"))??;
+        let ended = workers.iter_mut().map(|worker| Box::pin(worker.wait()));
+        let ended = futures::future::select_all(ended);
+        tokio::select! {
+            ready = timeout(START_TIMEOUT, coordinator.ready()) => ready
+                .with_context(|| format!("the workers were not ready within {START_TIMEOUT:?}"))??,
+            (status, number, _) = ended => {
+                let (name, status) = (number + 1, status.context("wait for a worker process")?);
+                bail!("worker w{name} ended before the cluster was ready: {status}");
+            }
+        }
         Ok(Self { coordinator, workers, _folder: folder })
     }
 }
