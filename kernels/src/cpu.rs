@@ -143,6 +143,10 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn expect(&self, next: &PackedMatrix) {
+        self.pool.expect(next.data());
+    }
+
     fn embed(
         &self,
         table: &PackedMatrix,
@@ -204,15 +208,19 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn rope(
+    fn turns(
         &self,
-        x: &mut Tensor,
-        head_dim: usize,
         positions: &[u32],
         inv_freq: &[f32],
         scale: f32,
+        out: &mut Tensor,
     ) -> Result<(), DeviceError> {
-        rope::rope(self, x.as_mut_slice(), head_dim, positions, inv_freq, scale);
+        rope::turns(self, positions, inv_freq, scale, out.as_mut_slice());
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut Tensor, turns: &Tensor) -> Result<(), DeviceError> {
+        rope::rope(self, x.as_mut_slice(), turns.cols(), turns.as_slice());
         Ok(())
     }
 

@@ -100,6 +100,10 @@ pub trait Device: Send + Sync + 'static {
     /// Copies `[rows * cols]` values into a tensor.
     fn write(&self, t: &mut Self::Tensor, values: &[f32]) -> Result<(), DeviceError>;
 
+    /// Says which weights are probably read next. Threads that have nothing to do may fetch their
+    /// beginnings toward themselves; results do not depend on it.
+    fn expect(&self, _next: &Self::Matrix) {}
+
     /// `out[r, :] = table[ids[r], :]`. `table` is `[vocabulary, cols]`.
     fn embed(
         &self,
@@ -140,17 +144,19 @@ pub trait Device: Send + Sync + 'static {
     ) -> Result<(), DeviceError>;
     /// Limits every element to `[-limit, limit]`.
     fn clamp(&self, x: &mut Self::Tensor, limit: f32) -> Result<(), DeviceError>;
-    /// Rotary positions, half-split pairs (i, i + head_dim/2), in place on every head of every
-    /// row. `inv_freq` is `[head_dim / 2]`; the angle is the f32 product position · inv_freq,
-    /// cos and sin of it are multiplied by `scale` (1 unless a scaling variant says otherwise).
-    fn rope(
+    /// What [`Device::rope`] turns by: row r of out `[rows, head_dim]` holds the cosines, then the
+    /// sines of the angles positions[r] · inv_freq (a product in f32), times `scale` (1 unless a
+    /// scaling variant says otherwise). `inv_freq` is `[head_dim / 2]`.
+    fn turns(
         &self,
-        x: &mut Self::Tensor,
-        head_dim: usize,
         positions: &[u32],
         inv_freq: &[f32],
         scale: f32,
+        out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
+    /// Rotary positions, half-split pairs (i, i + head_dim/2), in place on every head of every
+    /// row. `turns` is what [`Device::turns`] made for the same rows.
+    fn rope(&self, x: &mut Self::Tensor, turns: &Self::Tensor) -> Result<(), DeviceError>;
 
     /// An arena of `pages` pages of [`crate::kv::PAGE_TOKENS`] tokens each, for every layer.
     /// Memory may be taken as pages are first written.

@@ -9,7 +9,8 @@
 //! - one job at a time: callers on several threads take turns; a task that calls `run` again
 //!   computes its inner tasks itself;
 //! - `run` allocates nothing;
-//! - an idle worker spins for at most [`SPIN`] and then sleeps.
+//! - an idle worker spins for at most [`SPIN`] and then sleeps; while it spins it may fetch what
+//!   was announced with [`Pool::expect`].
 
 use std::{
     any::Any,
@@ -26,6 +27,11 @@ use std::{
 
 /// How long an idle thread looks for work before it sleeps.
 pub const SPIN: Duration = Duration::from_micros(50);
+
+/// Bytes of what is expected that one idle thread fetches at most: a part of its own cache.
+const FETCH_MAX: usize = 256 << 10;
+/// Bytes that it fetches between two looks for work.
+const FETCH_STEP: usize = 2 << 10;
 
 /// Low bits of the state: how many workers have joined the open job.
 const JOINED: u64 = (1 << 31) - 1;
@@ -70,6 +76,9 @@ struct Shared {
     wake_workers: Condvar,
     wake_caller: Condvar,
     panicked: Mutex<Option<Payload>>,
+    /// What is expected to be read next and has not been fetched: first byte and end. Only ever
+    /// fetched, never read, so nothing is lost if the two do not match for a moment.
+    expected: [AtomicUsize; 2],
 }
 
 // SAFETY: `job` is written only while the state is closed and nobody has joined, by the one
@@ -100,6 +109,7 @@ impl Pool {
             wake_workers: Condvar::new(),
             wake_caller: Condvar::new(),
             panicked: Mutex::new(None),
+            expected: [const { AtomicUsize::new(0) }; 2],
         });
         let workers = (1..threads)
             .map(|i| {
@@ -116,6 +126,16 @@ impl Pool {
     /// Threads, the caller among them.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Says what the next jobs probably read first; idle threads fetch some of it.
+    pub fn expect(&self, bytes: &[u8]) {
+        let len = bytes.len().min(self.workers.len() * FETCH_MAX);
+        let [at, end] = &self.shared.expected;
+        let start = bytes.as_ptr().addr();
+        end.store(0, Relaxed);
+        at.store(start, Relaxed);
+        end.store(start + len, Relaxed);
     }
 
     /// Calls `task(0)` … `task(tasks - 1)`, each once, on all threads; returns when all are done.
@@ -224,8 +244,8 @@ impl Shared {
                 return Some(job);
             }
             if from.elapsed() < self.spin {
-                for _ in 0..16 {
-                    hint::spin_loop();
+                if !self.fetch() {
+                    (0..16).for_each(|_| hint::spin_loop());
                 }
                 continue;
             }
@@ -236,6 +256,18 @@ impl Shared {
             }
             self.sleepers.fetch_sub(1, SeqCst);
         }
+    }
+
+    /// Fetches a piece of what is expected; whether there was one.
+    fn fetch(&self) -> bool {
+        let [at, end] = &self.expected;
+        if at.load(Relaxed) >= end.load(Relaxed) {
+            return false;
+        }
+        let from = at.fetch_add(FETCH_STEP, Relaxed);
+        let to = end.load(Relaxed).min(from.saturating_add(FETCH_STEP));
+        (from..to).step_by(64).for_each(prefetch);
+        from < to
     }
 
     /// Joins job `number`, unless it has been closed meanwhile.
@@ -265,6 +297,18 @@ impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Pool({} threads)", self.threads())
     }
+}
+
+/// Asks for a cache line, which may lie anywhere.
+fn prefetch(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// Locks; a panic of another holder leaves nothing half done here.
@@ -332,6 +376,21 @@ mod tests {
                 });
             }
         });
+    }
+
+    #[test]
+    fn expected_memory_may_be_gone_and_is_left_alone() {
+        let pool = Pool::new(3);
+        for round in 0..200 {
+            let mut bytes = vec![round as u8; 3000 * (round % 4)];
+            pool.expect(&bytes);
+            assert_eq!(count_calls(&pool, 4), vec![1; 4]);
+            bytes.iter_mut().for_each(|byte| *byte ^= 1);
+            assert!(bytes.iter().all(|&byte| byte == round as u8 ^ 1));
+            drop(bytes);
+            // Idle threads are still fetching now.
+            thread::sleep(Duration::from_micros(20));
+        }
     }
 
     #[test]

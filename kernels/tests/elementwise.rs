@@ -80,6 +80,15 @@ fn rms_norm_over_rows_and_over_heads() {
     }
 }
 
+/// x `[positions, …]` with every head turned by its row's position.
+fn roped(cpu: &Cpu, x: &[f32], positions: &[u32], inv_freq: &[f32], scale: f32) -> Vec<f32> {
+    let mut t = tensor(cpu, x, x.len() / positions.len());
+    let mut turns = cpu.tensor(positions.len(), 2 * inv_freq.len()).unwrap();
+    cpu.turns(positions, inv_freq, scale, &mut turns).unwrap();
+    cpu.rope(&mut t, &turns).unwrap();
+    t.as_slice().to_vec()
+}
+
 #[test]
 fn rope_turns_pairs_by_the_angle_of_their_position() {
     let mut numbers = Numbers(2);
@@ -89,11 +98,7 @@ fn rope_turns_pairs_by_the_angle_of_their_position() {
         let inv_freq: Vec<f32> = (0..head_dim / 2)
             .map(|i| 1.0 / 10_000f32.powf(2.0 * i as f32 / head_dim as f32))
             .collect();
-        let found = everywhere("rope", |cpu| {
-            let mut t = tensor(cpu, &x, heads * head_dim);
-            cpu.rope(&mut t, head_dim, &positions, &inv_freq, 1.25).unwrap();
-            t.as_slice().to_vec()
-        });
+        let found = everywhere("rope", |cpu| roped(cpu, &x, &positions, &inv_freq, 1.25));
         for (i, (&f, &before)) in found.iter().zip(&x).enumerate() {
             let (d, half) = (i % head_dim, head_dim / 2);
             let angle = f64::from(positions[i / (heads * head_dim)] as f32 * inv_freq[d % half]);
@@ -112,10 +117,8 @@ fn rope_has_the_bits_of_version_1() {
     // Part of the determinism contract: another value here is another contract version.
     let inv_freq: Vec<f32> = (0..64).map(|i| 1.0 / (1.0 + i as f32 * i as f32)).collect();
     let positions: Vec<u32> = (0..50).map(|p| p * p * 37).collect();
-    let cpu = Cpu::best(1);
-    let mut t = tensor(&cpu, &Numbers(9).fill(50 * 128), 128);
-    cpu.rope(&mut t, 128, &positions, &inv_freq, 1.0).unwrap();
-    let hash = t.as_slice().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, y| {
+    let found = roped(&Cpu::best(1), &Numbers(9).fill(50 * 128), &positions, &inv_freq, 1.0);
+    let hash = found.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, y| {
         (hash ^ u64::from(y.to_bits())).wrapping_mul(0x0100_0000_01b3)
     });
     assert_eq!(hash, 14_149_987_760_235_852_518);

@@ -100,7 +100,6 @@ pub enum ForwardError {
 pub struct ForwardPass<D: Device> {
     backbone: Arc<Backbone<D>>,
     chunks: Vec<Chunk>,
-    positions: Vec<u32>,
     slots: Vec<KvSlot>,
     layer: usize,
     waiting: bool,
@@ -116,6 +115,8 @@ pub struct ForwardPass<D: Device> {
 struct Tensors<D: Device> {
     /// Residual stream `[N, H]`.
     x: D::Tensor,
+    /// Rotary turns `[N, head_dim]`.
+    turns: D::Tensor,
     /// Normalised states `[N, H]`.
     normed: D::Tensor,
     /// Queries `[N, A]`.
@@ -164,8 +165,11 @@ impl<D: Device> ForwardPass<D> {
         let tensor = |cols| device.tensor(ids.len(), cols);
         let mut x = tensor(hidden)?;
         device.embed(&backbone.embed, &ids, &mut x)?;
+        let mut turns = tensor(head)?;
+        device.turns(&positions, &backbone.inv_freq, 1.0, &mut turns)?;
         let tensors = Tensors {
             x,
+            turns,
             normed: tensor(hidden)?,
             q: tensor(attention.heads * head)?,
             k: tensor(attention.kv_heads * head)?,
@@ -178,7 +182,6 @@ impl<D: Device> ForwardPass<D> {
         Ok(Self {
             backbone,
             chunks,
-            positions,
             slots,
             layer: 0,
             waiting: false,
@@ -243,6 +246,16 @@ impl<D: Device> ForwardPass<D> {
         Ok(Progress::Logits)
     }
 
+    /// Says that a layer, or the logits after the last, come next.
+    fn expect(&self, layer: usize) {
+        let backbone = &*self.backbone;
+        let next = match backbone.layers.get(layer) {
+            Some(layer) => &layer.q.weight,
+            None => backbone.head.as_ref().unwrap_or(&backbone.embed),
+        };
+        backbone.device.expect(next);
+    }
+
     fn attend(
         &mut self,
         layer: &BackboneLayer<D>,
@@ -262,6 +275,7 @@ impl<D: Device> ForwardPass<D> {
         });
         device.project(&t.normed, projections)?;
         drop(qkv);
+        device.expect(&layer.o.weight);
         let rope = trace_span!("rope_and_kv").entered();
         for (norm, x) in [(&layer.q_norm, &mut t.q), (&layer.k_norm, &mut t.k)] {
             if let Some(norm) = norm {
@@ -274,7 +288,7 @@ impl<D: Device> ForwardPass<D> {
             }
         }
         for x in [&mut t.q, &mut t.k] {
-            device.rope(x, attention.head_dim, &self.positions, &backbone.inv_freq, 1.0)?;
+            device.rope(x, &t.turns)?;
         }
         device.kv_append(arena, self.layer, &t.k, &t.v, &self.slots)?;
         drop(rope);
@@ -309,6 +323,7 @@ impl<D: Device> ForwardPass<D> {
     pub fn combine(&mut self, parts: &[&[f32]]) -> Result<(), ForwardError> {
         assert!(self.waiting, "combine follows a dispatch");
         assert_eq!(parts.len(), self.routes.all().len(), "one output per route");
+        self.expect(self.layer + 1);
         let _span = debug_span!(parent: &self.layer_span, "combine").entered();
         let backbone = self.backbone.clone();
         let device = &*backbone.device;
@@ -346,7 +361,9 @@ impl<D: Device> ForwardPass<D> {
         device.rms_norm(&t.wanted, &backbone.norm, backbone.config.norm_eps, &mut t.normed)?;
         let head = backbone.head.as_ref().unwrap_or(&backbone.embed);
         device.matmul(&t.normed, head, None, &mut t.logits)?;
-        let logits = device.read(&t.logits)?;
+        // The next pass begins there.
+        self.expect(0);
+        let logits = device.read(&self.tensors.logits)?;
         if let Some(at) = logits.iter().position(|v| !v.is_finite()) {
             return Err(ForwardError::NotANumber { row: at / vocab, value: logits[at] });
         }

@@ -67,9 +67,15 @@ pub(crate) struct Next<'a> {
     pub(crate) panel: usize,
 }
 
-/// Panels whose beginnings are asked for ahead of time, and lines of each per block of a leaf.
-const NEXT_PANELS: usize = 4;
-const NEXT_LINES: usize = 3;
+impl Next<'_> {
+    /// Where the panel begins that the stream of this number reads, as far as there is one.
+    #[inline(always)]
+    fn panel(self, stream: usize) -> *const u8 {
+        let panels = self.w.n().div_ceil(PANEL);
+        let panel = (self.panel + stream).min(panels - 1);
+        self.w.data()[self.w.data().len() / panels * panel..].as_ptr()
+    }
+}
 
 /// A format of blocks.
 trait Format {
@@ -124,7 +130,7 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize, const S: us
     mut x: [*const u8; R],
     mut w: [*const u8; P],
     lane: usize,
-    mut ahead: Ahead,
+    mut ahead: Ahead<P>,
     blocks: usize,
 ) -> [[[[V; 2]; R]; P]; S] {
     // SAFETY: promised by the caller; pointers move inside the leaf.
@@ -170,66 +176,35 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize, const S: us
     }
 }
 
-/// The beginnings of panels that are read soon.
+/// What is asked for while a leaf is computed: the leaf that each stream reads next.
 #[derive(Clone, Copy)]
-struct Begin {
-    at: *const u8,
-    panels: usize,
-    panel_bytes: usize,
+struct Ahead<const P: usize> {
+    at: [*const u8; P],
+    /// Lines of each block.
+    lines: usize,
 }
 
-impl Begin {
-    fn new(Next { w, panel }: Next<'_>) -> Self {
-        let panels = w.n().div_ceil(PANEL);
-        let panel_bytes = w.data().len() / panels.max(1);
-        let at = w.data().as_ptr().wrapping_add(panel * panel_bytes);
-        Self { at, panels: NEXT_PANELS.min(panels.saturating_sub(panel)), panel_bytes }
-    }
-}
-
-/// What is asked for while a leaf is computed, block by block.
-#[derive(Clone, Copy)]
-enum Ahead {
-    /// Nothing.
-    Nothing,
-    /// Lines of each block from an address on: a share of the next leaf.
-    Lines { at: *const u8, lines: usize },
-    /// Beginnings of other panels.
-    Begin(Begin),
-}
-
-impl Ahead {
+impl<const P: usize> Ahead<P> {
+    /// One of `items` shares of the leaves that begin at `at`.
     #[inline(always)]
-    fn share<F: Format>(leaf_end: *const u8, item: usize, items: usize) -> Self {
+    fn share<F: Format>(mut at: [*const u8; P], item: usize, items: usize) -> Self {
         let lines = F::BYTES / 64;
         let each = lines.div_ceil(items);
         let from = (item * each).min(lines);
-        Self::Lines { at: leaf_end.wrapping_add(from * 64), lines: each.min(lines - from) }
+        for at in &mut at {
+            *at = at.wrapping_add(from * 64);
+        }
+        Self { at, lines: each.min(lines - from) }
     }
 
     #[inline(always)]
     unsafe fn block<V: Vector, F: Format>(&mut self) {
-        // SAFETY: a prefetch never faults.
-        unsafe {
-            match self {
-                Self::Nothing => {}
-                Self::Lines { at, lines } => {
-                    for line in 0..*lines {
-                        V::prefetch(at.wrapping_add(line * 64));
-                    }
-                    *at = at.wrapping_add(F::BYTES);
-                }
-                Self::Begin(begin) => {
-                    for panel in 0..begin.panels {
-                        for line in 0..NEXT_LINES {
-                            V::prefetch(
-                                begin.at.wrapping_add(panel * begin.panel_bytes + line * 64),
-                            );
-                        }
-                    }
-                    begin.at = begin.at.wrapping_add(NEXT_LINES * 64);
-                }
+        for at in &mut self.at {
+            for line in 0..self.lines {
+                // SAFETY: a prefetch never faults.
+                unsafe { V::prefetch(at.wrapping_add(line * 64)) };
             }
+            *at = at.wrapping_add(F::BYTES);
         }
     }
 }
@@ -266,15 +241,14 @@ impl BlockedProduct<'_> {
             };
             let following = Next { w: self.w, panel: panel + together };
             let next = if following.panel < end { Some(following) } else { self.next };
-            let begin = if rows <= 3 { next.map(Begin::new) } else { None };
             // SAFETY: promised by the caller.
             unsafe {
                 match (together, V::LANES) {
-                    (4, 8) => self.run_panels::<V, F, 4, 2>(panel, begin),
-                    (4, _) => self.run_panels::<V, F, 4, 1>(panel, begin),
-                    (2, 8) => self.run_panels::<V, F, 2, 2>(panel, begin),
-                    (2, _) => self.run_panels::<V, F, 2, 1>(panel, begin),
-                    _ => self.run_panels::<V, F, 1, 1>(panel, begin),
+                    (4, 8) => self.run_panels::<V, F, 4, 2>(panel, next),
+                    (4, _) => self.run_panels::<V, F, 4, 1>(panel, next),
+                    (2, 8) => self.run_panels::<V, F, 2, 2>(panel, next),
+                    (2, _) => self.run_panels::<V, F, 2, 1>(panel, next),
+                    _ => self.run_panels::<V, F, 1, 1>(panel, next),
                 }
             }
             panel += together;
@@ -287,7 +261,7 @@ impl BlockedProduct<'_> {
     unsafe fn run_panels<V: Vector, F: Format, const P: usize, const S: usize>(
         &mut self,
         panel: usize,
-        begin: Option<Begin>,
+        next: Option<Next<'_>>,
     ) {
         let Self { x, tiling, tiles, w, stack, sink, .. } = self;
         let (x, tiling, w) = (*x, *tiling, *w);
@@ -315,20 +289,20 @@ impl BlockedProduct<'_> {
             for p in 0..P {
                 w[p] = base[p].wrapping_add(from * F::BYTES);
             }
+            let mut coming = w;
+            for p in 0..P {
+                coming[p] = match next {
+                    Some(next) if index + 1 == count => next.panel(p),
+                    _ => w[p].wrapping_add(len * F::BYTES),
+                };
+            }
             for item in 0..items {
                 let (part, t) = (item / tiles.len(), item % tiles.len());
                 let part = part * S;
                 let col = panel * PANEL + part * strip;
                 let row = tiling.first(tiles.start + t);
                 let r = tiling.first(tiles.start + t + 1) - row;
-                let ahead = match begin {
-                    Some(begin) if index + 1 == count && item == 0 => Ahead::Begin(begin),
-                    _ if P == 1 => {
-                        Ahead::share::<F>(w[0].wrapping_add(len * F::BYTES), item, items)
-                    }
-                    // The hardware follows several streams by itself.
-                    _ => Ahead::Nothing,
-                };
+                let ahead = Ahead::share::<F>(coming, item, items);
                 macro_rules! sizes {
                     ($($size:literal)*) => {
                         match r {

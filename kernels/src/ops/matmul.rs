@@ -54,7 +54,7 @@ pub fn matmul_many(cpu: &Cpu, x: Rows<'_>, linears: &mut [Linear<'_>]) {
     assert!((0..m).all(|i| x.row(i).len() == k), "rows are [k]");
     let mut outs = [None; MANY];
     assert!(linears.len() <= MANY, "at most {MANY} products at once");
-    let (mut tasks, mut fmas) = (0, 0);
+    let (mut tasks, mut fmas, count) = (0, 0, linears.len());
     for (slot, linear) in outs.iter_mut().zip(linears.iter_mut()) {
         let Linear { weight: w, bias, out } = linear;
         assert_eq!(out.len(), m * w.n(), "out is [rows, n]");
@@ -63,7 +63,7 @@ pub fn matmul_many(cpu: &Cpu, x: Rows<'_>, linears: &mut [Linear<'_>]) {
         if out.is_empty() {
             continue;
         }
-        let plan = Plan::new(cpu, m, w);
+        let plan = Plan::new(cpu, m, w, count);
         *slot = Some((tasks, plan, *w, *bias, RowsMut::dense(out, w.n())));
         tasks += plan.tasks();
         fmas += m * w.n() * k;
@@ -200,13 +200,14 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    pub(crate) fn new(cpu: &Cpu, m: usize, w: &PackedMatrix) -> Self {
+    /// How `m` rows times `w` are cut, which is one of `together` such products at a time.
+    pub(crate) fn new(cpu: &Cpu, m: usize, w: &PackedMatrix, together: usize) -> Self {
         let tiling = tiling(cpu, m, w.dtype().is_quantised());
         let panels = w.n().div_ceil(PANEL);
         let panels_per_task = if tiling.count() > 1 {
             1
         } else {
-            (panels / (4 * cpu.pool().threads())).clamp(1, PANELS_FEW_ROWS)
+            (panels * together / (4 * cpu.pool().threads())).clamp(1, PANELS_FEW_ROWS)
         };
         let tile_rows = m.div_ceil(tiling.count().max(1)).max(1);
         Self {

@@ -1,40 +1,50 @@
 //! Rotary positions.
 //!
-//! Shapes: x `[rows, heads * head_dim]`, positions `[rows]`, inv_freq `[head_dim / 2]`.
+//! Shapes: x `[rows, heads * head_dim]`, positions `[rows]`, inv_freq `[head_dim / 2]`, turns
+//! `[rows, head_dim]`: the cosines of a row's angles, then their sines.
 //! Pairs are (i, i + head_dim / 2). The angle is the f32 product position · inv_freq; its sine
 //! and cosine are computed in f64 by the pinned `libm` crate and rounded to f32.
 
-use crate::{cpu::Cpu, ops::elementwise::for_rows, scratch, simd::vectorised};
+use crate::{cpu::Cpu, ops::elementwise::for_rows, simd::vectorised};
 
-/// Turns every head of every row by its position, in place.
+/// Cosines and sines of the angles of all positions, times `scale`.
 ///
 /// # Panics
 /// If the shapes do not fit each other.
-pub fn rope(
-    cpu: &Cpu,
-    x: &mut [f32],
-    head_dim: usize,
-    positions: &[u32],
-    inv_freq: &[f32],
-    scale: f32,
-) {
-    if positions.is_empty() {
-        assert!(x.is_empty(), "one position per row");
+pub fn turns(cpu: &Cpu, positions: &[u32], inv_freq: &[f32], scale: f32, out: &mut [f32]) {
+    let half = inv_freq.len();
+    assert_eq!(out.len(), positions.len() * 2 * half, "a cosine and a sine per frequency");
+    if out.is_empty() {
         return;
     }
-    assert!(x.len().is_multiple_of(positions.len()), "one position per row");
-    let cols = x.len() / positions.len();
-    assert!(cols > 0 && cols.is_multiple_of(head_dim), "rows are whole heads");
-    assert_eq!(inv_freq.len() * 2, head_dim, "one frequency per pair");
-    for_rows(cpu, x, cols, |first, x| {
-        let mut turns = scratch::take(head_dim);
-        let (cos, sin) = turns.split_at_mut(head_dim / 2);
-        for (row, &position) in x.chunks_exact_mut(cols).zip(&positions[first..]) {
+    for_rows(cpu, out, 2 * half, |first, out| {
+        for (row, &position) in out.chunks_exact_mut(2 * half).zip(&positions[first..]) {
+            let (cos, sin) = row.split_at_mut(half);
             for (i, &frequency) in inv_freq.iter().enumerate() {
                 let (s, c) = libm::sincos(f64::from(position as f32 * frequency));
                 cos[i] = c as f32 * scale;
                 sin[i] = s as f32 * scale;
             }
+        }
+    });
+}
+
+/// Turns every head of every row by its row of [`turns`], in place.
+///
+/// # Panics
+/// If the shapes do not fit each other.
+pub fn rope(cpu: &Cpu, x: &mut [f32], head_dim: usize, turns: &[f32]) {
+    if x.is_empty() {
+        return;
+    }
+    assert!(head_dim > 0 && head_dim.is_multiple_of(2), "heads are pairs");
+    let rows = turns.len() / head_dim;
+    assert!(rows > 0 && turns.len() == rows * head_dim, "one turn per row");
+    assert!(x.len().is_multiple_of(rows * head_dim), "rows are whole heads");
+    let cols = x.len() / rows;
+    for_rows(cpu, x, cols, |first, x| {
+        for (row, turns) in x.chunks_exact_mut(cols).zip(turns.chunks_exact(head_dim).skip(first)) {
+            let (cos, sin) = turns.split_at(head_dim / 2);
             turn_heads(cpu.simd(), row, cos, sin);
         }
     });

@@ -32,7 +32,7 @@ pub fn swiglu(cpu: &Cpu, x: Rows<'_>, weights: Swiglu<'_, PackedMatrix>, out: &m
         return;
     }
     let out = RowsMut::dense(out, weights.down.n());
-    run(cpu, &mut [Piece::new(cpu, x, weights, out)]);
+    run(cpu, &mut [Piece::new(cpu, x, weights, out, 1)]);
 }
 
 /// Many networks, each over its own rows, read and written in place.
@@ -57,7 +57,7 @@ pub fn swiglu_groups(cpu: &Cpu, groups: &mut [SwigluGroup<'_, PackedMatrix>]) {
             outputs = rest;
             // SAFETY: `groups` stays borrowed for as long as the pieces live.
             let out = unsafe { RowsMut::list(own) };
-            Piece::new(cpu, Rows::List(&group.rows), group.weights, out)
+            Piece::new(cpu, Rows::List(&group.rows), group.weights, out, groups.len())
         })
         .filter(|piece| !piece.rows.is_empty())
         .collect();
@@ -83,7 +83,13 @@ struct Piece<'a> {
 }
 
 impl<'a> Piece<'a> {
-    fn new(cpu: &Cpu, rows: Rows<'a>, weights: Swiglu<'a, PackedMatrix>, out: RowsMut<'a>) -> Self {
+    fn new(
+        cpu: &Cpu,
+        rows: Rows<'a>,
+        weights: Swiglu<'a, PackedMatrix>,
+        out: RowsMut<'a>,
+        together: usize,
+    ) -> Self {
         let Swiglu { gate, up, down } = weights;
         assert_eq!((gate.n(), gate.k()), (up.n(), up.k()), "gate and up are of one shape");
         assert_eq!(gate.dtype(), up.dtype(), "gate and up are of one format");
@@ -94,8 +100,8 @@ impl<'a> Piece<'a> {
             rows,
             weights,
             out,
-            up: Plan::new(cpu, m, up),
-            down: Plan::new(cpu, m, down),
+            up: Plan::new(cpu, m, up, together),
+            down: Plan::new(cpu, m, down, together),
             packed_at: 0,
             listed_at: 0,
             between_at: 0,

@@ -338,6 +338,9 @@ unsafe fn leaf_rows<V: Vector, F: Format>(mut keys: Keys, out: *mut f32) {
             let out = out.add(done * PAGE_TOKENS);
             match (V::LANES, r) {
                 _ if is_plain::<V>() => leaf::<V, F, 1, 1>(keys, q, out),
+                // A page that is only begun is read as far as it is wanted.
+                (16, 1) if keys.to <= 16 => leaf::<V, F, 1, 1>(keys, q, out),
+                (16, 1) if keys.to <= 32 => leaf::<V, F, 1, 2>(keys, q, out),
                 (16, 1) => leaf::<V, F, 1, 4>(keys, q, out),
                 (8, 2) => leaf::<V, F, 2, 4>(keys, q, out),
                 (_, 1) => leaf::<V, F, 1, 8>(keys, q, out),

@@ -43,7 +43,9 @@ pub(super) fn walk(simd: Simd, job: &Job<'_>, rows: Range<usize>, kv_head: usize
         let here = head(page);
         let [_, value_scales] = scales(here, shape.dtype);
         // What comes next in the walk is asked for while this is read for the first time.
-        let keys_ahead = Ahead::over(here.values(), shape.value_bytes(), head_dim);
+        let (_, seen) = job.seen(items.rows.end - 1, page);
+        let value_bytes = shape.value_bytes() / PAGE_TOKENS * seen;
+        let keys_ahead = Ahead::over(here.values(), value_bytes, head_dim);
         let values_ahead = match page + 1 < pages.end {
             true => Ahead::over(head(page + 1).keys(), shape.key_bytes(), PAGE_TOKENS),
             false => Ahead::NOTHING,
