@@ -2,7 +2,7 @@
 """Decode and prefill of lite-llm beside llama.cpp: same weights, same machine, taking turns.
 
   benches/beside_llama.py --llama DIR --lite-llm FILE [--rounds 5] [--threads 2] [--out FILE.jsonl]
-                          [--rpc] NAME=MODEL.gguf,CHECKPOINT ...
+                          [--simd avx2] [--rpc] NAME=MODEL.gguf,CHECKPOINT ...
 
 DIR holds llama-bench (and, for --rpc, ggml-rpc-server) of a llama.cpp that you have built. MODEL.gguf and
 CHECKPOINT hold the same weights: `llama-quantize` makes Q8_0 and Q4_0 from what convert_hf_to_gguf.py wrote,
@@ -12,7 +12,8 @@ One round runs each program once: llama-bench -r 1, then `lite-llm bench ... --c
 --json` (a cluster of one worker; with --rpc two worker processes of one thread against two
 ggml-rpc-servers of one thread). Both warm up before they measure. The medians of all rounds are
 compared; "others" is the CPU time that other programs took meanwhile, in CPUs: a quiet machine
-shows 0.0.
+shows 0.0. --simd is what lite-llm computes with: give avx2 beside a llama.cpp that was built without
+AVX-512, to see how both do on a machine that has none.
 """
 import argparse, json, os, resource, socket, statistics, subprocess, sys, time
 
@@ -50,6 +51,7 @@ def ours(args, checkpoint, test, rpc):
     command = [args.lite_llm, "bench", test, "--model", checkpoint, "--cluster-only", "--runs", "1", "--json"]
     # llama-bench decodes from an empty context; the shortest prompt has one token.
     command += ["--prompt", str(args.prefill)] if test == "prefill" else ["--prompt", "1", "--generate", str(args.decode + 1)]
+    command += ["--simd", args.simd] if args.simd else []
     command += ["--workers", "2", "--threads", "1", "--processes"] if rpc else ["--threads", str(args.threads)]
     out, others = timed(command)
     return json.loads(out)["cluster_tokens_per_second"]["median"], others
@@ -76,6 +78,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--simd")
     parser.add_argument("--rpc", action="store_true")
     parser.add_argument("--out")
     parser.add_argument("pairs", nargs="+", metavar="NAME=GGUF,CHECKPOINT")

@@ -103,6 +103,23 @@ impl<'a> RowsMut<'a> {
     /// No two threads ask for overlapping parts at the same time.
     #[inline(always)]
     pub(crate) unsafe fn part(&self, row: usize, from: usize, len: usize) -> &'a mut [f32] {
+        // SAFETY: inside the row; disjointness is the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.address(row, from, len), len) }
+    }
+
+    /// The same, to be read.
+    ///
+    /// # Safety
+    /// Nobody writes to the part at the same time.
+    #[inline(always)]
+    pub(crate) unsafe fn read(&self, row: usize, from: usize, len: usize) -> &'a [f32] {
+        // SAFETY: inside the row; the rest is the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.address(row, from, len), len) }
+    }
+
+    /// Where columns `from..from + len` of a row are.
+    #[inline(always)]
+    fn address(&self, row: usize, from: usize, len: usize) -> *mut f32 {
         let (start, cols) = match self.place {
             Place::Dense { first, len: all, cols } => {
                 assert!((row + 1) * cols <= all, "row {row} leaves the output");
@@ -112,8 +129,8 @@ impl<'a> RowsMut<'a> {
             Place::List(rows) => (rows[row].0, rows[row].1),
         };
         assert!(from + len <= cols, "columns leave the output row");
-        // SAFETY: inside the row as just checked; disjointness is the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(start.add(from), len) }
+        // SAFETY: inside the row as just checked.
+        unsafe { start.add(from) }
     }
 }
 

@@ -124,6 +124,12 @@ fn a_whole_checkpoint_verifies_and_summarises() {
     let idle = 6 * 2 * 3 * 32 * 64;
     assert!(summary.parameters - summary.active_parameters >= idle);
     assert_eq!(summary.tiers[0].parameters, 4 * 2 * 3 * 32 * 64);
+    // In f32 a token reads four bytes per active parameter, of the embeddings nothing worth
+    // counting; gates and odd shapes are filled up to whole panels.
+    let config = checkpoint.config();
+    let least = 4 * (summary.active_parameters - (config.vocab * config.hidden) as u64);
+    let read = summary.bytes_per_token;
+    assert!((least..least + least / 4).contains(&read), "{read} bytes, at least {least}");
     assert!(serde_json::to_string(&summary).unwrap().contains("\"active_parameters\""));
 }
 

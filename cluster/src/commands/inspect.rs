@@ -39,6 +39,7 @@ pub(super) fn print(summary: &Summary, json: bool) -> Result<()> {
         s.shards,
         s.bits_per_parameter
     );
+    println!("per token    {} of weights are read", Size(s.bytes_per_token));
     println!("layers       {} ({} sparse), hidden {}", s.layers, s.sparse_layers, s.hidden);
     println!("vocabulary   {}, context {}", s.vocab, s.context);
     for tier in &s.tiers {

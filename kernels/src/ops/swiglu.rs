@@ -2,9 +2,20 @@
 //!
 //! Shapes of one network: x `[m, hidden]`, gate and up `[intermediate, hidden]`,
 //! down `[hidden, intermediate]`, out `[m, hidden]`.
-//! Three steps over all networks together, so that there is no fork and join per network:
-//! prepare the rows; gate, up and silu; down. What lies between is written once, already as the
-//! down product reads it. A row that several quantised networks read is quantised once.
+//! Two steps over all networks together, so that there is no fork and join per network: prepare
+//! the rows; then gate, up and silu of all networks, followed by down of all. A network's down
+//! begins when its own gate and up are done, not when all are, so that threads do not wait for
+//! each other in between. What lies between is written once, already as the down product reads
+//! it. A row that several quantised networks read is quantised once.
+
+use std::{
+    hint,
+    sync::atomic::{
+        AtomicUsize,
+        Ordering::{Acquire, Release},
+    },
+    thread,
+};
 
 use crate::{
     blocks::{quantise_row, record_words},
@@ -80,6 +91,8 @@ struct Piece<'a> {
     pack_task: usize,
     up_task: usize,
     down_task: usize,
+    /// Tasks of gate and up that have not ended.
+    ups_left: AtomicUsize,
 }
 
 impl<'a> Piece<'a> {
@@ -108,6 +121,7 @@ impl<'a> Piece<'a> {
             pack_task: 0,
             up_task: 0,
             down_task: 0,
+            ups_left: AtomicUsize::new(0),
         }
     }
 
@@ -194,9 +208,20 @@ impl<'a> Piece<'a> {
         }
     }
 
-    fn down(&self, cpu: &Cpu, task: usize, between: &[f32], next: Option<Next<'_>>) {
+    /// Waits for its gate and up. Tasks are claimed in order and these never wait, so it is not
+    /// for long.
+    fn await_ups(&self) {
+        let mut looks = 0;
+        while self.ups_left.load(Acquire) > 0 {
+            looks += 1;
+            if looks < 1 << 12 { hint::spin_loop() } else { thread::yield_now() }
+        }
+    }
+
+    fn down(&self, cpu: &Cpu, task: usize, between: RowsMut<'_>, next: Option<Next<'_>>) {
         let (down, tiling) = (self.weights.down, self.down.tiling);
-        let words = &between[self.between_at..][..self.between_len()];
+        // SAFETY: its gate and up, which alone write there, have ended.
+        let words = unsafe { between.read(0, self.between_at, self.between_len()) };
         let x = if down.dtype().is_quantised() {
             Input::Records(Records { words, starts: None, row_words: self.between_words() })
         } else {
@@ -266,6 +291,7 @@ fn run(cpu: &Cpu, pieces: &mut [Piece<'_>]) {
         packs += if piece.packed_len() > 0 { piece.up.tiling.count() } else { 0 };
         ups += piece.up.tasks();
         downs += piece.down.tasks();
+        *piece.ups_left.get_mut() = piece.up.tasks();
         packed_len += piece.packed_len();
         between_len += piece.between_len();
         fmas += 2 * piece.rows.len() * piece.weights.up.n() * piece.weights.up.k();
@@ -308,14 +334,27 @@ fn run(cpu: &Cpu, pieces: &mut [Piece<'_>]) {
     });
     let prepared = Prepared { packed: &packed, records: &records, starts: &listed.starts };
     let out = RowsMut::dense(&mut between, between_len);
-    step(fmas >= INLINE_FMAS, ups, &|task| {
-        let piece = holder(pieces, task, |p| p.up_task);
-        piece.gate_and_up(cpu, task - piece.up_task, &prepared, out, next_up(task + threads));
+    step(fmas >= INLINE_FMAS, ups + downs, &|task| {
+        let next = next_up(task + threads);
+        if task < ups {
+            let piece = holder(pieces, task, |p| p.up_task);
+            let _ended = Ended(&piece.ups_left);
+            piece.gate_and_up(cpu, task - piece.up_task, &prepared, out, next);
+        } else {
+            let piece = holder(pieces, task - ups, |p| p.down_task);
+            piece.await_ups();
+            piece.down(cpu, task - ups - piece.down_task, out, next);
+        }
     });
-    step(fmas >= INLINE_FMAS, downs, &|task| {
-        let piece = holder(pieces, task, |p| p.down_task);
-        piece.down(cpu, task - piece.down_task, &between, next_down(task + threads));
-    });
+}
+
+/// Counts a task down when it ends, be it with a panic: nobody is to wait for it any more.
+struct Ended<'a>(&'a AtomicUsize);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Release);
+    }
 }
 
 /// The piece that a task belongs to: the last that begins at or before it.

@@ -1,13 +1,17 @@
 //! What is in a checkpoint, as data that can be printed.
 
+use lite_llm_kernels::dtype::DType;
 use serde::Serialize;
 
 use super::{
     Checkpoint, CheckpointError,
-    layout::Part,
+    layout::{Part, TensorSpec},
     verify::{Report, shards},
 };
-use crate::config::{FeedForward, ModelConfig, RoutingConfig};
+use crate::{
+    config::{FeedForward, ModelConfig, MoeConfig, RoutingConfig},
+    tier::TierConfig,
+};
 
 /// A summary of a checkpoint. Field names are part of `inspect --json`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -22,6 +26,8 @@ pub struct Summary {
     pub parameters: u64,
     /// Parameters that one token is computed with.
     pub active_parameters: u64,
+    /// Bytes of weights that are read for one token when it is decoded alone.
+    pub bytes_per_token: u64,
     /// Bytes of all shards.
     pub bytes: u64,
     /// Bits that a parameter takes in them on average, scales and padding included.
@@ -83,6 +89,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Summary, CheckpointError> {
         dtype: checkpoint.dtype().name(),
         parameters,
         active_parameters,
+        bytes_per_token: bytes_per_token(config, checkpoint.dtype()),
         bytes,
         bits_per_parameter: bytes as f64 * 8.0 / parameters.max(1) as f64,
         shards: shards.len(),
@@ -105,39 +112,62 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Summary, CheckpointError> {
     })
 }
 
+/// Tensors that every token is computed with, gates of experts left out.
+fn dense_tensors(config: &ModelConfig, dtype: DType) -> impl Iterator<Item = TensorSpec> + '_ {
+    std::iter::once(Part::Model)
+        .chain((0..config.layers.len()).map(Part::Layer))
+        .flat_map(move |part| part.tensors(config, dtype))
+}
+
+/// Gates of groups and experts, `[hidden]` each, that a token passes in a sparse layer.
+fn gates_per_token(moe: &MoeConfig) -> u64 {
+    let mut gates: Vec<u64> = moe
+        .tiers
+        .iter()
+        .map(|t| group_gates(t) + u64::from(moe.routing.k_group) * u64::from(t.experts_per_group))
+        .collect();
+    // A token may choose the tiers with the most gates.
+    gates.sort_unstable_by(|a, b| b.cmp(a));
+    gates.iter().take(moe.routing.k_tier as usize).sum()
+}
+
+fn group_gates(tier: &TierConfig) -> u64 {
+    if tier.groups > 1 { tier.groups.into() } else { 0 }
+}
+
+/// Bytes of weights that are read when one token is decoded alone: what
+/// [`count_parameters`] calls active, as it is stored. Of a table of embeddings that is not the
+/// output projection, too, one row is read, which does not count.
+pub fn bytes_per_token(config: &ModelConfig, dtype: DType) -> u64 {
+    let dense: u64 = dense_tensors(config, dtype)
+        .filter(|t| config.tied_embeddings || t.name != "embed")
+        .filter_map(|t| t.bytes())
+        .sum();
+    let Some(moe) = &config.moe else { return dense };
+    let expert: u64 = config.sparse_layers().next().map_or(0, |layer| {
+        let first = Part::Group { tier: 0, layer, group: 0 };
+        first.tensors(config, dtype).skip(1).take(3).filter_map(|t| t.bytes()).sum()
+    });
+    let gates = gates_per_token(moe) * config.hidden as u64 * size_of::<f32>() as u64;
+    dense + config.sparse_layers().count() as u64 * (moe.routing.k() as u64 * expert + gates)
+}
+
 /// Parameters in all, and those that one token is computed with: everything dense, the gates that
 /// it passes, and its experts. The embedding table counts in full in both.
 pub fn count_parameters(config: &ModelConfig) -> (u64, u64) {
-    let dtype = lite_llm_kernels::dtype::DType::F32;
-    let dense: u64 = std::iter::once(Part::Model)
-        .chain((0..config.layers.len()).map(Part::Layer))
-        .flat_map(|part| part.tensors(config, dtype))
-        .map(|t| t.parameters())
-        .sum();
+    let dense: u64 = dense_tensors(config, DType::F32).map(|t| t.parameters()).sum();
     let Some(moe) = &config.moe else { return (dense, dense) };
     let sparse = config.layers.iter().filter(|l| l.feed_forward == FeedForward::Sparse).count();
     let (sparse, hidden) = (sparse as u64, config.hidden as u64);
-    let group_gates = |groups: u32| if groups > 1 { u64::from(groups) } else { 0 };
     let total: u64 = moe
         .tiers
         .iter()
         .map(|t| {
             let experts = u64::from(t.groups) * u64::from(t.experts_per_group);
-            sparse
-                * (experts * (config.expert_parameters() + hidden) + group_gates(t.groups) * hidden)
+            sparse * (experts * (config.expert_parameters() + hidden) + group_gates(t) * hidden)
         })
         .sum();
-    let routing = &moe.routing;
-    let mut gates: Vec<u64> = moe
-        .tiers
-        .iter()
-        .map(|t| {
-            group_gates(t.groups) + u64::from(routing.k_group) * u64::from(t.experts_per_group)
-        })
-        .collect();
-    // A token may choose the tiers with the most gates.
-    gates.sort_unstable_by(|a, b| b.cmp(a));
-    let gates: u64 = gates.iter().take(routing.k_tier as usize).sum();
-    let active = sparse * (routing.k() as u64 * config.expert_parameters() + gates * hidden);
+    let active = sparse
+        * (moe.routing.k() as u64 * config.expert_parameters() + gates_per_token(moe) * hidden);
     (dense + total, dense + active)
 }

@@ -180,9 +180,9 @@ fn compare_with_ceilings(cpu: &Cpu, runs: usize, report: &mut Report, step: &mut
             for _ in 0..runs {
                 read.push(read_bandwidth(cpu, LARGE_BYTES) / 1e9);
                 let product = &mut || matmul(cpu, Rows::dense(&x, k), &packed, None, &mut out);
-                let seconds = &take_turns(3, &mut [product])[0];
-                // Reading counts at its best within a run, so the product does, too.
-                rate.push(packed.data().len() as f64 / 1e9 / seconds.percentile(0.0));
+                let seconds = &take_turns(5, &mut [product])[0];
+                // Reading counts with a median, so the product does, too.
+                rate.push(packed.data().len() as f64 / 1e9 / seconds.median());
             }
             let intensity = 16.0 * rows as f64 / dtype.bits();
             let peak = if dtype.is_quantised() { peaks.1 } else { peaks.0 } / 1e9;

@@ -12,10 +12,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use lite_llm_kernels::{cpu::Cpu, kv::KvDType};
+use lite_llm_kernels::{cpu::Cpu, kv::KvDType, measure::read_bandwidth};
 use lite_llm_runtime::{
     backbone::Backbone,
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, inspect::bytes_per_token},
     engine::{Engine, Event, Step},
     random::{Purpose, random_u64},
     sequence::Request,
@@ -34,6 +34,7 @@ use crate::{
     cli::BenchModelArgs,
     commands::{bad_input, open_model},
     progress::{Progress, Unit},
+    size::Size,
 };
 
 /// What is asked of a cluster of one worker against the engine alone, in tokens per second.
@@ -42,6 +43,9 @@ const RATIO: f64 = 0.95;
 /// one engine of two threads.
 const DECODE_APART: f64 = 0.85;
 const PREFILL_APART: f64 = 0.9;
+
+/// Bytes that are read to see how fast memory is between two runs: more than caches hold.
+const READ_BYTES: usize = 256 << 20;
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,8 +131,12 @@ pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> R
         alone: alone.is_some().then(Samples::default),
         gaps: Samples::default(),
         alone_gaps: Samples::default(),
+        bytes_per_token: bytes_per_token(checkpoint.config(), checkpoint.dtype()),
+        read: Samples::default(),
         profile: None,
     };
+    let reader =
+        report.reads_weights().then(|| Arc::new(Cpu::best(report.threads * report.workers)));
     let mut progress =
         Progress::new(&format!("bench {}", phase.name()), Unit::Things("runs"), json);
     let runs = u64::from(args.runs);
@@ -150,6 +158,10 @@ pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> R
             }
             if run > 0 {
                 report.take(&ours, theirs.as_deref());
+                if let Some(reader) = reader.clone() {
+                    let read = move || read_bandwidth(&reader, READ_BYTES);
+                    report.read.push(tokio::task::spawn_blocking(read).await?);
+                }
             }
         }
         if let (true, Some(alone)) = (args.profile, &alone) {
@@ -354,6 +366,9 @@ struct Report {
     /// Seconds between tokens.
     gaps: Samples,
     alone_gaps: Samples,
+    bytes_per_token: u64,
+    /// Bytes per second that memory gave between the runs.
+    read: Samples,
     profile: Option<Profile>,
 }
 
@@ -372,6 +387,18 @@ impl Report {
 
     fn ratio(&self) -> Option<f64> {
         self.alone.as_ref().map(|alone| self.cluster.median() / alone.median())
+    }
+
+    /// Whether a token's time is that of reading its weights: several requests share some.
+    fn reads_weights(&self) -> bool {
+        self.phase == Phase::Decode && self.sequences == 1
+    }
+
+    /// Bytes per second of weights that the cluster's tokens take, and the engine's alone.
+    fn weights_read(&self) -> [Option<f64>; 2] {
+        let rate = |samples: &Samples| samples.median() * self.bytes_per_token as f64;
+        let cluster = self.reads_weights().then(|| rate(&self.cluster));
+        [cluster, cluster.and(self.alone.as_ref().map(rate))]
     }
 
     /// Asked are decoding one request with one worker, and a request at home on each of several
@@ -433,6 +460,18 @@ impl Report {
             (None, Some(ratio)) => println!("\nratio {ratio:.3}"),
             (None, None) => {}
         }
+        if let ([Some(cluster), alone], memory @ 1.0..) = (self.weights_read(), self.read.median())
+        {
+            println!(
+                "reads {} of weights per token: {:.1} GB/s, {:.2} of the {:.1} GB/s that memory \
+                 gave between the runs{}",
+                Size(self.bytes_per_token),
+                cluster / 1e9,
+                cluster / memory,
+                memory / 1e9,
+                alone.map_or(String::new(), |alone| format!("; alone {:.2}", alone / memory)),
+            );
+        }
         if let Some(profile) = &self.profile {
             let tokens = match self.phase {
                 Phase::Decode => self.prompt + self.generate,
@@ -463,6 +502,9 @@ impl Report {
             "engine_tokens_per_second": self.alone.as_ref().map(Samples::json),
             "engine_between_tokens": self.alone.as_ref().and_then(|_| gaps(&self.alone_gaps)),
             "ratio": self.ratio(),
+            "bytes_per_token": self.bytes_per_token,
+            "weights_bytes_per_second": self.weights_read()[0],
+            "memory_bytes_per_second": self.reads_weights().then(|| self.read.json()),
             "asked": self.goal().map(|goal| goal.asked),
             "profile": self.profile.as_ref().map(Profile::json),
         })
