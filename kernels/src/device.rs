@@ -145,7 +145,7 @@ pub trait Device: Send + Sync + 'static {
     /// Limits every element to `[-limit, limit]`.
     fn clamp(&self, x: &mut Self::Tensor, limit: f32) -> Result<(), DeviceError>;
     /// What [`Device::rope`] turns by: row r of out `[rows, head_dim]` holds the cosines, then the
-    /// sines of the angles positions[r] · inv_freq (a product in f32), times `scale` (1 unless a
+    /// sines of the angles `positions[r] · inv_freq` (a product in f32), times `scale` (1 unless a
     /// scaling variant says otherwise). `inv_freq` is `[head_dim / 2]`.
     fn turns(
         &self,

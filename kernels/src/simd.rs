@@ -154,6 +154,19 @@ impl FromStr for Simd {
     }
 }
 
+/// Asks for a cache line that will be read soon, wherever that is: it goes to the second cache,
+/// for the first is too small to wait in. Never faults.
+#[inline(always)]
+pub(crate) fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has the instruction, and it takes any address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Work that is compiled once per instruction set. Everything that `run` calls must be
 /// `#[inline(always)]`, or it is compiled without the set's instructions.
 pub(crate) trait Kernel {
@@ -180,35 +193,32 @@ pub(crate) trait Vector: Copy {
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
-    /// Asks for a cache line that will be read soon. Never faults.
-    #[inline(always)]
-    unsafe fn prefetch(_at: *const u8) {}
     /// The low halves of words of two bf16 each, widened.
     unsafe fn load_bf16_low(from: *const u32) -> Self;
     /// The high halves of words of two bf16 each, widened.
     unsafe fn load_bf16_high(from: *const u32) -> Self;
 
     /// Exact products of one block (see [`crate::blocks`]) of int8: R activations, each record at
-    /// its own address, with two vectors of outputs of each of P panels, whose words begin at `w`
+    /// its own address, with N vectors of outputs of each of P panels, whose words begin at `w`
     /// and are [`PANEL`] words apart from one row of words to the next. Panels take turns row by
     /// row, so that memory sees P streams that advance together.
     #[inline(always)]
-    unsafe fn dots_int8<const R: usize, const P: usize>(
+    unsafe fn dots_int8<const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
         w: &[*const u8; P],
-    ) -> [[[Self; 2]; R]; P] {
+    ) -> [[[Self; N]; R]; P] {
         // SAFETY: promised by the caller.
-        unsafe { plain_dots::<Self, R, P>(x, w, int8_of) }
+        unsafe { plain_dots::<Self, R, P, N>(x, w, int8_of) }
     }
 
     /// The same of int4.
     #[inline(always)]
-    unsafe fn dots_int4<const R: usize, const P: usize>(
+    unsafe fn dots_int4<const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
         w: &[*const u8; P],
-    ) -> [[[Self; 2]; R]; P] {
+    ) -> [[[Self; N]; R]; P] {
         // SAFETY: promised by the caller.
-        unsafe { plain_dots::<Self, R, P>(x, w, int4_of) }
+        unsafe { plain_dots::<Self, R, P, N>(x, w, int4_of) }
     }
 }
 
@@ -229,14 +239,14 @@ unsafe fn int4_of(w: *const u8, k: usize) -> i32 {
 
 /// The truth that the products of blocks are tested against.
 #[inline(always)]
-unsafe fn plain_dots<V: Vector, const R: usize, const P: usize>(
+unsafe fn plain_dots<V: Vector, const R: usize, const P: usize, const N: usize>(
     x: &[*const u8; R],
     w: &[*const u8; P],
     weight: unsafe fn(*const u8, usize) -> i32,
-) -> [[[V; 2]; R]; P] {
+) -> [[[V; N]; R]; P] {
     // SAFETY: promised by the caller.
     unsafe {
-        let mut out = [[[V::zero(); 2]; R]; P];
+        let mut out = [[[V::zero(); N]; R]; P];
         for (w, out) in w.iter().zip(&mut out) {
             for (x, out) in x.iter().zip(out) {
                 for (v, out) in out.iter_mut().enumerate() {

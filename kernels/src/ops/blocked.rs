@@ -20,7 +20,7 @@ use crate::{
     matrix::{PANEL, PackedMatrix},
     ops::tile::{LEAF, LeafAt, Sink, finish, levels},
     rows::Tiling,
-    simd::{Kernel, Vector},
+    simd::{Kernel, Vector, prefetch},
 };
 
 /// Blocks per leaf.
@@ -84,10 +84,10 @@ trait Format {
 
     /// # Safety
     /// As [`Vector::dots_int8`].
-    unsafe fn dots<V: Vector, const R: usize, const P: usize>(
+    unsafe fn dots<V: Vector, const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
         w: &[*const u8; P],
-    ) -> [[[V; 2]; R]; P];
+    ) -> [[[V; N]; R]; P];
 }
 
 struct Int8;
@@ -97,12 +97,12 @@ impl Format for Int8 {
     const BYTES: usize = INT8_BYTES;
 
     #[inline(always)]
-    unsafe fn dots<V: Vector, const R: usize, const P: usize>(
+    unsafe fn dots<V: Vector, const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
         w: &[*const u8; P],
-    ) -> [[[V; 2]; R]; P] {
+    ) -> [[[V; N]; R]; P] {
         // SAFETY: promised by the caller.
-        unsafe { V::dots_int8::<R, P>(x, w) }
+        unsafe { V::dots_int8::<R, P, N>(x, w) }
     }
 }
 
@@ -110,62 +110,55 @@ impl Format for Int4 {
     const BYTES: usize = INT4_BYTES;
 
     #[inline(always)]
-    unsafe fn dots<V: Vector, const R: usize, const P: usize>(
+    unsafe fn dots<V: Vector, const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
         w: &[*const u8; P],
-    ) -> [[[V; 2]; R]; P] {
+    ) -> [[[V; N]; R]; P] {
         // SAFETY: promised by the caller.
-        unsafe { V::dots_int4::<R, P>(x, w) }
+        unsafe { V::dots_int4::<R, P, N>(x, w) }
     }
 }
 
-/// The sums of one leaf of `blocks` blocks, for S strips of two vectors from output `lane` on, of
-/// each of P panels. Several panels are read side by side because memory answers several streams
-/// faster than one; several strips, because a stream that leaves lines out is answered slowly.
+/// The sums of one leaf of `blocks` blocks, for N vectors from output `lane` on, of each of P
+/// panels. Several panels are read side by side because memory answers several streams faster
+/// than one; a single row reads whole panels, because a stream that leaves lines out is answered
+/// slowly.
 ///
 /// # Safety
 /// `x` are the leaf's first records and `w` the panels' first blocks; all are readable.
 #[inline(always)]
-unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize, const S: usize>(
+unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize, const N: usize>(
     mut x: [*const u8; R],
     mut w: [*const u8; P],
     lane: usize,
     mut ahead: Ahead<P>,
     blocks: usize,
-) -> [[[[V; 2]; R]; P]; S] {
+) -> [[[V; N]; R]; P] {
     // SAFETY: promised by the caller; pointers move inside the leaf.
     unsafe {
-        let mut acc = [[[[V::zero(); 2]; R]; P]; S];
+        let mut acc = [[[V::zero(); N]; R]; P];
         for _ in 0..blocks {
-            ahead.block::<V, F>();
-            for s in 0..S {
-                let lane = lane + s * 2 * V::LANES;
-                let mut words = w;
-                for p in 0..P {
-                    words[p] = w[p].add(SCALE_BYTES + lane * 4);
-                }
-                let dots = F::dots::<V, R, P>(&x, &words);
-                for p in 0..P {
-                    let mut scales = [V::zero(); 2];
-                    for v in 0..2 {
-                        let lane = lane + v * V::LANES;
-                        let words = w[p].cast::<u32>().add(lane % 16);
-                        scales[v] = if lane < 16 {
-                            V::load_bf16_low(words)
-                        } else {
-                            V::load_bf16_high(words)
-                        };
-                    }
-                    for r in 0..R {
-                        let scale = V::splat(x[r].add(BLOCK).cast::<f32>().read_unaligned());
-                        for v in 0..2 {
-                            let sum = &mut acc[s][p][r][v];
-                            *sum = sum.fma(dots[p][r][v], scales[v].mul(scale));
-                        }
-                    }
-                }
-            }
+            ahead.block::<F>();
+            let mut words = w;
             for p in 0..P {
+                words[p] = w[p].add(SCALE_BYTES + lane * 4);
+            }
+            let dots = F::dots::<V, R, P, N>(&x, &words);
+            for p in 0..P {
+                let mut scales = [V::zero(); N];
+                for v in 0..N {
+                    let lane = lane + v * V::LANES;
+                    let words = w[p].cast::<u32>().add(lane % 16);
+                    scales[v] =
+                        if lane < 16 { V::load_bf16_low(words) } else { V::load_bf16_high(words) };
+                }
+                for r in 0..R {
+                    let scale = V::splat(x[r].add(BLOCK).cast::<f32>().read_unaligned());
+                    for v in 0..N {
+                        let sum = &mut acc[p][r][v];
+                        *sum = sum.fma(dots[p][r][v], scales[v].mul(scale));
+                    }
+                }
                 w[p] = w[p].add(F::BYTES);
             }
             for r in 0..R {
@@ -185,10 +178,10 @@ struct Ahead<const P: usize> {
 }
 
 impl<const P: usize> Ahead<P> {
-    /// One of `items` shares of the leaves that begin at `at`.
+    /// One of `items` shares of the leaves that begin at `at`, of whose blocks `lines` lines are
+    /// asked for.
     #[inline(always)]
-    fn share<F: Format>(mut at: [*const u8; P], item: usize, items: usize) -> Self {
-        let lines = F::BYTES / 64;
+    fn share(mut at: [*const u8; P], lines: usize, item: usize, items: usize) -> Self {
         let each = lines.div_ceil(items);
         let from = (item * each).min(lines);
         for at in &mut at {
@@ -198,11 +191,10 @@ impl<const P: usize> Ahead<P> {
     }
 
     #[inline(always)]
-    unsafe fn block<V: Vector, F: Format>(&mut self) {
+    fn block<F: Format>(&mut self) {
         for at in &mut self.at {
             for line in 0..self.lines {
-                // SAFETY: a prefetch never faults.
-                unsafe { V::prefetch(at.wrapping_add(line * 64)) };
+                prefetch(at.wrapping_add(line * 64));
             }
             *at = at.wrapping_add(F::BYTES);
         }
@@ -234,31 +226,32 @@ impl BlockedProduct<'_> {
         let mut panel = self.panels.start;
         while panel < end {
             // Panels side by side only where registers and a single tile of rows allow it.
-            let together = match (self.tiles.len(), rows) {
-                (1, 1..=2) if end - panel >= 4 => 4,
-                (1, 1..=3) if end - panel >= 2 => 2,
+            let together = match (self.tiles.len(), rows, V::LANES) {
+                (1, 1, _) | (1, 2, 16) if end - panel >= 4 => 4,
+                (1, 1..=2, _) | (1, 3, 16) if end - panel >= 2 => 2,
                 _ => 1,
             };
             let following = Next { w: self.w, panel: panel + together };
             let next = if following.panel < end { Some(following) } else { self.next };
             // SAFETY: promised by the caller.
             unsafe {
-                match (together, V::LANES) {
-                    (4, 8) => self.run_panels::<V, F, 4, 2>(panel, next),
-                    (4, _) => self.run_panels::<V, F, 4, 1>(panel, next),
-                    (2, 8) => self.run_panels::<V, F, 2, 2>(panel, next),
-                    (2, _) => self.run_panels::<V, F, 2, 1>(panel, next),
-                    _ => self.run_panels::<V, F, 1, 1>(panel, next),
+                match (together, V::LANES, rows) {
+                    (4, 8, _) => self.run_panels::<V, F, 4, 4>(panel, next),
+                    (4, ..) => self.run_panels::<V, F, 4, 2>(panel, next),
+                    (2, 8, _) => self.run_panels::<V, F, 2, 4>(panel, next),
+                    (2, ..) => self.run_panels::<V, F, 2, 2>(panel, next),
+                    (_, 8, 1..=2) => self.run_panels::<V, F, 1, 4>(panel, next),
+                    _ => self.run_panels::<V, F, 1, 2>(panel, next),
                 }
             }
             panel += together;
         }
     }
 
-    /// P panels from one on; each leaf is done for all tiles and all strips of two vectors while
-    /// it is near.
+    /// P panels from one on; each leaf is done for all tiles and all strips of N vectors while it
+    /// is near.
     #[inline(always)]
-    unsafe fn run_panels<V: Vector, F: Format, const P: usize, const S: usize>(
+    unsafe fn run_panels<V: Vector, F: Format, const P: usize, const N: usize>(
         &mut self,
         panel: usize,
         next: Option<Next<'_>>,
@@ -268,7 +261,7 @@ impl BlockedProduct<'_> {
         let (n, blocks) = (w.n(), w.k().div_ceil(BLOCK));
         let first = tiling.first(tiles.start);
         let rows = tiling.first(tiles.end) - first;
-        let strip = 2 * V::LANES;
+        let strip = N * V::LANES;
         let strips = PANEL / strip;
         let level_len = P * rows * PANEL;
         assert!(levels(w.k()) * level_len <= stack.len(), "the stack holds every level");
@@ -276,7 +269,7 @@ impl BlockedProduct<'_> {
         assert!((panel + P) * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
         let stack = stack.as_mut_ptr();
         let count = blocks.div_ceil(LEAF_BLOCKS).max(1);
-        let items = tiles.len() * (strips / S);
+        let items = tiles.len() * strips;
         let mut base = [std::ptr::null(); P];
         for p in 0..P {
             base[p] = w.data().as_ptr().wrapping_add((panel + p) * blocks * F::BYTES);
@@ -297,12 +290,15 @@ impl BlockedProduct<'_> {
                 };
             }
             for item in 0..items {
-                let (part, t) = (item / tiles.len(), item % tiles.len());
-                let part = part * S;
+                // All strips of a tile, whose records are then near.
+                let (t, part) = (item / strips, item % strips);
                 let col = panel * PANEL + part * strip;
                 let row = tiling.first(tiles.start + t);
                 let r = tiling.first(tiles.start + t + 1) - row;
-                let ahead = Ahead::share::<F>(coming, item, items);
+                // Four streams of eight lanes keep memory busy by themselves, and asking would only
+                // be in their way (measured on Zen 3).
+                let lines = if P == 4 && V::LANES == 8 { 0 } else { F::BYTES / 64 };
+                let ahead = Ahead::share(coming, lines, item, items);
                 macro_rules! sizes {
                     ($($size:literal)*) => {
                         match r {
@@ -314,20 +310,16 @@ impl BlockedProduct<'_> {
                                 // SAFETY: rows, panels and the stack hold the tile by the
                                 // assertions above.
                                 unsafe {
-                                    let acc = leaf::<V, F, $size, P, S>(
+                                    let acc = leaf::<V, F, $size, P, N>(
                                         at_row, w, part * strip, ahead, len,
                                     );
-                                    for (s, acc) in acc.into_iter().enumerate() {
-                                        for (p, acc) in acc.into_iter().enumerate() {
-                                            let col = col + p * PANEL + s * strip;
-                                            let place = p * rows * PANEL
-                                                + ((row - first) + (part + s) * rows) * strip;
-                                            if col < n {
-                                                let stack = stack.add(place);
-                                                finish(
-                                                    acc, at, stack, level_len, sink, (row, col, n),
-                                                );
-                                            }
+                                    for (p, acc) in acc.into_iter().enumerate() {
+                                        let col = col + p * PANEL;
+                                        let place = p * rows * PANEL
+                                            + ((row - first) + part * rows) * strip;
+                                        if col < n {
+                                            let stack = stack.add(place);
+                                            finish(acc, at, stack, level_len, sink, (row, col, n));
                                         }
                                     }
                                 }
@@ -336,9 +328,10 @@ impl BlockedProduct<'_> {
                         }
                     };
                 }
-                match (V::LANES, P) {
-                    (_, 4) => sizes!(1 2),
-                    (8, 1) | (4, 1) | (_, 2) => sizes!(1 2 3),
+                match (V::LANES, P, N) {
+                    (8, 4, _) => sizes!(1),
+                    (_, 4, _) | (8, _, 4) => sizes!(1 2),
+                    (4 | 8, ..) | (_, 2, _) => sizes!(1 2 3),
                     _ => sizes!(1 2 3 4 5 6),
                 }
             }

@@ -22,7 +22,7 @@ use crate::{
     dtype::DType,
     matrix::{PANEL, PackedMatrix},
     rows::{RowsMut, Tiling},
-    simd::{Kernel, Vector},
+    simd::{Kernel, Vector, prefetch},
 };
 
 /// k's per leaf; fixed by the determinism contract.
@@ -210,20 +210,17 @@ impl Ahead {
     }
 
     #[inline(always)]
-    unsafe fn pair<V: Vector, W: Weights>(&mut self) {
-        // SAFETY: a prefetch never faults.
-        unsafe {
-            if self.lines > 0 {
-                V::prefetch(self.at);
-                if self.lines > 1 {
-                    V::prefetch(self.at.wrapping_add(64));
-                    if self.lines > 2 {
-                        V::prefetch(self.at.wrapping_add(128));
-                        V::prefetch(self.at.wrapping_add(192));
-                    }
+    fn pair<W: Weights>(&mut self) {
+        if self.lines > 0 {
+            prefetch(self.at);
+            if self.lines > 1 {
+                prefetch(self.at.wrapping_add(64));
+                if self.lines > 2 {
+                    prefetch(self.at.wrapping_add(128));
+                    prefetch(self.at.wrapping_add(192));
                 }
-                self.at = self.at.wrapping_add(W::PAIR_BYTES);
             }
+            self.at = self.at.wrapping_add(W::PAIR_BYTES);
         }
     }
 }
@@ -244,7 +241,7 @@ unsafe fn leaf<V: Vector, W: Weights, const R: usize, const N: usize>(
     unsafe {
         let mut acc = [[V::zero(); N]; R];
         for _ in 0..k / 2 {
-            ahead.pair::<V, W>();
+            ahead.pair::<W>();
             step::<V, W, R, N>(&mut acc, x, w, offsets, false);
             step::<V, W, R, N>(&mut acc, x.add(R), w, offsets, true);
             x = x.add(2 * R);

@@ -89,12 +89,6 @@ impl Vector for F32x8 {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        // SAFETY: a prefetch never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
-    }
-
-    #[inline(always)]
     unsafe fn mul(self, other: Self) -> Self {
         // SAFETY: see the impl.
         Self(unsafe { _mm256_mul_ps(self.0, other.0) })
@@ -120,18 +114,18 @@ impl Vector for F32x8 {
     }
 
     #[inline(always)]
-    unsafe fn dots_int8<const R: usize, const P: usize>(
+    unsafe fn dots_int8<const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
         w: &[*const u8; P],
-    ) -> [[[Self; 2]; R]; P] {
+    ) -> [[[Self; N]; R]; P] {
         // SAFETY: see the impl; records and blocks are promised by the caller.
         unsafe {
             // |w| · (x with the sign of w): pairs are at most 2 · 128 · 127 and fit in 16 bits.
             let (flip, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
-            let mut sums = [[[_mm256_setzero_si256(); 2]; R]; P];
+            let mut sums = [[[_mm256_setzero_si256(); N]; R]; P];
             for g in 0..BLOCK / 4 {
                 for p in 0..P {
-                    for v in 0..2 {
+                    for v in 0..N {
                         let w = _mm256_loadu_si256(w[p].add(g * WORDS + v * 32).cast());
                         let w = _mm256_xor_si256(w, flip);
                         let magnitude = _mm256_abs_epi8(w);
@@ -145,10 +139,10 @@ impl Vector for F32x8 {
                     }
                 }
             }
-            let mut out = [[[Self::zero(); 2]; R]; P];
+            let mut out = [[[Self::zero(); N]; R]; P];
             for p in 0..P {
                 for r in 0..R {
-                    for v in 0..2 {
+                    for v in 0..N {
                         out[p][r][v] = Self(_mm256_cvtepi32_ps(sums[p][r][v]));
                     }
                 }
@@ -158,41 +152,38 @@ impl Vector for F32x8 {
     }
 
     #[inline(always)]
-    unsafe fn dots_int4<const R: usize, const P: usize>(
+    unsafe fn dots_int4<const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
         w: &[*const u8; P],
-    ) -> [[[Self; 2]; R]; P] {
+    ) -> [[[Self; N]; R]; P] {
         // SAFETY: see the impl; records and blocks are promised by the caller.
         unsafe {
             // A lane of 16 bits adds 16 products of at most 15 · 127, which fit.
             let (low, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
-            let mut pairs = [[[_mm256_setzero_si256(); 2]; R]; P];
+            let mut pairs = [[[_mm256_setzero_si256(); N]; R]; P];
             for g in 0..BLOCK / 8 {
                 for p in 0..P {
-                    for v in 0..2 {
+                    for v in 0..N {
                         let both = _mm256_loadu_si256(w[p].add(g * WORDS + v * 32).cast());
                         let first = _mm256_and_si256(both, low);
                         let second = _mm256_and_si256(_mm256_srli_epi16::<4>(both), low);
                         for r in 0..R {
                             let x = x[r].add(8 * g).cast::<i32>();
-                            let dots = _mm256_add_epi16(
-                                _mm256_maddubs_epi16(first, _mm256_set1_epi32(x.read_unaligned())),
-                                _mm256_maddubs_epi16(
-                                    second,
-                                    _mm256_set1_epi32(x.add(1).read_unaligned()),
-                                ),
-                            );
-                            pairs[p][r][v] = _mm256_add_epi16(pairs[p][r][v], dots);
+                            let (a, b) = (x.read_unaligned(), x.add(1).read_unaligned());
+                            let a = _mm256_maddubs_epi16(first, _mm256_set1_epi32(a));
+                            let b = _mm256_maddubs_epi16(second, _mm256_set1_epi32(b));
+                            let sum = &mut pairs[p][r][v];
+                            *sum = _mm256_add_epi16(*sum, _mm256_add_epi16(a, b));
                         }
                     }
                 }
             }
-            let mut out = [[[Self::zero(); 2]; R]; P];
+            let mut out = [[[Self::zero(); N]; R]; P];
             for r in 0..R {
                 let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 3;
                 let offset = _mm256_set1_epi32(offset);
                 for p in 0..P {
-                    for v in 0..2 {
+                    for v in 0..N {
                         let sum = _mm256_madd_epi16(pairs[p][r][v], ones);
                         out[p][r][v] = Self(_mm256_cvtepi32_ps(_mm256_add_epi32(sum, offset)));
                     }
@@ -248,12 +239,6 @@ impl Vector for F32x16 {
     }
 
     #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        // SAFETY: a prefetch never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
-    }
-
-    #[inline(always)]
     unsafe fn mul(self, other: Self) -> Self {
         // SAFETY: see the impl.
         Self(unsafe { _mm512_mul_ps(self.0, other.0) })
@@ -279,34 +264,35 @@ impl Vector for F32x16 {
     }
 
     #[inline(always)]
-    unsafe fn dots_int8<const R: usize, const P: usize>(
+    unsafe fn dots_int8<const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
         w: &[*const u8; P],
-    ) -> [[[Self; 2]; R]; P] {
+    ) -> [[[Self; N]; R]; P] {
         // SAFETY: see the impl; records and blocks are promised by the caller.
         unsafe {
-            let mut sums = [[[_mm512_setzero_si512(); 2]; R]; P];
+            let mut sums = [[[_mm512_setzero_si512(); N]; R]; P];
             for r in 0..R {
                 let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 7;
                 for p in 0..P {
-                    sums[p][r] = [_mm512_set1_epi32(offset); 2];
+                    sums[p][r] = [_mm512_set1_epi32(offset); N];
                 }
             }
             for g in 0..BLOCK / 4 {
                 for p in 0..P {
-                    let first = _mm512_loadu_si512(w[p].add(g * WORDS).cast());
-                    let second = _mm512_loadu_si512(w[p].add(g * WORDS + 64).cast());
-                    for r in 0..R {
-                        let x = _mm512_set1_epi32(x[r].add(4 * g).cast::<i32>().read_unaligned());
-                        sums[p][r][0] = _mm512_dpbusd_epi32(sums[p][r][0], first, x);
-                        sums[p][r][1] = _mm512_dpbusd_epi32(sums[p][r][1], second, x);
+                    for v in 0..N {
+                        let w = _mm512_loadu_si512(w[p].add(g * WORDS + v * 64).cast());
+                        for r in 0..R {
+                            let x = x[r].add(4 * g).cast::<i32>().read_unaligned();
+                            let sum = &mut sums[p][r][v];
+                            *sum = _mm512_dpbusd_epi32(*sum, w, _mm512_set1_epi32(x));
+                        }
                     }
                 }
             }
-            let mut out = [[[Self::zero(); 2]; R]; P];
+            let mut out = [[[Self::zero(); N]; R]; P];
             for p in 0..P {
                 for r in 0..R {
-                    for v in 0..2 {
+                    for v in 0..N {
                         out[p][r][v] = Self(_mm512_cvtepi32_ps(sums[p][r][v]));
                     }
                 }
@@ -316,23 +302,23 @@ impl Vector for F32x16 {
     }
 
     #[inline(always)]
-    unsafe fn dots_int4<const R: usize, const P: usize>(
+    unsafe fn dots_int4<const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
         w: &[*const u8; P],
-    ) -> [[[Self; 2]; R]; P] {
+    ) -> [[[Self; N]; R]; P] {
         // SAFETY: see the impl; records and blocks are promised by the caller.
         unsafe {
             let low = _mm512_set1_epi8(15);
-            let mut sums = [[[_mm512_setzero_si512(); 2]; R]; P];
+            let mut sums = [[[_mm512_setzero_si512(); N]; R]; P];
             for r in 0..R {
                 let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 3;
                 for p in 0..P {
-                    sums[p][r] = [_mm512_set1_epi32(offset); 2];
+                    sums[p][r] = [_mm512_set1_epi32(offset); N];
                 }
             }
             for g in 0..BLOCK / 8 {
                 for p in 0..P {
-                    for v in 0..2 {
+                    for v in 0..N {
                         let both = _mm512_loadu_si512(w[p].add(g * WORDS + v * 64).cast());
                         let first = _mm512_and_si512(both, low);
                         let second = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
@@ -346,10 +332,10 @@ impl Vector for F32x16 {
                     }
                 }
             }
-            let mut out = [[[Self::zero(); 2]; R]; P];
+            let mut out = [[[Self::zero(); N]; R]; P];
             for p in 0..P {
                 for r in 0..R {
-                    for v in 0..2 {
+                    for v in 0..N {
                         out[p][r][v] = Self(_mm512_cvtepi32_ps(sums[p][r][v]));
                     }
                 }

@@ -10,7 +10,7 @@
 use crate::{
     kv::{KvDType, PAGE_TOKENS},
     ops::{function::exp, sum, tile::LEAF},
-    simd::{Kernel, Simd, Vector, vectorised},
+    simd::{Kernel, Simd, Vector, prefetch, vectorised},
 };
 
 /// Most rows that registers hold.
@@ -107,10 +107,9 @@ impl Ahead {
     }
 
     #[inline(always)]
-    unsafe fn row<V: Vector>(&mut self) {
+    fn row(&mut self) {
         for line in (0..self.step).step_by(64) {
-            // SAFETY: a prefetch never faults.
-            unsafe { V::prefetch(self.at.wrapping_add(line)) };
+            prefetch(self.at.wrapping_add(line));
         }
         self.at = self.at.wrapping_add(self.step);
     }
@@ -190,7 +189,7 @@ unsafe fn accumulate<V: Vector, F: Format, const R: usize, const N: usize>(
     unsafe {
         if !F::PAIRS {
             for i in from..to {
-                ahead.row::<V>();
+                ahead.row();
                 let row = rows.add(i * row_bytes);
                 step::<V, F, false, R, N>(acc, x.add(i * next), stride, row);
             }
@@ -203,8 +202,8 @@ unsafe fn accumulate<V: Vector, F: Format, const R: usize, const N: usize>(
             i += 1;
         }
         while i + 2 <= to {
-            ahead.row::<V>();
-            ahead.row::<V>();
+            ahead.row();
+            ahead.row();
             step::<V, F, false, R, N>(acc, x.add(i * next), stride, pair(i));
             step::<V, F, true, R, N>(acc, x.add((i + 1) * next), stride, pair(i));
             i += 2;
