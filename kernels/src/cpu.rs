@@ -147,6 +147,10 @@ impl Device for Cpu {
         self.pool.expect(next.data());
     }
 
+    fn fetch_expected(&self) -> bool {
+        self.pool.fetch_expected()
+    }
+
     fn embed(
         &self,
         table: &PackedMatrix,

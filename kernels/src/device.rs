@@ -103,6 +103,11 @@ pub trait Device: Send + Sync + 'static {
     /// Says which weights are probably read next. Threads that have nothing to do may fetch their
     /// beginnings toward themselves; results do not depend on it.
     fn expect(&self, _next: &Self::Matrix) {}
+    /// Fetches a piece of what is expected, for a caller who has nothing else to do. Returns
+    /// whether there was one.
+    fn fetch_expected(&self) -> bool {
+        false
+    }
 
     /// `out[r, :] = table[ids[r], :]`. `table` is `[vocabulary, cols]`.
     fn embed(

@@ -133,12 +133,18 @@ impl Pool {
 
     /// Says what the next jobs probably read first; idle threads fetch some of it.
     pub fn expect(&self, bytes: &[u8]) {
-        let len = bytes.len().min(self.workers.len() * FETCH_MAX);
+        let len = bytes.len().min(self.workers.len().max(1) * FETCH_MAX);
         let [at, end] = &self.shared.expected;
         let start = bytes.as_ptr().addr();
         end.store(0, Relaxed);
         at.store(start, Relaxed);
         end.store(start + len, Relaxed);
+    }
+
+    /// Fetches a piece of what is expected, for a caller who has nothing else to do. Returns
+    /// whether there was one.
+    pub fn fetch_expected(&self) -> bool {
+        self.shared.fetch()
     }
 
     /// Calls `task(0)` … `task(tasks - 1)`, each once, on all threads; returns when all are done.

@@ -107,7 +107,7 @@ impl Simd {
 
     /// Most rows that one tile of a product of blocks holds in registers.
     pub(crate) fn block_tile_rows(self) -> usize {
-        if self.for_blocks() == Simd::Avx512 { 6 } else { 3 }
+        if self.for_blocks() == Simd::Avx512 { 6 } else { 4 }
     }
 
     /// Runs a kernel over blocks of integers with this set's vectors.

@@ -261,6 +261,14 @@ impl<D: Device> Engine<D> {
         self.passes[&pass].forward.dispatch()
     }
 
+    /// Tells the device what a pass reads when its experts are there: for a caller who has to
+    /// wait for them, and may call [`Device::fetch_expected`] meanwhile.
+    pub fn expect_next(&self, pass: PassId) {
+        if let Some(pass) = self.passes.get(&pass) {
+            pass.forward.expect_next();
+        }
+    }
+
     /// The span of the layer that a pass is in.
     pub fn span(&self, pass: PassId) -> Span {
         self.passes.get(&pass).map_or_else(Span::none, |pass| pass.forward.layer_span().clone())

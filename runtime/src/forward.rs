@@ -246,6 +246,12 @@ impl<D: Device> ForwardPass<D> {
         Ok(Progress::Logits)
     }
 
+    /// Tells the device what comes after the experts that are awaited: for a caller who has to
+    /// wait for them.
+    pub fn expect_next(&self) {
+        self.expect(self.layer + 1);
+    }
+
     /// Says that a layer, or the logits after the last, come next.
     fn expect(&self, layer: usize) {
         let backbone = &*self.backbone;

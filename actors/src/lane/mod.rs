@@ -25,7 +25,7 @@ use std::{
 };
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
-use lite_llm_kernels::cpu::Cpu;
+use lite_llm_kernels::{cpu::Cpu, device::Device};
 use lite_llm_runtime::{
     engine::{Engine, PassId, Step},
     expert::ExpertStore,
@@ -54,6 +54,9 @@ pub const INBOX_MAX: usize = 1024;
 pub const OUTBOX_MAX: usize = 256;
 /// Events of one job that may wait for its reader; a job whose reader falls further behind ends.
 pub const JOB_EVENTS_MAX: usize = 1024;
+/// How long a lane looks for the next event before it sleeps. Waking a core that has gone to sleep
+/// takes longer than many an expert; whoever else wants the core gets it between two looks.
+const LOOK: Duration = Duration::from_millis(1);
 /// Longest wait of a lane that has nothing to do.
 const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// Longest wait of a lane that holds a sequence back until its reader has caught up.
@@ -197,6 +200,8 @@ pub struct Lane {
     lost: HashMap<u16, String>,
     next_dispatch: u64,
     batches: Vec<RemoteBatch>,
+    /// Another node has sent a batch lately.
+    served: bool,
     stopped: bool,
 }
 
@@ -225,6 +230,7 @@ impl Lane {
             lost: HashMap::new(),
             next_dispatch: 0,
             batches: Vec::new(),
+            served: false,
             stopped: false,
         };
         let thread = std::thread::Builder::new().name("lite-llm-lane".into()).spawn(move || {
@@ -264,6 +270,18 @@ impl Lane {
     /// Waits for the next event, until the exchange wants the time.
     fn wait(&mut self) {
         let now = Instant::now();
+        if self.engine.sequences() > 0 || self.served {
+            let device = self.engine.backbone().device.clone();
+            while now.elapsed() < LOOK {
+                if let Ok(event) = self.inbox.try_recv() {
+                    return self.handle(event);
+                }
+                if !device.fetch_expected() {
+                    std::thread::yield_now();
+                }
+            }
+            self.served = false;
+        }
         let deadline = self.exchange.poll_timeout();
         let wait = deadline.map_or(IDLE_WAIT, |at| at.saturating_duration_since(now));
         let longest = if self.jobs.any_held() { HELD_WAIT } else { IDLE_WAIT };
@@ -291,7 +309,10 @@ impl Lane {
         match event {
             LaneEvent::Start(start) => self.start(*start),
             LaneEvent::Cancel(job) => self.engine.cancel(job),
-            LaneEvent::Batch { view, reply } => self.batches.push(RemoteBatch { view, reply }),
+            LaneEvent::Batch { view, reply } => {
+                self.served = true;
+                self.batches.push(RemoteBatch { view, reply });
+            }
             LaneEvent::Reply { peer, reply } => self.reply(peer, reply),
             LaneEvent::PeerLost { peer, reason } => {
                 self.lost.insert(peer, reason.clone());
@@ -348,6 +369,7 @@ impl Lane {
             let _span = debug_span!(parent: &layer, "experts").entered();
             self.run_calls(Some(pass));
         }
+        self.engine.expect_next(pass);
         self.combine_if_complete(pass);
     }
 

@@ -122,19 +122,41 @@ impl Vector for F32x8 {
         unsafe {
             // |w| · (x with the sign of w): pairs are at most 2 · 128 · 127 and fit in 16 bits.
             let (flip, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
+            macro_rules! weights {
+                ($p:expr, $g:expr, $v:expr) => {{
+                    let w = _mm256_loadu_si256(w[$p].add($g * WORDS + $v * 32).cast());
+                    let w = _mm256_xor_si256(w, flip);
+                    (w, _mm256_abs_epi8(w))
+                }};
+            }
+            macro_rules! add_dots {
+                ($sum:expr, $w:expr, $r:expr, $g:expr) => {{
+                    let x = x[$r].add(4 * $g).cast::<i32>().read_unaligned();
+                    let x = _mm256_sign_epi8(_mm256_set1_epi32(x), $w.0);
+                    let dots = _mm256_madd_epi16(_mm256_maddubs_epi16($w.1, x), ones);
+                    $sum = _mm256_add_epi32($sum, dots);
+                }};
+            }
             let mut sums = [[[_mm256_setzero_si256(); N]; R]; P];
             for g in 0..BLOCK / 4 {
                 for p in 0..P {
-                    for v in 0..N {
-                        let w = _mm256_loadu_si256(w[p].add(g * WORDS + v * 32).cast());
-                        let w = _mm256_xor_si256(w, flip);
-                        let magnitude = _mm256_abs_epi8(w);
+                    // Keep the fewer in registers, and stream the others past them.
+                    if R > N {
+                        let mut ws = [(flip, flip); N];
+                        for v in 0..N {
+                            ws[v] = weights!(p, g, v);
+                        }
                         for r in 0..R {
-                            let x = x[r].add(4 * g).cast::<i32>().read_unaligned();
-                            let x = _mm256_sign_epi8(_mm256_set1_epi32(x), w);
-                            let pairs = _mm256_maddubs_epi16(magnitude, x);
-                            let dots = _mm256_madd_epi16(pairs, ones);
-                            sums[p][r][v] = _mm256_add_epi32(sums[p][r][v], dots);
+                            for v in 0..N {
+                                add_dots!(sums[p][r][v], ws[v], r, g);
+                            }
+                        }
+                    } else {
+                        for v in 0..N {
+                            let w = weights!(p, g, v);
+                            for r in 0..R {
+                                add_dots!(sums[p][r][v], w, r, g);
+                            }
                         }
                     }
                 }
