@@ -27,6 +27,9 @@ use crate::{
 const LEAF_BLOCKS: usize = LEAF / BLOCK;
 const RECORD_BYTES: usize = RECORD_WORDS * 4;
 
+/// Panels that a single row is multiplied with side by side.
+const STREAMS: usize = 4;
+
 /// Quantised rows, wherever they lie.
 #[derive(Clone, Copy)]
 pub(crate) struct Records<'a> {
@@ -60,21 +63,37 @@ pub(crate) struct BlockedProduct<'a> {
     pub(crate) next: Option<Next<'a>>,
 }
 
-/// Panels of a matrix that are read soon.
+/// Panels of a matrix that are read soon, as several streams side by side.
 #[derive(Clone, Copy)]
 pub(crate) struct Next<'a> {
     pub(crate) w: &'a PackedMatrix,
+    /// Where the first stream begins.
     pub(crate) panel: usize,
+    /// Panels from one stream's beginning to the next one's.
+    pub(crate) apart: usize,
 }
 
-impl Next<'_> {
+impl<'a> Next<'a> {
+    /// The first that is read of these panels.
+    pub(crate) fn of(w: &'a PackedMatrix, panels: Range<usize>) -> Self {
+        Self { w, panel: panels.start, apart: (panels.len() / STREAMS).max(1) }
+    }
+
     /// Where the panel begins that the stream of this number reads, as far as there is one.
     #[inline(always)]
     fn panel(self, stream: usize) -> *const u8 {
         let panels = self.w.n().div_ceil(PANEL);
-        let panel = (self.panel + stream).min(panels - 1);
+        let panel = (self.panel + stream * self.apart).min(panels - 1);
         self.w.data()[self.w.data().len() / panels * panel..].as_ptr()
     }
+}
+
+/// Panels that are read side by side: the first of them, and how far they are apart.
+#[derive(Clone, Copy)]
+struct Streams<'a> {
+    first: usize,
+    apart: usize,
+    next: Option<Next<'a>>,
 }
 
 /// A format of blocks.
@@ -227,35 +246,45 @@ impl BlockedProduct<'_> {
         while panel < end {
             // Panels side by side only where registers and a single tile of rows allow it.
             let together = match (self.tiles.len(), rows, V::LANES) {
-                (1, 1, _) | (1, 2, 16) if end - panel >= 4 => 4,
+                (1, 1, _) | (1, 2, 16) if end - panel >= STREAMS => STREAMS,
                 (1, 1..=2, _) | (1, 3, 16) if end - panel >= 2 => 2,
                 _ => 1,
             };
-            let following = Next { w: self.w, panel: panel + together };
-            let next = if following.panel < end { Some(following) } else { self.next };
-            // SAFETY: promised by the caller.
-            unsafe {
-                match (together, V::LANES, rows) {
-                    (4, 8, _) => self.run_panels::<V, F, 4, 4>(panel, next),
-                    (4, ..) => self.run_panels::<V, F, 4, 2>(panel, next),
-                    (2, 8, _) => self.run_panels::<V, F, 2, 4>(panel, next),
-                    (2, ..) => self.run_panels::<V, F, 2, 2>(panel, next),
-                    (_, 8, 1..=2) => self.run_panels::<V, F, 1, 4>(panel, next),
-                    _ => self.run_panels::<V, F, 1, 2>(panel, next),
+            // Each stream goes through panels that follow each other in memory: where a stream
+            // begins anew, memory is slow to notice.
+            let apart = (end - panel) / together;
+            for first in panel..panel + apart {
+                let next = if first + 1 < panel + apart {
+                    Some(Next { w: self.w, panel: first + 1, apart })
+                } else if panel + together * apart < end {
+                    Some(Next::of(self.w, panel + together * apart..end))
+                } else {
+                    self.next
+                };
+                let streams = Streams { first, apart, next };
+                // SAFETY: promised by the caller.
+                unsafe {
+                    match (together, V::LANES, rows) {
+                        (4, 8, _) => self.run_panels::<V, F, 4, 4>(streams),
+                        (4, ..) => self.run_panels::<V, F, 4, 2>(streams),
+                        (2, 8, _) => self.run_panels::<V, F, 2, 4>(streams),
+                        (2, ..) => self.run_panels::<V, F, 2, 2>(streams),
+                        (_, 8, 1..=2) => self.run_panels::<V, F, 1, 4>(streams),
+                        _ => self.run_panels::<V, F, 1, 2>(streams),
+                    }
                 }
             }
-            panel += together;
+            panel += together * apart;
         }
     }
 
-    /// P panels from one on; each leaf is done for all tiles and all strips of N vectors while it
-    /// is near.
+    /// P panels; each leaf is done for all tiles and all strips of N vectors while it is near.
     #[inline(always)]
     unsafe fn run_panels<V: Vector, F: Format, const P: usize, const N: usize>(
         &mut self,
-        panel: usize,
-        next: Option<Next<'_>>,
+        streams: Streams<'_>,
     ) {
+        let Streams { first: panel, apart, next } = streams;
         let Self { x, tiling, tiles, w, stack, sink, .. } = self;
         let (x, tiling, w) = (*x, *tiling, *w);
         let (n, blocks) = (w.n(), w.k().div_ceil(BLOCK));
@@ -266,13 +295,14 @@ impl BlockedProduct<'_> {
         let level_len = P * rows * PANEL;
         assert!(levels(w.k()) * level_len <= stack.len(), "the stack holds every level");
         assert!(x.row_words == blocks * RECORD_WORDS, "records are of k values");
-        assert!((panel + P) * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
+        let last = panel + (P - 1) * apart;
+        assert!((last + 1) * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
         let stack = stack.as_mut_ptr();
         let count = blocks.div_ceil(LEAF_BLOCKS).max(1);
         let items = tiles.len() * strips;
         let mut base = [std::ptr::null(); P];
         for p in 0..P {
-            base[p] = w.data().as_ptr().wrapping_add((panel + p) * blocks * F::BYTES);
+            base[p] = w.data().as_ptr().wrapping_add((panel + p * apart) * blocks * F::BYTES);
         }
         for index in 0..count {
             let from = index * LEAF_BLOCKS;
@@ -314,7 +344,7 @@ impl BlockedProduct<'_> {
                                         at_row, w, part * strip, ahead, len,
                                     );
                                     for (p, acc) in acc.into_iter().enumerate() {
-                                        let col = col + p * PANEL;
+                                        let col = col + p * apart * PANEL;
                                         let place = p * rows * PANEL
                                             + ((row - first) + part * rows) * strip;
                                         if col < n {

@@ -22,8 +22,10 @@ use crate::{
 pub(crate) const INLINE_FMAS: usize = 1 << 15;
 /// Rows that share one reading of a panel.
 const BLOCK_ROWS: usize = 144;
-/// Panels that one row is multiplied with at a time.
+/// Panels that few rows are multiplied with at a time, and as many of blocks of integers, whose
+/// panels are short: see `blocked.rs`.
 const PANELS_FEW_ROWS: usize = 4;
+const PANELS_FEW_ROWS_BLOCKS: usize = 16;
 
 /// One of the products of [`matmul_many`].
 pub struct Linear<'a> {
@@ -207,7 +209,11 @@ impl Plan {
         let panels_per_task = if tiling.count() > 1 {
             1
         } else {
-            (panels * together / (4 * cpu.pool().threads())).clamp(1, PANELS_FEW_ROWS)
+            let most = match w.dtype().is_quantised() {
+                true => PANELS_FEW_ROWS_BLOCKS,
+                false => PANELS_FEW_ROWS,
+            };
+            (panels * together / (4 * cpu.pool().threads())).clamp(1, most)
         };
         let tile_rows = m.div_ceil(tiling.count().max(1)).max(1);
         Self {
@@ -224,7 +230,7 @@ impl Plan {
 
     /// What a task reads first, if there is such a task.
     pub(crate) fn next<'a>(&self, w: &'a PackedMatrix, task: usize) -> Option<Next<'a>> {
-        (task < self.tasks()).then(|| Next { w, panel: self.task(task).1.start })
+        (task < self.tasks()).then(|| Next::of(w, self.task(task).1))
     }
 
     fn blocks(&self) -> usize {
