@@ -25,6 +25,8 @@ use crate::{
 
 /// Blocks per leaf.
 const LEAF_BLOCKS: usize = LEAF / BLOCK;
+/// Blocks of two leaves, which are added in registers: the lowest nodes of rule 1's tree.
+const PAIR_BLOCKS: usize = 2 * LEAF_BLOCKS;
 const RECORD_BYTES: usize = RECORD_WORDS * 4;
 
 /// Panels that a single row is multiplied with side by side.
@@ -147,22 +149,22 @@ impl Format for Int4 {
 /// `x` are the leaf's first records and `w` the panels' first blocks; all are readable.
 #[inline(always)]
 unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize, const N: usize>(
-    mut x: [*const u8; R],
-    mut w: [*const u8; P],
+    x: &mut [*const u8; R],
+    w: &mut [*const u8; P],
     lane: usize,
-    mut ahead: Ahead<P>,
+    ahead: &mut Ahead<P>,
     blocks: usize,
 ) -> [[[V; N]; R]; P] {
-    // SAFETY: promised by the caller; pointers move inside the leaf.
+    // SAFETY: promised by the caller; pointers move to the leaf's end.
     unsafe {
         let mut acc = [[[V::zero(); N]; R]; P];
         for _ in 0..blocks {
             ahead.block::<F>();
-            let mut words = w;
+            let mut words = *w;
             for p in 0..P {
                 words[p] = w[p].add(SCALE_BYTES + lane * 4);
             }
-            let dots = F::dots::<V, R, P, N>(&x, &words);
+            let dots = F::dots::<V, R, P, N>(x, &words);
             for p in 0..P {
                 let mut scales = [V::zero(); N];
                 for v in 0..N {
@@ -188,7 +190,43 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize, const N: us
     }
 }
 
-/// What is asked for while a leaf is computed: the leaf that each stream reads next.
+/// The sum of one or two leaves, `blocks` blocks in all.
+///
+/// # Safety
+/// As [`leaf`].
+#[inline(always)]
+unsafe fn pair<V: Vector, F: Format, const R: usize, const P: usize, const N: usize>(
+    mut x: [*const u8; R],
+    mut w: [*const u8; P],
+    lane: usize,
+    mut ahead: Ahead<P>,
+    blocks: usize,
+) -> [[[V; N]; R]; P] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut sum = [[[V::zero(); N]; R]; P];
+        for from in [0, LEAF_BLOCKS] {
+            if from > 0 && from >= blocks {
+                break;
+            }
+            let len = LEAF_BLOCKS.min(blocks - from);
+            let acc = leaf::<V, F, R, P, N>(&mut x, &mut w, lane, &mut ahead, len);
+            for p in 0..P {
+                for r in 0..R {
+                    for v in 0..N {
+                        sum[p][r][v] = match from {
+                            0 => acc[p][r][v],
+                            _ => sum[p][r][v].add(acc[p][r][v]),
+                        };
+                    }
+                }
+            }
+        }
+        sum
+    }
+}
+
+/// What is asked for while leaves are computed: those that each stream reads next.
 #[derive(Clone, Copy)]
 struct Ahead<const P: usize> {
     at: [*const u8; P],
@@ -278,7 +316,8 @@ impl BlockedProduct<'_> {
         }
     }
 
-    /// P panels; each leaf is done for all tiles and all strips of N vectors while it is near.
+    /// P panels; each pair of leaves is done for all tiles and all strips of N vectors while it is
+    /// near.
     #[inline(always)]
     unsafe fn run_panels<V: Vector, F: Format, const P: usize, const N: usize>(
         &mut self,
@@ -298,15 +337,15 @@ impl BlockedProduct<'_> {
         let last = panel + (P - 1) * apart;
         assert!((last + 1) * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
         let stack = stack.as_mut_ptr();
-        let count = blocks.div_ceil(LEAF_BLOCKS).max(1);
+        let count = blocks.div_ceil(PAIR_BLOCKS).max(1);
         let items = tiles.len() * strips;
         let mut base = [std::ptr::null(); P];
         for p in 0..P {
             base[p] = w.data().as_ptr().wrapping_add((panel + p * apart) * blocks * F::BYTES);
         }
         for index in 0..count {
-            let from = index * LEAF_BLOCKS;
-            let len = LEAF_BLOCKS.min(blocks - from);
+            let from = index * PAIR_BLOCKS;
+            let len = PAIR_BLOCKS.min(blocks - from);
             let at = LeafAt { index, count };
             let mut w = base;
             for p in 0..P {
@@ -340,7 +379,7 @@ impl BlockedProduct<'_> {
                                 // SAFETY: rows, panels and the stack hold the tile by the
                                 // assertions above.
                                 unsafe {
-                                    let acc = leaf::<V, F, $size, P, N>(
+                                    let acc = pair::<V, F, $size, P, N>(
                                         at_row, w, part * strip, ahead, len,
                                     );
                                     for (p, acc) in acc.into_iter().enumerate() {

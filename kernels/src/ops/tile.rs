@@ -254,7 +254,8 @@ unsafe fn leaf<V: Vector, W: Weights, const R: usize, const N: usize>(
     }
 }
 
-/// Which leaf of how many.
+/// Which leaf of how many; or which pair of leaves that have been added, which are the leaves of
+/// the tree above them.
 #[derive(Clone, Copy)]
 pub(crate) struct LeafAt {
     pub(crate) index: usize,
