@@ -390,6 +390,20 @@ mod tests {
     }
 
     #[test]
+    fn a_caller_fetches_what_is_expected_piece_by_piece_to_its_end() {
+        let pool = Pool::new(1);
+        assert!(!pool.fetch_expected(), "nothing was announced");
+        for (bytes, pieces) in [(1, 1), (FETCH_STEP, 1), (5 * FETCH_STEP + 1, 6)] {
+            pool.expect(&vec![0; bytes]);
+            let fetched = (0..100).take_while(|_| pool.fetch_expected()).count();
+            assert_eq!(fetched, pieces, "{bytes} bytes");
+        }
+        pool.expect(&vec![0; 2 * FETCH_MAX]);
+        let fetched = (0..10_000).take_while(|_| pool.fetch_expected()).count();
+        assert_eq!(fetched, FETCH_MAX / FETCH_STEP, "no more than a cache holds");
+    }
+
+    #[test]
     fn a_task_may_run_tasks_of_its_own() {
         let pool = Pool::new(3);
         let total = AtomicUsize::new(0);

@@ -118,6 +118,21 @@ fn ragged_shapes_have_the_bits_of_rule_2_everywhere() {
     check(m, n, k, &x, &w, &cpus);
 }
 
+/// Few rows walk through many panels side by side, each stream through several that follow each
+/// other, and what does not fill all streams comes last.
+#[test]
+fn few_rows_and_many_outputs_have_the_bits_of_rule_2_everywhere() {
+    let cpus = cpus();
+    let mut numbers = Numbers(12);
+    // 35 and 66 panels; 3, 4 and 5 leaves with a ragged end.
+    for (n, k) in [(1090, 64), (1090, 700), (1120, 1000), (2081, 1100)] {
+        for m in [1, 2, 3] {
+            let (x, w) = (numbers.fill(m * k), numbers.fill(n * k));
+            check(m, n, k, &x, &w, &cpus);
+        }
+    }
+}
+
 /// Values of every kind: ordinary, zero, denormal, huge, tiny, not finite.
 fn value() -> impl Strategy<Value = f32> {
     prop_oneof![
