@@ -10,7 +10,7 @@
 //!   computes its inner tasks itself;
 //! - `run` allocates nothing;
 //! - an idle worker spins for at most [`SPIN`] and then sleeps; while it spins it may fetch what
-//!   was announced with [`Pool::expect`].
+//!   was announced with [`Pool::expect`], as may the caller between two jobs.
 
 use std::{
     any::Any,
@@ -31,7 +31,7 @@ use crate::simd::prefetch;
 /// How long an idle thread looks for work before it sleeps.
 pub const SPIN: Duration = Duration::from_micros(50);
 
-/// Bytes of what is expected that one idle thread fetches at most: a part of its own cache.
+/// Bytes of what is expected per thread that fetches: a part of its own cache.
 const FETCH_MAX: usize = 256 << 10;
 /// Bytes that it fetches between two looks for work.
 const FETCH_STEP: usize = 2 << 10;
@@ -400,7 +400,7 @@ mod tests {
         }
         pool.expect(&vec![0; 2 * FETCH_MAX]);
         let fetched = (0..10_000).take_while(|_| pool.fetch_expected()).count();
-        assert_eq!(fetched, FETCH_MAX / FETCH_STEP, "no more than a cache holds");
+        assert_eq!(fetched, FETCH_MAX / FETCH_STEP, "no more than its cache holds");
     }
 
     #[test]

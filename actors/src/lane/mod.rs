@@ -57,6 +57,9 @@ pub const JOB_EVENTS_MAX: usize = 1024;
 /// How long a lane looks for the next event before it sleeps. Waking a core that has gone to sleep
 /// takes longer than many an expert; whoever else wants the core gets it between two looks.
 const LOOK: Duration = Duration::from_millis(1);
+/// Pieces of expected weights that a lane fetches while it looks: no more than its own core's cache
+/// holds.
+const PIECES_MAX: usize = 128;
 /// Longest wait of a lane that has nothing to do.
 const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// Longest wait of a lane that holds a sequence back until its reader has caught up.
@@ -269,20 +272,21 @@ impl Lane {
 
     /// Waits for the next event, until the exchange wants the time.
     fn wait(&mut self) {
-        let now = Instant::now();
-        if self.engine.sequences() > 0 || self.served {
-            let device = self.engine.backbone().device.clone();
-            while now.elapsed() < LOOK {
+        if !self.flights.is_empty() || self.served {
+            let (from, device) = (Instant::now(), self.engine.backbone().device.clone());
+            let mut pieces = 0;
+            while from.elapsed() < LOOK {
                 if let Ok(event) = self.inbox.try_recv() {
                     return self.handle(event);
                 }
-                if !device.fetch_expected() {
-                    std::thread::yield_now();
+                if pieces < PIECES_MAX && device.fetch_expected() {
+                    pieces += 1;
                 }
+                std::thread::yield_now();
             }
             self.served = false;
         }
-        let deadline = self.exchange.poll_timeout();
+        let (now, deadline) = (Instant::now(), self.exchange.poll_timeout());
         let wait = deadline.map_or(IDLE_WAIT, |at| at.saturating_duration_since(now));
         let longest = if self.jobs.any_held() { HELD_WAIT } else { IDLE_WAIT };
         match self.inbox.recv_timeout(wait.min(longest)) {
@@ -369,8 +373,10 @@ impl Lane {
             let _span = debug_span!(parent: &layer, "experts").entered();
             self.run_calls(Some(pass));
         }
-        self.engine.expect_next(pass);
         self.combine_if_complete(pass);
+        if self.flights.contains_key(&pass) {
+            self.engine.expect_next(pass);
+        }
     }
 
     /// Runs the expert calls of a pass that belong here, and all that other nodes sent.

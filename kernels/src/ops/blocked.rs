@@ -5,7 +5,8 @@
 //! by rule 1, that is: inside a leaf of 256 k one accumulator per output starts at +0.0 and takes
 //! them in order by fused multiply-add; leaves meet in the tree of `tile.rs`.
 //!
-//! A tile is R rows × two vectors of outputs of P panels. Rows are records (see
+//! A tile is R rows × N vectors of outputs of P panels; two leaves are added in registers, then go
+//! into the tree. Rows are records (see
 //! [`crate::blocks`]), each where it lies: nothing is interleaved, so a row that several networks
 //! read is quantised once.
 
@@ -29,7 +30,8 @@ const LEAF_BLOCKS: usize = LEAF / BLOCK;
 const PAIR_BLOCKS: usize = 2 * LEAF_BLOCKS;
 const RECORD_BYTES: usize = RECORD_WORDS * 4;
 
-/// Panels that a single row is multiplied with side by side.
+/// Panels that are read side by side at most, where there are too few rows to keep the multipliers
+/// busy.
 const STREAMS: usize = 4;
 
 /// Quantised rows, wherever they lie.
@@ -61,32 +63,29 @@ pub(crate) struct BlockedProduct<'a> {
     /// Of at least [`super::tile::stack_len`] values.
     pub(crate) stack: &'a mut [f32],
     pub(crate) sink: Sink<'a>,
-    /// What is probably read next: its beginning is asked for while the end is computed.
+    /// What is probably read next: where leaves are asked for ahead, its beginning is, too.
     pub(crate) next: Option<Next<'a>>,
 }
 
-/// Panels of a matrix that are read soon, as several streams side by side.
+/// Panels of a matrix that are read soon.
 #[derive(Clone, Copy)]
 pub(crate) struct Next<'a> {
-    pub(crate) w: &'a PackedMatrix,
-    /// Where the first stream begins.
-    pub(crate) panel: usize,
-    /// Panels from one stream's beginning to the next one's.
-    pub(crate) apart: usize,
+    w: &'a PackedMatrix,
+    first: usize,
+    count: usize,
 }
 
 impl<'a> Next<'a> {
-    /// The first that is read of these panels.
-    pub(crate) fn of(w: &'a PackedMatrix, panels: Range<usize>) -> Self {
-        Self { w, panel: panels.start, apart: (panels.len() / STREAMS).max(1) }
+    pub(crate) fn new(w: &'a PackedMatrix, panels: Range<usize>) -> Self {
+        Self { w, first: panels.start, count: panels.len() }
     }
 
-    /// Where the panel begins that the stream of this number reads, as far as there is one.
+    /// Where the first panel begins that one of so many streams reads, as far as there is one.
     #[inline(always)]
-    fn panel(self, stream: usize) -> *const u8 {
+    fn start(self, stream: usize, streams: usize) -> *const u8 {
         let panels = self.w.n().div_ceil(PANEL);
-        let panel = (self.panel + stream * self.apart).min(panels - 1);
-        self.w.data()[self.w.data().len() / panels * panel..].as_ptr()
+        let panel = self.first + stream * (self.count / streams).max(1);
+        self.w.data()[self.w.data().len() / panels * panel.min(panels - 1)..].as_ptr()
     }
 }
 
@@ -95,6 +94,7 @@ impl<'a> Next<'a> {
 struct Streams<'a> {
     first: usize,
     apart: usize,
+    /// What is read after them; what follows each in memory where nothing is said.
     next: Option<Next<'a>>,
 }
 
@@ -142,8 +142,8 @@ impl Format for Int4 {
 
 /// The sums of one leaf of `blocks` blocks, for N vectors from output `lane` on, of each of P
 /// panels. Several panels are read side by side because memory answers several streams faster
-/// than one; a single row reads whole panels, because a stream that leaves lines out is answered
-/// slowly.
+/// than one; with 8 lanes or more, N vectors are then a whole panel, because a stream that leaves
+/// lines out is answered slowly.
 ///
 /// # Safety
 /// `x` are the leaf's first records and `w` the panels' first blocks; all are readable.
@@ -292,12 +292,11 @@ impl BlockedProduct<'_> {
             // begins anew, memory is slow to notice.
             let apart = (end - panel) / together;
             for first in panel..panel + apart {
-                let next = if first + 1 < panel + apart {
-                    Some(Next { w: self.w, panel: first + 1, apart })
-                } else if panel + together * apart < end {
-                    Some(Next::of(self.w, panel + together * apart..end))
-                } else {
-                    self.next
+                let rest = panel + together * apart;
+                let next = match first + 1 < panel + apart {
+                    true => None,
+                    false if rest < end => Some(Next::new(self.w, rest..end)),
+                    false => self.next,
                 };
                 let streams = Streams { first, apart, next };
                 // SAFETY: promised by the caller.
@@ -354,7 +353,7 @@ impl BlockedProduct<'_> {
             let mut coming = w;
             for p in 0..P {
                 coming[p] = match next {
-                    Some(next) if index + 1 == count => next.panel(p),
+                    Some(next) if index + 1 == count => next.start(p, P),
                     _ => w[p].wrapping_add(len * F::BYTES),
                 };
             }

@@ -22,9 +22,10 @@ use crate::{
 pub(crate) const INLINE_FMAS: usize = 1 << 15;
 /// Rows that share one reading of a panel.
 const BLOCK_ROWS: usize = 144;
-/// Panels that few rows are multiplied with at a time, and as many of blocks of integers, whose
-/// panels are short: see `blocked.rs`.
+/// Panels of a task of few rows.
 const PANELS_FEW_ROWS: usize = 4;
+/// The same of blocks of integers: panels are short then, and each of several streams is to go
+/// through several.
 const PANELS_FEW_ROWS_BLOCKS: usize = 16;
 
 /// One of the products of [`matmul_many`].
@@ -230,7 +231,7 @@ impl Plan {
 
     /// What a task reads first, if there is such a task.
     pub(crate) fn next<'a>(&self, w: &'a PackedMatrix, task: usize) -> Option<Next<'a>> {
-        (task < self.tasks()).then(|| Next::of(w, self.task(task).1))
+        (task < self.tasks()).then(|| Next::new(w, self.task(task).1))
     }
 
     fn blocks(&self) -> usize {

@@ -180,7 +180,7 @@ impl<'a> Piece<'a> {
         let mut stack = scratch::take(stack_len(rows, k));
         let mut both = scratch::take(2 * rows * cols);
         let (gates, ups) = both.split_at_mut(rows * cols);
-        let up_next = Some(Next::of(up, panels.clone()));
+        let up_next = Some(Next::new(up, panels.clone()));
         for (w, out, next) in [(gate, &mut *gates, up_next), (up, &mut *ups, next)] {
             let sink = Sink::Block { out: RowsMut::dense(out, cols), first_row, first_col };
             product(cpu, x, (tiling, tiles.clone()), (w, panels.clone()), &mut stack, sink, next);
