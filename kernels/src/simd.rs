@@ -167,6 +167,12 @@ pub(crate) fn prefetch(at: *const u8) {
     let _ = at;
 }
 
+/// Outputs of a strip that is opened.
+pub(crate) const OPENED_OUTPUTS: usize = PANEL / 2;
+/// Bytes of a block of int8 after [`Vector::open_int8`]: the scales as they were; a word for each
+/// output of the strip; and for each row of words their magnitudes, then their signs.
+pub(crate) const OPENED_INT8_BYTES: usize = 2 * OPENED_OUTPUTS * 4 + 2 * BLOCK * OPENED_OUTPUTS;
+
 /// Work that is compiled once per instruction set. Everything that `run` calls must be
 /// `#[inline(always)]`, or it is compiled without the set's instructions.
 pub(crate) trait Kernel {
@@ -209,6 +215,28 @@ pub(crate) trait Vector: Copy {
     ) -> [[[Self; N]; R]; P] {
         // SAFETY: promised by the caller.
         unsafe { plain_dots::<Self, R, P, N>(x, w, int8_of) }
+    }
+
+    /// Whether products of many rows gain by [`Vector::open_int8`].
+    const OPENS_INT8: bool = false;
+
+    /// Prepares one strip of a block of int8, the [`OPENED_OUTPUTS`] from `lane` on, for
+    /// [`Vector::dots_opened_int8`]. There, w · x is |w| times x with the sign of w; flipping all
+    /// bits of x instead makes -x - 1, so that |w| is missing wherever w < 0. How much that is
+    /// does not depend on x and is summed up here. A strip lies in one piece, so that it finds
+    /// room in the first cache beside the rows.
+    #[inline(always)]
+    unsafe fn open_int8(_block: *const u8, _lane: usize, _opened: *mut u8) {
+        unreachable!("nothing is gained by it")
+    }
+
+    /// As [`Vector::dots_int8`], of blocks that were opened; `w` are their words of outputs.
+    #[inline(always)]
+    unsafe fn dots_opened_int8<const R: usize, const P: usize, const N: usize>(
+        _x: &[*const u8; R],
+        _w: &[*const u8; P],
+    ) -> [[[Self; N]; R]; P] {
+        unreachable!("nothing is gained by it")
     }
 
     /// The same of int4.

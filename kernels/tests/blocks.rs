@@ -156,7 +156,7 @@ proptest! {
 
     #[test]
     fn values_of_every_kind_have_the_bits_of_rule_2_everywhere(
-        (m, n, k, x, w) in (1usize..9, 1usize..40, 1usize..100).prop_flat_map(|(m, n, k)| {
+        (m, n, k, x, w) in (1usize..18, 1usize..40, 1usize..100).prop_flat_map(|(m, n, k)| {
             let x = prop::collection::vec(value(), m * k);
             (Just(m), Just(n), Just(k), x, prop::collection::vec(value(), n * k))
         })
@@ -168,10 +168,13 @@ proptest! {
     fn the_largest_integers_do_not_saturate(
         (x, w) in (prop::collection::vec(extremes(), 3 * 96), prop::collection::vec(extremes(), 33 * 96))
     ) {
-        check(3, 33, 96, &x, &w, &cpus());
-        // All at their limits at once.
+        // All at their limits at once, too.
         let signs = |values: &[f32]| values.iter().map(|v| v.signum()).collect::<Vec<_>>();
-        check(3, 33, 96, &signs(&x), &signs(&w), &cpus());
+        for (x, w) in [(&x, &w), (&signs(&x), &signs(&w))] {
+            check(3, 33, 96, x, w, &cpus());
+            // So many rows that blocks are opened for them.
+            check(15, 33, 96, &x.repeat(5), w, &cpus());
+        }
     }
 
     #[test]

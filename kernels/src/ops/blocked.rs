@@ -21,7 +21,8 @@ use crate::{
     matrix::{PANEL, PackedMatrix},
     ops::tile::{LEAF, LeafAt, Sink, finish, levels},
     rows::Tiling,
-    simd::{Kernel, Vector, prefetch},
+    scratch,
+    simd::{Kernel, OPENED_INT8_BYTES, OPENED_OUTPUTS, Vector, prefetch},
 };
 
 /// Blocks per leaf.
@@ -29,6 +30,9 @@ const LEAF_BLOCKS: usize = LEAF / BLOCK;
 /// Blocks of two leaves, which are added in registers: the lowest nodes of rule 1's tree.
 const PAIR_BLOCKS: usize = 2 * LEAF_BLOCKS;
 const RECORD_BYTES: usize = RECORD_WORDS * 4;
+
+/// Tiles from which on blocks are opened, where that helps at all.
+const OPEN_TILES: usize = 4;
 
 /// Panels that are read side by side at most, where there are too few rows to keep the multipliers
 /// busy.
@@ -100,8 +104,44 @@ struct Streams<'a> {
 
 /// A format of blocks.
 trait Format {
-    /// Bytes of a block of a panel.
-    const BYTES: usize;
+    /// Bytes of a block of a panel, as it is stored.
+    const STORED_BYTES: usize;
+    /// The same, as it is read: see `Opened`.
+    const BYTES: usize = Self::STORED_BYTES;
+    /// What blocks are turned into where many tiles read them.
+    type Opened: Format;
+
+    /// Whether V gains by turning blocks that many tiles read.
+    fn opens<V: Vector>() -> bool {
+        false
+    }
+
+    /// Turns a strip of `blocks` blocks, which begins with output `lane`.
+    ///
+    /// # Safety
+    /// They are readable, and as many of `Opened` are writable.
+    unsafe fn open<V: Vector>(_from: *const u8, _lane: usize, _to: *mut u8, _blocks: usize) {
+        unreachable!("the format is read as it is stored")
+    }
+
+    /// The scales of the outputs from `lane` on.
+    ///
+    /// # Safety
+    /// The block is readable.
+    #[inline(always)]
+    unsafe fn scales<V: Vector>(block: *const u8, lane: usize) -> V {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let words = block.cast::<u32>().add(lane % 16);
+            if lane < 16 { V::load_bf16_low(words) } else { V::load_bf16_high(words) }
+        }
+    }
+
+    /// Where the words of output `lane` and those after it begin in a block.
+    #[inline(always)]
+    fn words(block: *const u8, lane: usize) -> *const u8 {
+        block.wrapping_add(SCALE_BYTES + lane * 4)
+    }
 
     /// # Safety
     /// As [`Vector::dots_int8`].
@@ -113,9 +153,27 @@ trait Format {
 
 struct Int8;
 struct Int4;
+/// Int8 as [`Vector::open_int8`] turns it.
+struct OpenedInt8;
 
 impl Format for Int8 {
-    const BYTES: usize = INT8_BYTES;
+    const STORED_BYTES: usize = INT8_BYTES;
+    type Opened = OpenedInt8;
+
+    #[inline(always)]
+    fn opens<V: Vector>() -> bool {
+        V::OPENS_INT8
+    }
+
+    #[inline(always)]
+    unsafe fn open<V: Vector>(from: *const u8, lane: usize, to: *mut u8, blocks: usize) {
+        for b in 0..blocks {
+            // SAFETY: promised by the caller.
+            unsafe {
+                V::open_int8(from.add(b * INT8_BYTES), lane, to.add(b * OPENED_INT8_BYTES));
+            }
+        }
+    }
 
     #[inline(always)]
     unsafe fn dots<V: Vector, const R: usize, const P: usize, const N: usize>(
@@ -128,7 +186,8 @@ impl Format for Int8 {
 }
 
 impl Format for Int4 {
-    const BYTES: usize = INT4_BYTES;
+    const STORED_BYTES: usize = INT4_BYTES;
+    type Opened = Int4;
 
     #[inline(always)]
     unsafe fn dots<V: Vector, const R: usize, const P: usize, const N: usize>(
@@ -137,6 +196,32 @@ impl Format for Int4 {
     ) -> [[[V; N]; R]; P] {
         // SAFETY: promised by the caller.
         unsafe { V::dots_int4::<R, P, N>(x, w) }
+    }
+}
+
+impl Format for OpenedInt8 {
+    const STORED_BYTES: usize = INT8_BYTES;
+    const BYTES: usize = OPENED_INT8_BYTES;
+    type Opened = Self;
+
+    #[inline(always)]
+    unsafe fn dots<V: Vector, const R: usize, const P: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: &[*const u8; P],
+    ) -> [[[V; N]; R]; P] {
+        // SAFETY: promised by the caller.
+        unsafe { V::dots_opened_int8::<R, P, N>(x, w) }
+    }
+
+    #[inline(always)]
+    unsafe fn scales<V: Vector>(block: *const u8, lane: usize) -> V {
+        // SAFETY: promised by the caller.
+        unsafe { V::load(block.cast::<f32>().add(lane % OPENED_OUTPUTS)) }
+    }
+
+    #[inline(always)]
+    fn words(block: *const u8, _lane: usize) -> *const u8 {
+        block.wrapping_add(OPENED_OUTPUTS * 4)
     }
 }
 
@@ -162,16 +247,13 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize, const N: us
             ahead.block::<F>();
             let mut words = *w;
             for p in 0..P {
-                words[p] = w[p].add(SCALE_BYTES + lane * 4);
+                words[p] = F::words(w[p], lane);
             }
             let dots = F::dots::<V, R, P, N>(x, &words);
             for p in 0..P {
                 let mut scales = [V::zero(); N];
                 for v in 0..N {
-                    let lane = lane + v * V::LANES;
-                    let words = w[p].cast::<u32>().add(lane % 16);
-                    scales[v] =
-                        if lane < 16 { V::load_bf16_low(words) } else { V::load_bf16_high(words) };
+                    scales[v] = F::scales::<V>(w[p], lane + v * V::LANES);
                 }
                 for r in 0..R {
                     let scale = V::splat(x[r].add(BLOCK).cast::<f32>().read_unaligned());
@@ -253,7 +335,7 @@ impl<const P: usize> Ahead<P> {
             for line in 0..self.lines {
                 prefetch(at.wrapping_add(line * 64));
             }
-            *at = at.wrapping_add(F::BYTES);
+            *at = at.wrapping_add(F::STORED_BYTES);
         }
     }
 }
@@ -334,38 +416,55 @@ impl BlockedProduct<'_> {
         assert!(levels(w.k()) * level_len <= stack.len(), "the stack holds every level");
         assert!(x.row_words == blocks * RECORD_WORDS, "records are of k values");
         let last = panel + (P - 1) * apart;
-        assert!((last + 1) * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
+        assert!(
+            (last + 1) * blocks * F::STORED_BYTES <= w.data().len(),
+            "panels are in the matrix"
+        );
         let stack = stack.as_mut_ptr();
         let count = blocks.div_ceil(PAIR_BLOCKS).max(1);
         let items = tiles.len() * strips;
         let mut base = [std::ptr::null(); P];
         for p in 0..P {
-            base[p] = w.data().as_ptr().wrapping_add((panel + p * apart) * blocks * F::BYTES);
+            base[p] =
+                w.data().as_ptr().wrapping_add((panel + p * apart) * blocks * F::STORED_BYTES);
         }
+        let opens = P == 1 && strip == OPENED_OUTPUTS && F::opens::<V>();
+        let mut opened = (opens && tiles.len() >= OPEN_TILES)
+            .then(|| scratch::take(PAIR_BLOCKS * F::Opened::BYTES / size_of::<f32>()));
         for index in 0..count {
             let from = index * PAIR_BLOCKS;
             let len = PAIR_BLOCKS.min(blocks - from);
             let at = LeafAt { index, count };
             let mut w = base;
             for p in 0..P {
-                w[p] = base[p].wrapping_add(from * F::BYTES);
+                w[p] = base[p].wrapping_add(from * F::STORED_BYTES);
             }
             let mut coming = w;
             for p in 0..P {
                 coming[p] = match next {
                     Some(next) if index + 1 == count => next.start(p, P),
-                    _ => w[p].wrapping_add(len * F::BYTES),
+                    _ => w[p].wrapping_add(len * F::STORED_BYTES),
                 };
             }
             for item in 0..items {
-                // All strips of a tile, whose records are then near.
-                let (t, part) = (item / strips, item % strips);
+                let (t, part) = match opened {
+                    // All tiles of a strip, whose weights are then near.
+                    Some(_) => (item % tiles.len(), item / tiles.len()),
+                    // All strips of a tile, whose records are then near.
+                    None => (item / strips, item % strips),
+                };
+                if let Some(room) = &mut opened
+                    && t == 0
+                {
+                    // SAFETY: the blocks are in the panel, and there is room for two leaves.
+                    unsafe { F::open::<V>(w[0], part * strip, room.as_mut_ptr().cast(), len) };
+                }
                 let col = panel * PANEL + part * strip;
                 let row = tiling.first(tiles.start + t);
                 let r = tiling.first(tiles.start + t + 1) - row;
                 // Four streams of eight lanes keep memory busy by themselves, and asking would only
                 // be in their way (measured on Zen 3).
-                let lines = if P == 4 && V::LANES == 8 { 0 } else { F::BYTES / 64 };
+                let lines = if P == 4 && V::LANES == 8 { 0 } else { F::STORED_BYTES / 64 };
                 let ahead = Ahead::share(coming, lines, item, items);
                 macro_rules! sizes {
                     ($($size:literal)*) => {
@@ -378,9 +477,18 @@ impl BlockedProduct<'_> {
                                 // SAFETY: rows, panels and the stack hold the tile by the
                                 // assertions above.
                                 unsafe {
-                                    let acc = pair::<V, F, $size, P, N>(
-                                        at_row, w, part * strip, ahead, len,
-                                    );
+                                    let lane = part * strip;
+                                    let acc = match &opened {
+                                        Some(room) if opens => {
+                                            let w = [room.as_ptr().cast(); P];
+                                            pair::<V, F::Opened, $size, P, N>(
+                                                at_row, w, lane, ahead, len,
+                                            )
+                                        }
+                                        _ => pair::<V, F, $size, P, N>(
+                                            at_row, w, lane, ahead, len,
+                                        ),
+                                    };
                                     for (p, acc) in acc.into_iter().enumerate() {
                                         let col = col + p * apart * PANEL;
                                         let place = p * rows * PANEL

@@ -5,11 +5,17 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, Vector};
-use crate::{blocks::BLOCK, matrix::PANEL};
+use super::{Kernel, OPENED_OUTPUTS, Vector};
+use crate::{
+    blocks::{BLOCK, SCALE_BYTES},
+    matrix::PANEL,
+};
 
 /// Bytes from one row of words of a block to the next.
 const WORDS: usize = PANEL * 4;
+
+/// The same of an opened strip.
+const OPENED_WORDS: usize = OPENED_OUTPUTS * 4;
 
 /// Where −Σ q lies in a record of activations.
 const MINUS_SUM: usize = BLOCK + 4;
@@ -166,6 +172,88 @@ impl Vector for F32x8 {
                 for r in 0..R {
                     for v in 0..N {
                         out[p][r][v] = Self(_mm256_cvtepi32_ps(sums[p][r][v]));
+                    }
+                }
+            }
+            out
+        }
+    }
+
+    const OPENS_INT8: bool = true;
+
+    #[inline(always)]
+    unsafe fn open_int8(block: *const u8, lane: usize, opened: *mut u8) {
+        // SAFETY: see the impl; the caller promises room for an opened block.
+        unsafe {
+            for v in 0..OPENED_OUTPUTS / 8 {
+                let words = block.cast::<u32>().add(v * 8);
+                let scales = if lane < 16 {
+                    Self::load_bf16_low(words)
+                } else {
+                    Self::load_bf16_high(words)
+                };
+                scales.store(opened.cast::<f32>().add(v * 8));
+            }
+            let (block, opened) = (block.add(SCALE_BYTES + lane * 4), opened.add(OPENED_WORDS));
+            let (flip, zero) = (_mm256_set1_epi8(-128), _mm256_setzero_si256());
+            for at in (0..OPENED_WORDS).step_by(32) {
+                // Eight pairs of at most 2 · 128 fit in 16 bits.
+                let mut negative = zero;
+                for g in 0..BLOCK / 4 {
+                    let w = _mm256_loadu_si256(block.add(g * WORDS + at).cast());
+                    let w = _mm256_xor_si256(w, flip);
+                    let (size, sign) = (_mm256_abs_epi8(w), _mm256_cmpgt_epi8(zero, w));
+                    let to = opened.add((2 * g + 1) * OPENED_WORDS + at);
+                    _mm256_storeu_si256(to.cast(), size);
+                    _mm256_storeu_si256(to.add(OPENED_WORDS).cast(), sign);
+                    // Times -1 where w < 0.
+                    negative = _mm256_sub_epi16(negative, _mm256_maddubs_epi16(size, sign));
+                }
+                let negative = _mm256_madd_epi16(negative, _mm256_set1_epi16(1));
+                _mm256_storeu_si256(opened.add(at).cast(), negative);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dots_opened_int8<const R: usize, const P: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: &[*const u8; P],
+    ) -> [[[Self; N]; R]; P] {
+        // SAFETY: see the impl; records and blocks are promised by the caller.
+        unsafe {
+            // |w| · (x or -1 - x): pairs are at most 2 · 128 · 128, as negative numbers, and fit.
+            let ones = _mm256_set1_epi16(1);
+            let mut out = [[[Self::zero(); N]; R]; P];
+            for p in 0..P {
+                let mut sums = [[_mm256_setzero_si256(); N]; R];
+                for v in 0..N {
+                    let negative = _mm256_loadu_si256(w[p].add(v * 32).cast());
+                    for r in 0..R {
+                        sums[r][v] = negative;
+                    }
+                }
+                for g in 0..BLOCK / 4 {
+                    let mut sizes = [ones; N];
+                    let mut signs = [ones; N];
+                    for v in 0..N {
+                        let at = w[p].add((2 * g + 1) * OPENED_WORDS + v * 32);
+                        sizes[v] = _mm256_loadu_si256(at.cast());
+                        signs[v] = _mm256_loadu_si256(at.add(OPENED_WORDS).cast());
+                    }
+                    for r in 0..R {
+                        let x = x[r].add(4 * g).cast::<i32>().read_unaligned();
+                        let x = _mm256_set1_epi32(x);
+                        for v in 0..N {
+                            let x = _mm256_xor_si256(x, signs[v]);
+                            let dots = _mm256_madd_epi16(_mm256_maddubs_epi16(sizes[v], x), ones);
+                            sums[r][v] = _mm256_add_epi32(sums[r][v], dots);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    for v in 0..N {
+                        out[p][r][v] = Self(_mm256_cvtepi32_ps(sums[r][v]));
                     }
                 }
             }
