@@ -98,13 +98,17 @@ pub fn sample(logits: &[f32], sampling: &Sampling, position: u64) -> u32 {
 
 /// The token with the largest logit; the smallest id among equals.
 fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = id;
+    // The largest first, in lanes that become vectors, then where it is.
+    let (chunks, rest) = logits.as_chunks::<16>();
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in chunks {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, logit);
         }
     }
-    best as u32
+    let largest = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
+    logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32
 }
 
 #[cfg(test)]
@@ -124,6 +128,15 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_the_largest() {
         assert_eq!(sample(&LOGITS, &Sampling::GREEDY, 9), 1);
+        // Wherever it is, among fewer and more than a whole number of lanes.
+        for len in [1, 2, 15, 16, 17, 33, 100] {
+            for at in 0..len {
+                let mut logits = vec![-2.0; len];
+                logits[at..].fill(-1.0);
+                assert_eq!(sample(&logits, &Sampling::GREEDY, 9), at as u32, "{at} of {len}");
+            }
+        }
+        assert_eq!(sample(&[-1.0, -0.0, 0.0], &Sampling::GREEDY, 9), 1, "zeros are equal");
     }
 
     #[test]

@@ -19,8 +19,9 @@ use crate::{
     simd::vectorised,
 };
 
-/// Fewer values than this are not worth a second thread.
-const INLINE_VALUES: usize = 1 << 12;
+/// Fewer values than this are not worth a second thread. A key's values lie in as many cache lines,
+/// so that it is not many.
+const INLINE_VALUES: usize = 1 << 9;
 
 /// Pages of keys and values for all layers and sequences. A page's memory is taken when it is
 /// first written, and kept.

@@ -214,7 +214,14 @@ impl Plan {
                 true => PANELS_FEW_ROWS_BLOCKS,
                 false => PANELS_FEW_ROWS,
             };
-            (panels * together / (4 * cpu.pool().threads())).clamp(1, most)
+            let threads = cpu.pool().threads();
+            let wished = (panels * together / (4 * threads)).clamp(1, most);
+            // As many tasks for each thread, so that none waits for the last.
+            let mut tasks = panels.div_ceil(wished).max(1);
+            while !(tasks * together).is_multiple_of(threads) {
+                tasks += 1;
+            }
+            panels.div_ceil(tasks).max(1)
         };
         let tile_rows = m.div_ceil(tiling.count().max(1)).max(1);
         Self {
