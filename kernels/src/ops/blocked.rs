@@ -138,9 +138,13 @@ trait Format {
     }
 
     /// Where the words of output `lane` and those after it begin in a block.
+    ///
+    /// # Safety
+    /// The block is readable.
     #[inline(always)]
-    fn words(block: *const u8, lane: usize) -> *const u8 {
-        block.wrapping_add(SCALE_BYTES + lane * 4)
+    unsafe fn words(block: *const u8, lane: usize) -> *const u8 {
+        // SAFETY: promised by the caller.
+        unsafe { block.add(SCALE_BYTES + lane * 4) }
     }
 
     /// # Safety
@@ -220,8 +224,9 @@ impl Format for OpenedInt8 {
     }
 
     #[inline(always)]
-    fn words(block: *const u8, _lane: usize) -> *const u8 {
-        block.wrapping_add(OPENED_OUTPUTS * 4)
+    unsafe fn words(block: *const u8, _lane: usize) -> *const u8 {
+        // SAFETY: promised by the caller.
+        unsafe { block.add(OPENED_OUTPUTS * 4) }
     }
 }
 
@@ -447,14 +452,16 @@ impl BlockedProduct<'_> {
                 };
             }
             for item in 0..items {
+                // `opens` is asked, too, because it is known when this is compiled.
                 let (t, part) = match opened {
                     // All tiles of a strip, whose weights are then near.
-                    Some(_) => (item % tiles.len(), item / tiles.len()),
+                    Some(_) if opens => (item % tiles.len(), item / tiles.len()),
                     // All strips of a tile, whose records are then near.
-                    None => (item / strips, item % strips),
+                    _ => (item / strips, item % strips),
                 };
-                if let Some(room) = &mut opened
+                if opens
                     && t == 0
+                    && let Some(room) = &mut opened
                 {
                     // SAFETY: the blocks are in the panel, and there is room for two leaves.
                     unsafe { F::open::<V>(w[0], part * strip, room.as_mut_ptr().cast(), len) };
