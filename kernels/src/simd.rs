@@ -169,8 +169,9 @@ pub(crate) fn prefetch(at: *const u8) {
 
 /// Outputs of a strip that is opened.
 pub(crate) const OPENED_OUTPUTS: usize = PANEL / 2;
-/// Bytes of a block of int8 after [`Vector::open_int8`]: the scales as they were; a word for each
-/// output of the strip; and for each row of words their magnitudes, then their signs.
+/// Bytes of a block of int8 after [`Vector::open_int8`]. For each output of the strip its scale
+/// (f32), then for each Σ |w| over w < 0 (i32), then for each row of words the magnitudes of all
+/// and their signs (all bits set where w < 0).
 pub(crate) const OPENED_INT8_BYTES: usize = 2 * OPENED_OUTPUTS * 4 + 2 * BLOCK * OPENED_OUTPUTS;
 
 /// Work that is compiled once per instruction set. Everything that `run` calls must be

@@ -104,19 +104,17 @@ struct Streams<'a> {
 
 /// A format of blocks.
 trait Format {
-    /// Bytes of a block of a panel, as it is stored.
-    const STORED_BYTES: usize;
-    /// The same, as it is read: see `Opened`.
-    const BYTES: usize = Self::STORED_BYTES;
-    /// What blocks are turned into where many tiles read them.
+    /// Bytes of a block: of a panel, or of a strip that was opened.
+    const BYTES: usize;
+    /// What blocks are opened to where many tiles read them.
     type Opened: Format;
 
-    /// Whether V gains by turning blocks that many tiles read.
+    /// Whether V gains by opening blocks that many tiles read.
     fn opens<V: Vector>() -> bool {
         false
     }
 
-    /// Turns a strip of `blocks` blocks, which begins with output `lane`.
+    /// Opens a strip of `blocks` blocks, which begins with output `lane`.
     ///
     /// # Safety
     /// They are readable, and as many of `Opened` are writable.
@@ -157,11 +155,11 @@ trait Format {
 
 struct Int8;
 struct Int4;
-/// Int8 as [`Vector::open_int8`] turns it.
+/// Int8 after [`Vector::open_int8`].
 struct OpenedInt8;
 
 impl Format for Int8 {
-    const STORED_BYTES: usize = INT8_BYTES;
+    const BYTES: usize = INT8_BYTES;
     type Opened = OpenedInt8;
 
     #[inline(always)]
@@ -190,7 +188,7 @@ impl Format for Int8 {
 }
 
 impl Format for Int4 {
-    const STORED_BYTES: usize = INT4_BYTES;
+    const BYTES: usize = INT4_BYTES;
     type Opened = Int4;
 
     #[inline(always)]
@@ -204,7 +202,6 @@ impl Format for Int4 {
 }
 
 impl Format for OpenedInt8 {
-    const STORED_BYTES: usize = INT8_BYTES;
     const BYTES: usize = OPENED_INT8_BYTES;
     type Opened = Self;
 
@@ -249,7 +246,7 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize, const N: us
     unsafe {
         let mut acc = [[[V::zero(); N]; R]; P];
         for _ in 0..blocks {
-            ahead.block::<F>();
+            ahead.block();
             let mut words = *w;
             for p in 0..P {
                 words[p] = F::words(w[p], lane);
@@ -319,28 +316,30 @@ struct Ahead<const P: usize> {
     at: [*const u8; P],
     /// Lines of each block.
     lines: usize,
+    /// Bytes from one block to the next.
+    step: usize,
 }
 
 impl<const P: usize> Ahead<P> {
     /// One of `items` shares of the leaves that begin at `at`, of whose blocks `lines` lines are
     /// asked for.
     #[inline(always)]
-    fn share(mut at: [*const u8; P], lines: usize, item: usize, items: usize) -> Self {
+    fn share<F: Format>(mut at: [*const u8; P], lines: usize, item: usize, items: usize) -> Self {
         let each = lines.div_ceil(items);
         let from = (item * each).min(lines);
         for at in &mut at {
             *at = at.wrapping_add(from * 64);
         }
-        Self { at, lines: each.min(lines - from) }
+        Self { at, lines: each.min(lines - from), step: F::BYTES }
     }
 
     #[inline(always)]
-    fn block<F: Format>(&mut self) {
+    fn block(&mut self) {
         for at in &mut self.at {
             for line in 0..self.lines {
                 prefetch(at.wrapping_add(line * 64));
             }
-            *at = at.wrapping_add(F::STORED_BYTES);
+            *at = at.wrapping_add(self.step);
         }
     }
 }
@@ -421,17 +420,13 @@ impl BlockedProduct<'_> {
         assert!(levels(w.k()) * level_len <= stack.len(), "the stack holds every level");
         assert!(x.row_words == blocks * RECORD_WORDS, "records are of k values");
         let last = panel + (P - 1) * apart;
-        assert!(
-            (last + 1) * blocks * F::STORED_BYTES <= w.data().len(),
-            "panels are in the matrix"
-        );
+        assert!((last + 1) * blocks * F::BYTES <= w.data().len(), "panels are in the matrix");
         let stack = stack.as_mut_ptr();
         let count = blocks.div_ceil(PAIR_BLOCKS).max(1);
         let items = tiles.len() * strips;
         let mut base = [std::ptr::null(); P];
         for p in 0..P {
-            base[p] =
-                w.data().as_ptr().wrapping_add((panel + p * apart) * blocks * F::STORED_BYTES);
+            base[p] = w.data().as_ptr().wrapping_add((panel + p * apart) * blocks * F::BYTES);
         }
         let opens = P == 1 && strip == OPENED_OUTPUTS && F::opens::<V>();
         let mut opened = (opens && tiles.len() >= OPEN_TILES)
@@ -442,13 +437,13 @@ impl BlockedProduct<'_> {
             let at = LeafAt { index, count };
             let mut w = base;
             for p in 0..P {
-                w[p] = base[p].wrapping_add(from * F::STORED_BYTES);
+                w[p] = base[p].wrapping_add(from * F::BYTES);
             }
             let mut coming = w;
             for p in 0..P {
                 coming[p] = match next {
                     Some(next) if index + 1 == count => next.start(p, P),
-                    _ => w[p].wrapping_add(len * F::STORED_BYTES),
+                    _ => w[p].wrapping_add(len * F::BYTES),
                 };
             }
             for item in 0..items {
@@ -471,8 +466,8 @@ impl BlockedProduct<'_> {
                 let r = tiling.first(tiles.start + t + 1) - row;
                 // Four streams of eight lanes keep memory busy by themselves, and asking would only
                 // be in their way (measured on Zen 3).
-                let lines = if P == 4 && V::LANES == 8 { 0 } else { F::STORED_BYTES / 64 };
-                let ahead = Ahead::share(coming, lines, item, items);
+                let lines = if P == 4 && V::LANES == 8 { 0 } else { F::BYTES / 64 };
+                let ahead = Ahead::share::<F>(coming, lines, item, items);
                 macro_rules! sizes {
                     ($($size:literal)*) => {
                         match r {
