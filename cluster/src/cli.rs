@@ -147,7 +147,7 @@ pub struct ImportArgs {
     pub hf_dir: PathBuf,
     /// Folder to write: new or empty.
     pub out_dir: PathBuf,
-    /// Weight format: f32, bf16, int8 or int4 [default: the folder's own].
+    /// Weight format: f32, bf16, int8, int6 or int4 [default: the folder's own].
     #[arg(long)]
     pub dtype: Option<lite_llm_kernels::dtype::DType>,
     /// Cut the experts into tiers, for experiments: NAME:GROUPSxEXPERTS,… in order.

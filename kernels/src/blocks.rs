@@ -1,17 +1,20 @@
-//! Integers in blocks that share a scale: weights in `int8` and `int4`, and the activations that
-//! meet them.
+//! Integers in blocks that share a scale: weights in `int8`, `int6` and `int4`, and the activations
+//! that meet them.
 //!
 //! **Weights.** 32 consecutive k of one output make a block: value = scale · q, exactly, with the
 //! scale in bf16 (so that no weight that bf16 can hold is out of range).
 //! - int8: q in −127..=127, scale = largest magnitude / 127, rounded up to bf16;
-//! - int4: q in −8..=7; of [`INT4_CANDIDATES`] scales on each side of zero, around largest / 8, the
-//!   one with the least squared error in units of the largest weight, the first among equals. The scale may be negative, so that the largest weight
-//!   can take −8 (as in llama.cpp's Q4_0).
+//! - int6: q in −32..=31, and int4: q in −8..=7; of several scales on each side of zero, around
+//!   largest / 32 or largest / 8 (see [`Search`]), the one with the least squared error in units of
+//!   the largest weight, the first among equals. The scale may be negative, so that the largest
+//!   weight can take the lowest q (as in llama.cpp's Q4_0).
 //!
 //! **A block of a panel**, as it lies in memory and on disk: first the scales of the panel's 32
 //! outputs as 16 words, output i in the low half of word i and output i + 16 in the high half;
 //! then words of one output each, 32 words side by side:
 //! - int8, 8 rows of words: byte j of row g is q + 128 of k = 4g + j. 1088 bytes in all;
+//! - int6, 6 rows of words: byte j of row 3h + r holds q + 32 of k = 16h + 4r + j in its low six
+//!   bits and, above them, bits 2r and 2r + 1 of that of k = 16h + 12 + j. 832 bytes in all;
 //! - int4, 4 rows of words: byte j of row g holds q + 8 of k = 8g + j in its low half and of
 //!   k = 8g + 4 + j in its high half. 576 bytes in all.
 //!
@@ -35,8 +38,22 @@ pub const BLOCK: usize = 32;
 /// Words of 4 bytes that the activations of one block take.
 pub const RECORD_WORDS: usize = BLOCK / 4 + 2;
 
-/// Scales that are tried for a block of int4.
-pub const INT4_CANDIDATES: usize = 17;
+/// Scales that are tried for a block.
+struct Search {
+    /// The lowest q, as a positive number.
+    half: f32,
+    /// How many steps the largest weight has with the first scale.
+    most: f32,
+    /// How many fewer it has with the next.
+    fewer: f32,
+    /// Scales on each side of zero.
+    scales: usize,
+}
+
+/// The largest weight becomes ±32.5 to ±30.5, cut off at −32 and 31.
+const INT6: Search = Search { half: 32.0, most: 32.5, fewer: 0.25, scales: 9 };
+/// The largest weight becomes ±9 to ±6.6, cut off at −8 and 7.
+const INT4: Search = Search { half: 8.0, most: 9.0, fewer: 0.15, scales: 17 };
 
 /// Below this magnitude a block counts as zeros: 2⁻¹⁰⁰.
 const NOTHING: f32 = f32::from_bits(27 << 23);
@@ -45,6 +62,8 @@ const NOTHING: f32 = f32::from_bits(27 << 23);
 pub(crate) const SCALE_BYTES: usize = PANEL * 2;
 /// Bytes of a block of a panel in int8.
 pub const INT8_BYTES: usize = SCALE_BYTES + BLOCK * PANEL;
+/// Bytes of a block of a panel in int6.
+pub const INT6_BYTES: usize = SCALE_BYTES + BLOCK * PANEL * 3 / 4;
 /// Bytes of a block of a panel in int4.
 pub const INT4_BYTES: usize = SCALE_BYTES + BLOCK * PANEL / 2;
 
@@ -93,16 +112,16 @@ vectorised! {
 }
 
 vectorised! {
-    /// One block of int4: its scale and integers.
-    fn quantise_int4(x: &[f32; BLOCK]) -> (f32, [i8; BLOCK]) {
+    /// One block of int6 or int4: its scale and integers.
+    fn quantise_searched(x: &[f32; BLOCK], search: &Search) -> (f32, [i8; BLOCK]) {
+        let &Search { half, most, fewer, scales } = search;
         let largest = match largest_magnitude(x) {
             Ok(largest) => largest,
             Err(scale) => return (scale, [0; BLOCK]),
         };
         let mut best = (f32::INFINITY, 0.0);
-        for i in 0..INT4_CANDIDATES {
-            // The largest weight becomes ±9 to ±6.6, cut off at -8 and 7.
-            let steps = 9.0 - 0.15 * i as f32;
+        for i in 0..scales {
+            let steps = most - fewer * i as f32;
             let per_step = 1.0 / steps;
             for sign in [-1.0f32, 1.0] {
                 let scale = bf16_nearest(sign * largest / steps);
@@ -112,7 +131,7 @@ vectorised! {
                 for group in 0..BLOCK / 8 {
                     for (lane, error) in errors.iter_mut().enumerate() {
                         let exact = x[group * 8 + lane] * inverse;
-                        let rounded = (exact.clamp(-8.0, 7.0) + MAGIC) - MAGIC;
+                        let rounded = (exact.clamp(-half, half - 1.0) + MAGIC) - MAGIC;
                         let off = (exact - rounded) * per_step;
                         *error += off * off;
                     }
@@ -126,7 +145,7 @@ vectorised! {
         let inverse = 1.0 / best.1;
         let mut q = [0; BLOCK];
         for (q, x) in q.iter_mut().zip(x) {
-            *q = nearest((x * inverse).clamp(-8.0, 7.0)) as i8;
+            *q = nearest((x * inverse).clamp(-half, half - 1.0)) as i8;
         }
         (best.1, q)
     }
@@ -158,16 +177,32 @@ pub(crate) fn pack_int8(x: &[f32; BLOCK], lane: usize, block: &mut [u8]) {
     let (scale, q) = quantise_int8(Simd::best(), x);
     set_scale(block, lane, scale);
     for (k, q) in q.into_iter().enumerate() {
-        block[SCALE_BYTES + (k / 4 * PANEL + lane) * 4 + k % 4] = (q as u8) ^ 0x80;
+        block[byte_at(k / 4, lane, k % 4)] = (q as u8) ^ 0x80;
+    }
+}
+
+/// Where byte j of a row of words lies in a block.
+fn byte_at(row: usize, lane: usize, j: usize) -> usize {
+    SCALE_BYTES + (row * PANEL + lane) * 4 + j
+}
+
+/// Writes one block of one output in int6.
+pub(crate) fn pack_int6(x: &[f32; BLOCK], lane: usize, block: &mut [u8]) {
+    let (scale, q) = quantise_searched(Simd::best(), x, &INT6);
+    set_scale(block, lane, scale);
+    let q = q.map(|q| (q + 32) as u8);
+    for k in (0..BLOCK).filter(|k| k % 16 < 12) {
+        let spread = q[k / 16 * 16 + 12 + k % 4] >> (k % 16 / 4 * 2);
+        block[byte_at(k / 16 * 3 + k % 16 / 4, lane, k % 4)] = q[k] | spread << 6;
     }
 }
 
 /// Writes one block of one output in int4.
 pub(crate) fn pack_int4(x: &[f32; BLOCK], lane: usize, block: &mut [u8]) {
-    let (scale, q) = quantise_int4(Simd::best(), x);
+    let (scale, q) = quantise_searched(Simd::best(), x, &INT4);
     set_scale(block, lane, scale);
     for (k, q) in q.into_iter().enumerate() {
-        let at = SCALE_BYTES + (k / 8 * PANEL + lane) * 4 + k % 4;
+        let at = byte_at(k / 8, lane, k % 4);
         let nibble = (q + 8) as u8;
         // The low half comes first and overwrites what was there.
         block[at] = if k % 8 < 4 { nibble } else { block[at] | nibble << 4 };
@@ -176,13 +211,23 @@ pub(crate) fn pack_int4(x: &[f32; BLOCK], lane: usize, block: &mut [u8]) {
 
 /// The weight of k within a block of int8.
 pub(crate) fn get_int8(block: &[u8], lane: usize, k: usize) -> f32 {
-    let q = (block[SCALE_BYTES + (k / 4 * PANEL + lane) * 4 + k % 4] ^ 0x80).cast_signed();
+    let q = (block[byte_at(k / 4, lane, k % 4)] ^ 0x80).cast_signed();
     scale(block, lane) * f32::from(q)
+}
+
+/// The weight of k within a block of int6.
+pub(crate) fn get_int6(block: &[u8], lane: usize, k: usize) -> f32 {
+    let row = |r: usize| block[byte_at(k / 16 * 3 + r, lane, k % 4)];
+    let q = match k % 16 / 4 {
+        3 => row(0) >> 6 | row(1) >> 6 << 2 | row(2) >> 6 << 4,
+        r => row(r) & 63,
+    };
+    scale(block, lane) * (f32::from(q) - 32.0)
 }
 
 /// The weight of k within a block of int4.
 pub(crate) fn get_int4(block: &[u8], lane: usize, k: usize) -> f32 {
-    let byte = block[SCALE_BYTES + (k / 8 * PANEL + lane) * 4 + k % 4];
+    let byte = block[byte_at(k / 8, lane, k % 4)];
     let nibble = if k % 8 < 4 { byte & 15 } else { byte >> 4 };
     scale(block, lane) * (f32::from(nibble) - 8.0)
 }

@@ -14,25 +14,27 @@ pub enum DType {
     Bf16,
     /// Blocks of 32 weights of 8 bits with one bf16 scale: 8.5 bits a weight.
     Int8,
+    /// Blocks of 32 weights of 6 bits with one bf16 scale: 6.5 bits a weight.
+    Int6,
     /// Blocks of 32 weights of 4 bits with one bf16 scale: 4.5 bits a weight.
     Int4,
 }
 
 /// A name that is no number format.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no weight format; expected f32, bf16, int8 or int4")]
+#[error("{0:?} is no weight format; expected f32, bf16, int8, int6 or int4")]
 pub struct UnknownDType(String);
 
 impl DType {
     /// Every format, widest first.
-    pub const ALL: [DType; 4] = [DType::F32, DType::Bf16, DType::Int8, DType::Int4];
+    pub const ALL: [DType; 5] = [DType::F32, DType::Bf16, DType::Int8, DType::Int6, DType::Int4];
 
     /// Bytes of one weight; `None` where weights are stored in blocks.
     pub fn bytes(self) -> Option<usize> {
         match self {
             DType::F32 => Some(4),
             DType::Bf16 => Some(2),
-            DType::Int8 | DType::Int4 => None,
+            DType::Int8 | DType::Int6 | DType::Int4 => None,
         }
     }
 
@@ -42,13 +44,14 @@ impl DType {
             DType::F32 => 32.0,
             DType::Bf16 => 16.0,
             DType::Int8 => 8.5,
+            DType::Int6 => 6.5,
             DType::Int4 => 4.5,
         }
     }
 
     /// Whether weights are integers in blocks that share a scale.
     pub fn is_quantised(self) -> bool {
-        matches!(self, DType::Int8 | DType::Int4)
+        matches!(self, DType::Int8 | DType::Int6 | DType::Int4)
     }
 
     /// Name in files and on the command line.
@@ -57,6 +60,7 @@ impl DType {
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
             DType::Int8 => "int8",
+            DType::Int6 => "int6",
             DType::Int4 => "int4",
         }
     }

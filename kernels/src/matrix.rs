@@ -5,7 +5,7 @@
 //! - f32: `[panel][k][32]`;
 //! - bf16: `[panel][k / 2][32][2]`, two consecutive k of one output in one 32-bit word, the even
 //!   k in the low half; an odd K is filled with one zero row;
-//! - int8, int4: `[panel][k / 32]` blocks, each with its scales: see [`crate::blocks`].
+//! - int8, int6, int4: `[panel][k / 32]` blocks, each with its scales: see [`crate::blocks`].
 //!
 //! Invariant: packing never changes a value except by rounding to the stored format
 //! (nearest, ties to even; for blocks as [`crate::blocks`] says).
@@ -13,7 +13,7 @@
 use half::{bf16, f16};
 
 use crate::{
-    blocks::{self, BLOCK, INT4_BYTES, INT8_BYTES},
+    blocks::{self, BLOCK, INT4_BYTES, INT6_BYTES, INT8_BYTES},
     buffer::{AlignedBytes, Buffer},
     dtype::DType,
 };
@@ -64,6 +64,7 @@ impl PackedMatrix {
             DType::F32 => k.checked_mul(PANEL * 4),
             DType::Bf16 => k.checked_next_multiple_of(2)?.checked_mul(PANEL * 2),
             DType::Int8 => k.div_ceil(BLOCK).checked_mul(INT8_BYTES),
+            DType::Int6 => k.div_ceil(BLOCK).checked_mul(INT6_BYTES),
             DType::Int4 => k.div_ceil(BLOCK).checked_mul(INT4_BYTES),
         }
     }
@@ -135,6 +136,7 @@ impl PackedMatrix {
                 f32::from_bits(if i.is_multiple_of(2) { word << 16 } else { word & 0xffff_0000 })
             }
             DType::Int8 => blocks::get_int8(self.block(p, i, INT8_BYTES), lane, i % BLOCK),
+            DType::Int6 => blocks::get_int6(self.block(p, i, INT6_BYTES), lane, i % BLOCK),
             DType::Int4 => blocks::get_int4(self.block(p, i, INT4_BYTES), lane, i % BLOCK),
         }
     }
@@ -211,6 +213,9 @@ fn pack_values<T: Copy>(
                 }
                 DType::Int8 => each_block(row, &to_f32, panel, INT8_BYTES, |x, block| {
                     blocks::pack_int8(x, lane, block);
+                }),
+                DType::Int6 => each_block(row, &to_f32, panel, INT6_BYTES, |x, block| {
+                    blocks::pack_int6(x, lane, block);
                 }),
                 DType::Int4 => each_block(row, &to_f32, panel, INT4_BYTES, |x, block| {
                     blocks::pack_int4(x, lane, block);

@@ -240,7 +240,17 @@ pub(crate) trait Vector: Copy {
         unreachable!("nothing is gained by it")
     }
 
-    /// The same of int4.
+    /// As [`Vector::dots_int8`], of int6.
+    #[inline(always)]
+    unsafe fn dots_int6<const R: usize, const P: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: &[*const u8; P],
+    ) -> [[[Self; N]; R]; P] {
+        // SAFETY: promised by the caller.
+        unsafe { plain_dots::<Self, R, P, N>(x, w, int6_of) }
+    }
+
+    /// As [`Vector::dots_int8`], of int4.
     #[inline(always)]
     unsafe fn dots_int4<const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
@@ -256,6 +266,17 @@ pub(crate) trait Vector: Copy {
 unsafe fn int8_of(w: *const u8, k: usize) -> i32 {
     // SAFETY: the caller promises a block.
     i32::from(unsafe { *w.add(k / 4 * PANEL * 4 + k % 4) }) - 128
+}
+
+/// The same in int6.
+#[inline(always)]
+unsafe fn int6_of(w: *const u8, k: usize) -> i32 {
+    // SAFETY: the caller promises a block.
+    let row = |r: usize| i32::from(unsafe { *w.add((k / 16 * 3 + r) * PANEL * 4 + k % 4) });
+    match k % 16 / 4 {
+        3 => (row(0) >> 6 | row(1) >> 6 << 2 | row(2) >> 6 << 4) - 32,
+        r => (row(r) & 63) - 32,
+    }
 }
 
 /// The same in int4.

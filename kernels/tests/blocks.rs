@@ -20,7 +20,7 @@ use proptest::prelude::*;
 mod numbers;
 use numbers::{Numbers, assert_same, cpus, tree};
 
-const FORMATS: [DType; 2] = [DType::Int8, DType::Int4];
+const FORMATS: [DType; 3] = [DType::Int8, DType::Int6, DType::Int4];
 
 /// The activations of a block: scale and integers, from the rule alone.
 fn activations(x: &[f32]) -> (f32, Vec<i32>) {
@@ -43,8 +43,12 @@ struct Stored {
 
 /// Scales and integers as the documented layout has them.
 fn stored(w: &PackedMatrix, j: usize) -> Stored {
-    let (int8, k) = (w.dtype() == DType::Int8, w.k());
-    let bytes = if int8 { 64 + 1024 } else { 64 + 512 };
+    let (dtype, k) = (w.dtype(), w.k());
+    let bytes = match dtype {
+        DType::Int8 => 64 + 1024,
+        DType::Int6 => 64 + 768,
+        _ => 64 + 512,
+    };
     let (panel, lane) = (j / 32, j % 32);
     let mut all = Stored { scales: vec![], q: vec![] };
     for b in 0..k.div_ceil(BLOCK) {
@@ -53,11 +57,16 @@ fn stored(w: &PackedMatrix, j: usize) -> Stored {
         let bits = u32::from(block[at]) | u32::from(block[at + 1]) << 8;
         all.scales.push(f32::from_bits(bits << 16));
         for i in 0..BLOCK.min(k - b * BLOCK) {
-            all.q.push(if int8 {
-                i32::from(block[64 + (i / 4 * 32 + lane) * 4 + i % 4]) - 128
-            } else {
-                let byte = block[64 + (i / 8 * 32 + lane) * 4 + i % 4];
-                i32::from(if i % 8 < 4 { byte & 15 } else { byte >> 4 }) - 8
+            let byte = |row: usize| i32::from(block[64 + (row * 32 + lane) * 4 + i % 4]);
+            let nibble = if i % 8 < 4 { byte(i / 8) & 15 } else { byte(i / 8) >> 4 };
+            all.q.push(match dtype {
+                DType::Int8 => byte(i / 4) - 128,
+                DType::Int6 if i % 16 < 12 => byte(i / 16 * 3 + i % 16 / 4) % 64 - 32,
+                DType::Int6 => {
+                    let row = |r: usize| byte(i / 16 * 3 + r) / 64;
+                    row(0) + 4 * row(1) + 16 * row(2) - 32
+                }
+                _ => nibble - 8,
             });
         }
     }
@@ -180,13 +189,17 @@ proptest! {
     #[test]
     fn a_block_keeps_its_weights_to_half_a_step(w in prop::collection::vec(-9.0f32..9.0, BLOCK)) {
         let largest = w.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        for (dtype, steps) in [(DType::Int8, 127.0), (DType::Int4, 6.5)] {
+        // int6 and int4 may cut their largest weight off: at 31 or 32 of up to 32.5 steps, at 7 or 8
+        // of up to 9.
+        for (dtype, limit) in [
+            (DType::Int8, 0.505 / 127.0),
+            (DType::Int6, 1.51 / 32.5),
+            (DType::Int4, 2.1 / 9.0),
+        ] {
             let packed = PackedMatrix::pack(dtype, 1, BLOCK, Source::F32(&w));
             for (i, &v) in w.iter().enumerate() {
                 let off = (packed.get(0, i) - v).abs();
-                // int4 may cut its largest weight off at 7 or 8 of up to 9 steps.
-                let limit = if dtype == DType::Int4 { 2.1 * largest / 9.0 } else { 0.505 * largest / steps };
-                prop_assert!(off <= limit, "{dtype}: {v} became {} of {largest}", packed.get(0, i));
+                prop_assert!(off <= limit * largest, "{dtype}: {v} became {} of {largest}", packed.get(0, i));
             }
         }
     }
@@ -251,7 +264,9 @@ fn several_products_at_once_are_what_they_are_alone() {
     let mut numbers = Numbers(7);
     let x = numbers.fill(m * k);
     let bias = numbers.fill(70);
-    for (a, b) in [(DType::Int8, DType::Int4), (DType::F32, DType::Bf16)] {
+    for (a, b) in
+        [(DType::Int6, DType::Int4), (DType::Int4, DType::Int8), (DType::F32, DType::Bf16)]
+    {
         let big = PackedMatrix::pack(a, 70, k, Source::F32(&numbers.fill(70 * k)));
         let small = PackedMatrix::pack(b, 3, k, Source::F32(&numbers.fill(3 * k)));
         for cpu in cpus() {

@@ -164,7 +164,7 @@ fn flip_bytes(out: &Path) {
 
 #[test]
 fn damaged_weights_are_never_handed_out() {
-    for dtype in [DType::F32, DType::Int8, DType::Int4] {
+    for dtype in [DType::F32, DType::Int8, DType::Int6, DType::Int4] {
         let (_dir, out) = checkpoint_in(dtype);
         damage_weights(&out);
     }

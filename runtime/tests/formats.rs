@@ -16,7 +16,7 @@ use lite_llm_runtime::{
 };
 use tempfile::tempdir;
 
-const BLOCKS: [DType; 2] = [DType::Int8, DType::Int4];
+const BLOCKS: [DType; 3] = [DType::Int8, DType::Int6, DType::Int4];
 
 fn try_import_as(source: &Path, out: &Path, dtype: DType) -> Result<Summary, ImportError> {
     let options = ImportOptions { dtype: Some(dtype), ..hf::options(source, out) };
@@ -49,7 +49,8 @@ fn weights_are_in_blocks_and_the_rest_is_not() {
         };
         dense("embed", DType::Bf16, "model.embed_tokens.weight");
         if !config.tied_embeddings {
-            dense("head", DType::Int8, "lm_head.weight");
+            let head = if dtype == DType::Int4 { DType::Int6 } else { dtype };
+            dense("head", head, "lm_head.weight");
         }
         assert_eq!(checkpoint.dense_vector("norm").unwrap(), source["model.norm.weight"].values());
         let (block, names) = match config.architecture.as_str() {
@@ -96,7 +97,7 @@ fn converting_a_checkpoint_gives_what_importing_its_source_gives() {
     for name in IMPORTED {
         let Some((dir, out)) = lossless(name) else { return };
         let at = |name: &str| out.path().join(name);
-        for dtype in [DType::Bf16, DType::Int8, DType::Int4] {
+        for dtype in [DType::Bf16, DType::Int8, DType::Int6, DType::Int4] {
             if Checkpoint::open(at("lossless")).unwrap().dtype() == dtype {
                 continue;
             }

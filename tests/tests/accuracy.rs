@@ -33,11 +33,11 @@ async fn perplexity(dtype: Option<DType>, text: &str) -> f64 {
 }
 
 #[tokio::test]
-async fn the_demo_model_predicts_nearly_as_well_in_int8_and_int4() {
+async fn the_demo_model_predicts_nearly_as_well_in_blocks() {
     let Some(path) = shared("models/manpages-moe/heldout.txt") else { return };
     let text = std::fs::read_to_string(path).expect("the held-out text can be read");
     let full = perplexity(None, &text).await;
-    for (dtype, limit) in [(DType::Int8, 0.003), (DType::Int4, 0.03)] {
+    for (dtype, limit) in [(DType::Int8, 0.003), (DType::Int6, 0.006), (DType::Int4, 0.03)] {
         let found = perplexity(Some(dtype), &text).await;
         let cost = found / full - 1.0;
         println!("{dtype}: {found:.4}, {:+.3} % of {full:.4}", 100.0 * cost);

@@ -140,8 +140,9 @@ async fn with_any_format_of_the_cache_which_alone_changes_them() {
 }
 
 /// Hashes of the demo model's logits with weights in blocks.
-const DEMO_LOGITS_IN_BLOCKS: [(DType, &str); 2] = [
+const DEMO_LOGITS_IN_BLOCKS: [(DType, &str); 3] = [
     (DType::Int8, "c29ad13dffa3f768b2ba73ebf6e2a009ea1f3847968046e61decbc713065d266"),
+    (DType::Int6, "08921ae247b87f8939fe3a0280f1ad009c11a3fd57df455a52741bfa358de585"),
     (DType::Int4, "378e793cf1ef3826127d6f47d383a018b72dbc42eee64e9870026a31188a5ac5"),
 ];
 

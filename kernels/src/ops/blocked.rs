@@ -16,7 +16,7 @@
 use std::ops::Range;
 
 use crate::{
-    blocks::{BLOCK, INT4_BYTES, INT8_BYTES, RECORD_WORDS, SCALE_BYTES},
+    blocks::{BLOCK, INT4_BYTES, INT6_BYTES, INT8_BYTES, RECORD_WORDS, SCALE_BYTES},
     dtype::DType,
     matrix::{PANEL, PackedMatrix},
     ops::tile::{LEAF, LeafAt, Sink, finish, levels},
@@ -154,6 +154,7 @@ trait Format {
 }
 
 struct Int8;
+struct Int6;
 struct Int4;
 /// Int8 after [`Vector::open_int8`].
 struct OpenedInt8;
@@ -187,9 +188,23 @@ impl Format for Int8 {
     }
 }
 
+impl Format for Int6 {
+    const BYTES: usize = INT6_BYTES;
+    type Opened = Self;
+
+    #[inline(always)]
+    unsafe fn dots<V: Vector, const R: usize, const P: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: &[*const u8; P],
+    ) -> [[[V; N]; R]; P] {
+        // SAFETY: promised by the caller.
+        unsafe { V::dots_int6::<R, P, N>(x, w) }
+    }
+}
+
 impl Format for Int4 {
     const BYTES: usize = INT4_BYTES;
-    type Opened = Int4;
+    type Opened = Self;
 
     #[inline(always)]
     unsafe fn dots<V: Vector, const R: usize, const P: usize, const N: usize>(
@@ -353,6 +368,7 @@ impl Kernel for BlockedProduct<'_> {
         unsafe {
             match self.w.dtype() {
                 DType::Int8 => self.run_format::<V, Int8>(),
+                DType::Int6 => self.run_format::<V, Int6>(),
                 DType::Int4 => self.run_format::<V, Int4>(),
                 other => unreachable!("{other} is not stored in blocks"),
             }

@@ -50,6 +50,61 @@ pub(crate) unsafe fn run_avx512_vnni<K: Kernel>(kernel: K) -> K::Output {
     unsafe { kernel.run::<F32x16>() }
 }
 
+/// The weights, plus 32, of four groups of 4 k in int6, from k = 16h on: of a vector of outputs
+/// whose words begin at `w`.
+///
+/// # Safety
+/// The machine has AVX2; the block is readable.
+#[inline(always)]
+unsafe fn int6_words_256(w: *const u8, h: usize) -> [__m256i; 4] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        macro_rules! row {
+            ($r:expr) => {
+                _mm256_loadu_si256(w.add((3 * h + $r) * WORDS).cast())
+            };
+        }
+        macro_rules! keep {
+            ($bits:expr, $mask:expr) => {
+                _mm256_and_si256($bits, _mm256_set1_epi8($mask))
+            };
+        }
+        let (a, b, c) = (row!(0), row!(1), row!(2));
+        let low = keep!(_mm256_srli_epi16::<6>(a), 3);
+        let middle = keep!(_mm256_srli_epi16::<4>(b), 12);
+        let high = keep!(_mm256_srli_epi16::<2>(c), 48);
+        let d = _mm256_or_si256(_mm256_or_si256(low, middle), high);
+        [keep!(a, 63), keep!(b, 63), keep!(c, 63), d]
+    }
+}
+
+/// The same of a wider vector.
+///
+/// # Safety
+/// The machine has AVX-512 F and BW; the block is readable.
+#[inline(always)]
+unsafe fn int6_words_512(w: *const u8, h: usize) -> [__m512i; 4] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        macro_rules! row {
+            ($r:expr) => {
+                _mm512_loadu_si512(w.add((3 * h + $r) * WORDS).cast())
+            };
+        }
+        macro_rules! keep {
+            ($bits:expr, $mask:expr) => {
+                _mm512_and_si512($bits, _mm512_set1_epi8($mask))
+            };
+        }
+        let (a, b, c) = (row!(0), row!(1), row!(2));
+        let low = keep!(_mm512_srli_epi16::<6>(a), 3);
+        let middle = keep!(_mm512_srli_epi16::<4>(b), 12);
+        let high = keep!(_mm512_srli_epi16::<2>(c), 48);
+        let d = _mm512_or_si512(_mm512_or_si512(low, middle), high);
+        [keep!(a, 63), keep!(b, 63), keep!(c, 63), d]
+    }
+}
+
 #[derive(Clone, Copy)]
 pub(crate) struct F32x8(__m256);
 
@@ -262,6 +317,47 @@ impl Vector for F32x8 {
     }
 
     #[inline(always)]
+    unsafe fn dots_int6<const R: usize, const P: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: &[*const u8; P],
+    ) -> [[[Self; N]; R]; P] {
+        // SAFETY: see the impl; records and blocks are promised by the caller.
+        unsafe {
+            // A lane of 16 bits adds 4 products of at most 63 · 127, which fit.
+            let ones = _mm256_set1_epi16(1);
+            let mut out = [[[Self::zero(); N]; R]; P];
+            for p in 0..P {
+                let mut sums = [[_mm256_setzero_si256(); N]; R];
+                for h in 0..BLOCK / 16 {
+                    for v in 0..N {
+                        let ws = int6_words_256(w[p].add(v * 32), h);
+                        for r in 0..R {
+                            let x = x[r].add(16 * h).cast::<i32>();
+                            let mut dots = [ones; 4];
+                            for i in 0..4 {
+                                let x = _mm256_set1_epi32(x.add(i).read_unaligned());
+                                dots[i] = _mm256_maddubs_epi16(ws[i], x);
+                            }
+                            let two = _mm256_madd_epi16(_mm256_add_epi16(dots[0], dots[1]), ones);
+                            let more = _mm256_madd_epi16(_mm256_add_epi16(dots[2], dots[3]), ones);
+                            let sum = &mut sums[r][v];
+                            *sum = _mm256_add_epi32(*sum, _mm256_add_epi32(two, more));
+                        }
+                    }
+                }
+                for r in 0..R {
+                    let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 5;
+                    for v in 0..N {
+                        let sum = _mm256_add_epi32(sums[r][v], _mm256_set1_epi32(offset));
+                        out[p][r][v] = Self(_mm256_cvtepi32_ps(sum));
+                    }
+                }
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
     unsafe fn dots_int4<const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],
         w: &[*const u8; P],
@@ -395,6 +491,49 @@ impl Vector for F32x16 {
                             let x = x[r].add(4 * g).cast::<i32>().read_unaligned();
                             let sum = &mut sums[p][r][v];
                             *sum = _mm512_dpbusd_epi32(*sum, w, _mm512_set1_epi32(x));
+                        }
+                    }
+                }
+            }
+            let mut out = [[[Self::zero(); N]; R]; P];
+            for p in 0..P {
+                for r in 0..R {
+                    for v in 0..N {
+                        out[p][r][v] = Self(_mm512_cvtepi32_ps(sums[p][r][v]));
+                    }
+                }
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dots_int6<const R: usize, const P: usize, const N: usize>(
+        x: &[*const u8; R],
+        w: &[*const u8; P],
+    ) -> [[[Self; N]; R]; P] {
+        // SAFETY: see the impl; records and blocks are promised by the caller.
+        unsafe {
+            let mut sums = [[[_mm512_setzero_si512(); N]; R]; P];
+            for r in 0..R {
+                let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 5;
+                for p in 0..P {
+                    sums[p][r] = [_mm512_set1_epi32(offset); N];
+                }
+            }
+            for h in 0..BLOCK / 16 {
+                for p in 0..P {
+                    let mut ws = [[_mm512_setzero_si512(); 4]; N];
+                    for v in 0..N {
+                        ws[v] = int6_words_512(w[p].add(v * 64), h);
+                    }
+                    for i in 0..4 {
+                        for r in 0..R {
+                            let x = x[r].add(16 * h + 4 * i).cast::<i32>().read_unaligned();
+                            for v in 0..N {
+                                let sum = &mut sums[p][r][v];
+                                *sum = _mm512_dpbusd_epi32(*sum, ws[v][i], _mm512_set1_epi32(x));
+                            }
                         }
                     }
                 }

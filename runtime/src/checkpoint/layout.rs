@@ -6,11 +6,11 @@
 //! a gap, which safetensors would not allow.
 //!
 //! Matrices are stored as [`lite_llm_kernels::matrix`] packs them: values of f32 and bf16 by
-//! panels, and for int8 and int4 bytes (`U8` to safetensors) of shape [panels, blocks along K,
+//! panels, and for int8, int6 and int4 bytes (`U8` to safetensors) of shape [panels, blocks along K,
 //! bytes of a block of a panel], described in [`lite_llm_kernels::blocks`].
 
 use lite_llm_kernels::{
-    blocks::{BLOCK, INT4_BYTES, INT8_BYTES},
+    blocks::{BLOCK, INT4_BYTES, INT6_BYTES, INT8_BYTES},
     dtype::DType,
     matrix::{PANEL, PackedMatrix},
 };
@@ -65,8 +65,8 @@ impl Role {
     fn stored(self, format: DType) -> DType {
         match (self, format) {
             (Role::Gate, _) => DType::F32,
-            (Role::Embed, DType::Int8 | DType::Int4) => DType::Bf16,
-            (Role::Head, DType::Int4) => DType::Int8,
+            (Role::Embed, DType::Int8 | DType::Int6 | DType::Int4) => DType::Bf16,
+            (Role::Head, DType::Int4) => DType::Int6,
             (Role::Embed | Role::Head | Role::Weights, format) => format,
         }
     }
@@ -116,6 +116,9 @@ impl TensorSpec {
             }
             (Shape::Matrix { n, k }, DType::Int8) => {
                 vec![n.div_ceil(PANEL), k.div_ceil(BLOCK), INT8_BYTES]
+            }
+            (Shape::Matrix { n, k }, DType::Int6) => {
+                vec![n.div_ceil(PANEL), k.div_ceil(BLOCK), INT6_BYTES]
             }
             (Shape::Matrix { n, k }, DType::Int4) => {
                 vec![n.div_ceil(PANEL), k.div_ceil(BLOCK), INT4_BYTES]

@@ -292,7 +292,7 @@ fn header(specs: &[TensorSpec]) -> Vec<u8> {
         let dtype = match spec.dtype {
             DType::F32 => "F32",
             DType::Bf16 => "BF16",
-            DType::Int8 | DType::Int4 => "U8",
+            DType::Int8 | DType::Int6 | DType::Int4 => "U8",
         };
         let entry =
             json!({ "dtype": dtype, "shape": spec.stored_dims(), "data_offsets": [at, end] });

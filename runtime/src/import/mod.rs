@@ -8,7 +8,7 @@
 //!   [`PIECE_BYTES`].
 //! - **Values** are those of the source, bit for bit, unless `dtype` asks for rounding. Gates,
 //!   norms and biases become f32, which is exact from every source format. Formats of blocks
-//!   (int8, int4) refuse weights that are NaN or infinite.
+//!   (int8, int6, int4) refuse weights that are NaN or infinite.
 //! - **Checkpoints** as sources are converted, so that tokenizer, template and tiers stay. A damaged
 //!   tensor ends the conversion where it is met, and one tensor of the source is mapped at a time.
 //! - **Interruption** leaves a folder without a manifest; the next import into it starts over.
