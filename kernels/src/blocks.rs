@@ -4,10 +4,10 @@
 //! **Weights.** 32 consecutive k of one output make a block: value = scale · q, exactly, with the
 //! scale in bf16 (so that no weight that bf16 can hold is out of range).
 //! - int8: q in −127..=127, scale = largest magnitude / 127, rounded up to bf16;
-//! - int6: q in −32..=31, and int4: q in −8..=7; of several scales on each side of zero, around
-//!   largest / 32 or largest / 8 (see [`Search`]), the one with the least squared error in units of
-//!   the largest weight, the first among equals. The scale may be negative, so that the largest
-//!   weight can take the lowest q (as in llama.cpp's Q4_0).
+//! - int6: q in −32..=31, and int4: q in −8..=7; of 9 and 17 scales on each side of zero, around
+//!   largest / 32 and largest / 8, the one with the least squared error in units of the largest
+//!   weight, the first among equals. The scale may be negative, so that the largest weight can take
+//!   the lowest q (as in llama.cpp's Q4_0).
 //!
 //! **A block of a panel**, as it lies in memory and on disk: first the scales of the panel's 32
 //! outputs as 16 words, output i in the low half of word i and output i + 16 in the high half;
