@@ -6,11 +6,11 @@
 //! a gap, which safetensors would not allow.
 //!
 //! Matrices are stored as [`lite_llm_kernels::matrix`] packs them: values of f32 and bf16 by
-//! panels, and for int8, int6 and int4 bytes (`U8` to safetensors) of shape [panels, blocks along K,
-//! bytes of a block of a panel], described in [`lite_llm_kernels::blocks`].
+//! panels, and for int8, int6 and int4 bytes (`U8` to safetensors) of shape [panels, blocks along
+//! K, bytes of a block of a panel], described in [`lite_llm_kernels::blocks`].
 
 use lite_llm_kernels::{
-    blocks::{BLOCK, INT4_BYTES, INT6_BYTES, INT8_BYTES},
+    blocks::BLOCK,
     dtype::DType,
     matrix::{PANEL, PackedMatrix},
 };
@@ -114,14 +114,10 @@ impl TensorSpec {
             (Shape::Matrix { n, k }, DType::Bf16) => {
                 vec![n.div_ceil(PANEL), k.div_ceil(2), PANEL, 2]
             }
-            (Shape::Matrix { n, k }, DType::Int8) => {
-                vec![n.div_ceil(PANEL), k.div_ceil(BLOCK), INT8_BYTES]
-            }
-            (Shape::Matrix { n, k }, DType::Int6) => {
-                vec![n.div_ceil(PANEL), k.div_ceil(BLOCK), INT6_BYTES]
-            }
-            (Shape::Matrix { n, k }, DType::Int4) => {
-                vec![n.div_ceil(PANEL), k.div_ceil(BLOCK), INT4_BYTES]
+            (Shape::Matrix { n, k }, DType::Int8 | DType::Int6 | DType::Int4) => {
+                // Bytes of one panel of one block.
+                let block = PackedMatrix::packed_bytes(self.dtype, PANEL, BLOCK);
+                vec![n.div_ceil(PANEL), k.div_ceil(BLOCK), block.expect("a block has a size")]
             }
         }
     }
