@@ -3,6 +3,11 @@
 //! [`cli`] says what can be asked, `commands` does it, one file each. Nothing here decides
 //! anything about models or clusters: that is in the crates to the left.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+#[macro_use]
+mod output;
+
 pub mod cli;
 mod commands;
 mod demo;

@@ -56,9 +56,9 @@ impl Progress {
             let percent = done * 100 / total.max(1);
             match self.unit {
                 Unit::Bytes => {
-                    eprintln!("{}: {percent}% of {}", self.what, crate::size::Size(total))
+                    remark!("{}: {percent}% of {}", self.what, crate::size::Size(total))
                 }
-                Unit::Things(name) => eprintln!("{}: {done} of {total} {name}", self.what),
+                Unit::Things(name) => remark!("{}: {done} of {total} {name}", self.what),
             }
         }
     }

@@ -49,6 +49,8 @@ pub fn start(filter: &str, otlp: Option<&str>, role: &str) -> anyhow::Result<Tel
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
+        // It would say so with `eprintln!`, which panics where standard error is what has gone.
+        .log_internal_errors(false)
         .with_filter(filter);
     // A second start in one process (in tests) keeps the first one's subscriber.
     let _ = tracing_subscriber::registry().with(traces).with(logs).try_init();
@@ -76,7 +78,7 @@ impl Telemetry {
         if let Some(provider) = self.provider
             && let Err(error) = provider.shutdown_with_timeout(limit)
         {
-            eprintln!("warning: the last traces were not sent: {error}");
+            remark!("warning: the last traces were not sent: {error}");
         }
     }
 }

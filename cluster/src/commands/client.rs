@@ -117,7 +117,7 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
         let mut request = args.sampling.request(Prompt::Text(prompt.clone()));
         let span = debug_span!("submit");
         request.trace = telemetry::context_of(&span);
-        let mut answer = Answer::begin(&prompt, json, Instant::now())?;
+        let mut answer = Answer::begin(&prompt, json, Instant::now());
         client.run(request, &mut answer).await?;
         answer.finish()?;
         client.endpoint.close("done").await;
@@ -145,10 +145,10 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
         }
         let Some(ended) = running.join_next().await else { break };
         match ended? {
-            (index, Ok(answer)) => println!("{}", answer.line(index)?),
+            (index, Ok(answer)) => say!("{}", answer.line(index)?),
             (index, Err(error)) => {
                 failed += 1;
-                println!("{}", json!({ "job": index, "error": format!("{error:#}") }));
+                say!("{}", json!({ "job": index, "error": format!("{error:#}") }));
             }
         }
     }
@@ -192,24 +192,32 @@ pub(super) async fn status(args: ClientArgs, json: bool) -> Result<()> {
     let status = client.status().await?;
     client.endpoint.close("done").await;
     if json {
-        println!("{}", status_json(&status));
+        say!("{}", status_json(&status));
         return Ok(());
     }
-    println!("model       {} ({}…)", status.model, status.checkpoint.get(..12).unwrap_or_default());
-    println!("state       {}, placement {}", status.state, status.epoch);
+    say!("model       {} ({}…)", status.model, status.checkpoint.get(..12).unwrap_or_default());
+    say!("state       {}, placement {}", status.state, status.epoch);
     if !status.waiting_for.is_empty() {
-        println!("waiting for {}", status.waiting_for.join(", "));
+        say!("waiting for {}", status.waiting_for.join(", "));
     }
-    println!(
+    say!(
         "jobs        {} running, {} done, {:.1} tokens per second",
-        status.jobs_running, status.jobs_done, status.tokens_per_second
+        status.jobs_running,
+        status.jobs_done,
+        status.tokens_per_second
     );
-    println!(
+    say!(
         "{:<16} {:<22} {:<12} {:>14} {:>21} {:>5} {:>7}",
-        "node", "address", "state", "experts", "memory", "seqs", "tok/s"
+        "node",
+        "address",
+        "state",
+        "experts",
+        "memory",
+        "seqs",
+        "tok/s"
     );
     for node in &status.nodes {
-        println!(
+        say!(
             "{:<16} {:<22} {:<12} {:>14} {:>21} {:>5} {:>7.1}",
             node.name,
             node.address,

@@ -44,17 +44,17 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     let address = args.advertise.unwrap_or(coordinator.address());
     let token = state.join(TOKEN_FILE);
     authority.join_token(address.to_string()).write(&token)?;
-    println!("coordinator on {}, model {}", coordinator.address(), model.display());
-    println!("join token written to {}", token.display());
-    println!("start a worker:  lite-llm worker --join {address} --token {}", token.display());
-    println!("ask it:          lite-llm submit --token {} \"…\"", token.display());
+    say!("coordinator on {}, model {}", coordinator.address(), model.display());
+    say!("join token written to {}", token.display());
+    say!("start a worker:  lite-llm worker --join {address} --token {}", token.display());
+    say!("ask it:          lite-llm submit --token {} \"…\"", token.display());
     let watched = coordinator.clone();
     tokio::select! {
         // It never ends by itself.
         () = watch(watched) => {}
         () = interrupted() => {}
     }
-    println!("stopping");
+    say!("stopping");
     coordinator.stop().await;
     Ok(())
 }
@@ -70,7 +70,7 @@ async fn watch(coordinator: CoordinatorHandle) {
         let line = line(&status);
         let settled = status.waiting_for.is_empty();
         if line != last || (!settled && said.elapsed() >= REMIND_INTERVAL) {
-            println!("{line}");
+            say!("{line}");
             last = line;
             said = tokio::time::Instant::now();
         }

@@ -25,21 +25,21 @@ pub(super) fn doctor(json: bool) -> Result<()> {
             "read_bytes_per_second": bandwidth,
             "loopback_udp": quic.is_ok(),
         });
-        println!("{line}");
+        say!("{line}");
         return Ok(());
     }
     let size = |bytes: Option<u64>| bytes.map_or("unknown".to_owned(), |b| Size(b).to_string());
-    println!("cores      {cores}");
-    println!("vectors    {} (fastest is used)", simd.join(", "));
-    println!("memory     {} free of {}", size(free), size(total));
+    say!("cores      {cores}");
+    say!("vectors    {} (fastest is used)", simd.join(", "));
+    say!("memory     {} free of {}", size(free), size(total));
     match bandwidth {
-        Some(bandwidth) => println!("           read at {:.1} GB/s", bandwidth / 1e9),
-        None => println!("           not measured: too little is free"),
+        Some(bandwidth) => say!("           read at {:.1} GB/s", bandwidth / 1e9),
+        None => say!("           not measured: too little is free"),
     }
     match quic {
-        Ok(()) => println!("network    loopback UDP works"),
-        Err(error) => println!("network    loopback UDP does not work: {error}"),
+        Ok(()) => say!("network    loopback UDP works"),
+        Err(error) => say!("network    loopback UDP does not work: {error}"),
     }
-    println!("gpu        not used by this release");
+    say!("gpu        not used by this release");
     Ok(())
 }

@@ -112,9 +112,9 @@ pub(super) async fn eval(args: EvalArgs, json: bool) -> Result<()> {
         let done: Vec<Evaluated> = done.into_iter().flatten().collect();
         write(&args, &done)?;
         if json {
-            println!("{}", json!({ "out": args.out, "prompts": done.len() }));
+            say!("{}", json!({ "out": args.out, "prompts": done.len() }));
         } else {
-            println!("{} prompts written to {}", done.len(), args.out.display());
+            say!("{} prompts written to {}", done.len(), args.out.display());
         }
         Ok(())
     })

@@ -36,7 +36,7 @@ pub(super) async fn import(args: ImportArgs, json: bool) -> Result<()> {
     inspect::print(&summary, json)?;
     if !json {
         let seconds = started.elapsed().as_secs_f64();
-        println!("written to {} in {seconds:.1} s", args.out_dir.display());
+        say!("written to {} in {seconds:.1} s", args.out_dir.display());
     }
     Ok(())
 }

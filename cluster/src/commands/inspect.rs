@@ -22,28 +22,28 @@ pub(super) fn inspect(args: ModelPath, json: bool) -> Result<()> {
 /// Prints what is in a checkpoint.
 pub(super) fn print(summary: &Summary, json: bool) -> Result<()> {
     if json {
-        println!("{}", serde_json::to_string(summary)?);
+        say!("{}", serde_json::to_string(summary)?);
         return Ok(());
     }
     let s = summary;
-    println!("checkpoint   {}", s.id);
-    println!("architecture {} ({})", s.architecture, s.dtype);
-    println!(
+    say!("checkpoint   {}", s.id);
+    say!("architecture {} ({})", s.architecture, s.dtype);
+    say!(
         "parameters   {} in all, {} active per token",
         count(s.parameters),
         count(s.active_parameters)
     );
-    println!(
+    say!(
         "size         {} in {} shards, {:.2} bits per parameter",
         Size(s.bytes),
         s.shards,
         s.bits_per_parameter
     );
-    println!("per token    {} of weights are read", Size(s.bytes_per_token));
-    println!("layers       {} ({} sparse), hidden {}", s.layers, s.sparse_layers, s.hidden);
-    println!("vocabulary   {}, context {}", s.vocab, s.context);
+    say!("per token    {} of weights are read", Size(s.bytes_per_token));
+    say!("layers       {} ({} sparse), hidden {}", s.layers, s.sparse_layers, s.hidden);
+    say!("vocabulary   {}, context {}", s.vocab, s.context);
     for tier in &s.tiers {
-        println!(
+        say!(
             "{:<12} {} groups × {} experts per layer, {} parameters",
             tier.id,
             tier.groups,
@@ -52,7 +52,7 @@ pub(super) fn print(summary: &Summary, json: bool) -> Result<()> {
         );
     }
     if let Some(r) = &s.routing {
-        println!(
+        say!(
             "routing      {} tiers × {} groups × {} experts per token{}",
             r.k_tier,
             r.k_group,
@@ -86,9 +86,9 @@ pub(super) async fn verify(args: ModelPath, json: bool) -> Result<()> {
     .map_err(bad_input)?;
     if json {
         let bytes = report.bytes;
-        println!("{}", json!({ "files": report.files, "tensors": report.tensors, "bytes": bytes }));
+        say!("{}", json!({ "files": report.files, "tensors": report.tensors, "bytes": bytes }));
     } else {
-        println!(
+        say!(
             "all is well: {} files, {} tensors, {}",
             report.files,
             report.tensors,

@@ -25,13 +25,15 @@ use tokio::sync::oneshot;
 
 use crate::{
     cli::{Cli, ClientArgs, Command, ComputeArgs, LocalArgs},
-    demo, machine, telemetry,
+    demo, machine, output, telemetry,
 };
 
 /// Exit code of bad usage or bad input.
 const BAD_INPUT: u8 = 2;
 /// Exit code of an interrupted command, as shells expect it.
 const INTERRUPTED: u8 = 130;
+/// Exit code of a command whose reader has left (`lite-llm status | head -1`), as shells expect it.
+const READER_LEFT: u8 = 141;
 /// How long an interrupted command may take to leave in good order.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the last spans of a command that ended may take to be sent.
@@ -73,16 +75,28 @@ fn bad_input(error: impl Into<anyhow::Error>) -> anyhow::Error {
 #[error("interrupted")]
 struct Interrupted;
 
+/// Standard output could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("standard output cannot be written: {0}")]
+struct OutputLost(&'static std::io::Error);
+
 /// Runs a command from beginning to end.
 pub fn run_command(cli: Cli) -> ExitCode {
     match start(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<Interrupted>() => {
-            eprintln!("interrupted");
+            remark!("interrupted");
             ExitCode::from(INTERRUPTED)
         }
+        Err(error)
+            if error
+                .downcast_ref::<OutputLost>()
+                .is_some_and(|lost| lost.0.kind() == std::io::ErrorKind::BrokenPipe) =>
+        {
+            ExitCode::from(READER_LEFT)
+        }
         Err(error) => {
-            eprintln!("error: {}", sentence(&error));
+            remark!("error: {}", sentence(&error));
             ExitCode::from(if error.is::<BadInput>() { BAD_INPUT } else { 1 })
         }
     }
@@ -96,7 +110,8 @@ fn start(cli: Cli) -> Result<()> {
     let _guard = runtime.enter();
     let Cli { command, json, otlp, log } = cli;
     let telemetry = telemetry::start(&log, otlp.as_deref(), &role(&command)).map_err(bad_input)?;
-    let ends_itself = matches!(command, Command::Coordinator(_) | Command::Worker(_));
+    // These serve others than their terminal, and leave their cluster in good order.
+    let serves = matches!(command, Command::Coordinator(_) | Command::Worker(_));
     // The work has a thread of its own: whatever blocks it, this one hears the signals.
     let (stop, stopped) = oneshot::channel::<()>();
     let (done, mut ended) = oneshot::channel();
@@ -115,11 +130,17 @@ fn start(cli: Cli) -> Result<()> {
             let _ = done.send(result);
         })
         .context("the system gives no threads")?;
+    let told_to_end = async {
+        tokio::select! {
+            () = interrupted() => {}
+            () = output::failed(), if !serves => {}
+        }
+    };
     let result = runtime.block_on(async {
         tokio::select! {
             result = &mut ended => result.ok(),
-            () = interrupted() => {
-                if !ends_itself {
+            () = told_to_end => {
+                if !serves {
                     // Work that has just ended needs no telling.
                     let _ = stop.send(());
                 }
@@ -135,6 +156,10 @@ fn start(cli: Cli) -> Result<()> {
         Ok(()) => Err(anyhow::anyhow!("the command ended without a result")),
     });
     let interrupted = result.as_ref().is_err_and(|error| error.is::<Interrupted>());
+    let result = match output::failure() {
+        Some(error) if !serves && (result.is_ok() || interrupted) => Err(OutputLost(error).into()),
+        _ => result,
+    };
     telemetry.finish(if interrupted { STOP_TIMEOUT } else { FLUSH_TIMEOUT });
     // Blocking work that was interrupted is not waited for: checkpoints are committed last.
     runtime.shutdown_background();

@@ -95,9 +95,9 @@ pub(super) async fn perplexity(args: PerplexityArgs, json: bool) -> Result<()> {
             "nats": mean,
             "perplexity": mean.exp(),
         });
-        println!("{line}");
+        say!("{line}");
     } else {
-        println!(
+        say!(
             "perplexity {:.5} ({mean:.6} nats over {predictions} predictions of {} tokens)",
             mean.exp(),
             ids.len()

@@ -1,7 +1,7 @@
 //! `lite-llm run`: everything in one process.
 
 use std::{
-    io::{Read, Write},
+    io::Read,
     time::{Duration, Instant},
 };
 
@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use super::{bad_input, open_model};
 use crate::{
     cli::{RunArgs, SamplingArgs},
-    demo,
+    demo, output,
 };
 
 /// What is said of an answer without an end.
@@ -46,7 +46,7 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
         for (prompt, request) in prompts.iter().zip(requests) {
             let started = Instant::now();
             let (_, mut events) = cluster.coordinator().submit(request).await?;
-            let mut answer = Answer::begin(prompt, json, started)?;
+            let mut answer = Answer::begin(prompt, json, started);
             while let Some(event) = events.recv().await {
                 if answer.take(event)? {
                     break;
@@ -82,7 +82,7 @@ fn describe(checkpoint: &Checkpoint, args: &RunArgs, started: Instant) -> Result
     let workers = args.local.workers;
     let threads = args.local.compute.threads(workers.into());
     let plural = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-    eprintln!(
+    remark!(
         "{}: {:.1} M parameters, {:.1} M active per token · {} of {} on {} · ready in {:.2} s",
         match &args.model {
             Some(dir) => dir.display().to_string(),
@@ -168,15 +168,13 @@ pub(super) struct Answer {
 
 impl Answer {
     /// Begins: shows the prompt, unless the answer is to be one line of JSON.
-    pub(super) fn begin(prompt: &str, json: bool, started: Instant) -> Result<Self> {
+    pub(super) fn begin(prompt: &str, json: bool, started: Instant) -> Self {
         if !json {
-            let mut out = std::io::stdout();
-            write!(out, "\n{prompt}")?;
-            out.flush()?;
+            output::show(format_args!("\n{prompt}"));
         }
         let mut answer = Self::silent(prompt, started);
         answer.stream = !json;
-        Ok(answer)
+        answer
     }
 
     /// Begins without showing anything.
@@ -193,14 +191,11 @@ impl Answer {
         }
     }
 
-    fn show(&mut self, text: &str) -> Result<()> {
+    fn show(&mut self, text: &str) {
         if self.stream {
-            let mut out = std::io::stdout();
-            write!(out, "{text}")?;
-            out.flush()?;
+            output::show(format_args!("{text}"));
         }
         self.text.push_str(text);
-        Ok(())
     }
 
     /// Shows an event. True if it was the last.
@@ -211,7 +206,7 @@ impl Answer {
                 self.first.get_or_insert(now);
                 self.last = Some(now);
                 self.ids.push(id);
-                self.show(&text.unwrap_or_default())?;
+                self.show(&text.unwrap_or_default());
                 Ok(false)
             }
             JobEventBody::Done { reason, .. } => {
@@ -220,7 +215,7 @@ impl Answer {
             }
             JobEventBody::Failed { reason } => bail!("{reason}"),
             JobEventBody::Text(text) => {
-                self.show(&text)?;
+                self.show(&text);
                 Ok(false)
             }
             JobEventBody::Logits { .. }
@@ -232,7 +227,7 @@ impl Answer {
     /// Ends: shows the speed, or everything as one line of JSON.
     pub(super) fn finish(mut self) -> Result<()> {
         if !self.stream {
-            println!("{}", self.line(0)?);
+            say!("{}", self.line(0)?);
             return Ok(());
         }
         let (wait, rate) = self.speed();
@@ -240,7 +235,7 @@ impl Answer {
         if self.end.is_none() {
             bail!(BROKEN_OFF);
         }
-        eprintln!(
+        remark!(
             "[{} tokens, {rate:.0} per second, the first after {:.0} ms]",
             self.ids.len(),
             wait * 1e3
@@ -267,7 +262,7 @@ impl Answer {
 
     fn end_line(&mut self) {
         if std::mem::take(&mut self.stream) {
-            println!();
+            say!();
         }
     }
 

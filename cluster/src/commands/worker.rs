@@ -27,7 +27,7 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
     let name = name(&args);
     let toward = || local_address(coordinator);
     let listen = args.listen.map_or_else(toward, Ok)?;
-    println!("worker {name}: {}, {} for experts", device.describe(), Size(dram_bytes));
+    say!("worker {name}: {}, {} for experts", device.describe(), Size(dram_bytes));
     let options = WorkerOptions {
         coordinator,
         token,
@@ -40,11 +40,11 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
         remote: true,
     };
     let mut worker = Worker::start(options).await?;
-    println!("joined {coordinator}");
+    say!("joined {coordinator}");
     let result = tokio::select! {
         ended = worker.run() => Err(ended.into()),
         () = interrupted() => {
-            println!("stopping");
+            say!("stopping");
             Ok(())
         }
     };

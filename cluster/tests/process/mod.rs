@@ -8,7 +8,10 @@ use std::{
     io::{Read, Write},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -34,6 +37,8 @@ pub(crate) struct Process {
     out: Arc<Mutex<String>>,
     err: Arc<Mutex<String>>,
     readers: Vec<thread::JoinHandle<()>>,
+    /// Asks the reader of its standard output to leave.
+    leave: Arc<AtomicBool>,
 }
 
 /// A process that ended.
@@ -69,14 +74,20 @@ impl Ended {
     }
 }
 
-fn follow(mut from: impl Read + Send + 'static) -> (Arc<Mutex<String>>, thread::JoinHandle<()>) {
+fn follow(
+    mut from: impl Read + Send + 'static,
+    leave: &Arc<AtomicBool>,
+) -> (Arc<Mutex<String>>, thread::JoinHandle<()>) {
     let text = Arc::new(Mutex::new(String::new()));
-    let grows = text.clone();
+    let (grows, leave) = (text.clone(), leave.clone());
     let reader = thread::spawn(move || {
         let mut bytes = [0; 4096];
         // A pipe that breaks has ended, as one that is closed.
         while let Ok(n @ 1..) = from.read(&mut bytes) {
             grows.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..n]));
+            if leave.load(Ordering::Relaxed) {
+                break;
+            }
         }
     });
     (text, reader)
@@ -107,9 +118,10 @@ impl Process {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let (out, out_reader) = follow(child.stdout.take().unwrap());
-        let (err, err_reader) = follow(child.stderr.take().unwrap());
-        Self { child, what, out, err, readers: vec![out_reader, err_reader] }
+        let leave = Arc::default();
+        let (out, out_reader) = follow(child.stdout.take().unwrap(), &leave);
+        let (err, err_reader) = follow(child.stderr.take().unwrap(), &Arc::default());
+        Self { child, what, out, err, readers: vec![out_reader, err_reader], leave }
     }
 
     /// What it wrote to standard output so far.
@@ -141,6 +153,16 @@ impl Process {
     #[track_caller]
     pub(crate) fn says(&mut self, words: &str) {
         self.wait_until(words, |process| process.out().contains(words));
+    }
+
+    /// Closes its standard output, once it has written there once more.
+    pub(crate) fn close_output(&self) {
+        self.leave.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether its standard output was closed, by either side.
+    pub(crate) fn output_is_closed(&self) -> bool {
+        self.readers[0].is_finished()
     }
 
     /// Sends a signal, by its name.

@@ -60,7 +60,7 @@ pub(super) async fn measure(args: BenchKernelsArgs, json: bool) -> Result<()> {
     })
     .await?;
     match json {
-        true => println!("{}", report.json()),
+        true => say!("{}", report.json()),
         false => report.print(),
     }
     Ok(())
@@ -257,8 +257,8 @@ fn values(len: usize) -> Vec<f32> {
 impl Report {
     fn print(&self) {
         let order = if RELAXED_ORDER { " · relaxed order: not our bits" } else { "" };
-        println!("{} · {} threads{order} · medians, ± half the spread\n", self.simd, self.threads);
-        println!("Products in f32, GFLOP/s, beside the gemm crate");
+        say!("{} · {} threads{order} · medians, ± half the spread\n", self.simd, self.threads);
+        say!("Products in f32, GFLOP/s, beside the gemm crate");
         let rows: Vec<_> = self
             .against
             .iter()
@@ -272,7 +272,7 @@ impl Report {
             })
             .collect();
         print_table(&["rows x N x K", "ours", "gemm", "ratio"], &rows);
-        println!("\nProducts with 128 MiB of weights, beside what memory and multipliers allow");
+        say!("\nProducts with 128 MiB of weights, beside what memory and multipliers allow");
         let rows: Vec<_> = self
             .streamed
             .iter()

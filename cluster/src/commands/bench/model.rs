@@ -173,7 +173,7 @@ pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> R
     progress.finish();
     cluster.stop().await;
     result.map(|()| match json {
-        true => println!("{}", report.json()),
+        true => say!("{}", report.json()),
         false => report.print(),
     })
 }
@@ -415,7 +415,7 @@ impl Report {
     }
 
     fn print(&self) {
-        println!(
+        say!(
             "{} · {} worker{}{} x {} thread{} of {} · loaded in {:.2} s",
             self.model,
             self.workers,
@@ -430,7 +430,7 @@ impl Report {
             self.simd,
             self.load.as_secs_f64(),
         );
-        println!(
+        say!(
             "{}: {} x {} tokens of prompt, {} generated · medians of {} runs, ± half the spread\n",
             self.phase.name(),
             self.sequences,
@@ -456,13 +456,13 @@ impl Report {
         };
         print_table(heading, &rows);
         match (self.goal(), self.ratio()) {
-            (Some(goal), _) => println!("\nratio {}", goal.show()),
-            (None, Some(ratio)) => println!("\nratio {ratio:.3}"),
+            (Some(goal), _) => say!("\nratio {}", goal.show()),
+            (None, Some(ratio)) => say!("\nratio {ratio:.3}"),
             (None, None) => {}
         }
         if let ([Some(cluster), alone], memory @ 1.0..) = (self.weights_read(), self.read.median())
         {
-            println!(
+            say!(
                 "reads {} of weights per token: {:.1} GB/s, {:.2} of the {:.1} GB/s that memory \
                  gave between the runs{}",
                 Size(self.bytes_per_token),

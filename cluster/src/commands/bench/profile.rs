@@ -76,7 +76,7 @@ impl Profile {
     }
 
     pub(super) fn print(&self, tokens: usize) {
-        println!("\nWhere the time of the engine alone goes, per token of {tokens}\n");
+        say!("\nWhere the time of the engine alone goes, per token of {tokens}\n");
         let per_token = |seconds: f64| format!("{:.4}", seconds * 1e3 / tokens.max(1) as f64);
         let rows: Vec<_> = self
             .rows()

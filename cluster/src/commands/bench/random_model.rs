@@ -42,9 +42,9 @@ pub(super) async fn write(args: RandomModelArgs, json: bool) -> Result<()> {
     })
     .await??;
     if json {
-        println!("{}", serde_json::json!({ "bytes": bytes }));
+        say!("{}", serde_json::json!({ "bytes": bytes }));
     } else {
-        println!("{} written", Size(bytes));
+        say!("{} written", Size(bytes));
     }
     Ok(())
 }

@@ -124,7 +124,7 @@ pub(super) fn print_table(heading: &[&str], rows: &[Vec<String>]) {
             0 => format!("{cell:<width$}"),
             _ => format!("{cell:>width$}"),
         });
-        println!("{}", cells.collect::<Vec<_>>().join("   ").trim_end());
+        say!("{}", cells.collect::<Vec<_>>().join("   ").trim_end());
     };
     line(&mut heading.iter().copied());
     for row in rows {

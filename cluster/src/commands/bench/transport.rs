@@ -11,13 +11,7 @@
 //! Invariant: the peer ends with this process: it is killed when the measurement is dropped, and
 //! ends by itself when its standard input does.
 
-use std::{
-    io::{Read, Write},
-    net::SocketAddr,
-    process::Stdio,
-    sync::Arc,
-    time::Duration,
-};
+use std::{io::Read, net::SocketAddr, process::Stdio, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail};
 use lite_llm_kernels::DETERMINISM_VERSION;
@@ -81,7 +75,7 @@ pub(super) async fn measure(args: BenchTransportArgs, json: bool) -> Result<()> 
     // On a worker thread, beside the tasks of the connection: a node's streams live there, too.
     let report = tokio::spawn(async move { run(&args, load, json).await }).await??;
     match json {
-        true => println!("{}", report.json()),
+        true => say!("{}", report.json()),
         false => report.print(),
     }
     Ok(())
@@ -240,8 +234,7 @@ async fn serve(args: &BenchTransportPeerArgs, load: Load) -> Result<()> {
     let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
     let endpoint = Endpoint::bind(loopback, &identity, Options::new(hello))?;
     let listener = TcpListener::bind(loopback).await?;
-    println!("{} {}", endpoint.local_addr()?, listener.local_addr()?);
-    std::io::stdout().flush()?;
+    say!("{} {}", endpoint.local_addr()?, listener.local_addr()?);
 
     let connection = endpoint.accept().await.context("nobody came")?;
     let (sender, receiver) =
@@ -299,7 +292,7 @@ impl Report {
     }
 
     fn print(&self) {
-        println!(
+        say!(
             "{} tokens x {} x top-{}: {} B out, {} B back, two processes over loopback",
             self.load.rows,
             self.load.width,
@@ -307,7 +300,7 @@ impl Report {
             self.load.request_bytes(),
             self.load.reply_bytes(),
         );
-        println!(
+        say!(
             "{} runs of {} round trips, by turns · ± half the spread of the runs\n",
             self.loops[0].medians.len(),
             self.rounds
@@ -319,8 +312,8 @@ impl Report {
             vec![which.name().to_owned(), ms(0.5), ms(0.99), rates.show(3)]
         });
         print_table(&["", "p50 ms", "p99 ms", "GB/s"], &rows);
-        println!("\nexpert batches / bare QUIC stream: {}", self.goal().show());
-        println!("expert batches / bare TCP: {:.3}", self.ratio(Loop::Experts, Loop::Tcp));
+        say!("\nexpert batches / bare QUIC stream: {}", self.goal().show());
+        say!("expert batches / bare TCP: {:.3}", self.ratio(Loop::Experts, Loop::Tcp));
     }
 
     fn json(&self) -> Value {
