@@ -61,11 +61,11 @@ const NOTHING: f32 = f32::from_bits(27 << 23);
 /// Bytes of the scales of a block of a panel.
 pub(crate) const SCALE_BYTES: usize = PANEL * 2;
 /// Bytes of a block of a panel in int8.
-pub const INT8_BYTES: usize = SCALE_BYTES + BLOCK * PANEL;
+pub(crate) const INT8_BYTES: usize = SCALE_BYTES + BLOCK * PANEL;
 /// Bytes of a block of a panel in int6.
-pub const INT6_BYTES: usize = SCALE_BYTES + BLOCK * PANEL * 3 / 4;
+pub(crate) const INT6_BYTES: usize = SCALE_BYTES + BLOCK * PANEL * 3 / 4;
 /// Bytes of a block of a panel in int4.
-pub const INT4_BYTES: usize = SCALE_BYTES + BLOCK * PANEL / 2;
+pub(crate) const INT4_BYTES: usize = SCALE_BYTES + BLOCK * PANEL / 2;
 
 /// Where the scale of a lane lies in a block of a panel, in units of bf16.
 fn scale_at(lane: usize) -> usize {

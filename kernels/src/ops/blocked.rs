@@ -480,9 +480,9 @@ impl BlockedProduct<'_> {
                 let col = panel * PANEL + part * strip;
                 let row = tiling.first(tiles.start + t);
                 let r = tiling.first(tiles.start + t + 1) - row;
-                // Four streams of eight lanes keep memory busy by themselves, and asking would only
-                // be in their way (measured on Zen 3).
-                let lines = if P == 4 && V::LANES == 8 { 0 } else { F::BYTES / 64 };
+                // Four streams keep memory busy by themselves, and asking would only be in their way
+                // (measured on Zen 3 with 8 lanes, on a Xeon with 16).
+                let lines = if P == STREAMS { 0 } else { F::BYTES / 64 };
                 let ahead = Ahead::share::<F>(coming, lines, item, items);
                 macro_rules! sizes {
                     ($($size:literal)*) => {
