@@ -3,7 +3,7 @@
 
 mod process;
 
-use std::{process::Command, time::Instant};
+use std::process::Command;
 
 use process::{Cluster, PATIENCE, Process, demo_model};
 
@@ -22,11 +22,11 @@ fn shell(line: &str) -> (Option<i32>, String) {
 
 #[test]
 fn a_reader_that_leaves_ends_the_command_quietly() {
-    let begun = Instant::now();
     let (code, said) = shell("$0 run --ignore-eos --max-tokens 1000 'ls - list' | head -c 9");
     assert_eq!(code, Some(READER_LEFT), "{said}");
     assert!(!said.contains("panicked") && !said.contains("error"), "{said}");
-    assert!(begun.elapsed() < PATIENCE, "the answer was computed for nobody");
+    // What stands at the end of a whole answer.
+    assert!(!said.contains("per second"), "the answer was computed to its end, for nobody: {said}");
     // So short that everything may be written before its reader leaves: here it has left before.
     let (code, said) = shell("{ sleep 1; $0 inspect $1; } | true");
     assert_eq!((code, said.as_str()), (Some(READER_LEFT), ""));
