@@ -142,12 +142,12 @@ pub struct RunArgs {
 /// `import`.
 #[derive(Debug, Args)]
 pub struct ImportArgs {
-    /// Hugging Face folder (config.json, safetensors, tokenizer.json), or a checkpoint to convert.
-    #[arg(value_name = "SOURCE")]
-    pub hf_dir: PathBuf,
+    /// Hugging Face folder (config.json, safetensors, tokenizer.json), GGUF file (F32, BF16, F16,
+    /// Q8_0, Q4_0), or a checkpoint to convert.
+    pub source: PathBuf,
     /// Folder to write: new or empty.
     pub out_dir: PathBuf,
-    /// Weight format: f32, bf16, int8, int6 or int4 [default: the folder's own].
+    /// Weight format: f32, bf16, int8, int6 or int4 [default: the source's own].
     #[arg(long)]
     pub dtype: Option<lite_llm_kernels::dtype::DType>,
     /// Cut the experts into tiers, for experiments: NAME:GROUPSxEXPERTS,… in order.

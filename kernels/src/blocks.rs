@@ -27,7 +27,10 @@
 //! **Both.** A block whose largest magnitude is below 2⁻¹⁰⁰ counts as zeros. A block that holds
 //! NaN or infinity gets the scale NaN, and so becomes whatever is computed from it.
 
+use std::ops::RangeInclusive;
+
 use crate::{
+    dtype::DType,
     matrix::PANEL,
     simd::{Simd, vectorised},
 };
@@ -172,64 +175,116 @@ fn set_scale(block: &mut [u8], lane: usize, scale: f32) {
     block[at..at + 2].copy_from_slice(&((scale.to_bits() >> 16) as u16).to_le_bytes());
 }
 
-/// Writes one block of one output in int8.
-pub(crate) fn pack_int8(x: &[f32; BLOCK], lane: usize, block: &mut [u8]) {
-    let (scale, q) = quantise_int8(Simd::best(), x);
-    set_scale(block, lane, scale);
-    for (k, q) in q.into_iter().enumerate() {
-        block[byte_at(k / 4, lane, k % 4)] = (q as u8) ^ 0x80;
-    }
-}
-
 /// Where byte j of a row of words lies in a block.
 fn byte_at(row: usize, lane: usize, j: usize) -> usize {
     SCALE_BYTES + (row * PANEL + lane) * 4 + j
 }
 
-/// Writes one block of one output in int6.
-pub(crate) fn pack_int6(x: &[f32; BLOCK], lane: usize, block: &mut [u8]) {
-    let (scale, q) = quantise_searched(Simd::best(), x, &INT6);
-    set_scale(block, lane, scale);
-    let q = q.map(|q| (q + 32) as u8);
+/// How a format of blocks stores one.
+pub(crate) struct BlockLayout {
+    /// Bytes of a block of a panel.
+    pub(crate) bytes: usize,
+    /// The integers that it holds.
+    range: RangeInclusive<i8>,
+    /// Scale and integers of 32 weights.
+    quantise: fn(&[f32; BLOCK]) -> (f32, [i8; BLOCK]),
+    /// Writes the integers of one output.
+    put: fn(&[i8; BLOCK], usize, &mut [u8]),
+    /// Reads the integer of an output and k.
+    get: fn(&[u8], usize, usize) -> i8,
+}
+
+impl BlockLayout {
+    /// The layout of a format of blocks.
+    pub(crate) fn of(dtype: DType) -> Option<&'static Self> {
+        static INT8_LAYOUT: BlockLayout = BlockLayout {
+            bytes: INT8_BYTES,
+            range: -127..=127,
+            quantise: |x| quantise_int8(Simd::best(), x),
+            put: put_int8,
+            get: |block, lane, k| (block[byte_at(k / 4, lane, k % 4)] ^ 0x80).cast_signed(),
+        };
+        static INT6_LAYOUT: BlockLayout = BlockLayout {
+            bytes: INT6_BYTES,
+            range: -32..=31,
+            quantise: |x| quantise_searched(Simd::best(), x, &INT6),
+            put: put_int6,
+            get: get_int6,
+        };
+        static INT4_LAYOUT: BlockLayout = BlockLayout {
+            bytes: INT4_BYTES,
+            range: -8..=7,
+            quantise: |x| quantise_searched(Simd::best(), x, &INT4),
+            put: put_int4,
+            get: get_int4,
+        };
+        match dtype {
+            DType::F32 | DType::Bf16 => None,
+            DType::Int8 => Some(&INT8_LAYOUT),
+            DType::Int6 => Some(&INT6_LAYOUT),
+            DType::Int4 => Some(&INT4_LAYOUT),
+        }
+    }
+
+    /// Writes 32 weights of one output, rounded to the format.
+    pub(crate) fn pack(&self, x: &[f32; BLOCK], lane: usize, block: &mut [u8]) {
+        let (scale, q) = (self.quantise)(x);
+        set_scale(block, lane, scale);
+        (self.put)(&q, lane, block);
+    }
+
+    /// Writes 32 weights of one output that are integers with a scale already: the integers stay
+    /// if the format holds them all, and the scale becomes bf16.
+    pub(crate) fn repack(&self, scale: f32, q: &[i8; BLOCK], lane: usize, block: &mut [u8]) {
+        if q.iter().all(|q| self.range.contains(q)) {
+            set_scale(block, lane, bf16_nearest(scale));
+            (self.put)(q, lane, block);
+        } else {
+            self.pack(&q.map(|q| scale * f32::from(q)), lane, block);
+        }
+    }
+
+    /// The weight of k within a block.
+    pub(crate) fn get(&self, block: &[u8], lane: usize, k: usize) -> f32 {
+        scale(block, lane) * f32::from((self.get)(block, lane, k))
+    }
+}
+
+fn put_int8(q: &[i8; BLOCK], lane: usize, block: &mut [u8]) {
+    for (k, q) in q.iter().enumerate() {
+        block[byte_at(k / 4, lane, k % 4)] = q.cast_unsigned() ^ 0x80;
+    }
+}
+
+fn put_int6(q: &[i8; BLOCK], lane: usize, block: &mut [u8]) {
+    let q = q.map(|q| (q + 32).cast_unsigned());
     for k in (0..BLOCK).filter(|k| k % 16 < 12) {
         let spread = q[k / 16 * 16 + 12 + k % 4] >> (k % 16 / 4 * 2);
         block[byte_at(k / 16 * 3 + k % 16 / 4, lane, k % 4)] = q[k] | spread << 6;
     }
 }
 
-/// Writes one block of one output in int4.
-pub(crate) fn pack_int4(x: &[f32; BLOCK], lane: usize, block: &mut [u8]) {
-    let (scale, q) = quantise_searched(Simd::best(), x, &INT4);
-    set_scale(block, lane, scale);
-    for (k, q) in q.into_iter().enumerate() {
-        let at = byte_at(k / 8, lane, k % 4);
-        let nibble = (q + 8) as u8;
-        // The low half comes first and overwrites what was there.
-        block[at] = if k % 8 < 4 { nibble } else { block[at] | nibble << 4 };
-    }
-}
-
-/// The weight of k within a block of int8.
-pub(crate) fn get_int8(block: &[u8], lane: usize, k: usize) -> f32 {
-    let q = (block[byte_at(k / 4, lane, k % 4)] ^ 0x80).cast_signed();
-    scale(block, lane) * f32::from(q)
-}
-
-/// The weight of k within a block of int6.
-pub(crate) fn get_int6(block: &[u8], lane: usize, k: usize) -> f32 {
+fn get_int6(block: &[u8], lane: usize, k: usize) -> i8 {
     let row = |r: usize| block[byte_at(k / 16 * 3 + r, lane, k % 4)];
     let q = match k % 16 / 4 {
         3 => row(0) >> 6 | row(1) >> 6 << 2 | row(2) >> 6 << 4,
         r => row(r) & 63,
     };
-    scale(block, lane) * (f32::from(q) - 32.0)
+    q.cast_signed() - 32
 }
 
-/// The weight of k within a block of int4.
-pub(crate) fn get_int4(block: &[u8], lane: usize, k: usize) -> f32 {
+fn put_int4(q: &[i8; BLOCK], lane: usize, block: &mut [u8]) {
+    for (k, q) in q.iter().enumerate() {
+        let at = byte_at(k / 8, lane, k % 4);
+        let nibble = (q + 8).cast_unsigned();
+        // The low half comes first and overwrites what was there.
+        block[at] = if k % 8 < 4 { nibble } else { block[at] | nibble << 4 };
+    }
+}
+
+fn get_int4(block: &[u8], lane: usize, k: usize) -> i8 {
     let byte = block[byte_at(k / 8, lane, k % 4)];
-    let nibble = if k % 8 < 4 { byte & 15 } else { byte >> 4 };
-    scale(block, lane) * (f32::from(nibble) - 8.0)
+    (if k % 8 < 4 { byte & 15 } else { byte >> 4 }).cast_signed() - 8
 }
 
 /// Words that the records of a row of k values take.

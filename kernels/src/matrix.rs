@@ -13,7 +13,7 @@
 use half::{bf16, f16};
 
 use crate::{
-    blocks::{self, BLOCK, INT4_BYTES, INT6_BYTES, INT8_BYTES},
+    blocks::{BLOCK, BlockLayout},
     buffer::{AlignedBytes, Buffer},
     dtype::DType,
 };
@@ -41,6 +41,15 @@ pub enum Source<'a> {
     Bf16(&'a [bf16]),
     /// f16.
     F16(&'a [f16]),
+    /// Integers in blocks of [`BLOCK`] along K, which is a multiple of it: value = scale · q.
+    /// A format of blocks keeps the integers of a block where it can hold them, and rounds the
+    /// scale to bf16.
+    Blocks {
+        /// One scale per block.
+        scales: &'a [f32],
+        /// The integers `[n, k]`.
+        q: &'a [i8],
+    },
 }
 
 /// Weights `[n, k]`: n outputs of k inputs each.
@@ -63,9 +72,9 @@ impl PackedMatrix {
         match dtype {
             DType::F32 => k.checked_mul(PANEL * 4),
             DType::Bf16 => k.checked_next_multiple_of(2)?.checked_mul(PANEL * 2),
-            DType::Int8 => k.div_ceil(BLOCK).checked_mul(INT8_BYTES),
-            DType::Int6 => k.div_ceil(BLOCK).checked_mul(INT6_BYTES),
-            DType::Int4 => k.div_ceil(BLOCK).checked_mul(INT4_BYTES),
+            DType::Int8 | DType::Int6 | DType::Int4 => {
+                k.div_ceil(BLOCK).checked_mul(BlockLayout::of(dtype)?.bytes)
+            }
         }
     }
 
@@ -129,21 +138,15 @@ impl PackedMatrix {
     /// The weight of output j for input i.
     pub fn get(&self, j: usize, i: usize) -> f32 {
         let (p, lane) = (j / PANEL, j % PANEL);
-        match self.dtype {
-            DType::F32 => self.panel_f32(p)[i * PANEL + lane],
-            DType::Bf16 => {
-                let word = self.panel_bf16(p)[(i / 2) * PANEL + lane];
-                f32::from_bits(if i.is_multiple_of(2) { word << 16 } else { word & 0xffff_0000 })
-            }
-            DType::Int8 => blocks::get_int8(self.block(p, i, INT8_BYTES), lane, i % BLOCK),
-            DType::Int6 => blocks::get_int6(self.block(p, i, INT6_BYTES), lane, i % BLOCK),
-            DType::Int4 => blocks::get_int4(self.block(p, i, INT4_BYTES), lane, i % BLOCK),
+        if let Some(layout) = BlockLayout::of(self.dtype) {
+            let block = p * self.k.div_ceil(BLOCK) + i / BLOCK;
+            return layout.get(&self.data[block * layout.bytes..][..layout.bytes], lane, i % BLOCK);
         }
-    }
-
-    /// The block of panel p that holds input i, in a format of `bytes` a block.
-    fn block(&self, p: usize, i: usize, bytes: usize) -> &[u8] {
-        &self.data[(p * self.k.div_ceil(BLOCK) + i / BLOCK) * bytes..][..bytes]
+        if self.dtype == DType::F32 {
+            return self.panel_f32(p)[i * PANEL + lane];
+        }
+        let word = self.panel_bf16(p)[(i / 2) * PANEL + lane];
+        f32::from_bits(if i.is_multiple_of(2) { word << 16 } else { word & 0xffff_0000 })
     }
 
     /// The k weights of output j, widened exactly.
@@ -155,7 +158,44 @@ impl PackedMatrix {
     }
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    /// How many values there are.
+    fn len(&self) -> usize {
+        match self {
+            Source::F32(values) => values.len(),
+            Source::Bf16(values) => values.len(),
+            Source::F16(values) => values.len(),
+            Source::Blocks { q, .. } => q.len(),
+        }
+    }
+
+    /// Value i, widened exactly (the product of scale and integer is rounded to f32).
+    pub fn get(&self, i: usize) -> f32 {
+        match self {
+            Source::F32(values) => values[i],
+            Source::Bf16(values) => values[i].to_f32(),
+            Source::F16(values) => values[i].to_f32(),
+            Source::Blocks { scales, q } => scales[i / BLOCK] * f32::from(q[i]),
+        }
+    }
+
+    /// All values, as [`Source::get`] widens them.
+    pub fn to_f32(&self) -> Vec<f32> {
+        (0..self.len()).map(|i| self.get(i)).collect()
+    }
+
+    /// The values from one index up to another; whole blocks of them.
+    pub fn slice(&self, from: usize, to: usize) -> Source<'a> {
+        match self {
+            Source::F32(values) => Source::F32(&values[from..to]),
+            Source::Bf16(values) => Source::Bf16(&values[from..to]),
+            Source::F16(values) => Source::F16(&values[from..to]),
+            Source::Blocks { scales, q } => {
+                Source::Blocks { scales: &scales[from / BLOCK..to / BLOCK], q: &q[from..to] }
+            }
+        }
+    }
+
     /// Where the first value is that is NaN or infinite. Formats of blocks cannot hold one: its
     /// whole block would become NaN.
     pub fn first_not_finite(&self) -> Option<usize> {
@@ -163,6 +203,9 @@ impl Source<'_> {
             Source::F32(values) => values.iter().position(|v| !v.is_finite()),
             Source::Bf16(values) => values.iter().position(|v| !v.is_finite()),
             Source::F16(values) => values.iter().position(|v| !v.is_finite()),
+            Source::Blocks { scales, .. } => {
+                scales.iter().position(|v| !v.is_finite()).map(|block| block * BLOCK)
+            }
         }
     }
 }
@@ -176,6 +219,10 @@ pub fn pack_into(dtype: DType, n: usize, k: usize, source: Source<'_>, out: &mut
         Source::F16(values) => {
             pack_values(dtype, n, k, values, f16::to_f32, |v| bf16::from_f32(v.to_f32()), out)
         }
+        Source::Blocks { scales, q } => match BlockLayout::of(dtype) {
+            Some(layout) => pack_blocks(dtype, layout, [n, k], scales, q, out),
+            None => pack_into(dtype, n, k, Source::F32(&source.to_f32()), out),
+        },
     }
 }
 
@@ -189,55 +236,71 @@ fn pack_values<T: Copy>(
     out: &mut [u8],
 ) {
     assert_eq!(values.len(), n * k, "source holds n * k values");
+    let layout = BlockLayout::of(dtype);
+    each_row(dtype, n, k, out, |j, lane, panel| {
+        let row = &values[j * k..][..k];
+        match (layout, dtype) {
+            (Some(layout), _) => {
+                // The last block is filled with zeros.
+                for (values, block) in row.chunks(BLOCK).zip(panel.chunks_exact_mut(layout.bytes)) {
+                    let mut x = [0.0; BLOCK];
+                    for (x, &v) in x.iter_mut().zip(values) {
+                        *x = to_f32(v);
+                    }
+                    layout.pack(&x, lane, block);
+                }
+            }
+            (None, DType::F32) => {
+                let panel: &mut [f32] = bytemuck::cast_slice_mut(panel);
+                for (i, &v) in row.iter().enumerate() {
+                    panel[i * PANEL + lane] = to_f32(v);
+                }
+            }
+            (None, _) => {
+                let panel: &mut [bf16] = bytemuck::cast_slice_mut(panel);
+                for (i, &v) in row.iter().enumerate() {
+                    panel[(i / 2) * PANEL * 2 + lane * 2 + i % 2] = to_bf16(v);
+                }
+            }
+        }
+    });
+}
+
+fn pack_blocks(
+    dtype: DType,
+    layout: &BlockLayout,
+    [n, k]: [usize; 2],
+    scales: &[f32],
+    q: &[i8],
+    out: &mut [u8],
+) {
+    assert!(k.is_multiple_of(BLOCK), "whole blocks in a row");
+    assert_eq!((scales.len(), q.len()), (n * k / BLOCK, n * k), "source holds n * k values");
+    each_row(dtype, n, k, out, |j, lane, panel| {
+        let scales = &scales[j * k / BLOCK..];
+        let (q, _) = q[j * k..][..k].as_chunks();
+        for ((scale, q), block) in scales.iter().zip(q).zip(panel.chunks_exact_mut(layout.bytes)) {
+            layout.repack(*scale, q, lane, block);
+        }
+    });
+}
+
+/// Hands every row with its lane to `pack`, which writes it to its panel.
+fn each_row(
+    dtype: DType,
+    n: usize,
+    k: usize,
+    out: &mut [u8],
+    mut pack: impl FnMut(usize, usize, &mut [u8]),
+) {
     assert_eq!(Some(out.len()), PackedMatrix::packed_bytes(dtype, n, k), "room for the panels");
     let panel_bytes = PackedMatrix::panel_bytes(dtype, k).expect("a matrix in memory has a size");
     if panel_bytes == 0 {
         return;
     }
     for (p, panel) in out.chunks_exact_mut(panel_bytes).enumerate() {
-        let lanes = PANEL.min(n - p * PANEL);
-        for lane in 0..lanes {
-            let row = &values[(p * PANEL + lane) * k..][..k];
-            match dtype {
-                DType::F32 => {
-                    let panel: &mut [f32] = bytemuck::cast_slice_mut(panel);
-                    for (i, &v) in row.iter().enumerate() {
-                        panel[i * PANEL + lane] = to_f32(v);
-                    }
-                }
-                DType::Bf16 => {
-                    let panel: &mut [bf16] = bytemuck::cast_slice_mut(panel);
-                    for (i, &v) in row.iter().enumerate() {
-                        panel[(i / 2) * PANEL * 2 + lane * 2 + i % 2] = to_bf16(v);
-                    }
-                }
-                DType::Int8 => each_block(row, &to_f32, panel, INT8_BYTES, |x, block| {
-                    blocks::pack_int8(x, lane, block);
-                }),
-                DType::Int6 => each_block(row, &to_f32, panel, INT6_BYTES, |x, block| {
-                    blocks::pack_int6(x, lane, block);
-                }),
-                DType::Int4 => each_block(row, &to_f32, panel, INT4_BYTES, |x, block| {
-                    blocks::pack_int4(x, lane, block);
-                }),
-            }
+        for lane in 0..PANEL.min(n - p * PANEL) {
+            pack(p * PANEL + lane, lane, panel);
         }
-    }
-}
-
-/// Hands every 32 values of a row, filled with zeros at its end, to the packer of a block.
-fn each_block<T: Copy>(
-    row: &[T],
-    to_f32: impl Fn(T) -> f32,
-    panel: &mut [u8],
-    block_bytes: usize,
-    pack: impl Fn(&[f32; BLOCK], &mut [u8]),
-) {
-    for (values, block) in row.chunks(BLOCK).zip(panel.chunks_exact_mut(block_bytes)) {
-        let mut x = [0.0; BLOCK];
-        for (x, &v) in x.iter_mut().zip(values) {
-            *x = to_f32(v);
-        }
-        pack(&x, block);
     }
 }

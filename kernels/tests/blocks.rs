@@ -205,6 +205,51 @@ proptest! {
     }
 }
 
+/// Integers that have a scale already stay, in every format that holds all of their block; their
+/// scale is rounded to bf16. Where it cannot hold them, their values are packed as others are.
+#[test]
+fn integers_stay_where_a_format_holds_them() {
+    let (n, k) = (37, 96);
+    let mut numbers = Numbers(13);
+    let scales: Vec<f32> = numbers.fill(n * k / BLOCK);
+    // Of three blocks of a row, one fits int4, one int6 and one int8 only.
+    let limits = [8.0, 32.0, 128.0];
+    let draw = |(i, v): (usize, f32)| {
+        let limit: f32 = limits[i / BLOCK % 3];
+        (v.fract() * 2.0 * limit).clamp(-limit.min(127.0), limit - 1.0) as i8
+    };
+    let mut q: Vec<i8> = numbers.fill(n * k).into_iter().enumerate().map(draw).collect();
+    for (q, limit) in q.chunks_mut(BLOCK).zip(limits.iter().cycle()) {
+        q[0] = -limit.min(127.0) as i8;
+        q[1] = (limit - 1.0) as i8;
+    }
+    let source = Source::Blocks { scales: &scales, q: &q };
+    let values: Vec<f32> = (0..n * k).map(|i| scales[i / BLOCK] * f32::from(q[i])).collect();
+    assert_same(&source.to_f32(), &values, "values");
+    for dtype in DType::ALL {
+        let found = PackedMatrix::pack(dtype, n, k, source);
+        let packed = PackedMatrix::pack(dtype, n, k, Source::F32(&values));
+        let fits = match dtype {
+            DType::Int8 => 3,
+            DType::Int6 => 2,
+            DType::Int4 => 1,
+            _ => 0,
+        };
+        for j in 0..n {
+            for i in 0..k {
+                let expected = match i / BLOCK < fits {
+                    true => {
+                        let scale = half::bf16::from_f32(scales[(j * k + i) / BLOCK]).to_f32();
+                        scale * f32::from(q[j * k + i])
+                    }
+                    false => packed.get(j, i),
+                };
+                assert_eq!(found.get(j, i).to_bits(), expected.to_bits(), "{dtype} {j} {i}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_is_not_finite_poisons_its_block_and_nothing_else() {
     let (n, k) = (33, 96);

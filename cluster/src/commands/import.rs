@@ -16,7 +16,7 @@ pub(super) async fn import(args: ImportArgs, json: bool) -> Result<()> {
     let tiers = args.tiers.as_deref().map(str::parse).transpose();
     let routes = args.routes.as_deref().map(str::parse).transpose();
     let options = ImportOptions {
-        source: args.hf_dir,
+        source: args.source,
         out: args.out_dir.clone(),
         dtype: args.dtype,
         tiers: tiers.map_err(|error| parse("--tiers", &error))?,

@@ -1,4 +1,4 @@
-//! Copies values from a source folder into a shard, in pieces of bounded size.
+//! Copies values from a source into a shard, in pieces of bounded size.
 //!
 //! Packing works panel by panel, so a piece is a whole number of panels and the packed bytes of
 //! the pieces, one after the other, are the packed bytes of the matrix.
@@ -12,26 +12,35 @@ use lite_llm_kernels::{
 
 use super::{
     ImportError, PIECE_BYTES,
-    hf_tensors::{HfDType, HfTensors, View},
+    gguf::blocks::Blocks,
     names::Origin,
     not_finite,
     pack::Packer,
+    tensors::{RowOrder, SourceDType, Tensors, View},
 };
 use crate::checkpoint::{
     layout::{Shape, TensorSpec},
     writer::TensorSink,
 };
 
-/// Copies tensors of one folder, with buffers that are used again.
+/// Copies tensors of one source, with buffers that are used again.
 pub(super) struct Copier<'a> {
-    source: &'a HfTensors,
+    source: &'a Tensors,
     read: AlignedBytes,
+    ordered: AlignedBytes,
+    blocks: Blocks,
     packer: Packer,
 }
 
 impl<'a> Copier<'a> {
-    pub(super) fn new(source: &'a HfTensors) -> Self {
-        Self { source, read: AlignedBytes::zeroed(0), packer: Packer::new() }
+    pub(super) fn new(source: &'a Tensors) -> Self {
+        Self {
+            source,
+            read: AlignedBytes::zeroed(0),
+            ordered: AlignedBytes::zeroed(0),
+            blocks: Blocks::default(),
+            packer: Packer::new(),
+        }
     }
 
     pub(super) fn copy(
@@ -42,7 +51,7 @@ impl<'a> Copier<'a> {
     ) -> Result<(), ImportError> {
         match (origin, spec.shape) {
             (Origin::Rows(view), Shape::Matrix { n, k }) => {
-                let rows = (PIECE_BYTES / view.row_bytes().max(1) / PANEL).max(1) * PANEL;
+                let rows = view.rows_in(PIECE_BYTES, PANEL);
                 for from in (0..n).step_by(rows) {
                     let piece = view.slice(from, rows.min(n - from));
                     self.pack(&piece, spec.dtype, k, sink)?;
@@ -78,8 +87,8 @@ impl<'a> Copier<'a> {
         k: usize,
         sink: &mut TensorSink<'_>,
     ) -> Result<(), ImportError> {
-        self.fill(piece)?;
-        let source = typed(piece.dtype, &self.read[..piece.bytes() as usize]);
+        fill(self.source, piece, &mut self.read, &mut self.ordered)?;
+        let source = typed(piece, &self.read, &mut self.blocks);
         match self.packer.pack(dtype, piece.rows, k, source) {
             Ok(packed) => Ok(sink.write(packed)?),
             Err(at) => {
@@ -90,19 +99,32 @@ impl<'a> Copier<'a> {
     }
 
     fn values(&mut self, view: &View) -> Result<Vec<f32>, ImportError> {
-        self.fill(view)?;
-        Ok(match typed(view.dtype, &self.read[..view.bytes() as usize]) {
-            Source::F32(values) => values.to_vec(),
-            Source::Bf16(values) => values.iter().map(|v| v.to_f32()).collect(),
-            Source::F16(values) => values.iter().map(|v| v.to_f32()).collect(),
-        })
+        fill(self.source, view, &mut self.read, &mut self.ordered)?;
+        Ok(typed(view, &self.read, &mut self.blocks).to_f32())
     }
+}
 
-    fn fill(&mut self, view: &View) -> Result<(), ImportError> {
-        let bytes = view.bytes() as usize;
-        grow(&mut self.read, bytes);
-        self.source.read(view, &mut self.read[..bytes])
+/// Reads the bytes of a view, its rows in plain order; `ordered` is used where they are not.
+fn fill(
+    source: &Tensors,
+    view: &View,
+    read: &mut AlignedBytes,
+    ordered: &mut AlignedBytes,
+) -> Result<(), ImportError> {
+    let bytes = view.bytes() as usize;
+    grow(read, bytes);
+    source.read(view, &mut read[..bytes])?;
+    let RowOrder::Interleaved { head } = view.order else { return Ok(()) };
+    grow(ordered, bytes);
+    let row = view.row_bytes();
+    for (i, to) in ordered[..bytes].chunks_exact_mut(row).enumerate() {
+        // Row i of half h of a head stands at 2 i + h in the file.
+        let (first, in_head) = (i - i % head, i % head);
+        let from = first + in_head % (head / 2) * 2 + in_head / (head / 2);
+        to.copy_from_slice(&read[from * row..][..row]);
     }
+    std::mem::swap(read, ordered);
+    Ok(())
 }
 
 fn grow(buffer: &mut AlignedBytes, bytes: usize) {
@@ -111,10 +133,14 @@ fn grow(buffer: &mut AlignedBytes, bytes: usize) {
     }
 }
 
-fn typed(dtype: HfDType, bytes: &[u8]) -> Source<'_> {
-    match dtype {
-        HfDType::F32 => Source::F32(bytemuck::cast_slice::<u8, f32>(bytes)),
-        HfDType::Bf16 => Source::Bf16(bytemuck::cast_slice::<u8, bf16>(bytes)),
-        HfDType::F16 => Source::F16(bytemuck::cast_slice::<u8, f16>(bytes)),
+fn typed<'a>(view: &View, read: &'a AlignedBytes, blocks: &'a mut Blocks) -> Source<'a> {
+    let bytes = &read[..view.bytes() as usize];
+    match view.dtype {
+        SourceDType::F32 => Source::F32(bytemuck::cast_slice::<u8, f32>(bytes)),
+        SourceDType::Bf16 => Source::Bf16(bytemuck::cast_slice::<u8, bf16>(bytes)),
+        SourceDType::F16 => Source::F16(bytemuck::cast_slice::<u8, f16>(bytes)),
+        SourceDType::Q8 => blocks.q8_0(bytes),
+        SourceDType::Q4 => blocks.q4_0(bytes),
+        SourceDType::Q6K => blocks.q6_k(bytes),
     }
 }

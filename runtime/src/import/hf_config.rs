@@ -38,9 +38,15 @@ const CLASSES: [(Class, &str, &str); 4] = [
 
 /// Reads the configuration of a folder.
 pub fn read(dir: &Path) -> Result<ModelConfig, ImportError> {
-    let file = Keys::read(&dir.join(CONFIG))?;
-    let (class, name) = class(&file)?;
-    refuse_unknown_computation(&file)?;
+    let generation = dir.join(GENERATION);
+    let generation = if generation.exists() { Some(Keys::read(&generation)?) } else { None };
+    parse(&Keys::read(&dir.join(CONFIG))?, generation.as_ref())
+}
+
+/// Understands the keys of a configuration, and those that say how to generate.
+pub(super) fn parse(file: &Keys, generation: Option<&Keys>) -> Result<ModelConfig, ImportError> {
+    let (class, name) = class(file)?;
+    refuse_unknown_computation(file)?;
 
     let hidden = file.size("hidden_size")?;
     let heads = file.size("num_attention_heads")?;
@@ -53,7 +59,7 @@ pub fn read(dir: &Path) -> Result<ModelConfig, ImportError> {
             return Err(file.wrong("head_dim", &expected));
         }
     };
-    let (rope_theta, rope_scaling) = rope(&file, class)?;
+    let (rope_theta, rope_scaling) = rope(file, class)?;
     let bias = match class {
         Class::Mixtral => false,
         Class::Qwen2Moe => file.flag("qkv_bias", true)?,
@@ -77,10 +83,10 @@ pub fn read(dir: &Path) -> Result<ModelConfig, ImportError> {
             _ => None,
         },
     };
-    let layers = layers(&file, class)?;
+    let layers = layers(file, class)?;
     let sparse = layers.iter().filter(|l| l.feed_forward == FeedForward::Sparse).count();
-    let moe = if sparse > 0 { Some(moe(&file, class, hidden, sparse)?) } else { None };
-    let (bos_token, eos_tokens) = special_tokens(dir, &file)?;
+    let moe = if sparse > 0 { Some(moe(file, class, hidden, sparse)?) } else { None };
+    let (bos_token, eos_tokens) = special_tokens(file, generation)?;
     Ok(ModelConfig {
         architecture: name.into(),
         vocab: file.size("vocab_size")?,
@@ -289,7 +295,10 @@ fn moe(file: &Keys, class: Class, hidden: usize, sparse: usize) -> Result<MoeCon
 }
 
 /// The token that begins a text, and all that end one: generation_config.json may name more.
-fn special_tokens(dir: &Path, file: &Keys) -> Result<(Option<u32>, Vec<u32>), ImportError> {
+fn special_tokens(
+    file: &Keys,
+    generation: Option<&Keys>,
+) -> Result<(Option<u32>, Vec<u32>), ImportError> {
     let token = |keys: &Keys, id: usize, key: &str| {
         u32::try_from(id).map_err(|_| keys.wrong(key, "token ids are expected"))
     };
@@ -298,9 +307,7 @@ fn special_tokens(dir: &Path, file: &Keys) -> Result<(Option<u32>, Vec<u32>), Im
         None => None,
     };
     let mut eos = Vec::new();
-    let generation = dir.join(GENERATION);
-    let generation = if generation.exists() { Some(Keys::read(&generation)?) } else { None };
-    for keys in [Some(file), generation.as_ref()].into_iter().flatten() {
+    for keys in [Some(file), generation].into_iter().flatten() {
         for id in keys.sizes("eos_token_id")?.unwrap_or_default() {
             let id = token(keys, id, "eos_token_id")?;
             if !eos.contains(&id) {
@@ -324,7 +331,12 @@ impl Keys {
         let map = serde_json::from_slice(&bytes).map_err(|e| {
             ImportError::file(path, e.to_string(), "expected a JSON object; download it again")
         })?;
-        Ok(Self { path: path.display().to_string(), prefix: String::new(), map })
+        Ok(Self::of(path, map))
+    }
+
+    /// Keys that `path` says in a form of its own.
+    pub(super) fn of(path: &Path, map: Map<String, Value>) -> Self {
+        Self { path: path.display().to_string(), prefix: String::new(), map }
     }
 
     /// The value of a key; `None` if it is absent or null.

@@ -1,4 +1,5 @@
-//! Import: a Hugging Face folder, or a checkpoint of another format, becomes a native checkpoint.
+//! Import: a Hugging Face folder, a GGUF file, or a checkpoint of another format, becomes a native
+//! checkpoint.
 //!
 //! # Contract
 //! - **Nothing is written before everything was looked at**: the configuration is understood
@@ -6,22 +7,25 @@
 //!   left over, and the tokenizer loads. Then weights are copied, piece by piece.
 //! - **Memory** does not grow with the model or with its largest tensor: a few buffers of
 //!   [`PIECE_BYTES`].
-//! - **Values** are those of the source, bit for bit, unless `dtype` asks for rounding. Gates,
-//!   norms and biases become f32, which is exact from every source format. Formats of blocks
-//!   (int8, int6, int4) refuse weights that are NaN or infinite.
+//! - **Values** are those of the source, bit for bit, unless `dtype` asks for rounding; what becomes
+//!   of GGUF's blocks is said in [`gguf`]. Gates, norms and biases become f32, which is exact from
+//!   every source format. Formats of blocks (int8, int6, int4) refuse weights that are NaN or
+//!   infinite.
 //! - **Checkpoints** as sources are converted, so that tokenizer, template and tiers stay. A damaged
 //!   tensor ends the conversion where it is met, and one tensor of the source is mapped at a time.
 //! - **Interruption** leaves a folder without a manifest; the next import into it starts over.
-//! - **Distrust.** A folder is data from strangers: sizes are checked against files before use,
+//! - **Distrust.** A folder or file is data from strangers: sizes are checked against files before use,
 //!   nothing in it is executed, and no name in it reaches another folder.
 
 mod copy;
+mod gguf;
 pub mod hf_config;
-pub mod hf_tensors;
-pub mod names;
+mod hf_tensors;
+mod names;
 mod native;
 mod pack;
 pub mod random;
+mod tensors;
 pub mod text;
 pub mod tiers;
 
@@ -42,6 +46,7 @@ use crate::{
     config::ModelConfig,
 };
 
+use tensors::SourceDType;
 pub use tiers::{Routes, TierCut};
 
 /// Bytes of a tensor that are in memory at once.
@@ -50,12 +55,12 @@ pub const PIECE_BYTES: usize = 8 << 20;
 /// What to import, and how.
 #[derive(Debug, Clone)]
 pub struct ImportOptions {
-    /// The Hugging Face folder, or a checkpoint.
+    /// The Hugging Face folder, a GGUF file, or a checkpoint.
     pub source: PathBuf,
     /// The checkpoint's folder: new, empty, or left by an interrupted import.
     pub out: PathBuf,
     /// Format of projections and experts, and with them of embeddings; by default the source's
-    /// own, widened to f32 where it is f16 or mixed. Needed to convert a checkpoint.
+    /// own, widened to f32 where it is f16 or mixed; of GGUF's Q8_0 int8, of Q4_0 int4. Needed to convert a checkpoint.
     pub dtype: Option<DType>,
     /// Cut the experts into tiers and groups; by default one tier of one group.
     pub tiers: Option<TierCut>,
@@ -167,7 +172,7 @@ fn not_finite(path: String, tensor: String, value: f32, dtype: DType) -> ImportE
     }
 }
 
-/// Imports a folder. `progress` hears bytes done, bytes in all, and the shard at hand.
+/// Imports a folder or file. `progress` hears bytes done, bytes in all, and the shard at hand.
 pub fn import(
     options: &ImportOptions,
     progress: &mut dyn FnMut(u64, u64, &str),
@@ -176,22 +181,26 @@ pub fn import(
         return native::convert(options, progress);
     }
     let source = &options.source;
-    let mut config = hf_config::read(source)?;
+    let (mut config, tensors, text) = match source.is_dir() {
+        true => {
+            let config = hf_config::read(source)?;
+            (config, hf_tensors::open(source)?, text::read(source)?)
+        }
+        false => gguf::open(source)?,
+    };
     tiers::cut(&mut config, options.tiers.as_ref(), options.routes.as_ref())?;
     check(source, &config)?;
-    let tensors = hf_tensors::HfTensors::open(source)?;
     config.tied_embeddings = names::tied(&tensors, &config)?;
-    let text = text::read(source)?;
 
     let mut names = names::Names::new(&tensors, &config);
     let mut plan = Vec::new();
-    let mut widest = DType::Bf16;
+    let mut formats = Vec::new();
     for part in Part::all(&config) {
         // Any format will do here: names and shapes do not depend on it.
         for spec in part.tensors(&config, DType::F32) {
             let origin = names.origin(part, &spec)?;
-            if names::follows_model_dtype(&spec.name) && !origin.is_bf16() {
-                widest = DType::F32;
+            if names::follows_model_dtype(&spec.name) {
+                formats.push(origin.dtype());
             }
             plan.push(origin);
         }
@@ -199,7 +208,7 @@ pub fn import(
     names.check_all_used()?;
     let total = plan.iter().map(|origin| origin.bytes()).sum();
 
-    let dtype = options.dtype.unwrap_or(widest);
+    let dtype = options.dtype.unwrap_or_else(|| own_dtype(&formats));
     let mut writer = Writer::create(&options.out, &config, dtype)?;
     let mut copier = copy::Copier::new(&tensors);
     let mut plan = plan.iter();
@@ -219,7 +228,25 @@ pub fn import(
     Ok(inspect(&Checkpoint::open(&options.out)?)?)
 }
 
+/// The format that loses nothing, or as little as one of blocks can, of these.
+fn own_dtype(formats: &[SourceDType]) -> DType {
+    let any = |dtype| formats.contains(&dtype);
+    if any(SourceDType::Q4) {
+        DType::Int4
+    } else if any(SourceDType::Q8) || any(SourceDType::Q6K) {
+        DType::Int8
+    } else if any(SourceDType::F32) || any(SourceDType::F16) {
+        DType::F32
+    } else {
+        DType::Bf16
+    }
+}
+
 fn check(source: &Path, config: &ModelConfig) -> Result<(), ImportError> {
-    let path = source.join(hf_config::CONFIG).display().to_string();
+    let path = match source.is_dir() {
+        true => source.join(hf_config::CONFIG),
+        false => source.to_owned(),
+    };
+    let path = path.display().to_string();
     config.check().map_err(|source| ImportError::Config { path, source })
 }

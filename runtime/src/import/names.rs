@@ -3,7 +3,8 @@
 //! All known spellings are accepted for every class: experts one by one (`gate_proj`, `up_proj`,
 //! `down_proj` or Mixtral's `w1`, `w3`, `w2`), or fused over all experts (`gate_up_proj`
 //! [experts, 2 · inner, hidden], gate rows first, and `down_proj` [experts, hidden, inner]),
-//! below `mlp` or `block_sparse_moe`.
+//! below `mlp` or `block_sparse_moe`. The importer of GGUF files calls a stack of all experts
+//! `gate_proj` [experts, inner, hidden], `up_proj` and `down_proj`.
 //!
 //! Invariant: after [`Names::check_all_used`], every tensor of the source went somewhere, but for
 //! those that are known to be derived from others.
@@ -12,7 +13,7 @@ use std::{collections::HashSet, ops::Range};
 
 use super::{
     ImportError,
-    hf_tensors::{HfDType, HfTensors, View},
+    tensors::{SourceDType, Tensors, View},
 };
 use crate::{
     checkpoint::layout::{EXPERT_ROUTER, GROUP_ROUTER, Part, Shape, TensorSpec},
@@ -21,7 +22,7 @@ use crate::{
 
 /// Where the values of a tensor come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Origin {
+pub(super) enum Origin {
     /// These rows.
     Rows(View),
     /// Each row is the mean of some rows: the gate of a tier or group that the source lacks.
@@ -30,16 +31,16 @@ pub enum Origin {
 
 impl Origin {
     /// Bytes of the source that are read.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         match self {
             Origin::Rows(view) | Origin::Means(view, _) => view.bytes(),
         }
     }
 
-    /// Whether the source's values are bf16.
-    pub fn is_bf16(&self) -> bool {
+    /// Format of the source's values.
+    pub(super) fn dtype(&self) -> SourceDType {
         let (Origin::Rows(view) | Origin::Means(view, _)) = self;
-        view.dtype == HfDType::Bf16
+        view.dtype
     }
 }
 
@@ -49,7 +50,7 @@ const HEAD: &str = "lm_head.weight";
 /// Whether one table serves as embedding and output projection: as the configuration says,
 /// unless the folder holds two that differ. Transformers 5 then uses both, and so must we:
 /// weights are not dropped because of a wrong flag.
-pub fn tied(source: &HfTensors, config: &ModelConfig) -> Result<bool, ImportError> {
+pub(super) fn tied(source: &Tensors, config: &ModelConfig) -> Result<bool, ImportError> {
     if !config.tied_embeddings || !source.contains(EMBED) || !source.contains(HEAD) {
         return Ok(config.tied_embeddings);
     }
@@ -58,15 +59,15 @@ pub fn tied(source: &HfTensors, config: &ModelConfig) -> Result<bool, ImportErro
 }
 
 /// Whether a tensor is stored in the model's format: everything but gates, norms and biases.
-pub fn follows_model_dtype(name: &str) -> bool {
+pub(super) fn follows_model_dtype(name: &str) -> bool {
     let last = name.rsplit('.').next().unwrap_or(name);
     !name.contains("router") && !last.ends_with("norm") && !last.ends_with("_bias")
 }
 
 /// Finds origins, and remembers which source tensors they use.
 #[derive(Debug)]
-pub struct Names<'a> {
-    source: &'a HfTensors,
+pub(super) struct Names<'a> {
+    source: &'a Tensors,
     config: &'a ModelConfig,
     used: HashSet<String>,
 }
@@ -75,12 +76,12 @@ const BLOCKS: [&str; 2] = ["mlp", "block_sparse_moe"];
 
 impl<'a> Names<'a> {
     /// Names of one folder and model.
-    pub fn new(source: &'a HfTensors, config: &'a ModelConfig) -> Self {
+    pub(super) fn new(source: &'a Tensors, config: &'a ModelConfig) -> Self {
         Self { source, config, used: HashSet::new() }
     }
 
     /// The origin of a tensor.
-    pub fn origin(&mut self, part: Part, spec: &TensorSpec) -> Result<Origin, ImportError> {
+    pub(super) fn origin(&mut self, part: Part, spec: &TensorSpec) -> Result<Origin, ImportError> {
         match part {
             Part::Model => {
                 // One table for both ends may be stored under either name.
@@ -121,7 +122,7 @@ impl<'a> Names<'a> {
     }
 
     /// Says whether the source has tensors that nobody asked for.
-    pub fn check_all_used(&self) -> Result<(), ImportError> {
+    pub(super) fn check_all_used(&self) -> Result<(), ImportError> {
         let tied = self.config.tied_embeddings;
         let derived = |name: &str| name.ends_with(".rotary_emb.inv_freq") || (tied && name == HEAD);
         let names = self.source.names();
@@ -130,10 +131,10 @@ impl<'a> Names<'a> {
             None => Ok(()),
             Some(first) => Err(ImportError::Tensor {
                 path: self.source.path_of(first),
-                tensor: (*first).into(),
+                tensor: self.source.name_in_file(first).into(),
                 found: format!("nothing in the model uses it, nor {} others", left.count()),
-                expected: "config.json and weights do not describe the same model, or its class \
-                           has a part that is not known here"
+                expected: "configuration and weights do not describe the same model, or its \
+                           class has a part that is not known here"
                     .into(),
             }),
         }
@@ -204,14 +205,16 @@ impl<'a> Names<'a> {
         };
         let at = BLOCKS.map(|block| format!("model.layers.{layer}.{block}.experts"));
         for at in &at {
-            let (name, rows, from) = match matrix {
+            let fused = match matrix {
                 "gate" => (format!("{at}.gate_up_proj"), 2 * n, 0),
                 "up" => (format!("{at}.gate_up_proj"), 2 * n, n),
                 _ => (format!("{at}.down_proj"), n, 0),
             };
-            if self.source.contains(&name) {
-                let all = self.view(&name, &[self.experts(), rows, k])?;
-                return Ok(Origin::Rows(all.slice(expert * rows + from, n)));
+            for (name, rows, from) in [fused, (format!("{at}.{matrix}_proj"), n, 0)] {
+                if self.source.contains(&name) {
+                    let all = self.view(&name, &[self.experts(), rows, k])?;
+                    return Ok(Origin::Rows(all.slice(expert * rows + from, n)));
+                }
             }
         }
         let names = match matrix {

@@ -47,12 +47,7 @@ impl Packer {
         if dtype.is_quantised()
             && let Some(at) = source.first_not_finite()
         {
-            let value = match source {
-                Source::F32(values) => values[at],
-                Source::Bf16(values) => values[at].to_f32(),
-                Source::F16(values) => values[at].to_f32(),
-            };
-            return Err(NotFinite { row: at / k, col: at % k, value });
+            return Err(NotFinite { row: at / k, col: at % k, value: source.get(at) });
         }
         let bytes =
             PackedMatrix::packed_bytes(dtype, n, k).expect("ModelConfig::check bounds every width");
@@ -68,7 +63,7 @@ impl Packer {
         std::thread::scope(|scope| {
             for (i, part) in packed.chunks_mut(share_bytes).enumerate() {
                 let (from, to) = (i * rows, n.min((i + 1) * rows));
-                let source = rows_of(source, from * k, to * k);
+                let source = source.slice(from * k, to * k);
                 let mut pack = move || pack_into(dtype, to - from, k, source, part);
                 // The last share is the caller's.
                 if to == n {
@@ -79,14 +74,6 @@ impl Packer {
             }
         });
         Ok(packed)
-    }
-}
-
-fn rows_of(source: Source<'_>, from: usize, to: usize) -> Source<'_> {
-    match source {
-        Source::F32(values) => Source::F32(&values[from..to]),
-        Source::Bf16(values) => Source::Bf16(&values[from..to]),
-        Source::F16(values) => Source::F16(&values[from..to]),
     }
 }
 

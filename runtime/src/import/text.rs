@@ -13,14 +13,11 @@ const TEMPLATE: &str = "chat_template.jinja";
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
 
-/// Reads what a folder says about text; the tokenizer and the template are known to load.
+/// Reads what a folder says about text.
 pub fn read(dir: &Path) -> Result<Text, ImportError> {
     let path = dir.join(TOKENIZER);
     let tokenizer_json = read_small(&path, TOKENIZER_BYTES_MAX)?;
-    Tokenizer::from_json(&tokenizer_json).map_err(|e| {
-        ImportError::file(&path, e.to_string(), "expected a file of the `tokenizers` library")
-    })?;
-
+    check_tokenizer(&path, &tokenizer_json)?;
     let mut text = Text { tokenizer_json, ..Text::default() };
     let mut template_path = dir.join(TEMPLATE);
     if template_path.exists() {
@@ -39,12 +36,24 @@ pub fn read(dir: &Path) -> Result<Text, ImportError> {
             template_path = path;
         }
     }
-    if let Some(template) = &text.chat_template {
-        ChatTemplate::new(template, None, None).map_err(|e| {
-            ImportError::file(&template_path, e.to_string(), "expected a Jinja template of a chat")
-        })?;
-    }
+    check_template(&template_path, text.chat_template.as_deref())?;
     Ok(text)
+}
+
+/// Sees that a tokenizer loads.
+pub(super) fn check_tokenizer(path: &Path, json: &[u8]) -> Result<(), ImportError> {
+    let loaded = Tokenizer::from_json(json).map_err(|e| {
+        ImportError::file(path, e.to_string(), "expected a file of the `tokenizers` library")
+    });
+    loaded.map(drop)
+}
+
+/// Sees that a chat template compiles.
+pub(super) fn check_template(path: &Path, template: Option<&str>) -> Result<(), ImportError> {
+    let Some(template) = template else { return Ok(()) };
+    let compiled = ChatTemplate::new(template, None, None)
+        .map_err(|e| ImportError::file(path, e.to_string(), "expected a Jinja template of a chat"));
+    compiled.map(drop)
 }
 
 /// A token's text: a string, or an object that has it as `content`.

@@ -1,0 +1,131 @@
+//! GGUF files, as llama.cpp and its friends write them, of the classes that are known here.
+//!
+//! A file is translated: its metadata into the keys of a `config.json` ([`config`]), its tensors'
+//! names into those of a Hugging Face folder ([`names`]), its vocabulary into a `tokenizer.json`
+//! ([`tokenizer`]). From there on it is imported as a folder is.
+//!
+//! **Values.** F32, BF16 and F16 are as everywhere. The integers of Q8_0 and Q4_0 stay what they are
+//! when they are imported as int8 and int4 (the format's own is the default), and their f16 scales
+//! become bf16, which moves a weight by at most 2⁻⁹ of itself. Q6_K, which files of Q4_0 use for the
+//! head, is rounded anew.
+//!
+//! **Not read:** other formats of blocks, files in several parts, vocabularies whose way of cutting
+//! text is not known here.
+
+pub(super) mod blocks;
+mod config;
+mod file;
+mod names;
+mod tokenizer;
+
+use std::{collections::HashMap, fs::File, path::Path};
+
+use serde_json::Value;
+
+use super::{
+    ImportError,
+    hf_config::{self, Keys},
+    tensors::{Entry, Tensors},
+    text::{check_template, check_tokenizer},
+};
+use crate::{checkpoint::writer::Text, config::ModelConfig};
+
+/// Opens a file and understands what it says of the model and of text; no weights are read.
+pub(super) fn open(path: &Path) -> Result<(ModelConfig, Tensors, Text), ImportError> {
+    let file = File::open(path).map_err(ImportError::io(path, "open"))?;
+    let about = file.metadata().map_err(ImportError::io(path, "open"))?;
+    if !about.is_file() {
+        return Err(ImportError::file(
+            path,
+            "neither a folder nor a regular file",
+            "expected a Hugging Face folder, a checkpoint or a GGUF file",
+        ));
+    }
+    let head = file::read(path, &file, about.len())?;
+    let metadata = Metadata { path, values: head.metadata };
+    let keys = config::translate(&metadata, &head.tensors)?;
+    let config = hf_config::parse(&Keys::of(path, keys), None)?;
+    metadata.check_head_dim(config.attention.head_dim)?;
+
+    let mut tensors = Tensors::new(path);
+    let index = tensors.add_file(path, file);
+    for info in head.tensors {
+        let (name, order) = names::translate(&info.name, &config);
+        if tensors.contains(&name) {
+            return Err(ImportError::Tensor {
+                path: path.display().to_string(),
+                tensor: info.name,
+                found: "it occurs twice".into(),
+                expected: "expected once: the file is damaged, download it again".into(),
+            });
+        }
+        let mut shape = info.shape;
+        if name.ends_with("shared_expert_gate.weight") && shape.len() == 1 {
+            shape.insert(0, 1);
+        }
+        let (dtype, offset, alias) = (info.dtype, info.offset, Some(info.name));
+        tensors.add(name, Entry { file: index, offset, dtype, shape, order, alias });
+    }
+    let text = tokenizer::translate(&metadata)?;
+    check_tokenizer(path, &text.tokenizer_json)?;
+    check_template(path, text.chat_template.as_deref())?;
+    Ok((config, tensors, text))
+}
+
+/// The keys of a file, with errors that name file and key.
+struct Metadata<'a> {
+    path: &'a Path,
+    values: HashMap<String, Value>,
+}
+
+impl Metadata<'_> {
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.values.get(key)
+    }
+
+    fn wrong(&self, key: &str, expected: impl Into<String>) -> ImportError {
+        let found = match self.get(key) {
+            None => "missing".into(),
+            Some(Value::Array(list)) => format!("a list of {}", list.len()),
+            Some(value) => value.to_string().chars().take(200).collect(),
+        };
+        let (path, expected) = (self.path.display().to_string(), expected.into());
+        ImportError::Key { path, key: key.into(), found, expected }
+    }
+
+    /// Values and the rotated part must be as wide as keys.
+    fn check_head_dim(&self, head_dim: usize) -> Result<(), ImportError> {
+        let architecture = self.optional_text("general.architecture")?.unwrap_or_default();
+        for rest in ["attention.value_length", "rope.dimension_count"] {
+            let key = format!("{architecture}.{rest}");
+            if self.get(&key).is_some_and(|found| *found != head_dim) {
+                return Err(self.wrong(&key, format!("{head_dim}, the length of a head's keys")));
+            }
+        }
+        Ok(())
+    }
+
+    /// A value that must be there.
+    fn need(&self, key: &str) -> Result<&Value, ImportError> {
+        self.get(key).ok_or_else(|| self.wrong(key, "it is needed: convert the model again"))
+    }
+
+    fn optional_text(&self, key: &str) -> Result<Option<&str>, ImportError> {
+        let text = |value: &Value| value.as_str().map(str::len);
+        match self.get(key) {
+            None => Ok(None),
+            Some(value) if text(value).is_some() => Ok(value.as_str()),
+            Some(_) => Err(self.wrong(key, "a text is expected")),
+        }
+    }
+
+    fn flag(&self, key: &str, default: bool) -> Result<bool, ImportError> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| self.wrong(key, "true or false is expected"))
+    }
+
+    fn list(&self, key: &str) -> Result<&[Value], ImportError> {
+        let list = self.need(key)?.as_array();
+        list.map(Vec::as_slice).ok_or_else(|| self.wrong(key, "a list is expected"))
+    }
+}

@@ -1,0 +1,653 @@
+//! Import of GGUF files: what llama.cpp's converter makes of a folder imports to what the folder
+//! itself imports to, and blocks of integers stay those integers.
+//!
+//! Files are written here from the published layout, apart from the code under test.
+
+mod hf;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use half::{bf16, f16};
+use hf::{Raw, imported, reference, tensors, try_import};
+use lite_llm_kernels::{dtype::DType, matrix::PackedMatrix};
+use lite_llm_runtime::{
+    checkpoint::Checkpoint,
+    expert::ExpertKey,
+    import::{
+        ImportError,
+        random::{RandomClass, RandomShape, write_random_hf},
+    },
+    tokenizer::Tokenizer,
+};
+use serde_json::Value;
+use tempfile::{TempDir, tempdir};
+
+/// A value of the metadata.
+#[derive(Clone)]
+enum Meta {
+    U32(u32),
+    F32(f32),
+    Bool(bool),
+    Text(String),
+    Texts(Vec<String>),
+    F32s(Vec<f32>),
+    I32s(Vec<i32>),
+}
+
+/// A file to write.
+#[derive(Clone)]
+struct File {
+    metadata: Vec<(String, Meta)>,
+    /// Name, sizes from the outermost, number of the format, bytes.
+    tensors: Vec<(String, Vec<usize>, u32, Vec<u8>)>,
+}
+
+fn text(out: &mut Vec<u8>, text: &str) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text.as_bytes());
+}
+
+impl File {
+    fn set(&mut self, key: &str, value: Meta) {
+        self.metadata.retain(|(k, _)| k != key);
+        self.metadata.push((key.into(), value));
+    }
+
+    /// Bytes of the file, and how many of them come before the data.
+    fn bytes(&self) -> (Vec<u8>, usize) {
+        let mut out = b"GGUF".to_vec();
+        out.extend(3u32.to_le_bytes());
+        out.extend((self.tensors.len() as u64).to_le_bytes());
+        out.extend((self.metadata.len() as u64).to_le_bytes());
+        for (key, value) in &self.metadata {
+            text(&mut out, key);
+            let list = |out: &mut Vec<u8>, kind: u32, items: usize| {
+                out.extend(9u32.to_le_bytes());
+                out.extend(kind.to_le_bytes());
+                out.extend((items as u64).to_le_bytes());
+            };
+            match value {
+                Meta::U32(n) => {
+                    out.extend(4u32.to_le_bytes());
+                    out.extend(n.to_le_bytes());
+                }
+                Meta::F32(n) => {
+                    out.extend(6u32.to_le_bytes());
+                    out.extend(n.to_le_bytes());
+                }
+                Meta::Bool(b) => {
+                    out.extend(7u32.to_le_bytes());
+                    out.push(u8::from(*b));
+                }
+                Meta::Text(s) => {
+                    out.extend(8u32.to_le_bytes());
+                    text(&mut out, s);
+                }
+                Meta::Texts(all) => {
+                    list(&mut out, 8, all.len());
+                    all.iter().for_each(|s| text(&mut out, s));
+                }
+                Meta::F32s(all) => {
+                    list(&mut out, 6, all.len());
+                    all.iter().for_each(|n| out.extend(n.to_le_bytes()));
+                }
+                Meta::I32s(all) => {
+                    list(&mut out, 5, all.len());
+                    all.iter().for_each(|n| out.extend(n.to_le_bytes()));
+                }
+            }
+        }
+        let mut at = 0;
+        for (name, shape, dtype, bytes) in &self.tensors {
+            text(&mut out, name);
+            out.extend((shape.len() as u32).to_le_bytes());
+            shape.iter().rev().for_each(|d| out.extend((*d as u64).to_le_bytes()));
+            out.extend(dtype.to_le_bytes());
+            out.extend((at as u64).to_le_bytes());
+            at += bytes.len().next_multiple_of(32);
+        }
+        let head = out.len();
+        for (.., bytes) in &self.tensors {
+            out.resize(out.len().next_multiple_of(32), 0);
+            out.extend(bytes);
+        }
+        (out, head)
+    }
+
+    fn write(&self, path: &Path) {
+        fs::write(path, self.bytes().0).unwrap();
+    }
+}
+
+/// How values of a matrix are written.
+type Encode = fn(&str, &[f32]) -> (u32, Vec<u8>);
+
+fn as_f32(_: &str, values: &[f32]) -> (u32, Vec<u8>) {
+    (0, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+}
+
+fn as_bf16(_: &str, values: &[f32]) -> (u32, Vec<u8>) {
+    (30, values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect())
+}
+
+/// Q8_0 as llama.cpp makes it.
+fn as_q8_0(_: &str, values: &[f32]) -> (u32, Vec<u8>) {
+    let mut out = Vec::new();
+    for block in values.chunks(32) {
+        let scale = block.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
+        out.extend(f16::from_f32(scale).to_le_bytes());
+        out.extend(block.iter().map(|v| (v / scale).round() as i8 as u8));
+    }
+    (8, out)
+}
+
+/// Q4_0 as llama.cpp makes it, and Q6_K, with scales of one value, for the head.
+fn as_q4_0(name: &str, values: &[f32]) -> (u32, Vec<u8>) {
+    let mut out = Vec::new();
+    if name == "output.weight" {
+        for block in values.chunks(256) {
+            let largest = block.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            let d = f16::from_f32(largest / 32.0 / 3.0);
+            let q =
+                |i: usize| (block[i] / (d.to_f32() * 3.0)).round().clamp(-32.0, 31.0) as i32 + 32;
+            let at = |h: usize, g: usize, l: usize| q(128 * h + 32 * g + l) as u8;
+            for (h, half) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                out.extend((0..32).map(|l| at(h, half, l) & 15 | (at(h, half + 2, l) & 15) << 4));
+            }
+            for h in 0..2 {
+                let high = |g, l| (at(h, g, l) >> 4) << (2 * g);
+                out.extend((0..32).map(|l| high(0, l) | high(1, l) | high(2, l) | high(3, l)));
+            }
+            out.extend([3; 16]);
+            out.extend(d.to_le_bytes());
+        }
+        return (14, out);
+    }
+    for block in values.chunks(32) {
+        let largest = block.iter().copied().max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap();
+        let scale = largest / -8.0;
+        out.extend(f16::from_f32(scale).to_le_bytes());
+        let q = |i: usize| ((block[i] / scale + 8.5) as i32).clamp(0, 15) as u8;
+        out.extend((0..16).map(|i| q(i) | q(i + 16) << 4));
+    }
+    (2, out)
+}
+
+/// What llama.cpp's converter makes of a Hugging Face folder.
+fn converted(dir: &Path, encode: Encode) -> File {
+    let config: Value =
+        serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
+    let size = |key: &str| config[key].as_u64().map(|n| n as u32);
+    let class = config["model_type"].as_str().unwrap();
+    let architecture = match class {
+        "mixtral" => "llama",
+        "qwen2_moe" => "qwen2moe",
+        "qwen3_moe" => "qwen3moe",
+        other => other,
+    };
+    let mut file = File { metadata: vec![], tensors: vec![] };
+    file.set("general.architecture", Meta::Text(architecture.into()));
+    let heads = size("num_attention_heads").unwrap();
+    let hidden = size("hidden_size").unwrap();
+    let head_dim = size("head_dim").unwrap_or(hidden / heads);
+    let theta = [&config["rope_theta"], &config["rope_parameters"]["rope_theta"]];
+    let theta = theta.into_iter().find_map(Value::as_f64).unwrap();
+    let experts = size("num_local_experts").or(size("num_experts"));
+    for (key, value) in [
+        ("embedding_length", Some(hidden)),
+        ("block_count", size("num_hidden_layers")),
+        ("context_length", size("max_position_embeddings")),
+        ("feed_forward_length", size("intermediate_size")),
+        ("attention.head_count", Some(heads)),
+        ("attention.head_count_kv", size("num_key_value_heads")),
+        ("attention.key_length", Some(head_dim)),
+        ("rope.dimension_count", Some(head_dim)),
+        ("expert_count", experts),
+        ("expert_used_count", size("num_experts_per_tok")),
+        ("expert_feed_forward_length", size("moe_intermediate_size")),
+        ("expert_shared_feed_forward_length", size("shared_expert_intermediate_size")),
+    ] {
+        if let Some(value) = value {
+            file.set(&format!("{architecture}.{key}"), Meta::U32(value));
+        }
+    }
+    let eps = config["rms_norm_eps"].as_f64().unwrap() as f32;
+    file.set(&format!("{architecture}.attention.layer_norm_rms_epsilon"), Meta::F32(eps));
+    file.set(&format!("{architecture}.rope.freq_base"), Meta::F32(theta as f32));
+    vocabulary(&mut file, dir, &config);
+
+    let permuted = |name: &str, raw: &Raw, heads: u32| -> Vec<f32> {
+        let values = raw.values();
+        if class != "mixtral" {
+            return values;
+        }
+        // [heads, 2, half, k] becomes [heads, half, 2, k].
+        let (k, half) = (raw.shape[1], head_dim as usize / 2);
+        let mut out = Vec::new();
+        for head in 0..heads as usize {
+            for i in 0..half {
+                for part in 0..2 {
+                    let row = (head * 2 + part) * half + i;
+                    out.extend(&values[row * k..][..k]);
+                }
+            }
+        }
+        assert_eq!(out.len(), values.len(), "{name}");
+        out
+    };
+    let all = tensors(dir);
+    let mut add = |name: &str, shape: &[usize], values: &[f32], matrix: bool| {
+        let (dtype, bytes) = if matrix { encode(name, values) } else { as_f32(name, values) };
+        file.tensors.push((name.into(), shape.to_vec(), dtype, bytes));
+    };
+    let mut used = 0;
+    let mut dense = |from: &str, to: &str, heads: Option<u32>| {
+        let Some(raw) = all.get(from) else { return };
+        let values = heads.map_or_else(|| raw.values(), |heads| permuted(from, raw, heads));
+        let matrix = raw.shape.len() == 2 && !to.contains("gate_inp");
+        // The converter drops a first size of 1.
+        let shape = if raw.shape[0] == 1 { &raw.shape[1..] } else { &raw.shape[..] };
+        add(to, shape, &values, matrix);
+        used += 1;
+    };
+    dense("model.embed_tokens.weight", "token_embd.weight", None);
+    dense("model.norm.weight", "output_norm.weight", None);
+    dense("lm_head.weight", "output.weight", None);
+    for layer in 0..size("num_hidden_layers").unwrap() {
+        let from = |rest: &str| format!("model.layers.{layer}.{rest}");
+        let to = |rest: &str| format!("blk.{layer}.{rest}");
+        for (hf, gguf) in [
+            ("input_layernorm.weight", "attn_norm.weight"),
+            ("post_attention_layernorm.weight", "ffn_norm.weight"),
+            ("self_attn.v_proj.weight", "attn_v.weight"),
+            ("self_attn.o_proj.weight", "attn_output.weight"),
+            ("self_attn.q_norm.weight", "attn_q_norm.weight"),
+            ("self_attn.k_norm.weight", "attn_k_norm.weight"),
+            ("self_attn.q_proj.bias", "attn_q.bias"),
+            ("self_attn.k_proj.bias", "attn_k.bias"),
+            ("self_attn.v_proj.bias", "attn_v.bias"),
+            ("mlp.gate.weight", "ffn_gate_inp.weight"),
+            ("block_sparse_moe.gate.weight", "ffn_gate_inp.weight"),
+            ("mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight"),
+            ("mlp.shared_expert.gate_proj.weight", "ffn_gate_shexp.weight"),
+            ("mlp.shared_expert.up_proj.weight", "ffn_up_shexp.weight"),
+            ("mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight"),
+        ] {
+            dense(&from(hf), &to(gguf), None);
+        }
+        dense(&from("self_attn.q_proj.weight"), &to("attn_q.weight"), Some(heads));
+        let kv_heads = size("num_key_value_heads").unwrap();
+        dense(&from("self_attn.k_proj.weight"), &to("attn_k.weight"), Some(kv_heads));
+    }
+    for layer in 0..size("num_hidden_layers").unwrap() {
+        for (part, names) in [
+            ("gate", ["gate_proj", "w1"]),
+            ("up", ["up_proj", "w3"]),
+            ("down", ["down_proj", "w2"]),
+        ] {
+            let (mut values, mut shape) = (Vec::new(), vec![experts.unwrap() as usize]);
+            for expert in 0..experts.unwrap() {
+                let spelled =
+                    ["mlp", "block_sparse_moe"].into_iter().zip(names).find_map(|(b, n)| {
+                        all.get(&format!("model.layers.{layer}.{b}.experts.{expert}.{n}.weight"))
+                    });
+                let raw = spelled.expect("every class spells its experts so");
+                shape.truncate(1);
+                shape.extend(&raw.shape);
+                values.extend(raw.values());
+                used += 1;
+            }
+            let name = format!("blk.{layer}.ffn_{part}_exps.weight");
+            let (dtype, bytes) = encode(&name, &values);
+            file.tensors.push((name, shape, dtype, bytes));
+        }
+    }
+    assert_eq!(used, all.len(), "every tensor of the folder is in the file");
+    file
+}
+
+/// The vocabulary of a `tokenizer.json`. SentencePiece scores go down from token to token.
+fn vocabulary(file: &mut File, dir: &Path, config: &Value) {
+    let json: Value =
+        serde_json::from_slice(&fs::read(dir.join("tokenizer.json")).unwrap()).unwrap();
+    let table = json["model"]["vocab"].as_object().unwrap();
+    let mut tokens = vec![String::new(); table.len()];
+    for (token, id) in table {
+        tokens[id.as_u64().unwrap() as usize] = token.clone();
+    }
+    let mut types = vec![1; tokens.len()];
+    for added in json["added_tokens"].as_array().unwrap() {
+        let id = added["id"].as_u64().unwrap() as usize;
+        types[id] = if added["content"] == "<unk>" { 2 } else { 3 };
+    }
+    let sentence_piece = json["model"]["byte_fallback"] == true;
+    file.set(
+        "tokenizer.ggml.model",
+        Meta::Text(if sentence_piece { "llama" } else { "gpt2" }.into()),
+    );
+    if sentence_piece {
+        let scores = (0..tokens.len()).map(|id| -(id as f32)).collect();
+        file.set("tokenizer.ggml.scores", Meta::F32s(scores));
+    } else {
+        let split = json["pre_tokenizer"]["pretokenizers"].is_array();
+        file.set("tokenizer.ggml.pre", Meta::Text(if split { "qwen2" } else { "gpt-2" }.into()));
+        let merges = json["model"]["merges"].as_array().unwrap().iter().map(|merge| match merge {
+            Value::String(merge) => merge.clone(),
+            pair => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+        });
+        file.set("tokenizer.ggml.merges", Meta::Texts(merges.collect()));
+    }
+    file.set("tokenizer.ggml.tokens", Meta::Texts(tokens));
+    file.set("tokenizer.ggml.token_type", Meta::I32s(types));
+    for role in ["bos", "eos"] {
+        if let Some(id) = config[format!("{role}_token_id")].as_u64() {
+            file.set(&format!("tokenizer.ggml.{role}_token_id"), Meta::U32(id as u32));
+        }
+    }
+    let template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}";
+    file.set("tokenizer.chat_template", Meta::Text(template.into()));
+    file.set("tokenizer.ggml.add_bos_token", Meta::Bool(sentence_piece));
+}
+
+/// Weights of a checkpoint's folder, file by file.
+fn weights(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "safetensors") {
+                files.insert(path.strip_prefix(dir).unwrap().into(), fs::read(&path).unwrap());
+            }
+        }
+    }
+    assert!(files.len() >= 3, "a checkpoint has shards");
+    files
+}
+
+const TEXTS: [&str; 6] = [
+    "The quick brown fox, 12345 times.",
+    "  two  spaces\n\n\tand a tab ",
+    "don't I'LL we're",
+    "na\u{ef}ve \u{4f60}\u{597d} \u{1f600}",
+    "<s>marked</s><|im_start|>",
+    "",
+];
+
+/// Both import to the same weights and configuration, and cut texts alike.
+fn same_as_folder(name: &str, folder: &Path, encode: Encode) {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    converted(folder, encode).write(&path);
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let (original, found) = (imported(folder, &a), imported(&path, &b));
+    assert_eq!(found.config(), original.config(), "{name}");
+    assert_eq!(found.dtype(), original.dtype(), "{name}");
+    assert!(weights(&b) == weights(&a), "{name}: weights differ");
+
+    let tokenizer = |c: &Checkpoint| Tokenizer::from_json(&c.tokenizer_json().unwrap()).unwrap();
+    let (original, found) = (tokenizer(&original), tokenizer(&found));
+    assert_eq!(found.vocab_size(), original.vocab_size());
+    for text in TEXTS {
+        for special in [false, true] {
+            let expected = original.encode(text, special).unwrap();
+            assert_eq!(found.encode(text, special).unwrap(), expected, "{name}: {text:?}");
+            assert_eq!(found.decode(&expected), original.decode(&expected), "{name}: {text:?}");
+        }
+    }
+}
+
+#[test]
+fn a_file_of_every_class_imports_as_its_folder_does() {
+    for name in ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"] {
+        let Some(dir) = reference(name) else { return };
+        same_as_folder(name, &dir, as_f32);
+    }
+    let Some(dir) = reference("qwen3_moe_bf16_sharded") else { return };
+    same_as_folder("qwen3_moe_bf16_sharded", &dir, as_bf16);
+}
+
+/// A folder whose rows are whole blocks, also of Q6_K.
+fn random(class: RandomClass) -> (TempDir, PathBuf) {
+    let dir = tempdir().unwrap();
+    let folder = dir.path().join("hf");
+    let shape = RandomShape { hidden: 256, intermediate: 96, ..RandomShape::tiny(class) };
+    write_random_hf(&folder, &shape, &mut |_, _| {}).unwrap();
+    // The writer's vocabulary says less than the model has rows for.
+    hf::edit_json(&folder.join("tokenizer.json"), |json| {
+        assert_eq!(json["model"]["vocab"].as_object().unwrap().len(), shape.vocab);
+    });
+    (dir, folder)
+}
+
+#[test]
+fn a_random_file_of_every_class_imports_as_its_folder_does() {
+    use RandomClass::*;
+    for class in [Mixtral, Olmoe, Qwen2Moe, Qwen3Moe] {
+        let (_dir, folder) = random(class);
+        let mut file = converted(&folder, as_f32);
+        // A vocabulary of its own: the folder's takes bytes without any cutting.
+        file.set("tokenizer.ggml.pre", Meta::Text("olmo".into()));
+        let path = folder.with_extension("gguf");
+        file.write(&path);
+        let (a, b) = (folder.with_extension("a"), folder.with_extension("b"));
+        let (original, found) = (imported(&folder, &a), imported(&path, &b));
+        assert_eq!(found.config(), original.config(), "{class:?}");
+        assert!(weights(&b) == weights(&a), "{class:?}: weights differ");
+    }
+}
+
+/// The weight of a block that Q8_0 and Q4_0 hold, with its scale in bf16.
+fn kept(dtype: u32, bytes: &[u8], i: usize) -> f32 {
+    let (block, size) = (i / 32, if dtype == 8 { 34 } else { 18 });
+    let block = &bytes[block * size..][..size];
+    let scale = bf16::from_f32(f16::from_le_bytes([block[0], block[1]]).to_f32()).to_f32();
+    let q = match (dtype, i % 32) {
+        (8, l) => i32::from(block[2 + l] as i8),
+        (_, l) if l < 16 => i32::from(block[2 + l] & 15) - 8,
+        (_, l) => i32::from(block[2 + l - 16] >> 4) - 8,
+    };
+    scale * q as f32
+}
+
+#[test]
+fn integers_of_blocks_stay_and_their_scales_become_bf16() {
+    for (encode, dtype, number) in [(as_q8_0 as Encode, DType::Int8, 8), (as_q4_0, DType::Int4, 2)]
+    {
+        let (_dir, folder) = random(RandomClass::Olmoe);
+        let file = converted(&folder, encode);
+        let path = folder.with_extension("gguf");
+        file.write(&path);
+        let found = imported(&path, &folder.with_extension("out"));
+        assert_eq!(found.dtype(), dtype);
+        let bytes = |name: &str| {
+            let (_, _, found, bytes) = file.tensors.iter().find(|t| t.0 == name).unwrap();
+            assert_eq!(*found, number, "{name}");
+            bytes
+        };
+        let check = |name: &str, matrix: &PackedMatrix, from: usize| {
+            assert_eq!(matrix.dtype(), dtype, "{name}");
+            let bytes = bytes(name);
+            for row in 0..matrix.n() {
+                for col in 0..matrix.k() {
+                    let expected = kept(number, bytes, (from + row) * matrix.k() + col);
+                    assert_eq!(matrix.get(row, col), expected, "{name} {row} {col}");
+                }
+            }
+        };
+        for (ours, theirs) in [("q", "attn_q"), ("k", "attn_k"), ("o", "attn_output")] {
+            let matrix = found.dense_matrix(&format!("layers.0.attention.{ours}")).unwrap();
+            check(&format!("blk.0.{theirs}.weight"), &matrix, 0);
+        }
+        let moe = found.config().moe.as_ref().unwrap();
+        for flat in [0, 3, 7] {
+            let expert = found.expert(ExpertKey::from_flat(moe, 0, flat).unwrap()).unwrap();
+            check("blk.0.ffn_gate_exps.weight", &expert.gate, flat * expert.gate.n());
+            check("blk.0.ffn_up_exps.weight", &expert.up, flat * expert.up.n());
+            check("blk.0.ffn_down_exps.weight", &expert.down, flat * expert.down.n());
+        }
+
+        // What is stored in another format than the file's is within that format's rounding.
+        let source = tensors(&folder);
+        for (ours, theirs, steps) in [
+            ("embed", "model.embed_tokens.weight", if number == 8 { 127.0 } else { 8.0 }),
+            ("head", "lm_head.weight", if number == 8 { 127.0 } else { 16.0 }),
+        ] {
+            let (matrix, source) = (found.dense_matrix(ours).unwrap(), &source[theirs]);
+            let values = source.values();
+            for (row, values) in values.chunks(matrix.k()).enumerate() {
+                let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                for (col, expected) in values.iter().enumerate() {
+                    let off = (matrix.get(row, col) - expected).abs();
+                    assert!(off <= largest / steps, "{ours} {row} {col}: {off} of {largest}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn another_format_than_the_files_is_made_from_its_values() {
+    let (_dir, folder) = random(RandomClass::Qwen3Moe);
+    let file = converted(&folder, as_q8_0);
+    let path = folder.with_extension("gguf");
+    file.write(&path);
+    let out = folder.with_extension("out");
+    let options = lite_llm_runtime::import::ImportOptions {
+        dtype: Some(DType::F32),
+        ..hf::options(&path, &out)
+    };
+    lite_llm_runtime::import::import(&options, &mut |_, _, _| {}).unwrap();
+    let matrix = Checkpoint::open(&out).unwrap().dense_matrix("layers.0.attention.v").unwrap();
+    let (.., bytes) = file.tensors.iter().find(|t| t.0 == "blk.0.attn_v.weight").unwrap();
+    for row in 0..matrix.n() {
+        for col in 0..matrix.k() {
+            let at = row * matrix.k() + col;
+            let block = &bytes[at / 32 * 34..][..34];
+            let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
+            assert_eq!(matrix.get(row, col), scale * f32::from(block[2 + at % 32] as i8));
+        }
+    }
+}
+
+/// The import fails, names the file and `named`, and writes nothing.
+fn refused(path: &Path, named: &str) {
+    let out = tempdir().unwrap();
+    let error = try_import(path, out.path()).expect_err(named).to_string();
+    assert!(error.contains("model.gguf") && error.contains(named), "{error:?} names {named:?}");
+    assert!(fs::read_dir(out.path()).unwrap().next().is_none(), "nothing was written");
+}
+
+fn small() -> (TempDir, PathBuf, File) {
+    let dir = tempdir().unwrap();
+    let folder = dir.path().join("hf");
+    let shape = RandomShape { layers: 1, experts: 2, ..RandomShape::tiny(RandomClass::Mixtral) };
+    write_random_hf(&folder, &shape, &mut |_, _| {}).unwrap();
+    let file = converted(&folder, as_f32);
+    let path = dir.path().join("model.gguf");
+    (dir, path, file)
+}
+
+#[test]
+fn what_is_not_known_is_refused_by_name() {
+    let (_dir, path, file) = small();
+    let with = |key: &str, value: Meta, named: &str| {
+        let mut file = file.clone();
+        file.set(key, value);
+        file.write(&path);
+        refused(&path, named);
+    };
+    let text = |text: &str| Meta::Text(text.into());
+    with("general.architecture", text("gemma3"), "\"gemma3\"");
+    with("general.architecture", Meta::U32(1), "general.architecture");
+    with("llama.expert_count", Meta::U32(0), "\"llama\"");
+    with("llama.attention.head_count", text("many"), "num_attention_heads");
+    with("llama.attention.value_length", Meta::U32(8), "llama.attention.value_length");
+    with("llama.rope.scaling.type", text("yarn"), "llama.rope.scaling.type");
+    with("split.count", Meta::U32(3), "llama-gguf-split --merge");
+    with("tokenizer.ggml.model", text("bert"), "tokenizer.ggml.model");
+    with("tokenizer.ggml.pre", text("default"), "tokenizer.ggml.pre");
+    with("tokenizer.ggml.tokens", Meta::Texts(vec!["a".into()]), "tokenizer.ggml.token_type");
+    with("tokenizer.ggml.bos_token_id", Meta::U32(1 << 20), "bos_token");
+    with("tokenizer.chat_template", text("{% if %}"), "template");
+    with("general.alignment", Meta::U32(3), "general.alignment");
+
+    let mut missing = file.clone();
+    missing.metadata.retain(|(key, _)| key != "llama.block_count");
+    missing.write(&path);
+    refused(&path, "llama.block_count");
+
+    let v = "blk.0.attn_v.weight";
+    let at = file.tensors.iter().position(|tensor| tensor.0 == v).unwrap();
+    let changed = |named: &str, change: &dyn Fn(&mut File)| {
+        let mut file = file.clone();
+        change(&mut file);
+        file.write(&path);
+        refused(&path, named);
+    };
+    changed("Q4_K", &|file| file.tensors[at].2 = 12);
+    changed("99 of ggml", &|file| file.tensors[at].2 = 99);
+    changed("self_attn.v_proj", &|file| drop(file.tensors.remove(at)));
+    changed("blk.0.sinks", &|file| {
+        let sinks = ("blk.0.sinks".into(), vec![1], 0, vec![0; 4]);
+        file.tensors.push(sinks);
+    });
+    changed(v, &|file| file.tensors.push(file.tensors[at].clone()));
+    changed(v, &|file| file.tensors[at].1.reverse());
+    let folder = path.with_file_name("nothing");
+    let error = try_import(&folder, &path.with_extension("out")).unwrap_err();
+    assert!(matches!(error, ImportError::Io { .. }), "{error}");
+}
+
+#[test]
+fn a_file_cut_anywhere_is_refused() {
+    let (_dir, path, file) = small();
+    let (whole, head) = file.bytes();
+    let lengths = (0..head).step_by(97).chain([head, head + 33, whole.len() - 1]);
+    for length in lengths {
+        fs::write(&path, &whole[..length]).unwrap();
+        refused(&path, "");
+    }
+    fs::write(&path, &whole).unwrap();
+    try_import(&path, &path.with_extension("out")).expect("the file is whole again");
+}
+
+/// Any flipped bit of a head is refused by the file's name, or changes a number or text that is the
+/// model's own business: it never panics and never asks for absurd memory.
+#[test]
+fn a_flipped_head_never_panics() {
+    let (_dir, path, file) = small();
+    let (whole, head) = file.bytes();
+    for at in 0..head {
+        let mut flipped = whole.clone();
+        flipped[at] ^= 1 << (at % 8);
+        fs::write(&path, &flipped).unwrap();
+        let out = tempdir().unwrap();
+        if let Err(error) = try_import(&path, out.path()) {
+            assert!(error.to_string().contains("model.gguf"), "{at}: {error}");
+        }
+    }
+}
+
+#[test]
+fn sizes_that_lie_are_refused_before_memory_is_asked_for() {
+    let (_dir, path, file) = small();
+    let (whole, _) = file.bytes();
+    let key = 24 + 8 + "general.architecture".len();
+    for (at, what) in [(8, "tensors"), (16, "keys"), (24, "a key's length"), (key + 4, "a text's")]
+    {
+        for length in [u64::MAX, 1 << 62, 1 << 40] {
+            let mut bytes = whole.clone();
+            bytes[at..at + 8].copy_from_slice(&length.to_le_bytes());
+            fs::write(&path, bytes).unwrap();
+            let out = tempdir().unwrap();
+            try_import(&path, out.path()).expect_err(what);
+        }
+    }
+}
