@@ -36,7 +36,7 @@ pub struct Cli {
 pub enum Command {
     /// Generate text, everything in one process: a coordinator and workers over loopback QUIC.
     Run(RunArgs),
-    /// Turn a Hugging Face MoE folder into a native checkpoint.
+    /// Turn a Hugging Face folder or a GGUF file of an MoE model into a native checkpoint.
     Import(ImportArgs),
     /// Show what is in a checkpoint.
     Inspect(ModelPath),

@@ -591,8 +591,8 @@ fn what_is_not_known_is_refused_by_name() {
         file.write(&path);
         refused(&path, named);
     };
-    changed("Q4_K", &|file| file.tensors[at].2 = 12);
-    changed("99 of ggml", &|file| file.tensors[at].2 = 99);
+    changed("format Q4_K", &|file| file.tensors[at].2 = 12);
+    changed("format 99 of ggml", &|file| file.tensors[at].2 = 99);
     changed("self_attn.v_proj", &|file| drop(file.tensors.remove(at)));
     changed("blk.0.sinks", &|file| {
         let sinks = ("blk.0.sinks".into(), vec![1], 0, vec![0; 4]);
@@ -612,8 +612,10 @@ fn a_file_cut_anywhere_is_refused() {
     let lengths = (0..head).step_by(97).chain([head, head + 33, whole.len() - 1]);
     for length in lengths {
         fs::write(&path, &whole[..length]).unwrap();
-        refused(&path, "");
+        refused(&path, if length < 4 { "" } else { "damaged" });
     }
+    fs::write(&path, "just a text").unwrap();
+    refused(&path, "does not begin with GGUF");
     fs::write(&path, &whole).unwrap();
     try_import(&path, &path.with_extension("out")).expect("the file is whole again");
 }

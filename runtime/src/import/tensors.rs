@@ -235,8 +235,8 @@ impl Tensors {
         let Some(dtype) = SourceDType::named(&entry.dtype) else {
             return Err(error(
                 format!("format {}", entry.dtype),
-                "expected F32, BF16 or F16, or in GGUF files Q8_0, Q4_0 or Q6_K: use the original \
-                 weights"
+                "expected F32, BF16 or F16, in GGUF files also Q8_0, Q4_0 or Q6_K: use the original \
+                 weights, or make a file of one of these from them"
                     .into(),
             ));
         };

@@ -51,7 +51,11 @@ pub(super) struct Info {
 pub(super) fn read(path: &Path, file: &File, bytes: u64) -> Result<Head, ImportError> {
     let mut reader = Reader { path, inner: BufReader::new(file), at: 0, bytes };
     if &reader.take::<4>()? != b"GGUF" {
-        return Err(reader.damaged("another beginning than GGUF"));
+        return Err(ImportError::file(
+            path,
+            "a file that does not begin with GGUF",
+            "expected a Hugging Face folder, a checkpoint or a GGUF file",
+        ));
     }
     let version = reader.u32()?;
     if !(2..=3).contains(&version) {
@@ -99,8 +103,8 @@ fn check_places(reader: &Reader<'_>, tensors: &mut [Info], start: u64) -> Result
             expected: "the file is damaged or truncated: download it again".into(),
         };
         let values = info.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
-        // The size of a format that is not read is not known; it takes a byte at least.
-        let (per_block, bytes) = SourceDType::named(&info.dtype).map_or((1, 1), SourceDType::block);
+        // The size of a format that is not read is not known; who asks for it hears its name.
+        let (per_block, bytes) = SourceDType::named(&info.dtype).map_or((1, 0), SourceDType::block);
         let row = info.shape.last().copied().unwrap_or(1);
         if !row.is_multiple_of(per_block) {
             return Err(wrong(format!("rows of {row} in {}, blocks of {per_block}", info.dtype)));
