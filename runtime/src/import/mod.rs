@@ -3,7 +3,7 @@
 //!
 //! # Contract
 //! - **Nothing is written before everything was looked at**: the configuration is understood
-//!   ([`hf_config`]), every tensor is found with the right shape and format ([`names`]), none is
+//!   ([`hf_config`]), every tensor is found with the right shape and format (`names`), none is
 //!   left over, and the tokenizer loads. Then weights are copied, piece by piece.
 //! - **Memory** does not grow with the model or with its largest tensor: a few buffers of
 //!   [`PIECE_BYTES`].
@@ -18,7 +18,7 @@
 //!   nothing in it is executed, and no name in it reaches another folder.
 
 mod copy;
-mod gguf;
+pub mod gguf;
 pub mod hf_config;
 mod hf_tensors;
 mod names;

@@ -1,8 +1,8 @@
 //! GGUF files, as llama.cpp and its friends write them, of the classes that are known here.
 //!
-//! A file is translated: its metadata into the keys of a `config.json` ([`config`]), its tensors'
-//! names into those of a Hugging Face folder ([`names`]), its vocabulary into a `tokenizer.json`
-//! ([`tokenizer`]). From there on it is imported as a folder is.
+//! A file is translated: its metadata into the keys of a `config.json` (`config.rs`), its tensors'
+//! names into those of a Hugging Face folder (`names.rs`), its vocabulary into a `tokenizer.json`
+//! (`tokenizer.rs`). From there on it is imported as a folder is.
 //!
 //! **Values.** F32, BF16 and F16 are as everywhere. The integers of Q8_0 and Q4_0 stay what they are
 //! when they are imported as int8 and int4 (the format's own is the default), and their f16 scales
