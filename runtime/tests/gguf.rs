@@ -16,6 +16,7 @@ use hf::{Raw, imported, reference, tensors, try_import};
 use lite_llm_kernels::{dtype::DType, matrix::PackedMatrix};
 use lite_llm_runtime::{
     checkpoint::Checkpoint,
+    config::RopeScaling,
     expert::ExpertKey,
     import::{
         ImportError,
@@ -380,6 +381,9 @@ const TEXTS: [&str; 6] = [
     "",
 ];
 
+/// `<|im_end|>` in the reference models.
+const IM_END: u32 = 5;
+
 /// Both import to the same weights and configuration, and cut texts alike.
 fn same_as_folder(name: &str, folder: &Path, encode: Encode) {
     let dir = tempdir().unwrap();
@@ -387,7 +391,13 @@ fn same_as_folder(name: &str, folder: &Path, encode: Encode) {
     converted(folder, encode).write(&path);
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
     let (original, found) = (imported(folder, &a), imported(&path, &b));
-    assert_eq!(found.config(), original.config(), "{name}");
+    // As llama.cpp does, and unlike the folder, a file stops at what is spelled like an end.
+    let mut config = found.config().clone();
+    let ends = original.config().eos_tokens.clone();
+    assert!(ends.iter().all(|end| config.eos_tokens.contains(end)), "{name}: {ends:?}");
+    assert!(config.eos_tokens.contains(&IM_END), "{name}: {:?}", config.eos_tokens);
+    config.eos_tokens = ends;
+    assert_eq!(config, *original.config(), "{name}");
     assert_eq!(found.dtype(), original.dtype(), "{name}");
     assert!(weights(&b) == weights(&a), "{name}: weights differ");
 
@@ -574,6 +584,23 @@ fn what_is_not_known_is_refused_by_name() {
     with("tokenizer.ggml.model", text("bert"), "tokenizer.ggml.model");
     with("tokenizer.ggml.pre", text("default"), "tokenizer.ggml.pre");
     with("tokenizer.ggml.tokens", Meta::Texts(vec!["a".into()]), "tokenizer.ggml.token_type");
+    let tokens = (0..321).map(|i| format!("t{i}")).collect();
+    let mut longer = file.clone();
+    longer.set("tokenizer.ggml.tokens", Meta::Texts(tokens));
+    longer.set("tokenizer.ggml.token_type", Meta::I32s(vec![1; 321]));
+    longer.write(&path);
+    refused(&path, "no more than 320");
+    let mut scored = file.clone();
+    scored.set("tokenizer.ggml.model", text("llama"));
+    scored.set("tokenizer.ggml.scores", Meta::F32s(vec![-1000.0; 320]));
+    scored.write(&path);
+    refused(&path, "tokenizer.ggml.scores");
+    with("llama.rope.scaling.attn_factor", Meta::F32(0.5), "llama.rope.scaling.attn_factor");
+    let mut odd = file.clone();
+    odd.set("llama.attention.key_length", Meta::U32(18));
+    odd.set("llama.rope.dimension_count", Meta::U32(18));
+    odd.write(&path);
+    refused(&path, "heads of a multiple of 16");
     with("tokenizer.ggml.bos_token_id", Meta::U32(1 << 20), "bos_token");
     with("tokenizer.chat_template", text("{% if %}"), "template");
     with("general.alignment", Meta::U32(3), "general.alignment");
@@ -618,6 +645,66 @@ fn a_file_cut_anywhere_is_refused() {
     refused(&path, "does not begin with GGUF");
     fs::write(&path, &whole).unwrap();
     try_import(&path, &path.with_extension("out")).expect("the file is whole again");
+}
+
+/// Tokens that are each other's parts would give as many merges as their number squared.
+#[test]
+fn a_vocabulary_that_would_fill_the_memory_is_refused() {
+    let (_dir, path, mut file) = small();
+    let count = 3000;
+    let tokens = (1..=count).map(|n| "a".repeat(n)).collect();
+    file.set("tokenizer.ggml.model", Meta::Text("llama".into()));
+    file.set("tokenizer.ggml.tokens", Meta::Texts(tokens));
+    file.set("tokenizer.ggml.token_type", Meta::I32s(vec![1; count]));
+    file.set("tokenizer.ggml.scores", Meta::F32s((0..count).map(|n| -(n as f32)).collect()));
+    let embed = file.tensors.iter_mut().find(|tensor| tensor.0 == "token_embd.weight").unwrap();
+    (embed.1, embed.3) = (vec![count, 64], vec![0; count * 64 * 4]);
+    file.write(&path);
+    refused(&path, "without end");
+}
+
+/// As in llama.cpp, a factor without a type is a linear one.
+#[test]
+fn ropes_are_scaled_as_llama_cpp_scales_them() {
+    let (_dir, path, file) = small();
+    for (factor, kind, expected) in [
+        (Some(4.0), None, RopeScaling::Linear { factor: 4.0 }),
+        (Some(4.0), Some("linear"), RopeScaling::Linear { factor: 4.0 }),
+        (Some(4.0), Some("none"), RopeScaling::None),
+        (Some(0.0), None, RopeScaling::None),
+        (None, Some("linear"), RopeScaling::None),
+    ] {
+        let mut file = file.clone();
+        if let Some(factor) = factor {
+            file.set("llama.rope.scaling.factor", Meta::F32(factor));
+        }
+        if let Some(kind) = kind {
+            file.set("llama.rope.scaling.type", Meta::Text(kind.into()));
+        }
+        file.write(&path);
+        let out = tempdir().unwrap();
+        let found = imported(&path, out.path()).config().attention.rope_scaling;
+        assert_eq!(found, expected, "{factor:?} {kind:?}");
+    }
+}
+
+/// k in Q8_0, as llama-quantize has it in Mixtral's Q4_0, does not change the format of the rest.
+#[test]
+fn the_format_of_most_weights_is_the_checkpoints() {
+    let (_dir, folder) = random(RandomClass::Mixtral);
+    let path = folder.with_extension("gguf");
+    let pairs: [(Encode, Encode, &str, DType); 2] = [
+        (as_q4_0, as_q8_0, "blk.0.attn_k.weight", DType::Int4),
+        (as_q8_0, as_q4_0, "token_embd.weight", DType::Int8),
+    ];
+    for (most, one, name, expected) in pairs {
+        let mut file = converted(&folder, most);
+        let other = converted(&folder, one).tensors.into_iter().find(|t| t.0 == name).unwrap();
+        *file.tensors.iter_mut().find(|t| t.0 == name).unwrap() = other;
+        file.write(&path);
+        let out = tempdir().unwrap();
+        assert_eq!(imported(&path, out.path()).dtype(), expected, "{name}");
+    }
 }
 
 /// Any flipped bit of a head is refused by the file's name, or changes a number or text that is the

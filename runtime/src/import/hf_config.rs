@@ -275,7 +275,7 @@ fn moe(file: &Keys, class: Class, hidden: usize, sparse: usize) -> Result<MoeCon
         }
         _ => None,
     };
-    let expert_parameters = (3 * hidden as u64).saturating_mul(intermediate as u64);
+    let expert_parameters = (hidden as u64).saturating_mul(3).saturating_mul(intermediate as u64);
     Ok(MoeConfig {
         intermediate,
         tiers: vec![flat_tier(experts, expert_parameters, sparse)],

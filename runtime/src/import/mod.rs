@@ -200,7 +200,7 @@ pub fn import(
         for spec in part.tensors(&config, DType::F32) {
             let origin = names.origin(part, &spec)?;
             if names::follows_model_dtype(&spec.name) {
-                formats.push(origin.dtype());
+                formats.push((origin.dtype(), origin.bytes()));
             }
             plan.push(origin);
         }
@@ -228,14 +228,22 @@ pub fn import(
     Ok(inspect(&Checkpoint::open(&options.out)?)?)
 }
 
-/// The format that loses nothing, or as little as one of blocks can, of these.
-fn own_dtype(formats: &[SourceDType]) -> DType {
-    let any = |dtype| formats.contains(&dtype);
-    if any(SourceDType::Q4) {
-        DType::Int4
-    } else if any(SourceDType::Q8) || any(SourceDType::Q6K) {
-        DType::Int8
-    } else if any(SourceDType::F32) || any(SourceDType::F16) {
+/// The format for weights that come in these, of so many bytes each: one that loses nothing or,
+/// where most are in blocks, the one of most of them.
+fn own_dtype(formats: &[(SourceDType, u64)]) -> DType {
+    let any = |dtype| formats.iter().any(|(found, _)| *found == dtype);
+    let weights = |wanted: &dyn Fn(SourceDType) -> bool| {
+        let of = |(dtype, bytes): &(SourceDType, u64)| {
+            let (values, block_bytes) = dtype.block();
+            if wanted(*dtype) { bytes / block_bytes as u64 * values as u64 } else { 0 }
+        };
+        formats.iter().map(of).sum::<u64>()
+    };
+    let (blocks, all) = (weights(&SourceDType::is_quantised), weights(&|_| true));
+    if blocks > all / 2 {
+        let fours = weights(&|dtype| dtype == SourceDType::Q4);
+        if fours > blocks / 2 { DType::Int4 } else { DType::Int8 }
+    } else if blocks > 0 || any(SourceDType::F32) || any(SourceDType::F16) {
         DType::F32
     } else {
         DType::Bf16

@@ -51,6 +51,11 @@ pub(super) fn check_tokenizer(path: &Path, json: &[u8]) -> Result<(), ImportErro
 /// Sees that a chat template compiles.
 pub(super) fn check_template(path: &Path, template: Option<&str>) -> Result<(), ImportError> {
     let Some(template) = template else { return Ok(()) };
+    if template.len() as u64 > TEMPLATE_BYTES_MAX {
+        let found = format!("a chat template of {} bytes", template.len());
+        let expected = format!("expected at most {TEMPLATE_BYTES_MAX}");
+        return Err(ImportError::file(path, found, expected));
+    }
     let compiled = ChatTemplate::new(template, None, None)
         .map_err(|e| ImportError::file(path, e.to_string(), "expected a Jinja template of a chat"));
     compiled.map(drop)

@@ -1,11 +1,12 @@
 //! The metadata of a file as the keys of a `config.json`.
 //!
 //! Whether chosen experts' weights are renormalised is no key of these files: llama.cpp knows it by
-//! the class, and so does this.
+//! the class, and so does this. As there, tokens that are spelled like the end of a turn end a text,
+//! beside those that the file names.
 
 use serde_json::{Map, Value, json};
 
-use super::{Metadata, file::Info};
+use super::{Metadata, file::Info, tokenizer};
 use crate::import::ImportError;
 
 const ARCHITECTURE: &str = "general.architecture";
@@ -15,6 +16,12 @@ pub(super) fn translate(
     metadata: &Metadata<'_>,
     tensors: &[Info],
 ) -> Result<Map<String, Value>, ImportError> {
+    if metadata.get("split.count").and_then(Value::as_u64).is_some_and(|parts| parts > 1) {
+        return Err(metadata.wrong(
+            "split.count",
+            "a file in one part is expected: join them with llama.cpp's llama-gguf-split --merge",
+        ));
+    }
     let architecture = metadata.optional_text(ARCHITECTURE)?.unwrap_or("missing");
     let key = |rest: &str| format!("{architecture}.{rest}");
     let has_experts = metadata.get(&key("expert_count")).and_then(Value::as_u64).unwrap_or(0) > 0;
@@ -28,13 +35,6 @@ pub(super) fn translate(
             return Err(ImportError::Architecture { path, found: format!("{other:?}") });
         }
     };
-    if metadata.get("split.count").and_then(Value::as_u64).is_some_and(|parts| parts > 1) {
-        return Err(metadata.wrong(
-            "split.count",
-            "a file in one part is expected: join them with llama.cpp's llama-gguf-split --merge",
-        ));
-    }
-
     let mut keys = Map::new();
     keys.insert("model_type".into(), class.into());
     for (from, to) in [
@@ -63,14 +63,34 @@ pub(super) fn translate(
     }
     let theta = metadata.get(&key("rope.freq_base")).cloned().unwrap_or_else(|| json!(10000.0));
     keys.insert("rope_theta".into(), theta);
+    // As llama.cpp: linear where no type stands, and a factor of 0 is none.
     let scaling = key("rope.scaling.type");
     match metadata.optional_text(&scaling)? {
-        None | Some("none") => {}
-        Some("linear") => {
-            let factor = metadata.need(&key("rope.scaling.factor"))?;
-            keys.insert("rope_scaling".into(), json!({ "type": "linear", "factor": factor }));
+        Some("none") => {}
+        None | Some("linear") => {
+            let factors = ["rope.scaling.factor", "rope.scale_linear"].map(key);
+            let factor = factors.iter().find_map(|key| metadata.get(key));
+            if let Some(factor) = factor.filter(|f| !matches!(f.as_f64(), Some(0.0 | 1.0))) {
+                keys.insert("rope_scaling".into(), json!({ "type": "linear", "factor": factor }));
+            }
         }
         Some(_) => return Err(metadata.wrong(&scaling, "only none and linear are known")),
+    }
+    let attention_factor = key("rope.scaling.attn_factor");
+    if metadata.get(&attention_factor).is_some_and(|f| f.as_f64() != Some(1.0)) {
+        return Err(metadata.wrong(&attention_factor, "only 1 is known"));
+    }
+    // Older files of Qwen's classes leave these widths to the tensors.
+    for (to, suffix) in [
+        ("moe_intermediate_size", ".ffn_gate_exps.weight"),
+        ("shared_expert_intermediate_size", ".ffn_gate_shexp.weight"),
+    ] {
+        let tensor = tensors.iter().find(|info| info.name.ends_with(suffix));
+        if let Some([.., width, _]) = tensor.map(|info| &info.shape[..])
+            && !keys.contains_key(to)
+        {
+            keys.insert(to.into(), json!(width));
+        }
     }
 
     let find = |name: &str| tensors.iter().find(|info| info.name == name);
@@ -90,15 +110,12 @@ pub(super) fn translate(
     });
     keys.insert("mlp_only_layers".into(), dense.collect());
 
-    let mut special = |from: &[&str], to: &str| {
-        let ids = from.iter().filter_map(|key| metadata.get(&format!("tokenizer.ggml.{key}")));
-        let mut ids: Vec<_> = ids.cloned().collect();
-        ids.dedup();
-        if !ids.is_empty() {
-            keys.insert(to.into(), if ids.len() == 1 { ids.remove(0) } else { ids.into() });
-        }
-    };
-    special(&["bos_token_id"], "bos_token_id");
-    special(&["eos_token_id", "eot_token_id"], "eos_token_id");
+    if let Some(id) = metadata.get("tokenizer.ggml.bos_token_id") {
+        keys.insert("bos_token_id".into(), id.clone());
+    }
+    let ends = ["eos", "eot", "eom"].map(|role| format!("tokenizer.ggml.{role}_token_id"));
+    let mut ends: Vec<_> = ends.iter().filter_map(|key| metadata.get(key)).cloned().collect();
+    ends.extend(tokenizer::ends(metadata)?.into_iter().map(Value::from));
+    keys.insert("eos_token_id".into(), ends.into());
     Ok(keys)
 }

@@ -5,8 +5,9 @@
 //! their sizes u64, innermost first, type u32, offset u64 from the start of the data; then, from
 //! the next multiple of `general.alignment` (32), the data. A text is its length u64 and its bytes.
 //!
-//! Invariant: whatever the file says, memory for its head stays below a multiple of
-//! [`HEAD_BYTES_MAX`], and every tensor lies inside the file and in nobody else's bytes.
+//! Invariant: whatever the file says, its head takes no more than some hundreds of megabytes
+//! ([`HEAD_BYTES_MAX`], [`ITEMS_MAX`]), and every tensor of a format that is read lies inside the file
+//! and in nobody else's bytes.
 
 use std::{
     collections::HashMap,
@@ -19,10 +20,12 @@ use serde_json::Value;
 
 use crate::import::{ImportError, tensors::SourceDType};
 
-/// Most bytes of metadata and list together; the largest vocabularies take some 20 MB.
-const HEAD_BYTES_MAX: u64 = 256 << 20;
-/// Most items in one list.
+/// Most bytes of metadata and list together; the largest vocabularies take some 15 MB.
+const HEAD_BYTES_MAX: u64 = 64 << 20;
+/// Most items of all lists together; the largest vocabularies have about a million.
 const ITEMS_MAX: u64 = 8 << 20;
+/// Most keys, and most tensors.
+const ENTRIES_MAX: u64 = 1 << 20;
 const DIMENSIONS_MAX: u32 = 4;
 const ALIGNMENT: &str = "general.alignment";
 
@@ -49,7 +52,7 @@ pub(super) struct Info {
 
 /// Reads and checks the head of a file of `bytes` bytes.
 pub(super) fn read(path: &Path, file: &File, bytes: u64) -> Result<Head, ImportError> {
-    let mut reader = Reader { path, inner: BufReader::new(file), at: 0, bytes };
+    let mut reader = Reader { path, inner: BufReader::new(file), at: 0, bytes, items: 0 };
     if &reader.take::<4>()? != b"GGUF" {
         return Err(ImportError::file(
             path,
@@ -66,6 +69,9 @@ pub(super) fn read(path: &Path, file: &File, bytes: u64) -> Result<Head, ImportE
         ));
     }
     let (count, keys) = (reader.u64()?, reader.u64()?);
+    if count.max(keys) > ENTRIES_MAX {
+        return Err(reader.damaged(format!("{count} tensors and {keys} keys")));
+    }
     let mut metadata = HashMap::new();
     for _ in 0..keys {
         let key = reader.text()?;
@@ -133,6 +139,8 @@ struct Reader<'a> {
     inner: BufReader<&'a File>,
     at: u64,
     bytes: u64,
+    /// Items of all lists so far.
+    items: u64,
 }
 
 impl Reader<'_> {
@@ -191,7 +199,8 @@ impl Reader<'_> {
             return self.item(kind, key);
         }
         let (kind, items) = (self.u32()?, self.u64()?);
-        if items > ITEMS_MAX {
+        self.items = self.items.saturating_add(items);
+        if self.items > ITEMS_MAX {
             return Err(self.damaged(format!("key {key} with {items} items")));
         }
         // Every item takes a byte at least.

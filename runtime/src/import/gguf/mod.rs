@@ -6,11 +6,13 @@
 //!
 //! **Values.** F32, BF16 and F16 are as everywhere. The integers of Q8_0 and Q4_0 stay what they are
 //! when they are imported as int8 and int4 (the format's own is the default), and their f16 scales
-//! become bf16, which moves a weight by at most 2⁻⁹ of itself. Q6_K, which files of Q4_0 use for the
-//! head, is rounded anew.
+//! become bf16, which moves a weight by at most 2⁻⁸ of itself. The format of most weights is that of the
+//! checkpoint; what is in another one, such as the head of a Q4_0 file in Q6_K or k and v in Q8_0, is
+//! rounded anew.
 //!
-//! **Not read:** other formats of blocks, files in several parts, vocabularies whose way of cutting
-//! text is not known here.
+//! **Not read:** other formats of blocks (Q4_1, which llama-quantize puts into Q4_0 files that it
+//! makes with an importance matrix, too), files in several parts, files of 2023 with a tensor for every
+//! expert, vocabularies whose way of cutting text is not known here.
 
 pub(super) mod blocks;
 mod config;
@@ -32,8 +34,7 @@ use crate::{checkpoint::writer::Text, config::ModelConfig};
 
 /// Opens a file and understands what it says of the model and of text; no weights are read.
 pub(super) fn open(path: &Path) -> Result<(ModelConfig, Tensors, Text), ImportError> {
-    let file = File::open(path).map_err(ImportError::io(path, "open"))?;
-    let about = file.metadata().map_err(ImportError::io(path, "open"))?;
+    let about = std::fs::metadata(path).map_err(ImportError::io(path, "open"))?;
     if !about.is_file() {
         return Err(ImportError::file(
             path,
@@ -41,6 +42,7 @@ pub(super) fn open(path: &Path) -> Result<(ModelConfig, Tensors, Text), ImportEr
             "expected a Hugging Face folder, a checkpoint or a GGUF file",
         ));
     }
+    let file = File::open(path).map_err(ImportError::io(path, "open"))?;
     let head = file::read(path, &file, about.len())?;
     let metadata = Metadata { path, values: head.metadata };
     let keys = config::translate(&metadata, &head.tensors)?;
@@ -66,7 +68,7 @@ pub(super) fn open(path: &Path) -> Result<(ModelConfig, Tensors, Text), ImportEr
         let (dtype, offset, alias) = (info.dtype, info.offset, Some(info.name));
         tensors.add(name, Entry { file: index, offset, dtype, shape, order, alias });
     }
-    let text = tokenizer::translate(&metadata)?;
+    let text = tokenizer::translate(&metadata, config.vocab)?;
     check_tokenizer(path, &text.tokenizer_json)?;
     check_template(path, text.chat_template.as_deref())?;
     Ok((config, tensors, text))
@@ -93,7 +95,8 @@ impl Metadata<'_> {
         ImportError::Key { path, key: key.into(), found, expected }
     }
 
-    /// Values and the rotated part must be as wide as keys.
+    /// Values and the rotated part must be as wide as keys, and where rows of a head are
+    /// interleaved, heads must not make pieces of rows large.
     fn check_head_dim(&self, head_dim: usize) -> Result<(), ImportError> {
         let architecture = self.optional_text("general.architecture")?.unwrap_or_default();
         for rest in ["attention.value_length", "rope.dimension_count"] {
@@ -101,6 +104,10 @@ impl Metadata<'_> {
             if self.get(&key).is_some_and(|found| *found != head_dim) {
                 return Err(self.wrong(&key, format!("{head_dim}, the length of a head's keys")));
             }
+        }
+        if architecture == "llama" && !head_dim.is_multiple_of(16) {
+            let expected = format!("heads of a multiple of 16 are expected, not of {head_dim}");
+            return Err(self.wrong("llama.attention.head_count", expected));
         }
         Ok(())
     }
@@ -111,12 +118,8 @@ impl Metadata<'_> {
     }
 
     fn optional_text(&self, key: &str) -> Result<Option<&str>, ImportError> {
-        let text = |value: &Value| value.as_str().map(str::len);
-        match self.get(key) {
-            None => Ok(None),
-            Some(value) if text(value).is_some() => Ok(value.as_str()),
-            Some(_) => Err(self.wrong(key, "a text is expected")),
-        }
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a text is expected"))
     }
 
     fn flag(&self, key: &str, default: bool) -> Result<bool, ImportError> {

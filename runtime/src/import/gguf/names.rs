@@ -54,8 +54,7 @@ pub(super) fn translate(name: &str, config: &ModelConfig) -> (String, RowOrder) 
     let Some(to) = found(&LAYER, stem) else {
         return plain(name.into());
     };
-    let rotated = config.architecture == "mixtral" && matches!(stem, "attn_q" | "attn_k");
-    let order = match rotated && config.attention.head_dim > 1 {
+    let order = match config.architecture == "mixtral" && matches!(stem, "attn_q" | "attn_k") {
         true => RowOrder::Interleaved { head: config.attention.head_dim },
         false => RowOrder::Plain,
     };

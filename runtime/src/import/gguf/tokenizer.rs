@@ -20,6 +20,7 @@ const SCORES: &str = "tokenizer.ggml.scores";
 const MERGES: &str = "tokenizer.ggml.merges";
 
 /// Types of tokens, by their numbers in `llama.h`.
+const NORMAL: u64 = 1;
 const UNKNOWN: u64 = 2;
 const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
@@ -27,9 +28,30 @@ const USER_DEFINED: u64 = 4;
 /// How Qwen's tokenizers cut a text.
 const QWEN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// What a file says about text.
-pub(super) fn translate(metadata: &Metadata<'_>) -> Result<Text, ImportError> {
+/// Control tokens that end a text or a turn in the chats of the known classes; llama.cpp stops at
+/// these and more.
+const ENDS: [&str; 6] =
+    ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>"];
+
+/// Bytes of all pairs that may be merged; the largest vocabularies of SentencePiece take some 10 MB.
+const MERGES_BYTES_MAX: usize = 64 << 20;
+
+/// Ids of the tokens that are spelled like the end of a text or turn.
+pub(super) fn ends(metadata: &Metadata<'_>) -> Result<Vec<usize>, ImportError> {
     let vocabulary = Vocabulary::read(metadata)?;
+    let tokens = vocabulary.tokens.iter().zip(&vocabulary.types).enumerate();
+    let ends = tokens.filter(|(_, (token, kind))| **kind == CONTROL && ENDS.contains(token));
+    Ok(ends.map(|(id, _)| id).collect())
+}
+
+/// What a file says about text, for a model that has rows for `rows` tokens.
+pub(super) fn translate(metadata: &Metadata<'_>, rows: usize) -> Result<Text, ImportError> {
+    let vocabulary = Vocabulary::read(metadata)?;
+    if vocabulary.tokens.len() > rows {
+        return Err(
+            metadata.wrong(TOKENS, format!("no more than {rows} are expected, the model's"))
+        );
+    }
     let mut json = match metadata.optional_text(MODEL)? {
         Some("gpt2") => byte_level(metadata, &vocabulary)?,
         Some("llama") => sentence_piece(metadata, &vocabulary)?,
@@ -60,7 +82,7 @@ impl<'a> Vocabulary<'a> {
     fn read(metadata: &'a Metadata<'_>) -> Result<Self, ImportError> {
         let tokens = texts(metadata, TOKENS)?;
         let types = match metadata.get(TYPES) {
-            None => vec![1; tokens.len()],
+            None => vec![NORMAL; tokens.len()],
             Some(_) => metadata.list(TYPES)?.iter().map(|t| t.as_u64().unwrap_or(0)).collect(),
         };
         if types.len() != tokens.len() {
@@ -194,6 +216,16 @@ fn sentence_piece(
         return Err(metadata.wrong(SCORES, format!("{} are expected", vocabulary.tokens.len())));
     }
     let scores: Vec<_> = scores.iter().map(|s| s.as_f64().unwrap_or(f64::MIN)).collect();
+    // A converter that has no scores writes the same one for all.
+    let normal = vocabulary.types.iter().zip(&scores).filter(|(kind, _)| **kind == NORMAL);
+    let mut normal = normal.map(|(_, score)| *score);
+    let first = normal.next();
+    if normal.next().is_some_and(|second| Some(second) == first && normal.all(|s| s == second)) {
+        return Err(metadata.wrong(
+            SCORES,
+            "scores that differ are expected: import the model's Hugging Face folder instead",
+        ));
+    }
     let prefix = metadata.flag("tokenizer.ggml.add_space_prefix", true)?;
     let replace = json!({ "type": "Replace", "pattern": { "String": " " }, "content": SPACE });
     let normalizers = match prefix {
@@ -216,7 +248,7 @@ fn sentence_piece(
         "decoder": { "type": "Sequence", "decoders": decoders },
         "model": {
             "type": "BPE", "vocab": vocabulary.table(metadata)?,
-            "merges": merges(&vocabulary.tokens, &scores),
+            "merges": merges(metadata, &vocabulary.tokens, &scores)?,
             "unk_token": unknown.map(|id| vocabulary.tokens[id]),
             "fuse_unk": true, "byte_fallback": true,
         },
@@ -224,14 +256,22 @@ fn sentence_piece(
 }
 
 /// Every way to make a token of two others: tokens of a higher score first, then longer left parts.
-fn merges<'a>(tokens: &[&'a str], scores: &[f64]) -> Vec<[&'a str; 2]> {
+fn merges<'a>(
+    metadata: &Metadata<'_>,
+    tokens: &[&'a str],
+    scores: &[f64],
+) -> Result<Vec<[&'a str; 2]>, ImportError> {
     let ids: HashMap<_, _> = tokens.iter().enumerate().map(|(id, token)| (*token, id)).collect();
-    let mut merges = Vec::new();
+    let (mut merges, mut bytes) = (Vec::new(), 0);
     for (token, score) in tokens.iter().zip(scores) {
         for (at, _) in token.char_indices().skip(1) {
             let (left, right) = token.split_at(at);
             if ids.contains_key(left) && ids.contains_key(right) {
                 merges.push((*score, [left, right]));
+                bytes += token.len() + 64;
+                if bytes > MERGES_BYTES_MAX {
+                    return Err(metadata.wrong(TOKENS, "tokens of each other's parts without end"));
+                }
             }
         }
     }
@@ -241,7 +281,7 @@ fn merges<'a>(tokens: &[&'a str], scores: &[f64]) -> Vec<[&'a str; 2]> {
             .then_with(|| length(b_left).cmp(&length(a_left)))
             .then_with(|| length(b_right).cmp(&length(a_right)))
     });
-    merges.into_iter().map(|(_, parts)| parts).collect()
+    Ok(merges.into_iter().map(|(_, parts)| parts).collect())
 }
 
 fn texts<'a>(metadata: &'a Metadata<'_>, key: &str) -> Result<Vec<&'a str>, ImportError> {
