@@ -207,8 +207,9 @@ pub(crate) trait Vector: Copy {
 
     /// Exact products of one block (see [`crate::blocks`]) of int8: R activations, each record at
     /// its own address, with N vectors of outputs of each of P panels, whose words begin at `w`
-    /// and are [`PANEL`] words apart from one row of words to the next. Panels take turns row by
-    /// row, so that memory sees P streams that advance together.
+    /// and are [`PANEL`] words apart from one row of words to the next. Panels take turns vector by
+    /// vector, so that memory sees P streams that advance together: the nearer they keep in step,
+    /// the faster it answers.
     #[inline(always)]
     unsafe fn dots_int8<const R: usize, const P: usize, const N: usize>(
         x: &[*const u8; R],

@@ -106,6 +106,10 @@ struct Streams<'a> {
 trait Format {
     /// Bytes of a block: of a panel, or of a strip that was opened.
     const BYTES: usize;
+    /// Panels side by side up to which leaves are asked for ahead. More streams keep memory busy
+    /// by themselves, and asking would only be in their way (measured on Zen 3 with 8 lanes, on a
+    /// Xeon with 16).
+    const ASKING_STREAMS: usize = 2;
     /// What blocks are opened to where many tiles read them.
     type Opened: Format;
 
@@ -161,6 +165,7 @@ struct OpenedInt8;
 
 impl Format for Int8 {
     const BYTES: usize = INT8_BYTES;
+    const ASKING_STREAMS: usize = 1;
     type Opened = OpenedInt8;
 
     #[inline(always)]
@@ -480,9 +485,7 @@ impl BlockedProduct<'_> {
                 let col = panel * PANEL + part * strip;
                 let row = tiling.first(tiles.start + t);
                 let r = tiling.first(tiles.start + t + 1) - row;
-                // Four streams keep memory busy by themselves, and asking would only be in their way
-                // (measured on Zen 3 with 8 lanes, on a Xeon with 16).
-                let lines = if P == STREAMS { 0 } else { F::BYTES / 64 };
+                let lines = if P <= F::ASKING_STREAMS { F::BYTES / 64 } else { 0 };
                 let ahead = Ahead::share::<F>(coming, lines, item, items);
                 macro_rules! sizes {
                     ($($size:literal)*) => {

@@ -200,9 +200,9 @@ impl Vector for F32x8 {
             }
             let mut sums = [[[_mm256_setzero_si256(); N]; R]; P];
             for g in 0..BLOCK / 4 {
-                for p in 0..P {
-                    // Keep the fewer in registers, and stream the others past them.
-                    if R > N {
+                // Keep the fewer in registers, and stream the others past them.
+                if R > N {
+                    for p in 0..P {
                         let mut ws = [(flip, flip); N];
                         for v in 0..N {
                             ws[v] = weights!(p, g, v);
@@ -212,8 +212,10 @@ impl Vector for F32x8 {
                                 add_dots!(sums[p][r][v], ws[v], r, g);
                             }
                         }
-                    } else {
-                        for v in 0..N {
+                    }
+                } else {
+                    for v in 0..N {
+                        for p in 0..P {
                             let w = weights!(p, g, v);
                             for r in 0..R {
                                 add_dots!(sums[p][r][v], w, r, g);
@@ -325,11 +327,10 @@ impl Vector for F32x8 {
         unsafe {
             // A lane of 16 bits adds 4 products of at most 63 · 127, which fit.
             let ones = _mm256_set1_epi16(1);
-            let mut out = [[[Self::zero(); N]; R]; P];
-            for p in 0..P {
-                let mut sums = [[_mm256_setzero_si256(); N]; R];
-                for h in 0..BLOCK / 16 {
-                    for v in 0..N {
+            let mut sums = [[[_mm256_setzero_si256(); N]; R]; P];
+            for h in 0..BLOCK / 16 {
+                for v in 0..N {
+                    for p in 0..P {
                         let ws = int6_words_256(w[p].add(v * 32), h);
                         for r in 0..R {
                             let x = x[r].add(16 * h).cast::<i32>();
@@ -340,16 +341,20 @@ impl Vector for F32x8 {
                             }
                             let two = _mm256_madd_epi16(_mm256_add_epi16(dots[0], dots[1]), ones);
                             let more = _mm256_madd_epi16(_mm256_add_epi16(dots[2], dots[3]), ones);
-                            let sum = &mut sums[r][v];
+                            let sum = &mut sums[p][r][v];
                             *sum = _mm256_add_epi32(*sum, _mm256_add_epi32(two, more));
                         }
                     }
                 }
-                for r in 0..R {
-                    let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 5;
+            }
+            let mut out = [[[Self::zero(); N]; R]; P];
+            for r in 0..R {
+                let offset = x[r].add(MINUS_SUM).cast::<i32>().read_unaligned() << 5;
+                let offset = _mm256_set1_epi32(offset);
+                for p in 0..P {
                     for v in 0..N {
-                        let sum = _mm256_add_epi32(sums[r][v], _mm256_set1_epi32(offset));
-                        out[p][r][v] = Self(_mm256_cvtepi32_ps(sum));
+                        out[p][r][v] =
+                            Self(_mm256_cvtepi32_ps(_mm256_add_epi32(sums[p][r][v], offset)));
                     }
                 }
             }
@@ -368,8 +373,8 @@ impl Vector for F32x8 {
             let (low, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
             let mut pairs = [[[_mm256_setzero_si256(); N]; R]; P];
             for g in 0..BLOCK / 8 {
-                for p in 0..P {
-                    for v in 0..N {
+                for v in 0..N {
+                    for p in 0..P {
                         let both = _mm256_loadu_si256(w[p].add(g * WORDS + v * 32).cast());
                         let first = _mm256_and_si256(both, low);
                         let second = _mm256_and_si256(_mm256_srli_epi16::<4>(both), low);
