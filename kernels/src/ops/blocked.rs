@@ -106,12 +106,16 @@ struct Streams<'a> {
 trait Format {
     /// Bytes of a block: of a panel, or of a strip that was opened.
     const BYTES: usize;
-    /// Panels side by side up to which leaves are asked for ahead. More streams keep memory busy
-    /// by themselves, and asking would only be in their way (measured on Zen 3 with 8 lanes, on a
-    /// Xeon with 16).
-    const ASKING_STREAMS: usize = 2;
     /// What blocks are opened to where many tiles read them.
     type Opened: Format;
+
+    /// Whether leaves are asked for ahead where so many panels are read side by side. Streams that
+    /// suffice keep memory busy by themselves, and asking would only be in their way (measured on
+    /// Zen 3 with 8 lanes, on a Xeon with 16).
+    #[inline(always)]
+    fn asks<V: Vector>(streams: usize) -> bool {
+        streams <= 2
+    }
 
     /// Whether V gains by opening blocks that many tiles read.
     fn opens<V: Vector>() -> bool {
@@ -165,8 +169,12 @@ struct OpenedInt8;
 
 impl Format for Int8 {
     const BYTES: usize = INT8_BYTES;
-    const ASKING_STREAMS: usize = 1;
     type Opened = OpenedInt8;
+
+    #[inline(always)]
+    fn asks<V: Vector>(streams: usize) -> bool {
+        streams == 1 || streams == 2 && V::LANES > 8
+    }
 
     #[inline(always)]
     fn opens<V: Vector>() -> bool {
@@ -485,7 +493,7 @@ impl BlockedProduct<'_> {
                 let col = panel * PANEL + part * strip;
                 let row = tiling.first(tiles.start + t);
                 let r = tiling.first(tiles.start + t + 1) - row;
-                let lines = if P <= F::ASKING_STREAMS { F::BYTES / 64 } else { 0 };
+                let lines = if F::asks::<V>(P) { F::BYTES / 64 } else { 0 };
                 let ahead = Ahead::share::<F>(coming, lines, item, items);
                 macro_rules! sizes {
                     ($($size:literal)*) => {

@@ -489,8 +489,8 @@ impl Vector for F32x16 {
                 }
             }
             for g in 0..BLOCK / 4 {
-                for p in 0..P {
-                    for v in 0..N {
+                for v in 0..N {
+                    for p in 0..P {
                         let w = _mm512_loadu_si512(w[p].add(g * WORDS + v * 64).cast());
                         for r in 0..R {
                             let x = x[r].add(4 * g).cast::<i32>().read_unaligned();
@@ -527,17 +527,14 @@ impl Vector for F32x16 {
                 }
             }
             for h in 0..BLOCK / 16 {
-                for p in 0..P {
-                    let mut ws = [[_mm512_setzero_si512(); 4]; N];
-                    for v in 0..N {
-                        ws[v] = int6_words_512(w[p].add(v * 64), h);
-                    }
-                    for i in 0..4 {
-                        for r in 0..R {
-                            let x = x[r].add(16 * h + 4 * i).cast::<i32>().read_unaligned();
-                            for v in 0..N {
+                for v in 0..N {
+                    for p in 0..P {
+                        let ws = int6_words_512(w[p].add(v * 64), h);
+                        for i in 0..4 {
+                            for r in 0..R {
+                                let x = x[r].add(16 * h + 4 * i).cast::<i32>().read_unaligned();
                                 let sum = &mut sums[p][r][v];
-                                *sum = _mm512_dpbusd_epi32(*sum, ws[v][i], _mm512_set1_epi32(x));
+                                *sum = _mm512_dpbusd_epi32(*sum, ws[i], _mm512_set1_epi32(x));
                             }
                         }
                     }
@@ -571,8 +568,8 @@ impl Vector for F32x16 {
                 }
             }
             for g in 0..BLOCK / 8 {
-                for p in 0..P {
-                    for v in 0..N {
+                for v in 0..N {
+                    for p in 0..P {
                         let both = _mm512_loadu_si512(w[p].add(g * WORDS + v * 64).cast());
                         let first = _mm512_and_si512(both, low);
                         let second = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
