@@ -13,9 +13,7 @@ use lite_llm_kernels::kv::KvDType;
 use lite_llm_runtime::{checkpoint::Checkpoint, tokenizer::Tokenizer};
 use lite_llm_transport::{
     connection::Connection,
-    messages::{
-        Assignment, ClusterStatus, FlatExpert, JobEvent, JobRequest, JobStart, NodeInfo, NodeStatus,
-    },
+    messages::{Assignment, ClusterStatus, JobEvent, JobRequest, JobStart, NodeInfo, NodeStatus},
 };
 use ractor::{
     Actor, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent,
@@ -83,8 +81,8 @@ pub struct CoordinatorArguments {
     pub checkpoint: Arc<Checkpoint>,
     /// Its tokenizer.
     pub tokenizer: Option<Arc<Tokenizer>>,
-    /// Bytes of each of its experts.
-    pub expert_bytes: u64,
+    /// Bytes of an expert, per tier.
+    pub expert_bytes: Vec<u64>,
     /// Workers that make the cluster whole.
     pub workers: usize,
     /// How experts are spread.
@@ -354,23 +352,13 @@ impl CoordinatorState {
         owners: crate::placement::Owners,
     ) -> Assignment {
         let checkpoint = &self.arguments.checkpoint;
-        let experts = (0u16..)
-            .zip(&owners)
-            .flat_map(|(layer, owners)| {
-                (0u32..).zip(owners).map(move |(flat, owner)| (FlatExpert { layer, flat }, *owner))
-            })
-            .filter(|(_, owner)| *owner == index)
-            .map(|(expert, _)| expert)
-            .collect();
         Assignment {
             epoch,
             checkpoint: checkpoint.id(),
-            model_path: checkpoint.location(),
-            experts,
-            owners,
+            model_path: checkpoint.address(),
+            placement: owners.rules().to_vec(),
             nodes,
             you: index,
-            seed: checkpoint.config().moe.as_ref().map_or(0, |moe| moe.routing.seed),
             kv_dtype: self.arguments.kv_dtype.name().into(),
         }
     }

@@ -273,8 +273,9 @@ fn a_cut_keeps_the_experts_and_averages_their_gates() {
     let groups = values(&checkpoint.group_router(1, 0).unwrap().unwrap());
     same("groups", &groups, &[mean(0..4), mean(4..8)].concat());
     assert!(checkpoint.group_router(1, 1).unwrap().is_none(), "one group needs no gate");
-    let tiers = values(&checkpoint.dense_matrix("layers.1.router.tiers").unwrap());
-    same("tiers", &tiers, &[mean(0..8), mean(8..16)].concat());
+    for (tier, experts) in [0..8, 8..16].into_iter().enumerate() {
+        same("tier", &checkpoint.tier_router(1, tier).unwrap(), &mean(experts));
+    }
 
     for (tiers, routes) in [("tier_1b:2x4", "1x1x1"), ("tier_1b:2x8", "1x3x1"), ("a:16x1", "1x1x2")]
     {
