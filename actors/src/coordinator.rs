@@ -133,7 +133,7 @@ impl Actor for Coordinator {
         arguments: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
         let config = arguments.checkpoint.config().clone();
-        let (expert_bytes, workers) = (arguments.expert_bytes, arguments.workers);
+        let (expert_bytes, workers) = (arguments.expert_bytes.clone(), arguments.workers);
         let policy = arguments.placement;
         pg::monitor_scope(arguments.cluster.clone(), myself.get_cell());
         myself.send_interval(POLL_INTERVAL, || CoordinatorMessage::Poll);

@@ -34,6 +34,7 @@ use tracing::{error, info};
 use crate::{
     lane::{LaneParts, LaneStats},
     links::Links,
+    placement::Owners,
     router::{LaneInbox, RouterActor, RouterMessage},
     shard::{ExpertShard, LoadCounters, ShardArguments, ShardMessage},
     storage::{StorageActor, StorageArguments, StorageMessage},
