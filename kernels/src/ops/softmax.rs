@@ -1,5 +1,4 @@
-//! Softmax of one row: largest value, exp of the differences, their sum by 8 virtual lanes, a
-//! division each.
+//! Softmax of one row: largest value, exp of the differences, their sum by rule 3, a division each.
 
 use crate::{
     ops::{function::exp, sum},
