@@ -46,20 +46,23 @@ use std::ops::Range;
 use crate::{
     cpu::Cpu,
     kv::{KvShape, PAGE_TOKENS, Query},
-    ops::arena::KvArena,
+    ops::{arena::KvArena, tree::LEAF},
     rows::RowsMut,
     scratch,
 };
 
 /// Rows times heads that walk together at most, if a row has no more heads than this.
 const TOGETHER: usize = 48;
-/// Scores that a spread walk may hold at a time; beyond that rows walk, one thread each.
-const SPREAD_SCORES_MAX: usize = 1 << 24;
+/// Pages of a leaf of positions.
+const LEAF_PAGES: usize = LEAF / PAGE_TOKENS;
+
+/// Values that a spread walk may keep for its leaves; beyond that rows walk, one thread each.
+const SPREAD_VALUES_MAX: usize = 1 << 24;
 
 /// Fewer products than this are not worth a second thread.
 const INLINE_PRODUCTS: usize = 1 << 14;
 
-/// Fewer products than this are not worth three rounds of all threads.
+/// Fewer products than this are not worth two rounds of all threads.
 const SPREAD_PRODUCTS: usize = 1 << 18;
 
 /// Attention of each row of `q` over the keys that it sees; `out` has the shape of `q`.
@@ -104,8 +107,10 @@ pub fn attention(
     let tasks = ends.len() * kv_heads;
     let idle = !tasks.is_multiple_of(threads) && tasks < 4 * threads;
     let longest = (0..queries.len()).map(|row| job.visible(row).len()).max().unwrap_or(0);
-    let scores = (longest + 2 * PAGE_TOKENS) * kv_heads * TOGETHER.max(job.heads());
-    if idle && keys * cols >= SPREAD_PRODUCTS && scores <= SPREAD_SCORES_MAX {
+    let node = arena.shape().value_cols() + 2;
+    let values = (longest / LEAF + 2) * kv_heads * TOGETHER.max(job.heads()) * node;
+    let spreads = longest > LEAF && values <= SPREAD_VALUES_MAX;
+    if idle && spreads && keys * cols >= SPREAD_PRODUCTS {
         (0..ends.len()).for_each(|t| spread::spread(cpu, &job, tile(t)));
         return;
     }
@@ -180,6 +185,12 @@ impl Job<'_> {
         let all = visible.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end));
         let all = all.expect("a tile has rows");
         all.start / PAGE_TOKENS..all.end.div_ceil(PAGE_TOKENS)
+    }
+
+    /// The leaves of which one of these rows sees something.
+    fn leaves(&self, rows: Range<usize>) -> Range<usize> {
+        let pages = self.pages(rows);
+        pages.start / LEAF_PAGES..pages.end.div_ceil(LEAF_PAGES)
     }
 
     /// Where item i of these rows and a key/value head's heads is: its row and first column.

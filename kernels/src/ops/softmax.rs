@@ -23,6 +23,19 @@ vectorised! {
     }
 }
 
+/// Replaces every value by `exp((value − largest) / temperature)`.
+pub fn weights(row: &mut [f32], largest: f32, temperature: f32) {
+    weights_with(Simd::best(), row, largest, temperature);
+}
+
+vectorised! {
+    fn weights_with(row: &mut [f32], largest: f32, temperature: f32) {
+        for x in row.iter_mut() {
+            *x = exp((*x - largest) / temperature);
+        }
+    }
+}
+
 /// The largest value; −infinity for none. Which of +0 and −0 is returned, and what a NaN does,
 /// is open: neither can be seen after exp and the sum.
 #[inline(always)]

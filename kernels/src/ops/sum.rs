@@ -47,6 +47,11 @@ pub fn sum(values: &[f32]) -> f32 {
     sum_by(values, |sum, x| sum + x)
 }
 
+/// The sums of the leaves of a row, in order: [`fold`] makes its sum of them.
+pub fn leaf_sums(values: &[f32]) -> Vec<f32> {
+    values.chunks(LEAF).map(|values| leaf(values, |sum, x| sum + x)).collect()
+}
+
 /// The sum of all squares, each added by a fused multiply-add.
 #[inline(always)]
 pub(crate) fn sum_of_squares(values: &[f32]) -> f32 {

@@ -32,6 +32,35 @@ pub(crate) const fn merges(index: usize, count: usize) -> usize {
     if index + 1 == count { waiting(index) } else { index.trailing_ones() as usize }
 }
 
+/// Leaves that have been added, and wait for what comes after them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Subtree {
+    /// It has 2^level leaves.
+    pub(crate) level: usize,
+    /// Its last leaf.
+    pub(crate) last: usize,
+}
+
+/// The subtrees that leaf `index` of `count` is added to, in order, where leaves below `first` are
+/// left out; subtrees of which nothing is left are left out, too.
+#[inline(always)]
+pub(crate) fn earlier(index: usize, count: usize, first: usize) -> impl Iterator<Item = Subtree> {
+    let mut bits = index;
+    (0..merges(index, count)).filter_map(move |_| {
+        let level = bits.trailing_zeros() as usize;
+        // All that comes before the lowest of the bits, and this one's own leaves.
+        let end = bits;
+        bits &= bits - 1;
+        (end > first).then(|| Subtree { level, last: end - 1 })
+    })
+}
+
+/// The level of the subtree that leaf `index` completes.
+#[inline(always)]
+pub(crate) const fn level(index: usize) -> usize {
+    index.trailing_ones() as usize
+}
+
 /// The sum of leaf sums that come in order.
 #[inline(always)]
 pub fn fold(sums: impl ExactSizeIterator<Item = f32>) -> f32 {
@@ -77,6 +106,34 @@ mod tests {
             differs_from_a_chain += usize::from(found.to_bits() != chain.to_bits());
         }
         assert!(differs_from_a_chain > 20, "the data can tell orders apart");
+    }
+
+    #[test]
+    fn subtrees_without_leaves_are_left_out() {
+        /// The definition over leaves `from..to`; a side below `first` is left out.
+        fn by_definition(from: usize, to: usize, first: usize) -> Option<String> {
+            if to - from == 1 {
+                return (from >= first).then(|| from.to_string());
+            }
+            let middle = from + (1 << (to - from - 1).ilog2());
+            match (by_definition(from, middle, first), by_definition(middle, to, first)) {
+                (Some(a), Some(b)) => Some(format!("({a}+{b})")),
+                (a, b) => a.or(b),
+            }
+        }
+        for count in 1..40 {
+            for first in 0..count {
+                let mut slots = vec![String::new(); 8];
+                let mut root = None;
+                for index in first..count {
+                    let sum = earlier(index, count, first)
+                        .fold(index.to_string(), |sum, s| format!("({}+{sum})", slots[s.level]));
+                    slots[level(index)] = sum.clone();
+                    root = Some(sum);
+                }
+                assert_eq!(root, by_definition(0, count, first), "{first} of {count}");
+            }
+        }
     }
 
     #[test]
