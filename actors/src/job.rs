@@ -66,7 +66,10 @@ impl Job {
         if let Err(error) = sender.send_message(&self.start).await {
             return gone(&error);
         }
-        let mut text = self.tokenizer.as_ref().map(|tokenizer| tokenizer.stream());
+        let mut text = self.tokenizer.as_ref().map(|tokenizer| match &self.start.request.prompt {
+            Prompt::Tokens(prompt) => tokenizer.stream_after(prompt),
+            Prompt::Text(_) | Prompt::Chat(_) => tokenizer.stream(),
+        });
         let mut generated = 0u32;
         loop {
             let frame = tokio::select! {
@@ -196,7 +199,7 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
 /// Whether a model can serve a job, asked before anything is sent. Text is not looked at: its
 /// tokens are.
 pub fn check(request: &JobRequest, config: &ModelConfig) -> Result<(), String> {
-    if matches!(request.prompt, Prompt::Text(_)) {
+    if !matches!(request.prompt, Prompt::Tokens(_)) {
         return Ok(());
     }
     let request = engine_request(request.clone(), &Span::none())?;

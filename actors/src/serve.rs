@@ -7,7 +7,9 @@ use std::{net::SocketAddr, sync::Arc};
 
 use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
 use lite_llm_runtime::{
-    checkpoint::Checkpoint, checkpoint::layout::expert_bytes, tokenizer::Tokenizer,
+    chat::Conversation,
+    checkpoint::{Checkpoint, layout::expert_bytes},
+    prompt::{PromptError, Prompts},
 };
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
@@ -66,7 +68,7 @@ pub struct CoordinatorHandle {
     endpoint: Endpoint,
     token: Arc<JoinToken>,
     control: Option<ControlPlane>,
-    tokenizer: Option<Arc<Tokenizer>>,
+    prompts: Option<Prompts>,
     address: SocketAddr,
 }
 
@@ -92,25 +94,26 @@ impl CoordinatorHandle {
             ),
             false => None,
         };
-        let tokenizer = match checkpoint.tokenizer_json() {
-            Ok(json) => Some(Arc::new(Tokenizer::from_json(&json).map_err(failed)?)),
-            Err(error) => {
+        let prompts = match Prompts::of(&checkpoint) {
+            Ok(prompts) => Some(prompts),
+            Err(PromptError::Checkpoint(error)) => {
                 warn!(%error, "serving token ids only");
                 None
             }
+            Err(error) => return Err(failed(error)),
         };
         let cluster = scope(&token);
         let arguments = CoordinatorArguments {
             cluster,
             checkpoint,
-            tokenizer: tokenizer.clone(),
+            tokenizer: prompts.as_ref().map(|prompts| Arc::new(prompts.tokenizer().clone())),
             expert_bytes,
             workers,
             placement,
             kv_dtype: options.kv_dtype,
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
-        let handle = Self { actor, endpoint, token, control, tokenizer, address };
+        let handle = Self { actor, endpoint, token, control, prompts, address };
         tokio::spawn(handle.clone().accept());
         tokio::spawn(log_refusals(handle.endpoint.clone()));
         Ok(handle)
@@ -138,9 +141,10 @@ impl CoordinatorHandle {
         &self,
         mut request: JobRequest,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
-        if let Prompt::Text(text) = request.prompt {
-            request.prompt = Prompt::Tokens(self.encode(text).await?);
-        }
+        request.prompt = match request.prompt {
+            Prompt::Tokens(ids) => Prompt::Tokens(ids),
+            text => Prompt::Tokens(self.encode(text).await?),
+        };
         let (events, receiver) = mpsc::channel(CLIENT_EVENTS_MAX);
         let request = Box::new(request);
         let submit = |reply| CoordinatorMessage::Submit(request, events, reply);
@@ -148,18 +152,26 @@ impl CoordinatorHandle {
         Ok((job, receiver))
     }
 
-    /// The tokens of a text; not on the actor's task, for a long text takes its time.
-    async fn encode(&self, text: String) -> Result<Vec<u32>, ServeError> {
+    /// The tokens of a prompt; not on the actor's task, for a long text takes its time.
+    async fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, ServeError> {
+        let (text, chat) = match prompt {
+            Prompt::Tokens(ids) => return Ok(ids),
+            Prompt::Text(text) => (text, false),
+            Prompt::Chat(json) => (json, true),
+        };
         if text.len() > PROMPT_BYTES_MAX {
             let found = text.len();
             return Err(ServeError(format!(
                 "the prompt has {found} bytes; at most {PROMPT_BYTES_MAX} are taken"
             )));
         }
-        let Some(tokenizer) = self.tokenizer.clone() else {
+        let Some(prompts) = self.prompts.clone() else {
             return Err(ServeError("the model has no tokenizer; send token ids".into()));
         };
-        let encode = move || tokenizer.encode(&text, true);
+        let encode = move || match chat {
+            true => prompts.encode_chat(&Conversation::from_json(&text)?),
+            false => prompts.encode(&text),
+        };
         tokio::task::spawn_blocking(encode).await.map_err(failed)?.map_err(failed)
     }
 

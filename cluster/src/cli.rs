@@ -1,6 +1,11 @@
 //! What can be asked of `lite-llm`: commands and flags, as people type them.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    hash::{BuildHasher, RandomState},
+    net::SocketAddr,
+    path::PathBuf,
+    str::FromStr,
+};
 
 use clap::{Args, Parser, Subcommand};
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
@@ -9,7 +14,7 @@ use crate::size::Size;
 
 /// Serve sparse mixture-of-experts models from many machines, with the same bits on any of them.
 #[derive(Debug, Parser)]
-#[command(name = "lite-llm", version, about, max_term_width = 100)]
+#[command(name = "lite-llm", version, max_term_width = 100)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -50,6 +55,8 @@ pub enum Command {
     Coordinator(CoordinatorArgs),
     /// Join a cluster as a worker.
     Worker(WorkerArgs),
+    /// Show what a text becomes: its tokens and, with --chat, the prompt that a model sees.
+    Tokenize(TokenizeArgs),
     /// Send a prompt, or a file of prompts, to a coordinator.
     Submit(SubmitArgs),
     /// Show a cluster's nodes and load.
@@ -73,7 +80,7 @@ pub struct ComputeArgs {
     #[arg(long, value_name = "SIZE")]
     pub dram: Option<Size>,
     /// Memory for key/value caches, per worker; taken as it is used.
-    #[arg(long, value_name = "SIZE", default_value = "2GiB")]
+    #[arg(long, value_name = "SIZE", default_value = "2GiB", value_parser = some_bytes)]
     pub kv: Size,
 }
 
@@ -97,30 +104,107 @@ pub struct LocalArgs {
 /// How tokens are chosen.
 #[derive(Debug, Clone, Args)]
 pub struct SamplingArgs {
-    /// Tokens to generate at most.
-    #[arg(long, default_value_t = 128)]
+    /// Tokens to generate at most; -1 is no limit but the model's context.
+    #[arg(long, default_value = "128", allow_negative_numbers = true, value_parser = max_tokens)]
     pub max_tokens: u32,
     /// 0 always takes the likeliest token.
     #[arg(long, default_value_t = 0.7, allow_negative_numbers = true)]
     pub temperature: f32,
-    /// Choose among this many likeliest tokens; 0 is no limit.
-    #[arg(long, default_value_t = 40)]
+    /// Choose among this many likeliest tokens; 0 or -1 is no limit.
+    #[arg(long, default_value = "40", allow_negative_numbers = true, value_parser = top_k)]
     pub top_k: u32,
     /// Choose among the likeliest tokens that together have this probability.
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f32,
-    /// Seed of the choice: the same seed gives the same text.
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
+    /// Seed of the choice: the same seed gives the same text. -1 takes any, and says which.
+    #[arg(long, default_value = "0", allow_negative_numbers = true)]
+    pub seed: Seed,
     /// Tiers that may be used: all, tier_1b,tier_10b (just these) or ..tier_10b (up to it).
     #[arg(long, default_value = "all")]
     pub tiers: String,
     /// Go on after the token that ends a text.
     #[arg(long)]
     pub ignore_eos: bool,
+    /// End the answer where this text appears, which is left out; may be given several times.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub stop: Vec<String>,
+    /// Chat.
+    #[command(flatten)]
+    pub chat: ChatArgs,
+}
+
+/// Whether the prompt is a turn of a conversation.
+#[derive(Debug, Clone, Args)]
+pub struct ChatArgs {
     /// Wrap the prompt in the model's chat template.
     #[arg(long)]
     pub chat: bool,
+    /// With --chat: what the model is told before the conversation.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+}
+
+/// A seed, given or taken at random.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seed {
+    /// The seed.
+    pub value: u64,
+    /// Whether any would have done.
+    pub any: bool,
+}
+
+impl FromStr for Seed {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "-1" {
+            // The standard library's keys are the system's random numbers. Half the range stays
+            // short enough for every reader of JSON.
+            let value = RandomState::new().hash_one(0) >> 32;
+            return Ok(Self { value, any: true });
+        }
+        let value =
+            text.parse().map_err(|_| format!("0 to {} is expected, or -1 for any", u64::MAX))?;
+        Ok(Self { value, any: false })
+    }
+}
+
+fn count_or_minus_one(text: &str, minus_one: u32, meaning: &str) -> Result<u32, String> {
+    if text == "-1" {
+        return Ok(minus_one);
+    }
+    text.parse().map_err(|_| format!("0 to {} is expected, or -1 for {meaning}", u32::MAX))
+}
+
+fn top_k(text: &str) -> Result<u32, String> {
+    count_or_minus_one(text, 0, "no limit")
+}
+
+fn max_tokens(text: &str) -> Result<u32, String> {
+    count_or_minus_one(text, u32::MAX, "as many as the model's context has room for")
+}
+
+fn some_bytes(text: &str) -> Result<Size, String> {
+    match text.parse::<Size>()? {
+        Size(0) => Err("caches need memory: a size such as 2GiB is expected".into()),
+        size => Ok(size),
+    }
+}
+
+/// Where a coordinator is: an address, or a host's name with a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostPort(pub String);
+
+impl FromStr for HostPort {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+        match port.map(|(_, port)| port.parse::<u16>()) {
+            Some(Ok(port)) if port > 0 => Ok(Self(text.to_owned())),
+            _ => Err("HOST:PORT is expected, such as 192.168.0.2:7450 or node1:7450".into()),
+        }
+    }
 }
 
 /// `run`.
@@ -215,6 +299,27 @@ pub struct PerplexityArgs {
     pub local: LocalArgs,
 }
 
+/// `tokenize`.
+#[derive(Debug, Args)]
+pub struct TokenizeArgs {
+    /// What to look at; `-` reads standard input.
+    #[arg(required_unless_present = "conversation", conflicts_with = "conversation")]
+    pub text: Option<String>,
+    /// Checkpoint folder [default: the small model inside this program].
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Chat.
+    #[command(flatten)]
+    pub chat: ChatArgs,
+    /// JSON: {"messages": [{"role": "user", "content": "…"}, …]} and, for templates that read
+    /// them, tools, documents, add_generation_prompt, unix_time, …. Implies --chat.
+    #[arg(long, value_name = "FILE")]
+    pub conversation: Option<PathBuf>,
+    /// Use this Jinja template instead of the model's.
+    #[arg(long, value_name = "FILE")]
+    pub template: Option<PathBuf>,
+}
+
 /// `coordinator`.
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
@@ -244,9 +349,9 @@ pub struct CoordinatorArgs {
 /// `worker`.
 #[derive(Debug, Args)]
 pub struct WorkerArgs {
-    /// The coordinator's address [default: the one in the token].
-    #[arg(long, value_name = "ADDR")]
-    pub join: Option<SocketAddr>,
+    /// The coordinator's address or host name, with its port [default: the address in the token].
+    #[arg(long, value_name = "HOST:PORT")]
+    pub join: Option<HostPort>,
     /// The join token that the coordinator wrote [default: the one of this machine's coordinator].
     #[arg(long, value_name = "FILE")]
     pub token: Option<PathBuf>,
@@ -271,9 +376,9 @@ pub struct WorkerArgs {
 /// Where the coordinator is and what lets us in.
 #[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
-    /// The coordinator's address [default: the one in the token].
-    #[arg(long, value_name = "ADDR")]
-    pub coordinator: Option<SocketAddr>,
+    /// The coordinator's address or host name, with its port [default: the address in the token].
+    #[arg(long, value_name = "HOST:PORT")]
+    pub coordinator: Option<HostPort>,
     /// The join token that the coordinator wrote [default: the one of this machine's coordinator].
     #[arg(long, value_name = "FILE")]
     pub token: Option<PathBuf>,
@@ -285,7 +390,8 @@ pub struct SubmitArgs {
     /// What to continue; `-` reads standard input.
     #[arg(required_unless_present = "file", conflicts_with = "file")]
     pub prompt: Option<String>,
-    /// JSON lines: {"prompt": "…"} with any of max_tokens, temperature, top_k, top_p, seed, tiers.
+    /// JSON lines: {"prompt": "…"} with any of max_tokens, temperature, top_k, top_p, seed, tiers, stop,
+    /// chat, system.
     #[arg(long, value_name = "JOBS.jsonl")]
     pub file: Option<PathBuf>,
     /// Where.

@@ -1,15 +1,24 @@
 //! Chat templates: a conversation becomes the text that a model was trained on.
 //!
 //! Templates come with models, so they are strangers' programs. They run in a sandbox: no files,
-//! no other templates, a bounded number of steps, bounded nesting, bounded output.
+//! no other templates, no clock, a bounded number of steps, bounded nesting, bounded output.
 //!
-//! The dialect is that of transformers: `trim_blocks`, `lstrip_blocks`, `raise_exception`,
-//! `bos_token`, `eos_token`, and the string and mapping methods of Python that templates use.
+//! The dialect is that of transformers' `apply_chat_template`: jinja2 with `trim_blocks`,
+//! `lstrip_blocks` and loop controls, `tools` and `documents` that are none where there are none,
+//! the tokenizer's special tokens by their names, `raise_exception`, `strftime_now`, `tojson` with
+//! the arguments of `json.dumps`, `{% generation %}`, and the methods and formats of Python's
+//! strings and dictionaries. What minijinja spells otherwise is rewritten first (`source.rs`) or
+//! added (`python.rs`, `json.rs`).
+
+mod clock;
+mod json;
+mod python;
+mod source;
+
+use std::collections::BTreeMap;
 
 use minijinja::{
-    Environment, Error, ErrorKind, State, UndefinedBehavior, Value,
-    syntax::SyntaxConfig,
-    value::{ValueKind, from_args},
+    Environment, Error, ErrorKind, UndefinedBehavior, Value, syntax::SyntaxConfig, value::ValueKind,
 };
 use serde::{Deserialize, Serialize};
 
@@ -51,20 +60,101 @@ impl Message {
     }
 }
 
+/// What a template is rendered with.
+///
+/// As JSON: an object with `messages`, and what else the template reads: `tools`, `documents`,
+/// `add_generation_prompt` (true by default: the text ends where the model is to go on),
+/// `enable_thinking`, … . `unix_time`, in seconds, is what `strftime_now` shows, as UTC.
+#[derive(Debug, Clone)]
+pub struct Conversation {
+    variables: BTreeMap<String, Value>,
+    unix_time: Option<i64>,
+    /// Size as JSON: bounds what a template may do.
+    bytes: usize,
+}
+
+impl Conversation {
+    /// Plain turns, and no time.
+    pub fn new(messages: &[Message]) -> Self {
+        let turn = |message: &Message| {
+            Value::from_pairs([
+                ("role", Value::from(message.role.as_str())),
+                ("content", Value::from(message.content.as_str())),
+            ])
+        };
+        let turns: Vec<_> = messages.iter().map(turn).collect();
+        let bytes = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
+        let variables = BTreeMap::from([("messages".to_owned(), Value::from(turns))]);
+        Self { variables, unix_time: None, bytes }
+    }
+
+    /// Reads one.
+    pub fn from_json(json: &str) -> Result<Self, ChatError> {
+        let wrong = |reason: &dyn std::fmt::Display| ChatError(format!("conversation: {reason}"));
+        let variables: Result<BTreeMap<String, Value>, _> = serde_json::from_str(json);
+        let mut variables = variables.map_err(|error| wrong(&error))?;
+        let unix_time = variables.remove("unix_time").map(i64::try_from).transpose();
+        let unix_time = unix_time.map_err(|_| wrong(&"unix_time: whole seconds are expected"))?;
+        let turns = variables.get("messages").filter(|turns| turns.kind() == ValueKind::Seq);
+        let turns = turns.ok_or_else(|| wrong(&"a list called messages is expected"))?;
+        let turns: Option<Vec<_>> = turns.try_iter()?.map(|turn| normalised(&turn)).collect();
+        let turns = turns.ok_or_else(|| wrong(&"messages: every one is expected as an object"))?;
+        variables.insert("messages".into(), turns.into());
+        Ok(Self { variables, unix_time, bytes: json.len() })
+    }
+
+    /// Sets whether the text ends where the model is to go on.
+    pub fn with_generation_prompt(mut self, add: bool) -> Self {
+        self.variables.insert("add_generation_prompt".into(), add.into());
+        self
+    }
+
+    /// Sets the time that templates may show, unless it has one.
+    pub fn at(mut self, unix_time: i64) -> Self {
+        self.unix_time.get_or_insert(unix_time);
+        self
+    }
+}
+
+/// A message as transformers gives it to templates: keys without a value are left out, and
+/// reasoning stands under the names that templates read.
+fn normalised(message: &Value) -> Option<Value> {
+    if message.kind() != ValueKind::Map {
+        return None;
+    }
+    let mut entries: Vec<(Value, Value)> = Vec::new();
+    for key in message.try_iter().ok()? {
+        let value = message.get_item(&key).ok()?;
+        if !value.is_none() {
+            entries.push((key, value));
+        }
+    }
+    let names = ["reasoning_content", "thinking", "reasoning"];
+    let find = |name: &&str| entries.iter().find(|(key, _)| key.as_str() == Some(name));
+    if let Some((_, said)) = names.iter().find_map(find).cloned() {
+        let thinks = find(&"thinking").is_some();
+        entries.retain(|(key, _)| key.as_str() != Some("reasoning_content"));
+        if !thinks {
+            entries.insert(0, (Value::from("thinking"), said.clone()));
+        }
+        entries.push((Value::from("reasoning_content"), said));
+    }
+    Some(Value::from_pairs(entries))
+}
+
 /// A template, ready to render.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    bos_token: Value,
-    eos_token: Value,
+    special_tokens: BTreeMap<String, String>,
 }
 
 impl ChatTemplate {
-    /// Compiles a template. The tokens are the texts of those that begin and end a text.
+    /// Compiles a template. The tokens are the tokenizer's special ones: `bos_token` and its text,
+    /// and so on.
     pub fn new(
         template: &str,
-        bos_token: Option<&str>,
-        eos_token: Option<&str>,
+        special_tokens: &BTreeMap<String, String>,
     ) -> Result<Self, ChatError> {
         let mut environment = Environment::new();
         environment
@@ -75,37 +165,40 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment.set_unknown_method_callback(python_method);
-        environment.add_template_owned(NAME, template.to_owned())?;
-        let token = |text: Option<&str>| text.map_or(Value::UNDEFINED, Value::from);
-        Ok(Self { environment, bos_token: token(bos_token), eos_token: token(eos_token) })
+        // The library's own would show a template everything that it was rendered with.
+        environment.remove_global("debug");
+        environment.add_filter("tojson", json::tojson);
+        python::add_to(&mut environment);
+        environment.add_template_owned(NAME, source::rewritten(template))?;
+        Ok(Self { environment, special_tokens: special_tokens.clone() })
     }
 
-    /// The text of a conversation. `add_generation_prompt` ends it where the model is to go on.
-    pub fn render(
-        &self,
-        messages: &[Message],
-        add_generation_prompt: bool,
-    ) -> Result<String, ChatError> {
-        let turns = messages.iter().map(|message| {
-            Value::from_pairs([
-                ("role", Value::from(message.role.as_str())),
-                ("content", Value::from(message.content.as_str())),
-            ])
-        });
-        let turns: Vec<Value> = turns.collect();
-        let context = Value::from_pairs([
-            ("messages", Value::from(turns)),
-            ("add_generation_prompt", Value::from(add_generation_prompt)),
-            ("bos_token", self.bos_token.clone()),
-            ("eos_token", self.eos_token.clone()),
+    /// The text of a conversation.
+    pub fn render(&self, conversation: &Conversation) -> Result<String, ChatError> {
+        let mut variables = BTreeMap::from([
+            ("tools", Value::from(())),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", Value::from(true)),
         ]);
-        let said: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
+        let tokens = self.special_tokens.iter();
+        variables.extend(tokens.map(|(name, text)| (name.as_str(), Value::from(text.as_str()))));
+        let given = conversation.variables.iter();
+        variables.extend(given.map(|(name, value)| (name.as_str(), value.clone())));
+
+        let said = conversation.bytes;
         let mut out = Bounded { bytes: Vec::new(), room: said * 2 + TEMPLATE_OUTPUT_BYTES_MAX };
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(FUEL + FUEL_PER_BYTE * said as u64));
+        let now = conversation.unix_time;
+        environment.add_function("strftime_now", move |format: &str| match now {
+            Some(now) => clock::strftime(now, format).map_err(|specifier| {
+                let reason = format!("strftime_now: %{specifier} is not known");
+                Error::new(ErrorKind::InvalidOperation, reason)
+            }),
+            None => Err(Error::new(ErrorKind::InvalidOperation, "strftime_now: no time was given")),
+        });
         let template = environment.get_template(NAME)?;
-        template.render_captured_to(context, &mut out)?;
+        template.render_captured_to(variables, &mut out)?;
         String::from_utf8(out.bytes).map_err(|e| ChatError(e.to_string()))
     }
 }
@@ -131,58 +224,4 @@ impl std::io::Write for Bounded {
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
     }
-}
-
-/// Methods that Python's strings and dictionaries have, and Jinja's values do not.
-fn python_method(
-    state: &mut State<'_, '_>,
-    value: &Value,
-    method: &str,
-    args: &[Value],
-) -> Result<Value, Error> {
-    if value.kind() == ValueKind::Map {
-        return match method {
-            "items" => {
-                from_args::<()>(args)?;
-                state.apply_filter("items", std::slice::from_ref(value))
-            }
-            "keys" => {
-                from_args::<()>(args)?;
-                Ok(Value::from(value.try_iter()?.collect::<Vec<_>>()))
-            }
-            "get" => {
-                let (key, default): (&Value, Option<Value>) = from_args(args)?;
-                let found = value.get_item(key)?;
-                Ok(if found.is_undefined() { default.unwrap_or_default() } else { found })
-            }
-            _ => Err(ErrorKind::UnknownMethod.into()),
-        };
-    }
-    let Some(text) = value.as_str() else { return Err(ErrorKind::UnknownMethod.into()) };
-    let chars = |args| from_args::<(Option<&str>,)>(args).map(|(chars,)| chars);
-    let listed = |chars: Option<&str>| {
-        let chars: Option<Vec<char>> = chars.map(|c| c.chars().collect());
-        move |c: char| chars.as_ref().map_or(c.is_whitespace(), |chars| chars.contains(&c))
-    };
-    Ok(match method {
-        "strip" => text.trim_matches(listed(chars(args)?)).into(),
-        "lstrip" => text.trim_start_matches(listed(chars(args)?)).into(),
-        "rstrip" => text.trim_end_matches(listed(chars(args)?)).into(),
-        "startswith" => text.starts_with(from_args::<(&str,)>(args)?.0).into(),
-        "endswith" => text.ends_with(from_args::<(&str,)>(args)?.0).into(),
-        // The library's filters count their work as steps; methods of our own would not.
-        "upper" | "lower" | "title" | "capitalize" | "replace" => {
-            let mut all = vec![value.clone()];
-            all.extend_from_slice(args);
-            state.apply_filter(method, &all)?
-        }
-        "split" => match chars(args)? {
-            None => text.split_whitespace().map(Value::from).collect::<Vec<_>>().into(),
-            Some("") => {
-                return Err(Error::new(ErrorKind::InvalidOperation, "split by an empty text"));
-            }
-            Some(separator) => text.split(separator).map(Value::from).collect::<Vec<_>>().into(),
-        },
-        _ => return Err(ErrorKind::UnknownMethod.into()),
-    })
 }

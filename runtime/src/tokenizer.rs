@@ -1,43 +1,86 @@
 //! Text to tokens and back, by the `tokenizers` library.
 //!
-//! Invariants: decoding never fails, whatever the ids; a [`DecodeStream`] never hands out half
-//! a character, and its pieces joined are the text of all its ids decoded at once (unless these
-//! are no UTF-8: what was handed out cannot be taken back).
+//! Invariants: decoding never fails, whatever the ids; a panic of the library is an error here, and
+//! silent; a [`DecodeStream`] never hands out half a character, and its pieces joined to the text
+//! of the prompt are the text of all ids decoded at once (unless these are no UTF-8: what was
+//! handed out cannot be taken back).
 
-use std::sync::Arc;
+use std::{
+    cell::Cell,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Once},
+};
+
+use tokenizers::{DecoderWrapper, ModelWrapper};
 
 /// A tokenizer that could not be loaded or used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("tokenizer: {0}")]
 pub struct TokenizerError(String);
 
+impl TokenizerError {
+    fn of(error: impl std::fmt::Display) -> Self {
+        Self(error.to_string())
+    }
+}
+
 /// Turns text into tokens and back. Cloning shares it.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
+    /// Tokens that end a text, sorted.
+    ends: Arc<[u32]>,
+    /// Most bytes of text that one token can stand for, if there is such a number.
+    token_bytes_max: Option<usize>,
+}
+
+thread_local! {
+    static SILENT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls the library. Its panics are told to nobody but the caller.
+fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, TokenizerError> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let others = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !SILENT.get() {
+                others(panic);
+            }
+        }));
+    });
+    let before = SILENT.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(call));
+    SILENT.set(before);
+    result.map_err(|_| TokenizerError::of("the library gave up on this file"))
 }
 
 impl Tokenizer {
     /// Loads a tokenizer from the content of `tokenizer.json`.
     pub fn from_json(json: &[u8]) -> Result<Self, TokenizerError> {
-        let error = |e: &dyn std::fmt::Display| TokenizerError(e.to_string());
         // The library panics on some texts that are no JSON, and on some that are.
-        serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(|e| error(&e))?;
-        let loaded = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json));
-        let mut inner = loaded
-            .map_err(|_| error(&"the library gave up on this file"))?
-            .map_err(|e| error(&e))?;
+        serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(TokenizerError::of)?;
+        let loaded = guarded(|| tokenizers::Tokenizer::from_bytes(json))?;
+        let mut inner = loaded.map_err(TokenizerError::of)?;
         // Files may ask for cutting or filling to a length that suited somebody's training.
         inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| error(&e))?;
-        Ok(Self { inner: Arc::new(inner) })
+        inner.with_truncation(None).map_err(TokenizerError::of)?;
+        let token_bytes_max = guarded(|| token_bytes_max(&inner))?;
+        Ok(Self { inner: Arc::new(inner), ends: Arc::default(), token_bytes_max })
+    }
+
+    /// The same, knowing which tokens end a text: a stream gives them no text, whether their file
+    /// calls them special or not.
+    pub fn with_ends(mut self, ids: &[u32]) -> Self {
+        self.ends = ids.into();
+        self
     }
 
     /// The tokens of a text; `add_special` puts those around it that the model was trained with.
     /// Special tokens that are spelled out in the text are recognised.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.inner.encode_fast(text, add_special);
-        Ok(encoding.map_err(|e| TokenizerError(e.to_string()))?.get_ids().to_vec())
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special))?;
+        Ok(encoding.map_err(TokenizerError::of)?.get_ids().to_vec())
     }
 
     /// The text of tokens, special ones left out. Ids that the tokenizer lacks have no text.
@@ -60,15 +103,70 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
-    /// Text that arrives token by token.
+    /// How a token is spelled in the vocabulary.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The tokens that are put before every text.
+    pub fn prefix(&self) -> Result<Vec<u32>, TokenizerError> {
+        const ANY: &str = "a";
+        let (mut with, without) = (self.encode(ANY, true)?, self.encode(ANY, false)?);
+        let at = with.windows(without.len().max(1)).position(|ids| ids == without);
+        with.truncate(at.unwrap_or(0));
+        Ok(with)
+    }
+
+    /// Most bytes of text that so many tokens can stand for.
+    pub fn bytes_max(&self, tokens: usize) -> usize {
+        self.token_bytes_max.map_or(usize::MAX, |bytes| bytes.saturating_mul(tokens))
+    }
+
+    /// Text that arrives token by token, from its beginning.
     pub fn stream(&self) -> DecodeStream {
-        DecodeStream { tokenizer: self.clone(), ids: vec![], settled: 0 }
+        self.stream_after(&[])
+    }
+
+    /// Text that arrives token by token after a prompt: what some decoders do to the beginning of
+    /// a text (SentencePiece's drop a blank) is not done to it.
+    pub fn stream_after(&self, prompt: &[u32]) -> DecodeStream {
+        const FEW: usize = 8;
+        let mut context = FEW;
+        let (ids, shown) = loop {
+            let ids = &prompt[prompt.len().saturating_sub(context)..];
+            let text = self.decode(ids);
+            if !text.is_empty() || ids.len() == prompt.len() {
+                break (ids.to_vec(), text);
+            }
+            context *= 4;
+        };
+        // A character that the prompt begins and the answer ends belongs to the answer.
+        let shown = shown.trim_end_matches(char::REPLACEMENT_CHARACTER).to_owned();
+        DecodeStream { tokenizer: self.clone(), settled: ids.len(), ids, shown }
     }
 
     fn decode_with(&self, ids: &[u32], skip_special: bool) -> String {
         // Decoders fail for no id; an empty text is the honest answer should a later one.
-        self.inner.decode(ids, skip_special).unwrap_or_default()
+        let decoded = guarded(|| self.inner.decode(ids, skip_special));
+        decoded.map(Result::unwrap_or_default).unwrap_or_default()
     }
+}
+
+/// Most bytes of text that a token of this tokenizer can stand for.
+fn token_bytes_max(tokenizer: &tokenizers::Tokenizer) -> Option<usize> {
+    // Where unknown characters have a token, it may stand for many; only tokens of bytes know none.
+    let falls_back = matches!(tokenizer.get_model(), ModelWrapper::BPE(bpe) if bpe.byte_fallback);
+    let of_bytes = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+    // Added tokens may swallow the blanks around them.
+    let added = tokenizer.get_added_tokens_decoder();
+    let swallows = added.values().any(|token| token.lstrip || token.rstrip);
+    if !(falls_back || of_bytes) || swallows {
+        return None;
+    }
+    let longest = tokenizer.get_vocab(true).keys().map(String::len).max()?;
+    // Composing (NFC) makes at most three bytes one.
+    let shrinks = if tokenizer.get_normalizer().is_some() { 3 } else { 1 };
+    Some(longest * shrinks)
 }
 
 /// Tokens whose text is not settled yet: some decoders look back, and a character may need
@@ -80,6 +178,8 @@ pub struct DecodeStream {
     ids: Vec<u32>,
     /// How many of them belong to the last piece.
     settled: usize,
+    /// The text of the last piece's tokens alone, as far as it was handed out.
+    shown: String,
 }
 
 /// After so many open tokens, broken characters are handed out as they are.
@@ -88,6 +188,9 @@ pub const OPEN_TOKENS_MAX: usize = 16;
 impl DecodeStream {
     /// Takes a token and gives the text that is settled by it, which may be none.
     pub fn push(&mut self, id: u32) -> String {
+        if self.tokenizer.ends.contains(&id) {
+            return String::new();
+        }
         self.ids.push(id);
         self.settle(self.ids.len() - self.settled >= OPEN_TOKENS_MAX)
     }
@@ -95,16 +198,14 @@ impl DecodeStream {
     /// The text that was held back, broken characters included. Call it after the last token.
     pub fn finish(&mut self) -> String {
         let text = self.settle(true);
-        self.ids.clear();
-        self.settled = 0;
+        self.ids.truncate(self.settled);
         text
     }
 
     fn settle(&mut self, even_if_broken: bool) -> String {
-        let before = self.tokenizer.decode(&self.ids[..self.settled]);
         let now = self.tokenizer.decode(&self.ids);
         let broken = now.ends_with(char::REPLACEMENT_CHARACTER);
-        let piece = match (now.strip_prefix(&before), even_if_broken) {
+        let piece = match (now.strip_prefix(&self.shown), even_if_broken) {
             (Some(piece), true) => piece.to_owned(),
             (Some(piece), false) if !broken => piece.to_owned(),
             // An open character makes some decoders change their mind about settled text.
@@ -120,6 +221,7 @@ impl DecodeStream {
         }
         self.ids.drain(..self.settled);
         self.settled = self.ids.len();
+        self.shown = self.tokenizer.decode(&self.ids);
         piece
     }
 }

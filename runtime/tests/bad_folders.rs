@@ -7,11 +7,13 @@ use std::{fs, path::Path};
 
 use hf::{Raw, edit_json, rewrite, try_import};
 use lite_llm_runtime::{
+    chat::Conversation,
     checkpoint::{Checkpoint, CheckpointError},
     import::{
         ImportError, import,
         random::{RandomClass, RandomShape, write_random_hf},
     },
+    prompt::Prompts,
 };
 use serde_json::json;
 use tempfile::{TempDir, tempdir};
@@ -199,12 +201,23 @@ fn tokenizers_and_templates_are_tried_before_they_are_taken() {
     fs::write(&tokenizer, "{}").unwrap();
     refused(&source, "tokenizer.json");
     fs::write(&tokenizer, whole).unwrap();
+
+    // A template that cannot be used stops no import: it is the chat that it stops.
     fs::write(source.join("chat_template.jinja"), "{% for %}").unwrap();
-    refused(&source, "chat_template.jinja");
+    let out = dir.path().join("out1");
+    try_import(&source, &out).unwrap();
+    let prompts = Prompts::of(&Checkpoint::open(&out).unwrap()).unwrap();
+    prompts.encode("text").unwrap();
+    let error = prompts.encode_chat(&Conversation::new(&[])).unwrap_err().to_string();
+    assert!(error.contains("chat template: syntax error"), "{error}");
     fs::remove_file(source.join("chat_template.jinja")).unwrap();
     let config = json!({ "chat_template": 3 });
     fs::write(source.join("tokenizer_config.json"), config.to_string()).unwrap();
-    refused(&source, "chat_template");
+    let out = dir.path().join("out2");
+    try_import(&source, &out).unwrap();
+    let prompts = Prompts::of(&Checkpoint::open(&out).unwrap()).unwrap();
+    let error = prompts.encode_chat(&Conversation::new(&[])).unwrap_err().to_string();
+    assert!(error.contains("no chat template"), "{error}");
 }
 
 /// A writer that dies leaves a folder that says so, and the next import succeeds in it.

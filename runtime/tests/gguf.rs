@@ -273,8 +273,6 @@ fn what_is_not_known_is_refused_by_name() {
     odd.set("llama.rope.dimension_count", Meta::U32(18));
     odd.write(&path);
     refused(&path, "heads of a multiple of 16");
-    with("tokenizer.ggml.bos_token_id", Meta::U32(1 << 20), "bos_token");
-    with("tokenizer.chat_template", text("{% if %}"), "template");
     with("general.alignment", Meta::U32(3), "general.alignment");
 
     let mut missing = file.clone();
@@ -410,5 +408,55 @@ fn sizes_that_lie_are_refused_before_memory_is_asked_for() {
             let out = tempdir().unwrap();
             try_import(&path, out.path()).expect_err(what);
         }
+    }
+}
+
+/// Older files, and those of some exporters, name no way to cut texts: the class has one.
+#[test]
+fn files_that_name_no_way_to_cut_have_that_of_their_class() {
+    let dir = tempdir().unwrap();
+    for (class, own) in [(RandomClass::Olmoe, "olmo"), (RandomClass::Qwen2Moe, "qwen2")] {
+        let folder = dir.path().join(own);
+        let shape = RandomShape { layers: 1, experts: 2, ..RandomShape::tiny(class) };
+        write_random_hf(&folder, &shape, &mut |_, _| {}).unwrap();
+        let tokenizer = |pre: Option<&str>, change: &dyn Fn(&mut File)| {
+            let mut file = converted(&folder, as_f32);
+            file.metadata.retain(|(key, _)| key != "tokenizer.ggml.pre");
+            if let Some(pre) = pre {
+                file.set("tokenizer.ggml.pre", Meta::Text(pre.into()));
+            }
+            change(&mut file);
+            let path = dir.path().join("model.gguf");
+            file.write(&path);
+            let out = tempdir().unwrap();
+            try_import(&path, out.path()).unwrap();
+            let checkpoint = Checkpoint::open(out.path()).unwrap();
+            let json = checkpoint.tokenizer_json().unwrap();
+            (checkpoint, String::from_utf8(json).unwrap())
+        };
+        let same = |_: &mut File| {};
+        let (_, named) = tokenizer(Some(own), &same);
+        assert_eq!(tokenizer(None, &same).1, named);
+        assert_eq!(tokenizer(Some("default"), &same).1, named);
+        let known = [
+            "llama-bpe",
+            "tekken",
+            "gpt-4o",
+            "qwen35",
+            "deepseek-llm",
+            "deepseek-coder",
+            "deepseek-v3",
+        ];
+        for pre in known {
+            assert_ne!(tokenizer(Some(pre), &same).1, named, "{pre}");
+        }
+        // What can never come, or cannot be rendered, stops no import.
+        let (checkpoint, _) = tokenizer(None, &|file| {
+            file.set("tokenizer.ggml.bos_token_id", Meta::U32(1 << 20));
+            file.set("tokenizer.chat_template", Meta::Text("{% if %}".into()));
+        });
+        assert_eq!(checkpoint.config().bos_token, None);
+        assert!(!checkpoint.manifest().text.special_tokens().contains_key("bos_token"));
+        assert_eq!(checkpoint.chat_template().unwrap().as_deref(), Some("{% if %}"));
     }
 }

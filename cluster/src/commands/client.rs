@@ -1,8 +1,12 @@
 //! `lite-llm submit` and `lite-llm status`: talking to a coordinator from outside.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
+use lite_llm_actors::serve::PROMPT_BYTES_MAX;
 use lite_llm_kernels::DETERMINISM_VERSION;
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
@@ -10,19 +14,20 @@ use lite_llm_transport::{
     frame::{FrameReceiver, FrameSender},
     identity::Role,
     join::join,
-    messages::{ClientReply, ClientRequest, ClusterStatus, JobRequest, Prompt},
+    messages::{ClientReply, ClientRequest, ClusterStatus, JobRequest},
     session::Hello,
+    token::JoinToken,
 };
 use serde::Deserialize;
 use serde_json::json;
 use tracing::debug_span;
 
 use super::{
-    bad_input,
-    run::{Answer, read_prompt},
+    answer::Answer, bad_input, coordinator_addresses, first_that_answers, read_token,
+    run::read_prompt,
 };
 use crate::{
-    cli::{ClientArgs, SamplingArgs, SubmitArgs},
+    cli::{ChatArgs, ClientArgs, SamplingArgs, Seed, SubmitArgs},
     size::Size,
     telemetry,
 };
@@ -38,10 +43,16 @@ struct Client {
 
 impl Client {
     async fn connect(args: &ClientArgs) -> Result<Self> {
-        let (token, address) = args.token()?;
+        let token = read_token(args.token.as_ref())?;
+        let addresses = coordinator_addresses(args.coordinator.as_ref(), &token).await?;
+        first_that_answers(&addresses, async |address| Self::connect_to(address, &token).await)
+            .await
+    }
+
+    async fn connect_to(address: SocketAddr, token: &JoinToken) -> Result<Self> {
         let hello = Hello::new(DETERMINISM_VERSION);
         let name = format!("client-{}", std::process::id());
-        let identity = join(address, &token, Role::Client, &name, &hello).await?;
+        let identity = join(address, token, Role::Client, &name, &hello).await?;
         let endpoint = Endpoint::outgoing(address, &identity, Options::new(hello))?;
         let connection = endpoint.connect(address, &Expect::coordinator()).await?;
         Ok(Self { endpoint, connection })
@@ -101,23 +112,24 @@ struct JobLine {
     top_p: Option<f32>,
     seed: Option<u64>,
     tiers: Option<String>,
+    stop: Option<Vec<String>>,
+    chat: Option<bool>,
+    system: Option<String>,
 }
 
 /// Jobs of a file that run at a time.
 const CONCURRENT_MAX: usize = 32;
 
 pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
-    if args.sampling.chat {
-        return Err(bad_input(anyhow!("--chat: submit sends plain prompts; run has --chat")));
-    }
     args.sampling.check()?;
     if let Some(prompt) = &args.prompt {
-        let prompt = read_prompt(prompt).await?;
+        let prompt = read_prompt(prompt, PROMPT_BYTES_MAX).await?;
         let client = Client::connect(&args.client).await?;
-        let mut request = args.sampling.request(Prompt::Text(prompt.clone()));
+        args.sampling.tell_seed();
+        let mut request = args.sampling.request(args.sampling.remote_prompt(&prompt));
         let span = debug_span!("submit");
         request.trace = telemetry::context_of(&span);
-        let mut answer = Answer::begin(&prompt, json, Instant::now());
+        let mut answer = Answer::begin(&prompt, &args.sampling, json, Instant::now());
         client.run(request, &mut answer).await?;
         answer.finish()?;
         client.endpoint.close("done").await;
@@ -131,14 +143,14 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     let mut failed = 0;
     loop {
         while running.len() < CONCURRENT_MAX {
-            let Some((index, (prompt, mut request))) = next.next() else { break };
+            let Some((index, (prompt, sampling, mut request))) = next.next() else { break };
             // Each job is a trace of its own.
             let span = debug_span!("submit", index);
             request.trace = telemetry::context_of(&span);
             let client = client.clone();
             running.spawn(async move {
                 let _span = span;
-                let mut answer = Answer::silent(&prompt, Instant::now());
+                let mut answer = Answer::silent(&prompt, sampling.stop_texts(), Instant::now());
                 let result = client.run(request, &mut answer).await;
                 (index, result.map(|()| answer))
             });
@@ -159,7 +171,7 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn read_jobs(args: &SubmitArgs) -> Result<Vec<(String, JobRequest)>> {
+fn read_jobs(args: &SubmitArgs) -> Result<Vec<(String, SamplingArgs, JobRequest)>> {
     let Some(path) = &args.file else { return Ok(Vec::new()) };
     let shown = path.display();
     let text = std::fs::read_to_string(path)
@@ -171,18 +183,22 @@ fn read_jobs(args: &SubmitArgs) -> Result<Vec<(String, JobRequest)>> {
             .with_context(|| format!("{shown}, line {number}: {{\"prompt\": \"…\"}} is expected"))
             .map_err(bad_input)?;
         let base = &args.sampling;
+        let system = job.system.or_else(|| base.chat.system.clone());
+        let chat = job.chat.unwrap_or(base.chat.chat || system.is_some());
         let sampling = SamplingArgs {
             max_tokens: job.max_tokens.unwrap_or(base.max_tokens),
             temperature: job.temperature.unwrap_or(base.temperature),
             top_k: job.top_k.unwrap_or(base.top_k),
             top_p: job.top_p.unwrap_or(base.top_p),
-            seed: job.seed.unwrap_or(base.seed),
+            seed: job.seed.map_or(base.seed, |value| Seed { value, any: false }),
             tiers: job.tiers.unwrap_or_else(|| base.tiers.clone()),
+            stop: job.stop.unwrap_or_else(|| base.stop.clone()),
+            chat: ChatArgs { chat, system },
             ..base.clone()
         };
         sampling.check().with_context(|| format!("{shown}, line {number}")).map_err(bad_input)?;
-        let request = sampling.request(Prompt::Text(job.prompt.clone()));
-        jobs.push((job.prompt, request));
+        let request = sampling.request(sampling.remote_prompt(&job.prompt));
+        jobs.push((job.prompt, sampling, request));
     }
     Ok(jobs)
 }

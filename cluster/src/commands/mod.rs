@@ -1,5 +1,6 @@
 //! One file per command, and what several of them need.
 
+mod answer;
 mod bench;
 mod client;
 mod coordinator;
@@ -9,9 +10,10 @@ mod import;
 mod inspect;
 mod perplexity;
 mod run;
+mod tokenize;
 mod worker;
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use lite_llm_actors::{
@@ -24,7 +26,7 @@ use lite_llm_transport::token::JoinToken;
 use tokio::sync::oneshot;
 
 use crate::{
-    cli::{Cli, ClientArgs, Command, ComputeArgs, LocalArgs},
+    cli::{Cli, Command, ComputeArgs, HostPort, LocalArgs},
     demo, machine, output, telemetry,
 };
 
@@ -176,6 +178,7 @@ async fn perform(command: Command, json: bool) -> Result<()> {
         Command::Perplexity(args) => perplexity::perplexity(args, json).await,
         Command::Coordinator(args) => coordinator::coordinator(args).await,
         Command::Worker(args) => worker::worker(args).await,
+        Command::Tokenize(args) => tokenize::tokenize(args, json).await,
         Command::Submit(args) => client::submit(args, json).await,
         Command::Status(args) => client::status(args, json).await,
         Command::Bench(args) => bench::bench(args, json).await,
@@ -297,25 +300,39 @@ fn read_token(path: Option<&PathBuf>) -> Result<JoinToken> {
     JoinToken::read(&path).map_err(bad_input)
 }
 
-impl ClientArgs {
-    fn token(&self) -> Result<(JoinToken, std::net::SocketAddr)> {
-        let token = read_token(self.token.as_ref())?;
-        let address = coordinator_address(self.coordinator, &token)?;
-        Ok((token, address))
+/// The addresses of the coordinator: of the host that was given, or of the one in the token.
+async fn coordinator_addresses(
+    given: Option<&HostPort>,
+    token: &JoinToken,
+) -> Result<Vec<SocketAddr>> {
+    let (host, from) = match given {
+        Some(HostPort(host)) => (host.as_str(), ""),
+        None => (token.address(), ", which the token names as the coordinator"),
+    };
+    let found = tokio::net::lookup_host(host).await;
+    let mut found: Vec<_> = found.map_or_else(|_| Vec::new(), Iterator::collect);
+    if found.is_empty() {
+        return Err(bad_input(anyhow::anyhow!(
+            "{host:?}{from}: no host of this name is known here; give the coordinator's address"
+        )));
     }
+    // Coordinators listen on IPv4 unless told otherwise.
+    found.sort_by_key(SocketAddr::is_ipv6);
+    found.dedup();
+    Ok(found)
 }
 
-fn coordinator_address(
-    given: Option<std::net::SocketAddr>,
-    token: &JoinToken,
-) -> Result<std::net::SocketAddr> {
-    match given {
-        Some(address) => Ok(address),
-        None => token.address().parse().map_err(|_| {
-            let found = token.address();
-            bad_input(anyhow::anyhow!(
-                "the token names {found:?} as the coordinator; give its address"
-            ))
-        }),
+/// Tries the addresses of a host, one after the other. Fails as the last one did.
+async fn first_that_answers<T>(
+    addresses: &[SocketAddr],
+    connect: impl AsyncFn(SocketAddr) -> Result<T>,
+) -> Result<T> {
+    let mut last = anyhow::anyhow!("the coordinator has no address");
+    for address in addresses {
+        match connect(*address).await {
+            Ok(connected) => return Ok(connected),
+            Err(error) => last = error,
+        }
     }
+    Err(last)
 }

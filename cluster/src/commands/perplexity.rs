@@ -41,8 +41,16 @@ pub(super) async fn perplexity(args: PerplexityArgs, json: bool) -> Result<()> {
     }
     let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
     let ids = tokenizer.encode(&text, false)?;
-    let windows: Vec<Vec<u32>> =
-        ids.chunks(args.window).filter(|w| w.len() > 1).map(<[u32]>::to_vec).collect();
+    // Models that were trained with a token before every text predict badly without it.
+    let prefix = tokenizer.prefix()?;
+    let Some(chunk) = args.window.checked_sub(prefix.len()).filter(|chunk| *chunk > 0) else {
+        let (window, prefix) = (args.window, prefix.len());
+        return Err(bad_input(anyhow!(
+            "--window {window}: more than {prefix} are expected, the tokens before every text"
+        )));
+    };
+    let windows = ids.chunks(chunk).map(|chunk| [&prefix, chunk].concat());
+    let windows: Vec<Vec<u32>> = windows.filter(|window| window.len() > 1).collect();
     if windows.is_empty() {
         return Err(bad_input(anyhow!("{path}: {} tokens; at least 2 are expected", ids.len())));
     }

@@ -2,41 +2,45 @@
 
 use std::{
     io::Read,
-    time::{Duration, Instant},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
 use lite_llm_actors::job;
 use lite_llm_runtime::{
-    chat::{ChatTemplate, Message},
+    chat::{Conversation, Message},
     checkpoint::{self, Checkpoint},
+    prompt::{PromptError, Prompts},
     sampler::Sampling,
+    stop::StopTexts,
     tier::TierSet,
-    tokenizer::Tokenizer,
 };
 use lite_llm_transport::messages::{JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt};
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::{bad_input, open_model};
+use super::{
+    answer::{Answer, BROKEN_OFF},
+    bad_input, open_model,
+};
 use crate::{
-    cli::{RunArgs, SamplingArgs},
-    demo, output,
+    cli::{ChatArgs, RunArgs, SamplingArgs},
+    demo,
 };
 
-/// What is said of an answer without an end.
-const BROKEN_OFF: &str = "the answer broke off: the coordinator ended the job without a word";
-
 pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
+    args.sampling.check()?;
+    let checkpoint = open_model(args.model.as_ref())?;
+    let text = Prompts::of(&checkpoint).map_err(bad_input)?;
     let prompts = match &args.prompt {
-        Some(prompt) => vec![read_prompt(prompt).await?],
+        Some(prompt) => vec![read_prompt(prompt, text.bytes_max()).await?],
         None => demo::PROMPTS.map(str::to_owned).to_vec(),
     };
-    let checkpoint = open_model(args.model.as_ref())?;
     let requests = prompts
         .iter()
-        .map(|prompt| args.sampling.local_request(&checkpoint, prompt))
+        .map(|prompt| args.sampling.local_request(&checkpoint, &text, prompt))
         .collect::<Result<Vec<_>>>()?;
+    args.sampling.tell_seed();
     let started = Instant::now();
     let cluster = args.local.cluster(checkpoint.clone()).await?;
     if !json {
@@ -46,7 +50,7 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
         for (prompt, request) in prompts.iter().zip(requests) {
             let started = Instant::now();
             let (_, mut events) = cluster.coordinator().submit(request).await?;
-            let mut answer = Answer::begin(prompt, json, started);
+            let mut answer = Answer::begin(prompt, &args.sampling, json, started);
             while let Some(event) = events.recv().await {
                 if answer.take(event)? {
                     break;
@@ -61,16 +65,28 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
     result
 }
 
-/// A prompt as given, or standard input for `-`.
-pub(super) async fn read_prompt(prompt: &str) -> Result<String> {
+/// A prompt as given, or standard input for `-`: no more of it than `bytes_max`.
+pub(super) async fn read_prompt(prompt: &str, bytes_max: usize) -> Result<String> {
+    let too_long = |found: &str| {
+        bad_input(anyhow!(
+            "the prompt has {found} bytes; at most {bytes_max} can fit: shorten the prompt"
+        ))
+    };
     if prompt != "-" {
+        if prompt.len() > bytes_max {
+            return Err(too_long(&prompt.len().to_string()));
+        }
         return Ok(prompt.to_owned());
     }
-    let bytes = tokio::task::spawn_blocking(|| {
+    let bytes = tokio::task::spawn_blocking(move || {
         let mut bytes = Vec::new();
-        std::io::stdin().read_to_end(&mut bytes).map(|_| bytes)
+        let bound = (bytes_max as u64).saturating_add(1);
+        std::io::stdin().take(bound).read_to_end(&mut bytes).map(|_| bytes)
     });
     let bytes = bytes.await?.context("standard input: cannot read")?;
+    if bytes.len() > bytes_max {
+        return Err(too_long(&format!("more than {bytes_max}")));
+    }
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         bad_input(anyhow!("standard input is not UTF-8: byte {at} begins no character"))
@@ -107,7 +123,7 @@ impl SamplingArgs {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
-            seed: self.seed,
+            seed: self.seed.value,
             tiers: self.tiers.clone(),
             stop_at_eos: !self.ignore_eos,
             want_logits: LogitsWanted::None,
@@ -119,7 +135,8 @@ impl SamplingArgs {
 
     /// Checks what can be checked without a model.
     pub(super) fn check(&self) -> Result<()> {
-        let Self { temperature, top_k, top_p, seed, .. } = *self;
+        let Self { temperature, top_k, top_p, .. } = *self;
+        let seed = self.seed.value;
         Sampling { temperature, top_k, top_p, seed, ..Sampling::GREEDY }
             .check()
             .map_err(bad_input)?;
@@ -127,165 +144,72 @@ impl SamplingArgs {
         tiers.map(drop).map_err(|error| bad_input(anyhow!("tiers: {error}")))
     }
 
+    /// What ends an answer.
+    pub(super) fn stop_texts(&self) -> StopTexts {
+        StopTexts::new(self.stop.iter().cloned())
+    }
+
+    /// Says which seed was taken where any would do.
+    pub(super) fn tell_seed(&self) {
+        if self.seed.any && self.temperature > 0.0 {
+            remark!("seed {}", self.seed.value);
+        }
+    }
+
+    /// A prompt for a coordinator, which has the model.
+    pub(super) fn remote_prompt(&self, prompt: &str) -> Prompt {
+        match self.chat.chat {
+            true => Prompt::Chat(self.chat.json(prompt)),
+            false => Prompt::Text(prompt.to_owned()),
+        }
+    }
+
     /// The job of a prompt for a model that is here: checked before anything is loaded.
-    fn local_request(&self, checkpoint: &Checkpoint, prompt: &str) -> Result<JobRequest> {
-        let request = self.request(Prompt::Tokens(self.encode(checkpoint, prompt)?));
+    fn local_request(
+        &self,
+        checkpoint: &Checkpoint,
+        text: &Prompts,
+        prompt: &str,
+    ) -> Result<JobRequest> {
+        let ids = match self.chat.chat {
+            true => text.encode_chat(&self.chat.conversation(prompt)),
+            false => text.encode(prompt),
+        };
+        let request = self.request(Prompt::Tokens(ids.map_err(prompt_error)?));
         let checked = job::check(&request, checkpoint.config());
         checked.map_err(|reason| bad_input(anyhow!(reason)))?;
         Ok(request)
     }
+}
 
-    /// The prompt's tokens, in the model's chat template if that was asked for.
-    fn encode(&self, checkpoint: &Checkpoint, prompt: &str) -> Result<Vec<u32>> {
-        let json = checkpoint.tokenizer_json().map_err(bad_input)?;
-        let tokenizer = Tokenizer::from_json(&json).map_err(bad_input)?;
-        if !self.chat {
-            return Ok(tokenizer.encode(prompt, true)?);
-        }
-        let Some(template) = checkpoint.chat_template().map_err(bad_input)? else {
-            return Err(bad_input(anyhow!("--chat: the model has no chat template")));
-        };
-        let text = |id: Option<&u32>| id.map(|&id| tokenizer.decode_with_special(&[id]));
-        let config = checkpoint.config();
-        let (bos, eos) = (text(config.bos_token.as_ref()), text(config.eos_tokens.first()));
-        let template = ChatTemplate::new(&template, bos.as_deref(), eos.as_deref())?;
-        let text = template.render(&[Message::new("user", prompt)], true)?;
-        // The template writes the special tokens itself.
-        Ok(tokenizer.encode(&text, false)?)
+/// A prompt that cannot be used is the caller's, or the model's.
+pub(super) fn prompt_error(error: PromptError) -> anyhow::Error {
+    match error {
+        PromptError::Chat(error) => anyhow!("--chat: {error}"),
+        error => bad_input(error),
     }
 }
 
-/// An answer on its way to standard output. One that breaks off ends its line.
-pub(super) struct Answer {
-    /// Show the text as it comes.
-    stream: bool,
-    prompt: String,
-    text: String,
-    ids: Vec<u32>,
-    started: Instant,
-    first: Option<Instant>,
-    last: Option<Instant>,
-    end: Option<String>,
+/// Seconds since 1970, for templates that show the date.
+pub(super) fn unix_time() -> i64 {
+    // A clock before 1970 is none.
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
-impl Answer {
-    /// Begins: shows the prompt, unless the answer is to be one line of JSON.
-    pub(super) fn begin(prompt: &str, json: bool, started: Instant) -> Self {
-        if !json {
-            output::show(format_args!("\n{prompt}"));
-        }
-        let mut answer = Self::silent(prompt, started);
-        answer.stream = !json;
-        answer
+impl ChatArgs {
+    fn messages(&self, prompt: &str) -> Vec<Message> {
+        let system = self.system.as_ref().map(|system| Message::new("system", system));
+        system.into_iter().chain([Message::new("user", prompt)]).collect()
     }
 
-    /// Begins without showing anything.
-    pub(super) fn silent(prompt: &str, started: Instant) -> Self {
-        Self {
-            stream: false,
-            prompt: prompt.to_owned(),
-            text: String::new(),
-            ids: Vec::new(),
-            started,
-            first: None,
-            last: None,
-            end: None,
-        }
+    /// The conversation that a prompt begins.
+    pub(super) fn conversation(&self, prompt: &str) -> Conversation {
+        Conversation::new(&self.messages(prompt)).at(unix_time())
     }
 
-    fn show(&mut self, text: &str) {
-        if self.stream {
-            output::show(format_args!("{text}"));
-        }
-        self.text.push_str(text);
-    }
-
-    /// Shows an event. True if it was the last.
-    pub(super) fn take(&mut self, event: JobEvent) -> Result<bool> {
-        match event.body {
-            JobEventBody::Token { id, text, .. } => {
-                let now = Instant::now();
-                self.first.get_or_insert(now);
-                self.last = Some(now);
-                self.ids.push(id);
-                self.show(&text.unwrap_or_default());
-                Ok(false)
-            }
-            JobEventBody::Done { reason, .. } => {
-                self.end = Some(format!("{reason:?}"));
-                Ok(true)
-            }
-            JobEventBody::Failed { reason } => bail!("{reason}"),
-            JobEventBody::Text(text) => {
-                self.show(&text);
-                Ok(false)
-            }
-            JobEventBody::Logits { .. }
-            | JobEventBody::Routes { .. }
-            | JobEventBody::Progress { .. } => Ok(false),
-        }
-    }
-
-    /// Ends: shows the speed, or everything as one line of JSON.
-    pub(super) fn finish(mut self) -> Result<()> {
-        if !self.stream {
-            say!("{}", self.line(0)?);
-            return Ok(());
-        }
-        let (wait, rate) = self.speed();
-        self.end_line();
-        if self.end.is_none() {
-            bail!(BROKEN_OFF);
-        }
-        remark!(
-            "[{} tokens, {rate:.0} per second, the first after {:.0} ms]",
-            self.ids.len(),
-            wait * 1e3
-        );
-        Ok(())
-    }
-
-    /// Everything as one line of JSON, under a job's number.
-    pub(super) fn line(&self, job: usize) -> Result<serde_json::Value> {
-        let Some(end) = &self.end else {
-            bail!(BROKEN_OFF);
-        };
-        let (wait, rate) = self.speed();
-        Ok(json!({
-            "job": job,
-            "prompt": self.prompt,
-            "text": self.text,
-            "ids": self.ids,
-            "end": end,
-            "first_token_seconds": wait,
-            "tokens_per_second": rate,
-        }))
-    }
-
-    fn end_line(&mut self) {
-        if std::mem::take(&mut self.stream) {
-            say!();
-        }
-    }
-
-    /// Seconds until the first token, and tokens per second after it; of an answer so short that
-    /// its tokens arrive in a burst, tokens per second of the whole.
-    fn speed(&self) -> (f64, f64) {
-        const BURST: Duration = Duration::from_millis(20);
-        let first = self.first.unwrap_or(self.started);
-        let last = self.last.unwrap_or(first);
-        let (tokens, time) = match last - first {
-            rest if rest < BURST => (self.ids.len(), last - self.started),
-            rest => (self.ids.len() - 1, rest),
-        };
-        let wait = first.duration_since(self.started).as_secs_f64();
-        (wait, tokens as f64 / time.as_secs_f64().max(1e-9))
-    }
-}
-
-impl Drop for Answer {
-    fn drop(&mut self) {
-        self.end_line();
+    /// The same for a coordinator: it shows the client's time, not its own.
+    fn json(&self, prompt: &str) -> String {
+        json!({ "messages": self.messages(prompt), "unix_time": unix_time() }).to_string()
     }
 }
 

@@ -7,7 +7,7 @@ use lite_llm_actors::{
 };
 use lite_llm_kernels::device::Device;
 
-use super::{bad_input, coordinator_address, interrupted, read_token};
+use super::{bad_input, coordinator_addresses, first_that_answers, interrupted, read_token};
 use crate::{cli::WorkerArgs, size::Size};
 
 /// The worker's name in the cluster.
@@ -21,25 +21,27 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
         return Err(bad_input(anyhow!("--device {found}: this release computes on cpu only")));
     }
     let token = read_token(args.token.as_ref())?;
-    let coordinator = coordinator_address(args.join, &token)?;
+    let addresses = coordinator_addresses(args.join.as_ref(), &token).await?;
     let device = args.compute.device(1)?;
     let dram_bytes = args.compute.dram_bytes(1);
     let name = name(&args);
-    let toward = || local_address(coordinator);
-    let listen = args.listen.map_or_else(toward, Ok)?;
     say!("worker {name}: {}, {} for experts", device.describe(), Size(dram_bytes));
-    let options = WorkerOptions {
-        coordinator,
-        token,
-        name,
-        listen,
-        device,
-        dram_bytes,
-        kv_bytes: args.compute.kv.0,
-        model: args.model.map_or(Model::AsAssigned, Model::Folder),
-        remote: true,
+    let join = async |coordinator| {
+        let options = WorkerOptions {
+            coordinator,
+            token: token.clone(),
+            name: name.clone(),
+            listen: args.listen.map_or_else(|| local_address(coordinator), Ok)?,
+            device: device.clone(),
+            dram_bytes,
+            kv_bytes: args.compute.kv.0,
+            model: args.model.clone().map_or(Model::AsAssigned, Model::Folder),
+            remote: true,
+        };
+        let worker = Worker::start(options).await?;
+        Ok((worker, coordinator))
     };
-    let mut worker = Worker::start(options).await?;
+    let (mut worker, coordinator) = first_that_answers(&addresses, join).await?;
     say!("joined {coordinator}");
     let result = tokio::select! {
         ended = worker.run() => Err(ended.into()),

@@ -4,6 +4,8 @@
 //! replaced by zeros. So a manifest with one byte changed is refused, and whoever knows the root
 //! knows every byte of the checkpoint.
 
+use std::collections::BTreeMap;
+
 use lite_llm_kernels::{DETERMINISM_VERSION, dtype::DType};
 use serde::{Deserialize, Serialize};
 
@@ -78,10 +80,38 @@ pub struct TextFiles {
     pub tokenizer: FileRef,
     /// Jinja template of conversations.
     pub chat_template: Option<FileRef>,
-    /// Text of the token that begins a text, for the template.
-    pub bos_token: Option<String>,
-    /// Text of the token that ends one.
-    pub eos_token: Option<String>,
+    /// Texts of the tokenizer's special tokens, by the names that templates have for them:
+    /// `bos_token`, `eos_token`, `unk_token`, ….
+    #[serde(default)]
+    pub special_tokens: BTreeMap<String, String>,
+    /// As the first files of format 1 had it; never written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    bos_token: Option<String>,
+    /// As above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    eos_token: Option<String>,
+}
+
+impl TextFiles {
+    /// What is known about text.
+    pub(super) fn new(
+        tokenizer: FileRef,
+        chat_template: Option<FileRef>,
+        special_tokens: BTreeMap<String, String>,
+    ) -> Self {
+        Self { tokenizer, chat_template, special_tokens, bos_token: None, eos_token: None }
+    }
+
+    /// Texts of special tokens by name.
+    pub fn special_tokens(&self) -> BTreeMap<String, String> {
+        let mut tokens = self.special_tokens.clone();
+        for (name, text) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
+            if let Some(text) = text {
+                tokens.entry(name.into()).or_insert_with(|| text.clone());
+            }
+        }
+        tokens
+    }
 }
 
 #[derive(Deserialize)]

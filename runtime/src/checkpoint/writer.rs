@@ -41,10 +41,8 @@ pub struct Text {
     pub tokenizer_json: Vec<u8>,
     /// Template of conversations.
     pub chat_template: Option<String>,
-    /// Text of the token that begins a text.
-    pub bos_token: Option<String>,
-    /// Text of the token that ends one.
-    pub eos_token: Option<String>,
+    /// Texts of the tokenizer's special tokens by name: `bos_token`, `eos_token`, ….
+    pub special_tokens: BTreeMap<String, String>,
 }
 
 /// A checkpoint that is being written.
@@ -278,17 +276,12 @@ impl Writer {
     }
 
     fn write_text(&self, text: &Text) -> Result<TextFiles, CheckpointError> {
-        Ok(TextFiles {
-            tokenizer: self.write_file("tokenizer.json", &text.tokenizer_json)?,
-            chat_template: match &text.chat_template {
-                Some(template) => {
-                    Some(self.write_file("chat_template.jinja", template.as_bytes())?)
-                }
-                None => None,
-            },
-            bos_token: text.bos_token.clone(),
-            eos_token: text.eos_token.clone(),
-        })
+        let tokenizer = self.write_file("tokenizer.json", &text.tokenizer_json)?;
+        let chat_template = match &text.chat_template {
+            Some(template) => Some(self.write_file("chat_template.jinja", template.as_bytes())?),
+            None => None,
+        };
+        Ok(TextFiles::new(tokenizer, chat_template, text.special_tokens.clone()))
     }
 
     /// Makes the manifest appear, whole and only if there is none of its name.

@@ -344,6 +344,11 @@ impl Keys {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
+    /// All keys and values, nulls too.
+    pub(super) fn entries(&self) -> impl Iterator<Item = (&String, &Value)> {
+        self.map.iter()
+    }
+
     pub(super) fn wrong(&self, key: &str, expected: &str) -> ImportError {
         let found = self.map.get(key).map_or("missing".into(), Value::to_string);
         ImportError::Key {

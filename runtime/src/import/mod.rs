@@ -188,6 +188,7 @@ pub fn import(
         }
         false => gguf::open(source)?,
     };
+    text::settle_ends(source, &mut config, &text);
     tiers::cut(&mut config, options.tiers.as_ref(), options.routes.as_ref())?;
     check(source, &config)?;
     config.tied_embeddings = names::tied(&tensors, &config)?;

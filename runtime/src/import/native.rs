@@ -72,8 +72,7 @@ pub(super) fn convert(
     let text = Text {
         tokenizer_json: checkpoint.tokenizer_json()?,
         chat_template: checkpoint.chat_template()?,
-        bos_token: checkpoint.manifest().text.bos_token.clone(),
-        eos_token: checkpoint.manifest().text.eos_token.clone(),
+        special_tokens: checkpoint.manifest().text.special_tokens(),
     };
     let mut total = 0;
     for part in Part::all(config) {

@@ -15,6 +15,8 @@ pub enum Prompt {
     Text(String),
     /// Token ids, taken as they are.
     Tokens(Vec<u32>),
+    /// A conversation as JSON, for the coordinator's chat template and tokenizer.
+    Chat(String),
 }
 
 /// Which logits are sent back.

@@ -18,6 +18,7 @@ pub(super) mod blocks;
 mod config;
 mod file;
 mod names;
+mod pre;
 mod tokenizer;
 
 use std::{collections::HashMap, fs::File, path::Path};
@@ -28,7 +29,7 @@ use super::{
     ImportError,
     hf_config::{self, Keys},
     tensors::{Entry, Tensors},
-    text::{check_template, check_tokenizer},
+    text::check_tokenizer,
 };
 use crate::{checkpoint::writer::Text, config::ModelConfig};
 
@@ -70,7 +71,6 @@ pub(super) fn open(path: &Path) -> Result<(ModelConfig, Tensors, Text), ImportEr
     }
     let text = tokenizer::translate(&metadata, config.vocab)?;
     check_tokenizer(path, &text.tokenizer_json)?;
-    check_template(path, text.chat_template.as_deref())?;
     Ok((config, tensors, text))
 }
 

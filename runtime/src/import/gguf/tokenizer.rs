@@ -5,15 +5,21 @@
 //! merges are found again from the vocabulary, as transformers does: every cut of a piece in two
 //! others, the best piece first.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde_json::{Map, Value, json};
+use tracing::warn;
 
-use super::Metadata;
-use crate::{checkpoint::writer::Text, import::ImportError};
+use super::{
+    Metadata,
+    pre::{PreTokenizer, byte_level},
+};
+use crate::{
+    checkpoint::writer::Text,
+    import::{ImportError, text::usable_template},
+};
 
 const MODEL: &str = "tokenizer.ggml.model";
-const PRE: &str = "tokenizer.ggml.pre";
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const TYPES: &str = "tokenizer.ggml.token_type";
 const SCORES: &str = "tokenizer.ggml.scores";
@@ -25,13 +31,21 @@ const UNKNOWN: u64 = 2;
 const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
 
-/// How Qwen's tokenizers cut a text.
-const QWEN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
 /// Control tokens that end a text or a turn in the chats of the known classes; llama.cpp stops at
 /// these and more.
 const ENDS: [&str; 6] =
     ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>"];
+
+/// Names of special tokens in templates, and in the keys of these files.
+const ROLES: [(&str, &str); 7] = [
+    ("bos", "bos"),
+    ("eos", "eos"),
+    ("unk", "unknown"),
+    ("sep", "seperator"),
+    ("pad", "padding"),
+    ("cls", "cls"),
+    ("mask", "mask"),
+];
 
 /// Bytes of all pairs that may be merged; the largest vocabularies of SentencePiece take some 10 MB.
 const MERGES_BYTES_MAX: usize = 64 << 20;
@@ -40,7 +54,9 @@ const MERGES_BYTES_MAX: usize = 64 << 20;
 pub(super) fn ends(metadata: &Metadata<'_>) -> Result<Vec<usize>, ImportError> {
     let vocabulary = Vocabulary::read(metadata)?;
     let tokens = vocabulary.tokens.iter().zip(&vocabulary.types).enumerate();
-    let ends = tokens.filter(|(_, (token, kind))| **kind == CONTROL && ENDS.contains(token));
+    let ends = tokens.filter(|(_, (token, kind))| {
+        matches!(**kind, CONTROL | USER_DEFINED) && ENDS.contains(token)
+    });
     Ok(ends.map(|(id, _)| id).collect())
 }
 
@@ -53,7 +69,7 @@ pub(super) fn translate(metadata: &Metadata<'_>, rows: usize) -> Result<Text, Im
         );
     }
     let mut json = match metadata.optional_text(MODEL)? {
-        Some("gpt2") => byte_level(metadata, &vocabulary)?,
+        Some("gpt2") => byte_level_bpe(metadata, &vocabulary)?,
         Some("llama") => sentence_piece(metadata, &vocabulary)?,
         _ => {
             return Err(metadata.wrong(
@@ -64,11 +80,17 @@ pub(super) fn translate(metadata: &Metadata<'_>, rows: usize) -> Result<Text, Im
     };
     json["version"] = "1.0".into();
     json["added_tokens"] = vocabulary.added();
+    let template = metadata.optional_text("tokenizer.chat_template")?.map(str::to_owned);
+    let mut special_tokens = BTreeMap::new();
+    for (role, key) in ROLES {
+        if let Some((token, _)) = vocabulary.special(metadata, key) {
+            special_tokens.insert(format!("{role}_token"), token.to_owned());
+        }
+    }
     Ok(Text {
         tokenizer_json: serde_json::to_vec(&json).expect("JSON values have string keys"),
-        chat_template: metadata.optional_text("tokenizer.chat_template")?.map(str::to_owned),
-        bos_token: vocabulary.special(metadata, "bos")?.map(|(token, _)| token.to_owned()),
-        eos_token: vocabulary.special(metadata, "eos")?.map(|(token, _)| token.to_owned()),
+        chat_template: template.and_then(|template| usable_template(metadata.path, template)),
+        special_tokens,
     })
 }
 
@@ -116,18 +138,17 @@ impl<'a> Vocabulary<'a> {
         added.map(entry).collect()
     }
 
-    /// The token of a role, and its id.
-    fn special(
-        &self,
-        metadata: &Metadata<'_>,
-        role: &str,
-    ) -> Result<Option<(&'a str, u64)>, ImportError> {
+    /// The token of a role, and its id. One outside the vocabulary can never come.
+    fn special(&self, metadata: &Metadata<'_>, role: &str) -> Option<(&'a str, u64)> {
         let key = format!("tokenizer.ggml.{role}_token_id");
-        let Some(id) = metadata.get(&key) else { return Ok(None) };
+        let id = metadata.get(&key)?;
         let token =
             id.as_u64().and_then(|id| Some((*self.tokens.get(usize::try_from(id).ok()?)?, id)));
-        let expected = || format!("an id below {} is expected", self.tokens.len());
-        token.map(Some).ok_or_else(|| metadata.wrong(&key, expected()))
+        if token.is_none() {
+            let (path, tokens) = (metadata.path.display(), self.tokens.len());
+            warn!("{path}: {key} {id} is ignored: the vocabulary has {tokens} tokens");
+        }
+        token
     }
 
     /// What puts the tokens around a text that the model was trained with.
@@ -140,7 +161,7 @@ impl<'a> Vocabulary<'a> {
         let roles = [("bos", bos_by_default), ("eos", false)];
         for ((role, default), token) in roles.into_iter().zip(&mut around) {
             if metadata.flag(&format!("tokenizer.ggml.add_{role}_token"), default)? {
-                *token = self.special(metadata, role)?;
+                *token = self.special(metadata, role);
             }
         }
         let [bos, eos] = around;
@@ -170,39 +191,22 @@ impl<'a> Vocabulary<'a> {
     }
 }
 
-fn byte_level(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Value, ImportError> {
-    let byte_level = |use_regex: bool| {
-        json!({
-            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
-            "use_regex": use_regex,
-        })
-    };
-    let nfc = json!({ "type": "NFC" });
-    let (normalizer, pre_tokenizer) = match metadata.optional_text(PRE)? {
-        Some("gpt-2") => (Value::Null, byte_level(true)),
-        Some("olmo") => (nfc, byte_level(true)),
-        Some("qwen2") => {
-            let split = json!({
-                "type": "Split", "pattern": { "Regex": QWEN }, "behavior": "Isolated",
-                "invert": false,
-            });
-            (nfc, json!({ "type": "Sequence", "pretokenizers": [split, byte_level(false)] }))
-        }
-        _ => {
-            return Err(metadata.wrong(
-                PRE,
-                "only gpt-2, olmo and qwen2 are known: import the model's Hugging Face folder \
-                 instead",
-            ));
-        }
-    };
+fn byte_level_bpe(
+    metadata: &Metadata<'_>,
+    vocabulary: &Vocabulary<'_>,
+) -> Result<Value, ImportError> {
+    let pre = PreTokenizer::of(metadata)?;
+    let (normalizer, pre_tokenizer) = pre.json();
     let merges = texts(metadata, MERGES)?;
     Ok(json!({
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": vocabulary.post_processor(metadata, false)?,
+        "post_processor": vocabulary.post_processor(metadata, pre.adds_bos)?,
         "decoder": byte_level(true),
-        "model": { "type": "BPE", "vocab": vocabulary.table(metadata)?, "merges": merges },
+        "model": {
+            "type": "BPE", "vocab": vocabulary.table(metadata)?, "merges": merges,
+            "ignore_merges": pre.ignore_merges,
+        },
     }))
 }
 
