@@ -44,6 +44,8 @@ pub struct CoordinatorOptions {
     pub placement: PlacementPolicy,
     /// How all workers keep keys and values: it is part of what fixes a request's bits.
     pub kv_dtype: KvDType,
+    /// Positions with which all workers serve it; by default the model's own. Also part of that.
+    pub context: Option<usize>,
     /// Whether workers are other processes; if not, they are actors of this one.
     pub remote_workers: bool,
 }
@@ -72,7 +74,8 @@ impl CoordinatorHandle {
     /// Starts a coordinator.
     pub async fn start(options: CoordinatorOptions) -> Result<Self, ServeError> {
         let CoordinatorOptions { listen, authority, checkpoint, workers, placement, .. } = options;
-        let first = checkpoint.config().expert_keys().next();
+        let config = checkpoint.config().served(options.context).map_err(failed)?;
+        let first = config.expert_keys().next();
         let expert_bytes = first.map(|key| checkpoint.expert_bytes(key)).transpose();
         let expert_bytes = expert_bytes.map_err(failed)?.unwrap_or(0);
         let identity = authority.identity(Role::Coordinator, "coordinator").map_err(failed)?;
@@ -105,6 +108,7 @@ impl CoordinatorHandle {
             workers,
             placement,
             kv_dtype: options.kv_dtype,
+            config,
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
         let handle = Self { actor, endpoint, token, control, tokenizer, address };

@@ -14,6 +14,7 @@ pub mod import;
 pub mod kv;
 pub mod moe_layer;
 pub mod random;
+pub mod rope;
 pub mod routing;
 pub mod sampler;
 pub mod sequence;

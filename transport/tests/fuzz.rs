@@ -151,6 +151,7 @@ fn assignment() -> Assignment {
         you: 1,
         seed: 5,
         kv_dtype: "bf16".into(),
+        context: 4096,
     }
 }
 

@@ -10,6 +10,7 @@ use lite_llm_actors::job;
 use lite_llm_runtime::{
     chat::{ChatTemplate, Message},
     checkpoint::{self, Checkpoint},
+    config::ModelConfig,
     sampler::Sampling,
     tier::TierSet,
     tokenizer::Tokenizer,
@@ -33,9 +34,10 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
         None => demo::PROMPTS.map(str::to_owned).to_vec(),
     };
     let checkpoint = open_model(args.model.as_ref())?;
+    let config = args.local.served(&checkpoint)?;
     let requests = prompts
         .iter()
-        .map(|prompt| args.sampling.local_request(&checkpoint, prompt))
+        .map(|prompt| args.sampling.local_request(&checkpoint, &config, prompt))
         .collect::<Result<Vec<_>>>()?;
     let started = Instant::now();
     let cluster = args.local.cluster(checkpoint.clone()).await?;
@@ -126,9 +128,14 @@ impl SamplingArgs {
     }
 
     /// The job of a prompt for a model that is here: checked before anything is loaded.
-    fn local_request(&self, checkpoint: &Checkpoint, prompt: &str) -> Result<JobRequest> {
+    fn local_request(
+        &self,
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        prompt: &str,
+    ) -> Result<JobRequest> {
         let request = self.request(Prompt::Tokens(self.encode(checkpoint, prompt)?));
-        let checked = job::check(&request, checkpoint.config());
+        let checked = job::check(&request, config);
         checked.map_err(|reason| bad_input(anyhow!(reason)))?;
         Ok(request)
     }
