@@ -382,6 +382,11 @@ impl AttentionConfig {
             self.rope_theta,
             "a positive number is expected",
         )?;
+        if matches!(self.rope_scaling, RopeScaling::Yarn { .. }) {
+            // It divides by the logarithm.
+            let (theta, expected) = (self.rope_theta, "more than 1 is expected by yarn");
+            require(theta > 1.0, "attention.rope_theta", theta, expected)?;
+        }
         self.rope_scaling.check(self.head_dim)?;
         if let Some(limit) = self.clip_qkv {
             let ok = limit.is_finite() && limit > 0.0;

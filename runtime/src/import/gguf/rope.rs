@@ -42,7 +42,7 @@ impl Factors {
             };
             let info = tensors.remove(at);
             let [length] = info.shape[..] else { return Err(wrong(path, &info)) };
-            let bytes = 4 * length as u64;
+            let bytes = 4u64.saturating_mul(length as u64);
             if info.dtype != "F32" || bytes > HEAD_BYTES_MAX {
                 return Err(wrong(path, &info));
             }
