@@ -13,9 +13,7 @@ use lite_llm_kernels::kv::KvDType;
 use lite_llm_runtime::{checkpoint::Checkpoint, config::ModelConfig, tokenizer::Tokenizer};
 use lite_llm_transport::{
     connection::Connection,
-    messages::{
-        Assignment, ClusterStatus, FlatExpert, JobEvent, JobRequest, JobStart, NodeInfo, NodeStatus,
-    },
+    messages::{Assignment, ClusterStatus, JobEvent, JobRequest, JobStart, NodeInfo, NodeStatus},
 };
 use ractor::{
     Actor, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent,
@@ -83,8 +81,8 @@ pub struct CoordinatorArguments {
     pub checkpoint: Arc<Checkpoint>,
     /// Its tokenizer.
     pub tokenizer: Option<Arc<Tokenizer>>,
-    /// Bytes of each of its experts.
-    pub expert_bytes: u64,
+    /// Bytes of an expert, per tier.
+    pub expert_bytes: Vec<u64>,
     /// Workers that make the cluster whole.
     pub workers: usize,
     /// How experts are spread.
@@ -137,7 +135,7 @@ impl Actor for Coordinator {
         arguments: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
         let config = arguments.config.clone();
-        let (expert_bytes, workers) = (arguments.expert_bytes, arguments.workers);
+        let (expert_bytes, workers) = (arguments.expert_bytes.clone(), arguments.workers);
         let policy = arguments.placement;
         pg::monitor_scope(arguments.cluster.clone(), myself.get_cell());
         myself.send_interval(POLL_INTERVAL, || CoordinatorMessage::Poll);
@@ -356,23 +354,13 @@ impl CoordinatorState {
         owners: crate::placement::Owners,
     ) -> Assignment {
         let checkpoint = &self.arguments.checkpoint;
-        let experts = (0u16..)
-            .zip(&owners)
-            .flat_map(|(layer, owners)| {
-                (0u32..).zip(owners).map(move |(flat, owner)| (FlatExpert { layer, flat }, *owner))
-            })
-            .filter(|(_, owner)| *owner == index)
-            .map(|(expert, _)| expert)
-            .collect();
         Assignment {
             epoch,
             checkpoint: checkpoint.id(),
-            model_path: checkpoint.location(),
-            experts,
-            owners,
+            model_path: checkpoint.address(),
+            placement: owners.rules().to_vec(),
             nodes,
             you: index,
-            seed: checkpoint.config().moe.as_ref().map_or(0, |moe| moe.routing.seed),
             kv_dtype: self.arguments.kv_dtype.name().into(),
             context: self.arguments.config.context as u64,
         }

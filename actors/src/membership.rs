@@ -97,7 +97,8 @@ struct Member {
 #[derive(Debug)]
 pub struct Membership {
     config: ModelConfig,
-    expert_bytes: u64,
+    /// Per tier.
+    expert_bytes: Vec<u64>,
     policy: PlacementPolicy,
     slots: Vec<Option<Member>>,
     owners: Option<Owners>,
@@ -107,10 +108,10 @@ pub struct Membership {
 }
 
 impl Membership {
-    /// A cluster of `nodes` nodes for a model whose experts take `expert_bytes` each.
+    /// A cluster of `nodes` nodes for a model whose experts take `expert_bytes[tier]` each.
     pub fn new(
         config: ModelConfig,
-        expert_bytes: u64,
+        expert_bytes: Vec<u64>,
         nodes: usize,
         policy: PlacementPolicy,
     ) -> Self {
@@ -194,15 +195,12 @@ impl Membership {
     fn assign(&mut self) {
         let budgets: Vec<u64> = self.members().map(|member| member.budget_bytes).collect();
         let fits = |owners: &Owners| {
-            let mut held = vec![0u64; budgets.len()];
-            for &owner in owners.iter().flatten() {
-                held[usize::from(owner)] += self.expert_bytes;
-            }
+            let held = owners.held(&self.config, &self.expert_bytes, budgets.len());
             held.iter().zip(&budgets).all(|(held, budget)| held <= budget)
         };
         let owners = match self.owners.take().filter(fits) {
             Some(owners) => Ok(owners),
-            None => place(&self.config, self.expert_bytes, &budgets, self.policy),
+            None => place(&self.config, &self.expert_bytes, &budgets, self.policy),
         };
         match owners {
             Ok(owners) => {
@@ -309,7 +307,7 @@ mod tests {
     }
 
     fn ready() -> Membership {
-        let mut m = Membership::new(tiny_model(2, 8), 10, 2, PlacementPolicy::Balanced);
+        let mut m = Membership::new(tiny_model(2, 8), vec![10], 2, PlacementPolicy::Balanced);
         m.handle(Event::Joined(info("a", 1000)));
         m.handle(Event::Joined(info("b", 1000)));
         m.handle(loaded("a", 1));
@@ -319,7 +317,7 @@ mod tests {
 
     #[test]
     fn it_waits_then_loads_then_is_ready() {
-        let mut m = Membership::new(tiny_model(2, 8), 10, 2, PlacementPolicy::Balanced);
+        let mut m = Membership::new(tiny_model(2, 8), vec![10], 2, PlacementPolicy::Balanced);
         assert_eq!(m.waiting_for(), ["2 of 2 workers to join"]);
         m.handle(Event::Joined(info("a", 1000)));
         assert!(drain(&mut m).is_empty());
@@ -361,7 +359,7 @@ mod tests {
 
     #[test]
     fn a_model_that_does_not_fit_says_so() {
-        let mut m = Membership::new(tiny_model(2, 8), 10, 1, PlacementPolicy::Balanced);
+        let mut m = Membership::new(tiny_model(2, 8), vec![10], 1, PlacementPolicy::Balanced);
         m.handle(Event::Joined(info("a", 100)));
         assert!(matches!(m.state(), State::Failed(reason) if reason.contains("160 bytes")));
     }

@@ -17,7 +17,6 @@ use lite_llm_kernels::{cpu::Cpu, kv::KvDType};
 use lite_llm_runtime::{
     backbone::Backbone,
     checkpoint::Checkpoint,
-    config::{FeedForward, LayerConfig, ModelConfig},
     engine::Engine,
     expert::{ExpertKey, ExpertStore},
     store::DramStore,
@@ -35,6 +34,7 @@ use tracing::{error, info};
 use crate::{
     lane::{LaneParts, LaneStats},
     links::Links,
+    placement::Owners,
     router::{LaneInbox, RouterActor, RouterMessage},
     shard::{ExpertShard, LoadCounters, ShardArguments, ShardMessage},
     storage::{StorageActor, StorageArguments, StorageMessage},
@@ -316,7 +316,10 @@ impl LoaderState {
         *self.doing.lock() = "opening the model".into();
         let model = self.open(&assignment).await?;
         *self.doing.lock() = "loading experts".into();
-        self.load_experts(&model, &assignment).await?;
+        assignment.check().map_err(|error| error.to_string())?;
+        let config = model.checkpoint.config();
+        let owners = Owners::new(config, assignment.placement).map_err(|e| e.to_string())?;
+        self.load_experts(&model, &owners, assignment.you).await?;
         let engine = {
             let (backbone, kv_bytes) = (model.backbone.clone(), self.options.kv_bytes);
             let kv_dtype: KvDType = assignment.kv_dtype.parse().map_err(|error| {
@@ -327,7 +330,7 @@ impl LoaderState {
         let parts = LaneParts {
             engine,
             store: model.store.clone(),
-            owners: Arc::new(assignment.owners),
+            owners: Arc::new(owners),
             index: assignment.you,
             peers,
             buffers: self.options.buffers.clone(),
@@ -363,7 +366,7 @@ impl LoaderState {
         let open = move || -> Result<_, String> {
             let checkpoint = match source {
                 Model::Open(checkpoint) => checkpoint,
-                Model::Folder(folder) => Arc::new(open_checkpoint(folder)?),
+                Model::Folder(folder) => Arc::new(open_checkpoint(same_manifest(folder, &path))?),
                 Model::AsAssigned => Arc::new(open_checkpoint(path.into())?),
             };
             if checkpoint.id() != id {
@@ -396,22 +399,14 @@ impl LoaderState {
     async fn load_experts(
         &mut self,
         model: &OpenModel,
-        assignment: &Assignment,
+        owners: &Owners,
+        you: u16,
     ) -> Result<(), String> {
-        check_owners(model.checkpoint.config(), assignment)?;
-        let moe = model.checkpoint.config().moe.as_ref();
         let mut wanted: BTreeMap<u16, Vec<ExpertKey>> = BTreeMap::new();
-        for expert in &assignment.experts {
-            let key = moe
-                .and_then(|moe| {
-                    ExpertKey::from_flat(moe, expert.layer.into(), expert.flat as usize)
-                })
-                .ok_or_else(|| {
-                    let (layer, flat) = (expert.layer, expert.flat);
-                    format!("the model has no expert {flat} in layer {layer}")
-                })?;
+        for key in model.checkpoint.config().expert_keys().filter(|&key| owners.owner(key) == you) {
             wanted.entry(key.layer).or_default().push(key);
         }
+        let total = wanted.values().map(Vec::len).sum::<usize>() as u32;
         let stale: Vec<u16> = self
             .shards
             .iter()
@@ -424,7 +419,7 @@ impl LoaderState {
                 let _ = shard.stop_and_wait(None, None).await;
             }
         }
-        self.counters.total.store(assignment.experts.len() as u32, Relaxed);
+        self.counters.total.store(total, Relaxed);
         let kept: usize = self.shards.values().map(|(keys, _)| keys.len()).sum();
         self.counters.loaded.store(kept as u32, Relaxed);
         let mut loads = Vec::new();
@@ -457,25 +452,16 @@ impl LoaderState {
     }
 }
 
-/// Whether an assignment names an owner for each expert of this model and for nothing else: the
-/// lane relies on it.
-fn check_owners(config: &ModelConfig, assignment: &Assignment) -> Result<(), String> {
-    assignment.check().map_err(|error| error.to_string())?;
-    let experts = |layer: &LayerConfig| match (layer.feed_forward, &config.moe) {
-        (FeedForward::Sparse, Some(moe)) => moe.experts(),
-        _ => 0,
-    };
-    let expected: Vec<usize> = config.layers.iter().map(experts).collect();
-    let found: Vec<usize> = assignment.owners.iter().map(Vec::len).collect();
-    let outside = assignment.experts.iter().find(|expert| {
-        expected.get(usize::from(expert.layer)).is_none_or(|&n| expert.flat as usize >= n)
-    });
-    match outside {
-        None if found == expected => Ok(()),
-        None => Err("the coordinator's placement is not of this model's experts".into()),
-        Some(expert) => {
-            Err(format!("the model has no expert {} in layer {}", expert.flat, expert.layer))
+/// A folder with the number of the manifest that the coordinator's `DIR@N` ends with: the folder may
+/// have been extended since, here or there. A folder that names a number itself keeps it.
+fn same_manifest(folder: std::path::PathBuf, assigned: &str) -> std::path::PathBuf {
+    match assigned.rsplit_once('@') {
+        Some((_, number)) if folder.exists() => {
+            let mut numbered = folder.into_os_string();
+            numbered.push(format!("@{number}"));
+            numbered.into()
         }
+        _ => folder,
     }
 }
 

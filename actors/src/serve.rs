@@ -6,7 +6,9 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
-use lite_llm_runtime::{checkpoint::Checkpoint, tokenizer::Tokenizer};
+use lite_llm_runtime::{
+    checkpoint::Checkpoint, checkpoint::layout::expert_bytes, tokenizer::Tokenizer,
+};
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
     endpoint::{Endpoint, Options},
@@ -75,9 +77,9 @@ impl CoordinatorHandle {
     pub async fn start(options: CoordinatorOptions) -> Result<Self, ServeError> {
         let CoordinatorOptions { listen, authority, checkpoint, workers, placement, .. } = options;
         let config = checkpoint.config().served(options.context).map_err(failed)?;
-        let first = config.expert_keys().next();
-        let expert_bytes = first.map(|key| checkpoint.expert_bytes(key)).transpose();
-        let expert_bytes = expert_bytes.map_err(failed)?.unwrap_or(0);
+        let tiers = 0..config.moe.as_ref().map_or(0, |moe| moe.tiers.len());
+        let expert_bytes =
+            tiers.map(|tier| expert_bytes(&config, checkpoint.dtype(), tier)).collect();
         let identity = authority.identity(Role::Coordinator, "coordinator").map_err(failed)?;
         let mut hello = Hello::new(DETERMINISM_VERSION);
         hello.checkpoint = Some(checkpoint.id());

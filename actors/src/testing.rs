@@ -5,7 +5,7 @@ use lite_llm_runtime::{
         AttentionConfig, FeedForward, LayerConfig, ModelConfig, MoeConfig, QkNorm, RopeScaling,
         RoutingConfig, Scoring,
     },
-    tier::{Residence, TIER_1B, TierConfig},
+    tier::{TIER_1B, TierConfig},
 };
 
 /// `layers` sparse layers of `experts` experts.
@@ -31,13 +31,7 @@ pub(crate) fn tiny_model(layers: usize, experts: u32) -> ModelConfig {
         layers: vec![LayerConfig { window: None, feed_forward: FeedForward::Sparse }; layers],
         moe: Some(MoeConfig {
             intermediate: 4,
-            tiers: vec![TierConfig {
-                id: TIER_1B,
-                groups: 1,
-                experts_per_group: experts,
-                parameters: 0,
-                placement: Residence::Dram,
-            }],
+            tiers: vec![TierConfig::new(TIER_1B, 1, experts, 0)],
             routing: RoutingConfig {
                 k_tier: 1,
                 k_group: 1,

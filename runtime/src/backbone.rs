@@ -8,7 +8,8 @@ use std::{collections::HashMap, sync::Arc};
 use lite_llm_kernels::{
     cpu::Cpu,
     device::{Device, DeviceError},
-    matrix::PackedMatrix,
+    dtype::DType,
+    matrix::{PackedMatrix, Source},
 };
 
 use crate::{
@@ -211,13 +212,27 @@ impl Loader<'_> {
     ) -> Result<HierarchicalRouter, LoadError> {
         let tier_gate = match moe.tiers.len() {
             0 | 1 => None,
-            _ => Some(self.dense_matrix(&format!("layers.{layer}.router.tiers"))?),
+            tiers => {
+                // The row of a tier without files is never looked at.
+                let mut rows = vec![0.0; tiers * self.checkpoint.config().hidden];
+                let hidden = rows.len() / tiers;
+                for (t, row) in rows.chunks_exact_mut(hidden).enumerate() {
+                    if !moe.tiers[t].absent {
+                        row.copy_from_slice(&self.checkpoint.tier_router(layer, t)?);
+                    }
+                }
+                Some(PackedMatrix::pack(DType::F32, tiers, hidden, Source::F32(&rows)))
+            }
         };
         let mut tiers = Vec::with_capacity(moe.tiers.len());
         for (t, tier) in moe.tiers.iter().enumerate() {
+            let groups = if tier.absent { 0 } else { tier.groups };
             tiers.push(TierGates {
-                groups: self.checkpoint.group_router(layer, t)?,
-                experts: (0..tier.groups)
+                groups: match tier.absent {
+                    true => None,
+                    false => self.checkpoint.group_router(layer, t)?,
+                },
+                experts: (0..groups)
                     .map(|group| self.checkpoint.expert_router(layer, t, group))
                     .collect::<Result<_, _>>()?,
             });

@@ -167,7 +167,7 @@ pub enum FeedForward {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MoeConfig {
-    /// Inner width of an expert.
+    /// Inner width of an expert, in tiers that do not say theirs.
     pub intermediate: usize,
     /// Tiers in order of capacity.
     pub tiers: Vec<TierConfig>,
@@ -187,7 +187,8 @@ pub struct SharedExpertConfig {
     pub gated: bool,
 }
 
-/// How many are chosen at each level of hierarchical routing, and what weighs them.
+/// How many are chosen at each level of hierarchical routing, and what weighs them. A tier may
+/// have its own `k_group` and `k_expert`: ask [`MoeConfig::k_group`] and [`MoeConfig::k_expert`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RoutingConfig {
@@ -213,14 +214,36 @@ pub enum Scoring {
     SoftmaxTopK,
 }
 
-impl RoutingConfig {
-    /// Experts per token, when every level has enough candidates.
-    pub fn k(&self) -> usize {
-        self.k_tier as usize * self.k_group as usize * self.k_expert as usize
-    }
-}
-
 impl MoeConfig {
+    /// Inner width of a tier's experts.
+    pub fn intermediate(&self, tier: usize) -> usize {
+        self.tiers[tier].intermediate.unwrap_or(self.intermediate)
+    }
+
+    /// Groups that a token which chose the tier goes to.
+    pub fn k_group(&self, tier: usize) -> u32 {
+        self.tiers[tier].k_group.unwrap_or(self.routing.k_group)
+    }
+
+    /// Experts that a token goes to in each chosen group of the tier.
+    pub fn k_expert(&self, tier: usize) -> u32 {
+        self.tiers[tier].k_expert.unwrap_or(self.routing.k_expert)
+    }
+
+    /// Sum of `of(tier)` over the `k_tier` tiers where it is largest: the most that a token, which
+    /// may choose any of them, can ask for.
+    pub fn largest_choice(&self, of: impl Fn(usize) -> u64) -> u64 {
+        let mut each: Vec<u64> = (0..self.tiers.len()).map(of).collect();
+        each.sort_unstable_by(|a, b| b.cmp(a));
+        each.iter().take(self.routing.k_tier as usize).fold(0, |sum, n| sum.saturating_add(*n))
+    }
+
+    /// The most routes that a token can have in one layer.
+    pub fn routes_max(&self) -> usize {
+        let routes = |tier| u64::from(self.k_group(tier)) * u64::from(self.k_expert(tier));
+        usize::try_from(self.largest_choice(routes)).unwrap_or(usize::MAX)
+    }
+
     /// Experts in one layer, over all tiers.
     pub fn experts(&self) -> usize {
         self.tiers.iter().map(|t| t.experts() as usize).sum()
@@ -253,19 +276,25 @@ impl ModelConfig {
         self.layers.iter().enumerate().filter(move |(_, l)| sparse(l)).map(|(i, _)| i)
     }
 
-    /// Every expert of the model: layers, tiers, groups, experts upwards.
+    /// Every expert whose tier is there: layers, tiers, groups, experts upwards.
     pub fn expert_keys(&self) -> impl Iterator<Item = ExpertKey> + '_ {
         let of_layer = |layer: usize| {
             self.moe.iter().flat_map(move |moe| {
                 (0..moe.experts()).filter_map(move |flat| ExpertKey::from_flat(moe, layer, flat))
             })
         };
-        self.sparse_layers().flat_map(of_layer)
+        self.sparse_layers().flat_map(of_layer).filter(|key| self.has_tier(key.tier.into()))
     }
 
-    /// Parameters of one expert.
-    pub fn expert_parameters(&self) -> u64 {
-        self.moe.as_ref().map_or(0, |moe| 3 * (self.hidden * moe.intermediate) as u64)
+    /// Whether the model has this tier, and its files are there.
+    pub fn has_tier(&self, tier: usize) -> bool {
+        let tiers = self.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
+        tiers.get(tier).is_some_and(|tier| !tier.absent)
+    }
+
+    /// Parameters of one expert of a tier.
+    pub fn expert_parameters(&self, tier: usize) -> u64 {
+        self.moe.as_ref().map_or(0, |moe| 3 * (self.hidden * moe.intermediate(tier)) as u64)
     }
 
     /// The model as it is served with a context of its users' choice; by default its own.
@@ -458,8 +487,6 @@ impl RopeScaling {
 
 impl MoeConfig {
     fn check(&self) -> Result<(), ConfigError> {
-        let width_ok = (1..=WIDTH_MAX).contains(&self.intermediate);
-        require(width_ok, "moe.intermediate", self.intermediate, "1 to 1048576 is expected")?;
         require(!self.tiers.is_empty(), "moe.tiers", "empty", "at least one tier is expected")?;
         let routing = &self.routing;
         for (i, tier) in self.tiers.iter().enumerate() {
@@ -473,15 +500,27 @@ impl MoeConfig {
                 experts,
                 "1 to 2^32 - 1 experts per layer are expected",
             )?;
+            let (k_group, k_expert) = (self.k_group(i), self.k_expert(i));
             require(
-                routing.k_group <= tier.groups && routing.k_expert <= tier.experts_per_group,
+                k_group <= tier.groups && k_expert <= tier.experts_per_group,
                 &name("groups × experts_per_group"),
                 format!("{} × {}", tier.groups, tier.experts_per_group),
                 "at least k_group × k_expert is expected",
             )?;
+            require(
+                k_group > 0 && k_expert > 0,
+                &name("k_group × k_expert"),
+                format!("{k_group} × {k_expert}"),
+                "at least 1 × 1 is expected",
+            )?;
+            require(
+                (1..=WIDTH_MAX).contains(&self.intermediate(i)),
+                &name("intermediate"),
+                self.intermediate(i),
+                "1 to 1048576 is expected",
+            )?;
         }
-        let k =
-            u64::from(routing.k_tier) * u64::from(routing.k_group) * u64::from(routing.k_expert);
+        let k = self.routes_max();
         require((1..=1024).contains(&k), "moe.routing.k", k, "1 to 1024 routes are expected")?;
         require(
             routing.k_tier as usize <= self.tiers.len(),

@@ -5,6 +5,7 @@
 
 use std::{borrow::Cow, fmt, str::FromStr};
 
+use lite_llm_kernels::dtype::DType;
 use serde::{Deserialize, Serialize};
 
 /// Name of a tier, by convention its approximate capacity: `tier_1b`, `tier_10b`, …
@@ -100,9 +101,43 @@ pub struct TierConfig {
     pub parameters: u64,
     /// Residence that this tier would like.
     pub placement: Residence,
+    /// Inner width of its experts; absent: [`MoeConfig::intermediate`].
+    ///
+    /// [`MoeConfig::intermediate`]: crate::config::MoeConfig::intermediate
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub intermediate: Option<usize>,
+    /// Format of its experts' weights; absent: the checkpoint's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<DType>,
+    /// Groups per token that chose this tier; absent: the model's routing says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub k_group: Option<u32>,
+    /// Experts per chosen group; absent: the model's routing says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub k_expert: Option<u32>,
+    /// The checkpoint that was opened lacks this tier's files: the model runs without it. Never
+    /// stored.
+    #[serde(skip)]
+    pub absent: bool,
 }
 
 impl TierConfig {
+    /// A tier that has everything else as the model has it, and would like to be in DRAM.
+    pub fn new(id: TierId, groups: u32, experts_per_group: u32, parameters: u64) -> Self {
+        Self {
+            id,
+            groups,
+            experts_per_group,
+            parameters,
+            placement: Residence::Dram,
+            intermediate: None,
+            dtype: None,
+            k_group: None,
+            k_expert: None,
+            absent: false,
+        }
+    }
+
     /// Experts of this tier in one layer.
     pub fn experts(&self) -> u32 {
         self.groups * self.experts_per_group
@@ -135,6 +170,16 @@ pub enum TierSetError {
         /// What there is.
         known: String,
     },
+    /// The model has this tier, but its files are not in the checkpoint that was opened.
+    #[error(
+        "the files of tier {tier} are not in the checkpoint; copy them there, or choose among {here}"
+    )]
+    NotHere {
+        /// What was asked for.
+        tier: TierId,
+        /// Tiers whose files are there.
+        here: String,
+    },
     /// No tier is left to choose from.
     #[error("the set of tiers is empty; name at least one of {known}")]
     Empty {
@@ -165,20 +210,25 @@ impl TierMask {
 impl TierSet {
     /// Resolves the set against a model's tiers.
     pub fn mask(&self, tiers: &[TierConfig]) -> Result<TierMask, TierSetError> {
-        let known = || {
-            let names: Vec<_> = tiers.iter().map(|t| t.id.as_str()).collect();
+        let names = |wanted: &dyn Fn(&TierConfig) -> bool| {
+            let names: Vec<_> = tiers.iter().filter(|t| wanted(t)).map(|t| t.id.as_str()).collect();
             names.join(", ")
         };
-        let index = |id: &TierId| {
-            tiers
-                .iter()
-                .position(|t| t.id == *id)
-                .ok_or_else(|| TierSetError::Unknown { tier: id.clone(), known: known() })
+        let (known, here) = (|| names(&|_| true), || names(&|t| !t.absent));
+        let index = |id: &TierId| match tiers.iter().position(|t| t.id == *id) {
+            Some(index) if tiers[index].absent => {
+                Err(TierSetError::NotHere { tier: id.clone(), here: here() })
+            }
+            Some(index) => Ok(index),
+            None => Err(TierSetError::Unknown { tier: id.clone(), known: known() }),
         };
         let mut mask = vec![false; tiers.len()];
+        let here_up_to = |mask: &mut [bool]| {
+            mask.iter_mut().zip(tiers).for_each(|(allowed, tier)| *allowed = !tier.absent);
+        };
         match self {
-            TierSet::All => mask.fill(true),
-            TierSet::UpTo(last) => mask[..=index(last)?].fill(true),
+            TierSet::All => here_up_to(&mut mask),
+            TierSet::UpTo(last) => here_up_to(&mut mask[..=index(last)?]),
             TierSet::Only(ids) => {
                 for id in ids {
                     mask[index(id)?] = true;
@@ -187,7 +237,7 @@ impl TierSet {
         }
         // A model without experts has no tier to choose, and every set but a wrong name suits it.
         if !tiers.is_empty() && !mask.contains(&true) {
-            return Err(TierSetError::Empty { known: known() });
+            return Err(TierSetError::Empty { known: here() });
         }
         Ok(TierMask(mask))
     }
@@ -239,16 +289,7 @@ mod tests {
     use super::*;
 
     fn tiers() -> Vec<TierConfig> {
-        [TIER_1B, TIER_10B, TIER_100B]
-            .into_iter()
-            .map(|id| TierConfig {
-                id,
-                groups: 1,
-                experts_per_group: 2,
-                parameters: 0,
-                placement: Residence::Dram,
-            })
-            .collect()
+        [TIER_1B, TIER_10B, TIER_100B].into_iter().map(|id| TierConfig::new(id, 1, 2, 0)).collect()
     }
 
     #[test]
@@ -268,6 +309,19 @@ mod tests {
             "the model has no tier tier_2b; it has tier_1b, tier_10b, tier_100b"
         );
         assert!(TierSet::Only(vec![]).mask(&tiers()).is_err());
+    }
+
+    #[test]
+    fn a_tier_without_files_is_left_out_unless_it_is_asked_for() {
+        let mut tiers = tiers();
+        tiers[1].absent = true;
+        let mask = |text: &str| text.parse::<TierSet>().unwrap().mask(&tiers);
+        assert_eq!(mask("all").unwrap().0, [true, false, true]);
+        assert_eq!(mask("..tier_100b").unwrap().0, [true, false, true]);
+        for asked in ["tier_10b", "tier_1b,tier_10b", "..tier_10b"] {
+            let error = mask(asked).unwrap_err().to_string();
+            assert!(error.contains("tier_10b") && error.contains("tier_1b, tier_100b"), "{error}");
+        }
     }
 
     #[test]

@@ -234,7 +234,7 @@ fn an_interrupted_import_is_no_checkpoint_and_can_be_repeated() {
         names.sort();
         names
     };
-    assert_eq!(names(&out), ["dense", "manifest.json", "tiers", "tokenizer.json"]);
+    assert_eq!(names(&out), ["dense", "manifest.1.json", "tiers", "tokenizer.json"]);
 }
 
 #[test]

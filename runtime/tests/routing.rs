@@ -13,7 +13,7 @@ use lite_llm_runtime::{
     config::{MoeConfig, RoutingConfig, Scoring},
     random::{Purpose, random_unit},
     routing::{HierarchicalRouter, Route, RouteError, Router, Routes, TierGates},
-    tier::{Residence, TIER_1B, TIER_10B, TIER_100B, TierConfig, TierSet},
+    tier::{TIER_1B, TIER_10B, TIER_100B, TierConfig, TierSet},
 };
 
 const HIDDEN: usize = 20;
@@ -41,13 +41,7 @@ fn model(k: (u32, u32, u32), renormalize: bool, seed: u64) -> Model {
     let tiers = [TIER_1B, TIER_10B, TIER_100B]
         .into_iter()
         .zip(GROUPS.into_iter().zip(EXPERTS))
-        .map(|(id, (groups, experts_per_group))| TierConfig {
-            id,
-            groups,
-            experts_per_group,
-            parameters: 0,
-            placement: Residence::Dram,
-        })
+        .map(|(id, (groups, experts))| TierConfig::new(id, groups, experts, 0))
         .collect();
     let moe = Arc::new(MoeConfig {
         intermediate: 8,

@@ -9,10 +9,10 @@ use lite_llm_transport::{
     frame::{Frame, FrameKind, OutgoingFrame},
     messages::{
         Assignment, ClientReply, ClientRequest, ClusterStatus, EndReason, ExpertBatchView,
-        ExpertFailure, ExpertOutputs, ExpertReplyView, FlatExpert, JobEvent, JobEventBody,
-        JobRequest, JobStart, LoadProgress, LogitsWanted, Message, NodeAddress, NodeInfo,
-        NodeStatus, OutgoingExpertBatch, OutgoingExpertOutputs, Prompt, TraceContext, Wire, decode,
-        encode,
+        ExpertFailure, ExpertOutputs, ExpertReplyView, JobEvent, JobEventBody, JobRequest,
+        JobStart, LoadProgress, LogitsWanted, Message, NodeAddress, NodeInfo, NodeStatus,
+        OutgoingExpertBatch, OutgoingExpertOutputs, PlacementRule, Prompt, TraceContext, Wire,
+        decode, encode,
     },
     pool::BufferPool,
     session::Hello,
@@ -145,11 +145,18 @@ fn assignment() -> Assignment {
         epoch: 1,
         checkpoint: [3; 32],
         model_path: "/models/some/where".into(),
-        experts: vec![FlatExpert { layer: 1, flat: 2 }, FlatExpert { layer: 3, flat: 4 }],
-        owners: vec![vec![], vec![0, 1, 0], vec![1]],
+        placement: vec![
+            PlacementRule {
+                tier: 0,
+                first_group: 0,
+                end_group: 2,
+                copies: 1,
+                holders: vec![0, 1, 0],
+            },
+            PlacementRule { tier: 1, first_group: 0, end_group: 1, copies: 2, holders: vec![1, 0] },
+        ],
         nodes: vec![node.clone(), node],
         you: 1,
-        seed: 5,
         kv_dtype: "bf16".into(),
         context: 4096,
     }
@@ -285,7 +292,18 @@ fn values_that_contradict_their_shape_are_refused() {
 
     assert!(assignment().check().is_ok());
     assert!(Assignment { you: 2, ..assignment() }.check().is_err());
-    assert!(Assignment { owners: vec![vec![0, 7]], ..assignment() }.check().is_err());
+    let rule = assignment().placement.remove(0);
+    for bad in [
+        PlacementRule { holders: vec![0, 7], ..rule.clone() },
+        PlacementRule { holders: vec![], ..rule.clone() },
+        PlacementRule { copies: 0, ..rule.clone() },
+        PlacementRule { copies: 2, ..rule.clone() },
+        PlacementRule { holders: vec![0; 1 << 17], ..rule.clone() },
+    ] {
+        let error = Assignment { placement: vec![bad], ..assignment() }.check().unwrap_err();
+        assert!(error.to_string().contains("Assignment"), "{error}");
+    }
+    assert!(Assignment { placement: vec![rule; 5000], ..assignment() }.check().is_err());
     assert!(Assignment { nodes: vec![], ..assignment() }.check().is_err());
 }
 

@@ -74,16 +74,14 @@ impl Split<'_> {
         buffers: &BufferPool,
         mut here: Vec<f32>,
     ) -> Result<(Flight, Vec<Outgoing>), String> {
-        let moe = self.config.moe.as_ref().ok_or("a model without experts dispatched")?;
         let width = self.config.hidden;
-        let owners = &self.owners[dispatch.layer];
         let mut flight =
             Flight { width, parts: Vec::new(), here: Vec::new(), sent: HashMap::new() };
         let mut frames = Vec::new();
         let mut batches: BTreeMap<u16, Batch> = BTreeMap::new();
         let mut calls_here = 0;
         for (index, (row, route)) in (0u32..).zip(dispatch.routes.with_rows()) {
-            let owner = owners[route.key.flat(moe)];
+            let owner = self.owners.owner(route.key);
             if owner == self.here {
                 flight.parts.push(Part::Here(calls_here));
                 calls_here += 1;

@@ -5,7 +5,6 @@ use lite_llm_runtime::checkpoint::{
     inspect::{self as checkpoint_inspect, Summary},
     verify as checkpoint_verify,
 };
-use serde_json::json;
 
 use super::{bad_input, open_model};
 use crate::{
@@ -26,7 +25,7 @@ pub(super) fn print(summary: &Summary, json: bool) -> Result<()> {
         return Ok(());
     }
     let s = summary;
-    say!("checkpoint   {}", s.id);
+    say!("checkpoint   {} (manifest {})", s.id, s.manifest);
     say!("architecture {} ({})", s.architecture, s.dtype);
     say!(
         "parameters   {} in all, {} active per token",
@@ -43,20 +42,23 @@ pub(super) fn print(summary: &Summary, json: bool) -> Result<()> {
     say!("layers       {} ({} sparse), hidden {}", s.layers, s.sparse_layers, s.hidden);
     say!("vocabulary   {}, context {}", s.vocab, s.context);
     for tier in &s.tiers {
+        let [k_group, k_expert] = tier.routes;
         say!(
-            "{:<12} {} groups × {} experts per layer, {} parameters",
+            "{:<12} {} groups × {} experts per layer, {} parameters in {}; {k_group} × {k_expert} per \
+             token{}",
             tier.id,
             tier.groups,
             tier.experts_per_group,
-            count(tier.parameters)
+            count(tier.parameters),
+            tier.dtype,
+            if tier.here { "" } else { "; its files are not here" }
         );
     }
     if let Some(r) = &s.routing {
         say!(
-            "routing      {} tiers × {} groups × {} experts per token{}",
+            "routing      {} of {} tiers per token{}",
             r.k_tier,
-            r.k_group,
-            r.k_expert,
+            s.tiers.len(),
             if r.renormalize { ", renormalised" } else { "" }
         );
     }
@@ -85,15 +87,17 @@ pub(super) async fn verify(args: ModelPath, json: bool) -> Result<()> {
     .await?
     .map_err(bad_input)?;
     if json {
-        let bytes = report.bytes;
-        say!("{}", json!({ "files": report.files, "tensors": report.tensors, "bytes": bytes }));
+        say!("{}", serde_json::to_string(&report)?);
     } else {
         say!(
-            "all is well: {} files, {} tensors, {}",
+            "all is well: {} files, {} sections, {}",
             report.files,
-            report.tensors,
+            report.sections,
             Size(report.bytes)
         );
+        for tier in &report.absent_tiers {
+            say!("the files of {tier} are not here and were not verified");
+        }
     }
     Ok(())
 }

@@ -1,15 +1,16 @@
-//! Indexes: which shard holds which tensor, where in it, and with which hash.
+//! Indexes: which shard holds which section, where in it, and with which hashes.
 //!
-//! Invariant: a [`Shard`] that passed `Shard::check` holds exactly the tensors that the model's
-//! configuration asks for, in their order, without gaps, from the end of its header to the end of
-//! the file.
+//! Invariant: a [`Shard`] that passed `Shard::check` holds exactly the sections that the model's
+//! configuration asks for, in their order and aligned as [`super::layout`] says, from the end of
+//! its header to the end of the file. Names, formats and shapes of the tensors within a section
+//! are a function of the configuration, and stand in the shard's own header, too.
 
 use std::fmt;
 
 use lite_llm_kernels::dtype::DType;
 use serde::{Deserialize, Serialize};
 
-use super::{CheckpointError, DATA_ALIGN, HEADER_BYTES_MAX, layout::Part};
+use super::{CheckpointError, DATA_ALIGN, HEADER_BYTES_MAX, layout::Part, source::is_plain};
 use crate::{config::ModelConfig, tier::TierId};
 
 /// A blake3 hash, written as 64 lower-case hexadecimal digits.
@@ -65,22 +66,46 @@ pub struct FileRef {
     pub blake3: Hash,
 }
 
-/// One tensor of a shard.
+/// A range of a shard that is read and verified as one: a tensor of the dense part, a gate, or the
+/// three matrices of an expert.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct TensorEntry {
-    /// Name within the shard.
+pub struct Section {
+    /// Name within the shard: a tensor's, or `experts.3`.
     pub name: String,
-    /// Stored format.
-    pub dtype: DType,
-    /// Logical shape: `[n, k]` of a packed matrix, `[n]` of a vector.
-    pub shape: Vec<usize>,
-    /// Where its bytes begin in the file.
+    /// Where its stored bytes begin in the file.
     pub offset: u64,
-    /// How many there are.
+    /// Bytes as kernels use them.
     pub bytes: u64,
     /// Their hash.
     pub blake3: Hash,
+    /// How it is stored, where that differs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<Stored>,
+}
+
+/// How a section's bytes are stored, if not as kernels use them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stored {
+    /// What packed them, such as `zstd`.
+    pub codec: String,
+    /// Bytes in the file.
+    pub bytes: u64,
+    /// Their hash.
+    pub blake3: Hash,
+}
+
+impl Section {
+    /// Bytes that it takes in the file.
+    pub fn stored_bytes(&self) -> u64 {
+        self.stored.as_ref().map_or(self.bytes, |stored| stored.bytes)
+    }
+
+    /// Hash of the bytes in the file.
+    pub fn stored_blake3(&self) -> Hash {
+        self.stored.as_ref().map_or(self.blake3, |stored| stored.blake3)
+    }
 }
 
 /// One safetensors file.
@@ -95,8 +120,8 @@ pub struct Shard {
     pub header_bytes: u64,
     /// Hash of everything before the data.
     pub header_blake3: Hash,
-    /// Tensors in the order of their bytes.
-    pub tensors: Vec<TensorEntry>,
+    /// Sections in the order of their bytes.
+    pub sections: Vec<Section>,
 }
 
 /// A shard that belongs to a layer.
@@ -125,7 +150,8 @@ pub struct DenseIndex {
 pub struct TierIndex {
     /// Which tier.
     pub tier: TierId,
-    /// Gates over its groups, one per sparse layer; none for a tier of one group.
+    /// The tier's row of the tier gate and, with several groups, the gate over them: one shard per
+    /// sparse layer.
     pub routers: Vec<LayerShard>,
     /// One page per group.
     pub pages: Vec<FileRef>,
@@ -150,10 +176,19 @@ impl GroupPage {
     }
 }
 
+/// `state.json`: what training needs beside the weights. Its sections are named by whoever trains;
+/// everybody else verifies them and lets them be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateIndex {
+    /// Files of optimizer moments, counters and the like.
+    pub shards: Vec<Shard>,
+}
+
 impl Shard {
-    /// A tensor by its name.
-    pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
-        self.tensors.iter().find(|t| t.name == name)
+    /// A section by its name.
+    pub fn section(&self, name: &str) -> Option<&Section> {
+        self.sections.iter().find(|s| s.name == name)
     }
 
     /// Compares the entry with what the configuration asks for. `index` is the file it stands in.
@@ -164,58 +199,74 @@ impl Shard {
         config: &ModelConfig,
         dtype: DType,
     ) -> Result<(), CheckpointError> {
-        let bad = |reason: String| {
-            let path = &self.path;
-            Err(CheckpointError::malformed(index, format!("shard {path:?}: {reason}")))
-        };
+        let bad = |reason: String| self.bad(index, reason);
+        // A later manifest's shards stand in a folder of their own: see `Writer::extend`.
         let path = part.path(config);
-        if self.path != path {
+        if self.path != path && !self.path.ends_with(&format!("/{path}")) {
             return bad(format!("expected path {path:?}"));
         }
-        if self.header_bytes < DATA_ALIGN
-            || self.header_bytes > HEADER_BYTES_MAX
-            || !self.header_bytes.is_multiple_of(DATA_ALIGN)
-        {
-            return bad(format!(
-                "header of {} bytes, expected a multiple of {DATA_ALIGN} up to {HEADER_BYTES_MAX}",
-                self.header_bytes
-            ));
-        }
-        let count = part.tensor_count(config);
-        if self.tensors.len() as u64 != count {
-            return bad(format!("{} tensors, expected {count}", self.tensors.len()));
+        let count = part.section_count(config);
+        if self.sections.len() as u64 != count {
+            return bad(format!("{} sections, expected {count}", self.sections.len()));
         }
         let mut at = self.header_bytes;
-        for (entry, spec) in self.tensors.iter().zip(part.tensors(config, dtype)) {
-            let name = &entry.name;
+        for (section, spec) in self.sections.iter().zip(part.sections(config, dtype)) {
+            let name = &section.name;
             if *name != spec.name {
-                return bad(format!("tensor {name:?}, expected {:?}", spec.name));
+                return bad(format!("section {name:?}, expected {:?}", spec.name));
             }
-            if entry.shape != spec.dims() || entry.dtype != spec.dtype {
+            let (bytes, from) = (spec.bytes(), at.checked_next_multiple_of(spec.align));
+            if Some(section.bytes) != bytes || Some(section.offset) != from {
                 return bad(format!(
-                    "tensor {name:?} is {} {:?}, expected {} {:?} by the model's configuration",
-                    entry.dtype,
-                    entry.shape,
-                    spec.dtype,
-                    spec.dims()
+                    "section {name:?} holds {} bytes from {}, expected {bytes:?} from {from:?} by \
+                     the model's configuration",
+                    section.bytes, section.offset
                 ));
             }
-            if Some(entry.bytes) != spec.bytes() || entry.offset != at {
-                return bad(format!(
-                    "tensor {name:?} takes {} bytes from {}, expected {:?} from {at}",
-                    entry.bytes,
-                    entry.offset,
-                    spec.bytes()
-                ));
-            }
-            at = match at.checked_add(entry.bytes) {
+            at = match section.offset.checked_add(section.stored_bytes()) {
                 Some(end) => end,
-                None => return bad(format!("tensor {name:?} ends beyond 2^64")),
+                None => return bad(format!("section {name:?} ends beyond 2^64")),
             };
         }
-        if self.bytes != at {
-            return bad(format!("{} bytes, expected {at} by its tensors", self.bytes));
+        self.check_frame(index, at)
+    }
+
+    /// Checks a shard of training state, whose sections nobody but training knows.
+    pub(super) fn check_state(&self, index: &str) -> Result<(), CheckpointError> {
+        let mut at = self.header_bytes;
+        for section in &self.sections {
+            let end = section.offset.checked_add(section.stored_bytes());
+            match end {
+                Some(end) if section.offset >= at => at = end,
+                _ => return self.bad(index, format!("section {:?} overlaps", section.name)),
+            }
+        }
+        self.check_frame(index, at)
+    }
+
+    /// What every shard has: a plain path, a header of whole pages, sections up to its end.
+    fn check_frame(&self, index: &str, end: u64) -> Result<(), CheckpointError> {
+        if !is_plain(&self.path) {
+            return self.bad(index, "expected a plain path".into());
+        }
+        if !(DATA_ALIGN..=HEADER_BYTES_MAX).contains(&self.header_bytes)
+            || !self.header_bytes.is_multiple_of(DATA_ALIGN)
+        {
+            let reason = format!(
+                "header of {} bytes, expected a multiple of {DATA_ALIGN} up to {HEADER_BYTES_MAX}",
+                self.header_bytes
+            );
+            return self.bad(index, reason);
+        }
+        if self.bytes != end {
+            return self
+                .bad(index, format!("{} bytes, expected {end} by its sections", self.bytes));
         }
         Ok(())
+    }
+
+    fn bad(&self, index: &str, reason: String) -> Result<(), CheckpointError> {
+        let path = &self.path;
+        Err(CheckpointError::malformed(index, format!("shard {path:?}: {reason}")))
     }
 }

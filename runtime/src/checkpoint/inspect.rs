@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::{
     Checkpoint, CheckpointError,
-    layout::{Part, TensorSpec},
+    layout::{Part, TensorSpec, expert_bytes},
     verify::{Report, shards},
 };
 use crate::{
@@ -18,6 +18,8 @@ use crate::{
 pub struct Summary {
     /// Root hash, in hexadecimal digits.
     pub id: String,
+    /// N of its `manifest.N.json`.
+    pub manifest: u64,
     /// Class of the model.
     pub architecture: String,
     /// Format of its weights.
@@ -44,8 +46,6 @@ pub struct Summary {
     pub vocab: usize,
     /// Positions that the model was made for.
     pub context: usize,
-    /// Bytes of one expert, if there are experts.
-    pub expert_bytes: Option<u64>,
     /// How experts are chosen.
     pub routing: Option<RoutingConfig>,
     /// The tiers.
@@ -65,6 +65,16 @@ pub struct TierSummary {
     pub experts_per_group: u32,
     /// Parameters of its experts, over all layers.
     pub parameters: u64,
+    /// Format of its experts.
+    pub dtype: &'static str,
+    /// Inner width of its experts.
+    pub intermediate: usize,
+    /// Bytes of one expert.
+    pub expert_bytes: u64,
+    /// Groups per token that chose it, and experts per chosen group.
+    pub routes: [u32; 2],
+    /// Whether its files are here.
+    pub here: bool,
 }
 
 /// Summarises a checkpoint from its indexes; reads no weights.
@@ -75,16 +85,26 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Summary, CheckpointError> {
     if let Some(error) = errors.into_iter().next() {
         return Err(error);
     }
-    let expert_bytes = config.sparse_layers().next().map(|layer| {
-        let first = Part::Group { tier: 0, layer, group: 0 };
-        let matrices = first.tensors(config, checkpoint.dtype()).skip(1).take(3);
-        matrices.filter_map(|t| t.bytes()).sum()
-    });
     let (parameters, active_parameters) = count_parameters(config);
     let bytes = shards.iter().map(|s| s.bytes).sum();
-    let tiers = config.moe.iter().flat_map(|moe| &moe.tiers);
+    let summary = |moe: &MoeConfig, tier: usize| {
+        let config = &moe.tiers[tier];
+        TierSummary {
+            id: config.id.to_string(),
+            groups: config.groups,
+            experts_per_group: config.experts_per_group,
+            parameters: config.parameters,
+            dtype: config.dtype.unwrap_or(checkpoint.dtype()).name(),
+            intermediate: moe.intermediate(tier),
+            expert_bytes: expert_bytes(checkpoint.config(), checkpoint.dtype(), tier),
+            routes: [moe.k_group(tier), moe.k_expert(tier)],
+            here: !config.absent,
+        }
+    };
+    let tiers = config.moe.iter().flat_map(|moe| (0..moe.tiers.len()).map(move |t| (moe, t)));
     Ok(Summary {
         id: checkpoint.manifest().root.to_string(),
+        manifest: checkpoint.manifest().number,
         architecture: config.architecture.clone(),
         dtype: checkpoint.dtype().name(),
         parameters,
@@ -98,16 +118,8 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Summary, CheckpointError> {
         hidden: config.hidden,
         vocab: config.vocab,
         context: config.context,
-        expert_bytes,
         routing: config.moe.as_ref().map(|moe| moe.routing.clone()),
-        tiers: tiers
-            .map(|t| TierSummary {
-                id: t.id.to_string(),
-                groups: t.groups,
-                experts_per_group: t.experts_per_group,
-                parameters: t.parameters,
-            })
-            .collect(),
+        tiers: tiers.map(|(moe, tier)| summary(moe, tier)).collect(),
         chat_template: checkpoint.manifest().text.chat_template.is_some(),
     })
 }
@@ -119,23 +131,31 @@ fn dense_tensors(config: &ModelConfig, dtype: DType) -> impl Iterator<Item = Ten
         .flat_map(move |part| part.tensors(config, dtype))
 }
 
-/// Gates of groups and experts, `[hidden]` each, that a token passes in a sparse layer.
-fn gates_per_token(moe: &MoeConfig) -> u64 {
-    let mut gates: Vec<u64> = moe
-        .tiers
-        .iter()
-        .map(|t| group_gates(t) + u64::from(moe.routing.k_group) * u64::from(t.experts_per_group))
-        .collect();
-    // A token may choose the tiers with the most gates.
-    gates.sort_unstable_by(|a, b| b.cmp(a));
-    gates.iter().take(moe.routing.k_tier as usize).sum()
+/// Gates of groups and experts, `[hidden]` each, that a token passes in a sparse layer, by the
+/// tier that it chose.
+fn gates_of(moe: &MoeConfig, tier: usize) -> u64 {
+    let config = &moe.tiers[tier];
+    group_gates(config) + u64::from(moe.k_group(tier)) * u64::from(config.experts_per_group)
 }
 
 fn group_gates(tier: &TierConfig) -> u64 {
     if tier.groups > 1 { tier.groups.into() } else { 0 }
 }
 
-/// Bytes of weights that are read when one token is decoded alone: what
+/// Rows of the gate over tiers that decide something.
+fn tier_gates(moe: &MoeConfig) -> u64 {
+    if moe.tiers.len() > 1 { moe.tiers.len() as u64 } else { 0 }
+}
+
+/// What a token takes in a sparse layer at most, where an expert of a tier takes so much and a
+/// gate of one row so much.
+fn per_token(moe: &MoeConfig, expert: impl Fn(usize) -> u64, gate: u64) -> u64 {
+    let routes = |tier| u64::from(moe.k_group(tier)) * u64::from(moe.k_expert(tier));
+    let tier = |tier| routes(tier) * expert(tier) + gates_of(moe, tier) * gate;
+    tier_gates(moe) * gate + moe.largest_choice(tier)
+}
+
+/// Bytes of weights that are read when one token is decoded alone, at most: what
 /// [`count_parameters`] calls active, as it is stored. Of a table of embeddings that is not the
 /// output projection, too, one row is read, which does not count.
 pub fn bytes_per_token(config: &ModelConfig, dtype: DType) -> u64 {
@@ -144,30 +164,24 @@ pub fn bytes_per_token(config: &ModelConfig, dtype: DType) -> u64 {
         .filter_map(|t| t.bytes())
         .sum();
     let Some(moe) = &config.moe else { return dense };
-    let expert: u64 = config.sparse_layers().next().map_or(0, |layer| {
-        let first = Part::Group { tier: 0, layer, group: 0 };
-        first.tensors(config, dtype).skip(1).take(3).filter_map(|t| t.bytes()).sum()
-    });
-    let gates = gates_per_token(moe) * config.hidden as u64 * size_of::<f32>() as u64;
-    dense + config.sparse_layers().count() as u64 * (moe.routing.k() as u64 * expert + gates)
+    let gate = config.hidden as u64 * size_of::<f32>() as u64;
+    let sparse = config.sparse_layers().count() as u64;
+    dense + sparse * per_token(moe, |tier| expert_bytes(config, dtype, tier), gate)
 }
 
-/// Parameters in all, and those that one token is computed with: everything dense, the gates that
-/// it passes, and its experts. The embedding table counts in full in both.
+/// Parameters in all, and those that one token is computed with at most: everything dense, the
+/// gates that it passes, and its experts. The embedding table counts in full in both.
 pub fn count_parameters(config: &ModelConfig) -> (u64, u64) {
     let dense: u64 = dense_tensors(config, DType::F32).map(|t| t.parameters()).sum();
     let Some(moe) = &config.moe else { return (dense, dense) };
     let sparse = config.layers.iter().filter(|l| l.feed_forward == FeedForward::Sparse).count();
     let (sparse, hidden) = (sparse as u64, config.hidden as u64);
-    let total: u64 = moe
-        .tiers
-        .iter()
-        .map(|t| {
-            let experts = u64::from(t.groups) * u64::from(t.experts_per_group);
-            sparse * (experts * (config.expert_parameters() + hidden) + group_gates(t) * hidden)
-        })
-        .sum();
-    let active = sparse
-        * (moe.routing.k() as u64 * config.expert_parameters() + gates_per_token(moe) * hidden);
+    let tier = |(tier, config_of): (usize, &TierConfig)| {
+        let experts = u64::from(config_of.groups) * u64::from(config_of.experts_per_group);
+        experts * (config.expert_parameters(tier) + hidden) + group_gates(config_of) * hidden
+    };
+    let tiers: u64 = moe.tiers.iter().enumerate().map(tier).sum();
+    let total = sparse * (tiers + tier_gates(moe) * hidden);
+    let active = sparse * per_token(moe, |tier| config.expert_parameters(tier), hidden);
     (dense + total, dense + active)
 }

@@ -1,9 +1,12 @@
 //! Names, shapes and order of every tensor of a checkpoint, as a function of its configuration.
 //!
 //! Writer, reader and import all ask here, so a name is spelled once, and so is the format of each
-//! tensor in a checkpoint of each format (`Role::stored`). Within a shard packed matrices come
-//! first and vectors last: packed bytes are multiples of 64, so every matrix starts at one without
-//! a gap, which safetensors would not allow.
+//! tensor in a checkpoint of each format (`Role::stored`).
+//!
+//! A shard is a row of sections, each read and verified as one. Every section starts at a multiple
+//! of [`MATRIX_ALIGN`]; an expert, whose three matrices are one section, at a multiple of
+//! [`DATA_ALIGN`], so that it can be read with O_DIRECT by itself. What lies between is tensors of
+//! zeros, for safetensors allows no gaps ([`padding`]).
 //!
 //! Matrices are stored as [`lite_llm_kernels::matrix`] packs them: values of f32 and bf16 by
 //! panels, and for int8, int6 and int4 bytes (`U8` to safetensors) of shape [panels, blocks along
@@ -15,7 +18,11 @@ use lite_llm_kernels::{
     matrix::{PANEL, PackedMatrix},
 };
 
+use super::DATA_ALIGN;
 use crate::config::{FeedForward, ModelConfig, QkNorm};
+
+/// Alignment of every section: a line of the cache, and what kernels ask for.
+pub const MATRIX_ALIGN: u64 = 64;
 
 /// Logical shape of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +105,11 @@ impl TensorSpec {
         }
     }
 
+    /// Whether it is packed weights.
+    pub fn is_matrix(&self) -> bool {
+        matches!(self.shape, Shape::Matrix { .. })
+    }
+
     /// Logical shape as a list.
     pub fn dims(&self) -> Vec<usize> {
         match self.shape {
@@ -123,21 +135,44 @@ impl TensorSpec {
     }
 }
 
-/// One shard of a checkpoint: what is written, read and missing together.
+/// What is read and verified as one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SectionSpec {
+    /// Its name within the shard.
+    pub name: String,
+    /// Its start is a multiple of this.
+    pub align: u64,
+    /// Its tensors, one after the other without gaps.
+    pub tensors: Vec<TensorSpec>,
+}
+
+impl SectionSpec {
+    fn one(tensor: TensorSpec) -> Self {
+        Self { name: tensor.name.clone(), align: MATRIX_ALIGN, tensors: vec![tensor] }
+    }
+
+    /// Bytes of its tensors; `None` if they overflow.
+    pub fn bytes(&self) -> Option<u64> {
+        self.tensors.iter().try_fold(0u64, |sum, tensor| sum.checked_add(tensor.bytes()?))
+    }
+}
+
+/// One shard of a checkpoint: what is written and missing together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Part {
     /// Embedding, last norm, output projection.
     Model,
     /// A layer without its experts.
     Layer(usize),
-    /// The group gate of a tier in a layer.
-    GroupRouter {
+    /// What a tier brings to the choice of tiers and groups in a layer: its own row of the tier
+    /// gate, so that a tier is added without touching the others, and the gate over its groups.
+    TierRouter {
         /// Index of the tier.
         tier: usize,
         /// Sparse layer.
         layer: usize,
     },
-    /// The experts of one group in a layer, and their gate.
+    /// The gate of one group in a layer, and its experts.
     Group {
         /// Index of the tier.
         tier: usize,
@@ -152,21 +187,21 @@ impl Part {
     /// Every part of a model, in the order in which they are written.
     pub fn all(config: &ModelConfig) -> impl Iterator<Item = Part> + '_ {
         let dense = std::iter::once(Part::Model).chain((0..config.layers.len()).map(Part::Layer));
-        let tiers = config.moe.iter().flat_map(|moe| moe.tiers.iter().enumerate());
-        let sparse = tiers.flat_map(move |(tier, t)| {
-            let routers = config
-                .sparse_layers()
-                .filter(move |_| t.groups > 1)
-                .map(move |layer| Part::GroupRouter { tier, layer });
-            let groups = (0..t.groups).flat_map(move |group| {
-                config.sparse_layers().map(move |layer| Part::Group { tier, layer, group })
-            });
-            routers.chain(groups)
-        });
-        dense.chain(sparse)
+        let tiers = config.moe.iter().flat_map(|moe| 0..moe.tiers.len());
+        dense.chain(tiers.flat_map(move |tier| Part::of_tier(config, tier)))
     }
 
-    /// Path of the shard within the checkpoint.
+    /// The parts of one tier, in the order in which they are written.
+    pub fn of_tier(config: &ModelConfig, tier: usize) -> impl Iterator<Item = Part> + '_ {
+        let groups = config.moe.as_ref().map_or(0, |moe| moe.tiers[tier].groups);
+        let routers = config.sparse_layers().map(move |layer| Part::TierRouter { tier, layer });
+        let groups = (0..groups).flat_map(move |group| {
+            config.sparse_layers().map(move |layer| Part::Group { tier, layer, group })
+        });
+        routers.chain(groups)
+    }
+
+    /// Path of the shard within the checkpoint, or within the folder of a later manifest.
     pub fn path(self, config: &ModelConfig) -> String {
         let tier_name = |tier: usize| match &config.moe {
             Some(moe) => moe.tiers[tier].id.as_str().to_owned(),
@@ -175,7 +210,7 @@ impl Part {
         match self {
             Part::Model => "dense/model.safetensors".into(),
             Part::Layer(layer) => format!("dense/l{layer:03}.safetensors"),
-            Part::GroupRouter { tier, layer } => {
+            Part::TierRouter { tier, layer } => {
                 format!("tiers/{}/l{layer:03}.safetensors", tier_name(tier))
             }
             Part::Group { tier, layer, group } => {
@@ -184,58 +219,111 @@ impl Part {
         }
     }
 
-    /// How many tensors the shard holds, without listing them.
-    pub fn tensor_count(self, config: &ModelConfig) -> u64 {
+    /// How many sections the shard holds, without listing them.
+    pub fn section_count(self, config: &ModelConfig) -> u64 {
         match (self, &config.moe) {
             (Part::Group { tier, .. }, Some(moe)) => {
-                1 + 3 * u64::from(moe.tiers[tier].experts_per_group)
+                1 + u64::from(moe.tiers[tier].experts_per_group)
             }
-            _ => self.tensors(config, DType::F32).count() as u64,
+            _ => self.sections(config, DType::F32).count() as u64,
         }
     }
 
-    /// The shard's tensors in their order.
+    /// The shard's sections in their order. `dtype` is the checkpoint's format; tiers may have
+    /// their own.
+    pub fn sections(
+        self,
+        config: &ModelConfig,
+        dtype: DType,
+    ) -> Box<dyn Iterator<Item = SectionSpec> + '_> {
+        let each = |tensors: Vec<TensorSpec>| Box::new(tensors.into_iter().map(SectionSpec::one));
+        match self {
+            Part::Model => each(model_tensors(config, dtype)),
+            Part::Layer(layer) => each(layer_tensors(config, dtype, layer)),
+            Part::TierRouter { tier, .. } => each(tier_router_tensors(config, tier)),
+            Part::Group { tier, .. } => {
+                let experts =
+                    config.moe.as_ref().map_or(0, |moe| moe.tiers[tier].experts_per_group);
+                let gate = TensorSpec::matrix(
+                    EXPERT_ROUTER,
+                    Role::Gate,
+                    dtype,
+                    experts as usize,
+                    config.hidden,
+                );
+                let expert = move |e: u32| {
+                    let name = format!("experts.{e}");
+                    let tensors = expert_tensors(config, dtype, tier, &name);
+                    SectionSpec { name, align: DATA_ALIGN, tensors: tensors.into() }
+                };
+                Box::new(std::iter::once(SectionSpec::one(gate)).chain((0..experts).map(expert)))
+            }
+        }
+    }
+
+    /// The tensors of all sections, in their order.
     pub fn tensors(
         self,
         config: &ModelConfig,
         dtype: DType,
-    ) -> Box<dyn Iterator<Item = TensorSpec> + '_> {
-        match self {
-            Part::Model => Box::new(model_tensors(config, dtype).into_iter()),
-            Part::Layer(layer) => Box::new(layer_tensors(config, dtype, layer).into_iter()),
-            Part::GroupRouter { tier, .. } => Box::new(config.moe.iter().map(move |moe| {
-                let groups = moe.tiers[tier].groups as usize;
-                TensorSpec::matrix(GROUP_ROUTER, Role::Gate, dtype, groups, config.hidden)
-            })),
-            Part::Group { tier, .. } => Box::new(config.moe.iter().flat_map(move |moe| {
-                let (inner, hidden) = (moe.intermediate, config.hidden);
-                let experts = moe.tiers[tier].experts_per_group;
-                let gate =
-                    TensorSpec::matrix(EXPERT_ROUTER, Role::Gate, dtype, experts as usize, hidden);
-                let weights = move |e, name, n, k| {
-                    TensorSpec::matrix(format!("experts.{e}.{name}"), Role::Weights, dtype, n, k)
-                };
-                let each = move |e| {
-                    [
-                        weights(e, "gate", inner, hidden),
-                        weights(e, "up", inner, hidden),
-                        weights(e, "down", hidden, inner),
-                    ]
-                };
-                std::iter::once(gate).chain((0..experts).flat_map(each))
-            })),
-        }
+    ) -> impl Iterator<Item = TensorSpec> + '_ {
+        self.sections(config, dtype).flat_map(|section| section.tensors)
     }
 }
 
 /// Gate over the groups of a tier.
 pub const GROUP_ROUTER: &str = "router.groups";
+/// A tier's row of the gate over tiers.
+pub const TIER_ROUTER: &str = "router.tier";
 /// Gate over the experts of a group.
 pub const EXPERT_ROUTER: &str = "router.experts";
 
-/// Position of an expert's first matrix in its shard; `up` and `down` follow.
+/// Position of an expert's section in its shard: the gate of its group comes first.
 pub fn expert_position(expert: u32) -> usize {
-    1 + 3 * expert as usize
+    1 + expert as usize
+}
+
+/// The matrices of an expert of a tier: gate, up, down, below `name`.
+pub fn expert_tensors(
+    config: &ModelConfig,
+    dtype: DType,
+    tier: usize,
+    name: &str,
+) -> [TensorSpec; 3] {
+    let (mut inner, mut dtype) = (0, dtype);
+    if let Some(moe) = &config.moe {
+        inner = moe.intermediate(tier);
+        dtype = moe.tiers[tier].dtype.unwrap_or(dtype);
+    }
+    let matrix =
+        |what, n, k| TensorSpec::matrix(format!("{name}.{what}"), Role::Weights, dtype, n, k);
+    [
+        matrix("gate", inner, config.hidden),
+        matrix("up", inner, config.hidden),
+        matrix("down", config.hidden, inner),
+    ]
+}
+
+/// Bytes of one expert of a tier, as kernels use them.
+pub fn expert_bytes(config: &ModelConfig, dtype: DType, tier: usize) -> u64 {
+    let tensors = expert_tensors(config, dtype, tier, "");
+    tensors.iter().filter_map(TensorSpec::bytes).fold(0, u64::saturating_add)
+}
+
+/// Name and size of the tensor of zeros between what ends at one position of the data and what
+/// begins at another, if they differ.
+pub fn padding(end: u64, begin: u64) -> Option<(String, u64)> {
+    (begin > end).then(|| (format!("padding.{end}"), begin - end))
+}
+
+fn tier_router_tensors(config: &ModelConfig, tier: usize) -> Vec<TensorSpec> {
+    let groups = config.moe.as_ref().map_or(0, |moe| moe.tiers[tier].groups) as usize;
+    let mut list = Vec::with_capacity(2);
+    if groups > 1 {
+        list.push(TensorSpec::matrix(GROUP_ROUTER, Role::Gate, DType::F32, groups, config.hidden));
+    }
+    list.push(TensorSpec::vector(TIER_ROUTER, config.hidden));
+    list
 }
 
 fn model_tensors(config: &ModelConfig, dtype: DType) -> Vec<TensorSpec> {
@@ -274,9 +362,6 @@ fn layer_tensors(config: &ModelConfig, dtype: DType, layer: usize) -> Vec<Tensor
     match (config.layers[layer].feed_forward, &config.moe) {
         (FeedForward::Dense { intermediate }, _) => list.extend(mlp("ffn", intermediate)),
         (FeedForward::Sparse, Some(moe)) => {
-            if moe.tiers.len() > 1 {
-                list.push(gate("router.tiers", moe.tiers.len()));
-            }
             if let Some(shared) = &moe.shared {
                 list.extend(mlp("shared", shared.intermediate));
                 if shared.gated {

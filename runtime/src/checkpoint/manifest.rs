@@ -13,12 +13,24 @@ use super::{
 };
 use crate::{config::ModelConfig, tier::TierId};
 
-/// Name of the manifest's file.
-pub const MANIFEST: &str = "manifest.json";
+/// Name of the only manifest of format 1.
+pub const MANIFEST_V1: &str = "manifest.json";
+
+/// Name of the manifest with a number, from 1.
+pub fn manifest_name(number: u64) -> String {
+    format!("manifest.{number}.json")
+}
+
+/// The number in a manifest's name, if it is one.
+pub fn manifest_number(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("manifest.")?.strip_suffix(".json")?;
+    let number = digits.parse().ok()?;
+    (number > 0 && manifest_name(number) == name).then_some(number)
+}
 
 const NO_ROOT: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
-/// `manifest.json`.
+/// `manifest.N.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -28,7 +40,11 @@ pub struct Manifest {
     pub determinism: u32,
     /// Hash of this file with these digits zeroed.
     pub root: Hash,
-    /// Format of projections and experts. Gates, norms and biases are f32; for the embedding and
+    /// N of its name: 1, and one more with every extension.
+    pub number: u64,
+    /// Root of the manifest that this one extends.
+    pub parent: Option<Hash>,
+    /// Format of projections, and of experts whose tier has none of its own. Gates, norms and biases are f32; for the embedding and
     /// the head see [`super::layout`].
     pub dtype: DType,
     /// The model.
@@ -39,6 +55,9 @@ pub struct Manifest {
     pub tiers: Vec<TierRef>,
     /// How text becomes tokens.
     pub text: TextFiles,
+    /// Index of what training needs beside the weights: a [`super::index::StateIndex`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<FileRef>,
 }
 
 /// A tier and its index.

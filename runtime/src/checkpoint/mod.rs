@@ -1,15 +1,20 @@
 //! The native checkpoint: a folder whose parts load without the rest.
 //!
 //! # Contract
-//! - **Layout.** `manifest.json` names one index of the dense part and one per tier; a tier's
+//! - **Layout.** `manifest.N.json` names one index of the dense part and one per tier; a tier's
 //!   index is paged by group; pages name the shards. Shards are valid safetensors files, one per
-//!   (tier, layer, group); their data starts at a multiple of [`DATA_ALIGN`], every packed matrix
-//!   at a multiple of 64, and matrices lie there as kernels read them.
+//!   (tier, layer, group), made of sections ([`layout`]) that lie there as kernels read them. An
+//!   expert is one section, and starts at a multiple of [`DATA_ALIGN`].
 //! - **Identity.** Everything is reached by hash from the manifest, and the hash of the manifest
-//!   ([`Checkpoint::id`]) names the checkpoint. Each tensor's hash is checked whenever it is read.
+//!   ([`Checkpoint::id`]) names the checkpoint. Each section's hash is checked whenever it is read.
+//! - **Growth.** A tier is added by adding files: [`writer::Writer::extend`] writes them to a folder
+//!   of their own and, last, `manifest.N+1.json`, which names what was there and what is new. The
+//!   highest number opens, `DIR@N` an earlier one, with the bits that it always had.
+//! - **Absence.** A folder that lacks the index of a tier opens without that tier
+//!   ([`crate::tier::TierConfig::absent`]).
 //! - **Consistency.** Files are written under staging names and synced; the manifest comes last,
-//!   by rename. A folder without a manifest is no checkpoint, and opening it says so. A finished
-//!   checkpoint is never written to.
+//!   and only if there is none of its number. A folder without a manifest is no checkpoint, and
+//!   opening it says so. A file that a manifest names is never written to.
 //! - **Distrust.** Sizes are compared with the file before anything is allocated, shapes with the
 //!   model's configuration before anything is read, and no path leaves the folder.
 //! - **Memory.** Weights on disk are mapped, not read: they take the page cache's memory, which
@@ -36,7 +41,7 @@ pub use reader::Checkpoint;
 pub(crate) use reader::Tensor;
 
 /// Version of the layout that is described here.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// Alignment of a shard's data: a page of memory, and what O_DIRECT reads ask for.
 pub const DATA_ALIGN: u64 = 4096;
 /// Largest manifest.
@@ -59,21 +64,21 @@ pub enum CheckpointError {
     },
     /// There is no manifest.
     #[error(
-        "{location} is no checkpoint: it has no manifest.json; name the folder that `lite-llm import` wrote"
+        "{location} is no checkpoint: it has no manifest.N.json; name the folder that `lite-llm import` wrote"
     )]
     NoManifest {
         /// Where it was looked for.
         location: String,
     },
     /// An import was interrupted here.
-    #[error("{location} holds an unfinished import and no manifest.json; run the import again")]
+    #[error("{location} holds an unfinished import and no manifest; run the import again")]
     Unfinished {
         /// The folder.
         location: String,
     },
     /// It was written by a program of another time.
     #[error(
-        "{path}: {what} version {found}, expected {expected}; use the program that wrote it, or import again"
+        "{path}: {what} version {found}, expected {expected}; import the model again, or use the program that wrote this"
     )]
     Version {
         /// The manifest.
@@ -136,6 +141,38 @@ pub enum CheckpointError {
         location: String,
         /// What was asked for.
         what: String,
+    },
+    /// `DIR@N` names a manifest that is not there.
+    #[error("{location} has no manifest.{number}.json; it has {here}")]
+    NoNumber {
+        /// The folder.
+        location: String,
+        /// What was asked for.
+        number: u64,
+        /// The numbers that are there.
+        here: String,
+    },
+    /// Another writer extended the checkpoint meanwhile.
+    #[error(
+        "{location}: {manifest} appeared while an extension with this name was written; extend the checkpoint again"
+    )]
+    Raced {
+        /// The folder.
+        location: String,
+        /// The manifest.
+        manifest: String,
+    },
+    /// A section is stored in a way that this program cannot read.
+    #[error(
+        "{path}: {section} is packed with {codec:?}, which this version does not read; use a newer one"
+    )]
+    Codec {
+        /// The shard.
+        path: String,
+        /// Which section of it.
+        section: String,
+        /// What packed it.
+        codec: String,
     },
     /// The folder to write to is in use.
     #[error("{} {reason}; choose another folder, or remove it first", dir.display())]

@@ -1,6 +1,6 @@
 //! Reads a checkpoint, part by part, checking every byte that it hands out.
 //!
-//! A shard on disk is mapped once, for all tensors that are in use; with the last of them the
+//! A shard on disk is mapped once, for all sections that are in use; with the last of them the
 //! mapping goes too. Hashing is what loading costs, so where many tensors are wanted, several
 //! threads share them.
 
@@ -20,9 +20,14 @@ use serde::de::DeserializeOwned;
 
 use super::{
     CheckpointError, MANIFEST_BYTES_MAX,
-    index::{DenseIndex, FileRef, GroupPage, Hash, LayerShard, Shard, TensorEntry, TierIndex},
-    layout::{EXPERT_ROUTER, GROUP_ROUTER, Part, expert_position},
-    manifest::{MANIFEST, Manifest},
+    index::{
+        DenseIndex, FileRef, GroupPage, Hash, LayerShard, Section, Shard, StateIndex, TierIndex,
+    },
+    layout::{
+        EXPERT_ROUTER, GROUP_ROUTER, Part, Shape, TIER_ROUTER, TensorSpec, expert_bytes,
+        expert_position, expert_tensors,
+    },
+    manifest::{MANIFEST_V1, Manifest, manifest_name},
     parallel::try_map,
     source::{EmbeddedFiles, Files, OpenFile},
     writer::STAGING_MARK,
@@ -37,7 +42,10 @@ use crate::{
 pub struct Checkpoint {
     files: Files,
     manifest: Manifest,
+    /// The manifest's model, where tiers know whether their files are here.
+    config: ModelConfig,
     dense: DenseIndex,
+    state: Option<StateIndex>,
     tiers: Mutex<HashMap<usize, Arc<TierIndex>>>,
     pages: Mutex<HashMap<(usize, u32), Arc<GroupPage>>>,
     headers_seen: Mutex<HashSet<String>>,
@@ -54,36 +62,57 @@ pub(crate) enum Tensor {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint in a folder. Reads the manifest and the dense index, no weights.
-    pub fn open(dir: impl Into<PathBuf>) -> Result<Self, CheckpointError> {
-        Self::from_files(Files::dir(&dir.into())?)
+    /// Opens the checkpoint in a folder by its highest manifest, or `DIR@N` by `manifest.N.json`.
+    /// Reads the manifest and the dense index, no weights.
+    pub fn open(location: impl Into<PathBuf>) -> Result<Self, CheckpointError> {
+        let location = location.into();
+        let numbered = || {
+            let (dir, number) = location.to_str()?.rsplit_once('@')?;
+            Some((PathBuf::from(dir), number.parse().ok()?))
+        };
+        match numbered() {
+            Some((dir, number)) if !location.exists() => {
+                Self::from_files(Files::dir(&dir)?, Some(number))
+            }
+            _ => Self::from_files(Files::dir(&location)?, None),
+        }
     }
 
     /// Opens a checkpoint that is part of the program.
     pub fn embedded(files: EmbeddedFiles) -> Result<Self, CheckpointError> {
-        Self::from_files(Files::Embedded(files))
+        Self::from_files(Files::Embedded(files), None)
     }
 
-    fn from_files(files: Files) -> Result<Self, CheckpointError> {
-        if !files.exists(MANIFEST) {
-            let location = files.location();
-            return Err(match files.exists(STAGING_MARK) {
-                true => CheckpointError::Unfinished { location },
-                false => CheckpointError::NoManifest { location },
-            });
-        }
-        let file = files.open(MANIFEST)?;
+    fn from_files(files: Files, number: Option<u64>) -> Result<Self, CheckpointError> {
+        let path = manifest_path(&files, number)?;
+        let file = files.open(&path)?;
         if file.bytes() > MANIFEST_BYTES_MAX {
             let reason = format!("{} bytes, at most {MANIFEST_BYTES_MAX} expected", file.bytes());
-            return Err(CheckpointError::malformed(MANIFEST, reason));
+            return Err(CheckpointError::malformed(&path, reason));
         }
-        let manifest = Manifest::from_bytes(MANIFEST, &file.read(MANIFEST, 0..file.bytes())?)?;
+        let manifest = Manifest::from_bytes(&path, &file.read(&path, 0..file.bytes())?)?;
+        if manifest_name(manifest.number) != path {
+            let reason = format!("it says that its number is {}", manifest.number);
+            return Err(CheckpointError::malformed(&path, reason));
+        }
         let dense: DenseIndex = read_json(&files, &manifest.dense)?;
         check_dense(&manifest, &dense)?;
+        let state: Option<StateIndex> =
+            manifest.state.as_ref().map(|file| read_json(&files, file)).transpose()?;
+        if let (Some(state), Some(file)) = (&state, &manifest.state) {
+            state.shards.iter().try_for_each(|shard| shard.check_state(&file.path))?;
+        }
+        let mut config = manifest.model.clone();
+        let tiers = config.moe.iter_mut().flat_map(|moe| &mut moe.tiers);
+        for (tier, reference) in tiers.zip(&manifest.tiers) {
+            tier.absent = !files.exists(&reference.index.path);
+        }
         Ok(Self {
             files,
             manifest,
+            config,
             dense,
+            state,
             tiers: Mutex::default(),
             pages: Mutex::default(),
             headers_seen: Mutex::default(),
@@ -91,12 +120,12 @@ impl Checkpoint {
         })
     }
 
-    /// The model.
+    /// The model; tiers whose files are not here say so.
     pub fn config(&self) -> &ModelConfig {
-        &self.manifest.model
+        &self.config
     }
 
-    /// Format of projections and experts.
+    /// Format of projections, and of experts whose tier has none of its own.
     pub fn dtype(&self) -> DType {
         self.manifest.dtype
     }
@@ -111,6 +140,11 @@ impl Checkpoint {
         self.files.location()
     }
 
+    /// What opens this very manifest again, also when the checkpoint has been extended: `DIR@N`.
+    pub fn address(&self) -> String {
+        format!("{}@{}", self.files.location(), self.manifest.number)
+    }
+
     /// The manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
@@ -118,8 +152,10 @@ impl Checkpoint {
 
     /// A matrix of the dense part, such as `embed` or `layers.0.attention.q`.
     pub fn dense_matrix(&self, name: &str) -> Result<PackedMatrix, CheckpointError> {
-        let (shard, entry) = self.dense_entry(name)?;
-        self.matrix(shard, entry)
+        match self.dense_tensor(name)? {
+            (shard, section, spec) if spec.is_matrix() => self.matrix(shard, section, &spec),
+            _ => Err(self.absent(format!("matrix {name}: it is a vector"))),
+        }
     }
 
     /// All matrices of the dense part by their names, verified by `threads` threads.
@@ -127,31 +163,39 @@ impl Checkpoint {
         &self,
         threads: usize,
     ) -> Result<HashMap<String, PackedMatrix>, CheckpointError> {
-        let layers = self.dense.layers.iter().map(|l| &l.shard);
-        let tensors = std::iter::once(&self.dense.model)
+        let layers = (0..).map(Part::Layer).zip(self.dense.layers.iter().map(|l| &l.shard));
+        let tensors: Vec<_> = std::iter::once((Part::Model, &self.dense.model))
             .chain(layers)
-            .flat_map(|shard| shard.tensors.iter().map(move |entry| (shard, entry)))
-            .filter(|(_, entry)| entry.shape.len() == 2);
-        let tensors: Vec<_> = tensors.collect();
-        let loaded = try_map(threads, &tensors, |(shard, entry)| {
-            Ok((entry.name.clone(), self.matrix(shard, entry)?))
+            .flat_map(|(part, shard)| {
+                let specs = part.tensors(&self.config, self.dtype());
+                shard.sections.iter().zip(specs).map(move |(section, spec)| (shard, section, spec))
+            })
+            .filter(|(_, _, spec)| spec.is_matrix())
+            .collect();
+        let loaded = try_map(threads, &tensors, |(shard, section, spec)| {
+            Ok((spec.name.clone(), self.matrix(shard, section, spec)?))
         })?;
         Ok(loaded.into_iter().collect())
     }
 
     /// A vector of the dense part, such as `norm`.
     pub fn dense_vector(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
-        let (shard, entry) = self.dense_entry(name)?;
-        if entry.shape.len() != 1 {
-            return Err(self.absent(format!("vector {name}: it is a matrix")));
+        match self.dense_tensor(name)? {
+            (shard, section, spec) if !spec.is_matrix() => self.vector(shard, section),
+            _ => Err(self.absent(format!("vector {name}: it is a matrix"))),
         }
-        let bytes = self.tensor_bytes(shard, entry)?;
-        Ok(bytemuck::pod_collect_to_vec(&bytes))
     }
 
     /// Whether the dense part has a tensor of this name.
     pub fn has_dense(&self, name: &str) -> bool {
-        self.dense_entry(name).is_ok()
+        self.dense_tensor(name).is_ok()
+    }
+
+    /// A tier's row of the tier gate in a sparse layer, `[hidden]`.
+    pub fn tier_router(&self, layer: usize, tier: usize) -> Result<Vec<f32>, CheckpointError> {
+        let index = self.tier_index(tier)?;
+        let shard = self.router_shard(&index, layer)?;
+        self.vector(shard, self.section(shard, TIER_ROUTER)?)
     }
 
     /// Gate over the groups of a tier in a sparse layer; `None` if the tier has one group.
@@ -161,13 +205,11 @@ impl Checkpoint {
         tier: usize,
     ) -> Result<Option<PackedMatrix>, CheckpointError> {
         let index = self.tier_index(tier)?;
-        if self.moe()?.tiers[tier].groups == 1 {
+        let groups = self.moe()?.tiers[tier].groups as usize;
+        if groups == 1 {
             return Ok(None);
         }
-        let found = index.routers.iter().find(|r| r.layer == layer);
-        let router = found.ok_or_else(|| self.absent(format!("experts in layer {layer}")))?;
-        let entry = self.entry(&router.shard, GROUP_ROUTER)?;
-        self.matrix(&router.shard, entry).map(Some)
+        self.gate(self.router_shard(&index, layer)?, GROUP_ROUTER, groups).map(Some)
     }
 
     /// Gate over the experts of one group in a sparse layer.
@@ -178,37 +220,36 @@ impl Checkpoint {
         group: u32,
     ) -> Result<PackedMatrix, CheckpointError> {
         let page = self.page(tier, group)?;
-        let shard = self.layer_shard(&page, layer)?;
-        self.matrix(shard, self.entry(shard, EXPERT_ROUTER)?)
+        let experts = self.moe()?.tiers[tier].experts_per_group as usize;
+        self.gate(self.layer_shard(&page, layer)?, EXPERT_ROUTER, experts)
     }
 
     /// The weights of one expert: three matrices, one after the other in the same memory.
     pub fn expert(&self, key: ExpertKey) -> Result<GatedMlp, CheckpointError> {
         let page = self.page(key.tier as usize, key.group)?;
         let shard = self.layer_shard(&page, key.layer as usize)?;
-        let entries = self.expert_entries(shard, key)?;
-        let file = self.open_shard(shard)?;
-        let (from, last) = (entries[0].offset, &entries[2]);
-        let whole = file.read(&shard.path, from..last.offset + last.bytes)?;
-        let matrix = |entry: &TensorEntry| {
-            let at = (entry.offset - from) as usize;
-            let bytes = whole.slice(at..at + entry.bytes as usize).map_err(|e| {
-                CheckpointError::malformed(&shard.path, format!("{}: {e}", entry.name))
-            })?;
-            to_matrix(shard, entry, verified(shard, entry, bytes)?)
+        let at = expert_position(key.expert);
+        let section = shard.sections.get(at).ok_or_else(|| self.absent(key.to_string()))?;
+        let whole = self.section_bytes(shard, section)?;
+        let specs = expert_tensors(&self.config, self.dtype(), key.tier.into(), &section.name);
+        let mut matrices = Vec::with_capacity(specs.len());
+        for (spec, bytes) in specs.iter().zip(split(shard, &whole, &specs)?) {
+            matrices.push(to_matrix(shard, spec, bytes)?);
+        }
+        let Ok([gate, up, down]) = <[PackedMatrix; 3]>::try_from(matrices) else {
+            unreachable!("an expert is three matrices");
         };
-        Ok(GatedMlp {
-            gate: matrix(&entries[0])?,
-            up: matrix(&entries[1])?,
-            down: matrix(&entries[2])?,
-        })
+        Ok(GatedMlp { gate, up, down })
     }
 
-    /// Bytes that an expert takes, from the index alone.
+    /// Bytes that an expert takes, from the configuration alone.
     pub fn expert_bytes(&self, key: ExpertKey) -> Result<u64, CheckpointError> {
-        let page = self.page(key.tier as usize, key.group)?;
-        let shard = self.layer_shard(&page, key.layer as usize)?;
-        Ok(self.expert_entries(shard, key)?.iter().map(|e| e.bytes).sum())
+        let tier = self.moe()?.tiers.get(usize::from(key.tier));
+        let there = tier.is_some_and(|t| key.group < t.groups && key.expert < t.experts_per_group);
+        match there && self.config.sparse_layers().any(|layer| layer == usize::from(key.layer)) {
+            true => Ok(expert_bytes(&self.config, self.dtype(), key.tier.into())),
+            false => Err(self.absent(key.to_string())),
+        }
     }
 
     /// The tokenizer, in the format of the `tokenizers` library.
@@ -233,6 +274,10 @@ impl Checkpoint {
         &self.dense
     }
 
+    pub(super) fn state_index(&self) -> Option<&StateIndex> {
+        self.state.as_ref()
+    }
+
     /// Describes one shard; what it says was checked.
     pub(crate) fn shard(&self, part: Part) -> Result<Shard, CheckpointError> {
         let (layer, found) = match part {
@@ -240,10 +285,9 @@ impl Checkpoint {
             Part::Layer(layer) => {
                 (layer, self.dense.layers.get(layer).map(|layer| layer.shard.clone()))
             }
-            Part::GroupRouter { tier, layer } => {
+            Part::TierRouter { tier, layer } => {
                 let index = self.tier_index(tier)?;
-                let router = index.routers.iter().find(|router| router.layer == layer);
-                (layer, router.map(|router| router.shard.clone()))
+                (layer, self.router_shard(&index, layer).ok().cloned())
             }
             Part::Group { tier, layer, group } => {
                 (layer, self.page(tier, group)?.shard(layer).cloned())
@@ -252,17 +296,19 @@ impl Checkpoint {
         found.ok_or_else(|| self.absent(format!("such part of layer {layer}")))
     }
 
-    /// One tensor of a shard, verified.
-    pub(crate) fn tensor(
+    /// The tensors of a section, verified.
+    pub(crate) fn tensors(
         &self,
         shard: &Shard,
-        entry: &TensorEntry,
-    ) -> Result<Tensor, CheckpointError> {
-        let bytes = self.tensor_bytes(shard, entry)?;
-        match entry.shape.len() {
-            2 => to_matrix(shard, entry, bytes).map(Tensor::Matrix),
-            _ => Ok(Tensor::Vector(bytemuck::pod_collect_to_vec(&bytes))),
-        }
+        section: &Section,
+        specs: &[TensorSpec],
+    ) -> Result<Vec<Tensor>, CheckpointError> {
+        let whole = self.section_bytes(shard, section)?;
+        let tensor = |(spec, bytes): (&TensorSpec, Buffer)| match spec.is_matrix() {
+            true => to_matrix(shard, spec, bytes).map(Tensor::Matrix),
+            false => Ok(Tensor::Vector(bytemuck::pod_collect_to_vec(&bytes))),
+        };
+        specs.iter().zip(split(shard, &whole, specs)?).map(tensor).collect()
     }
 
     fn absent(&self, what: String) -> CheckpointError {
@@ -273,18 +319,36 @@ impl Checkpoint {
         self.config().moe.as_ref().ok_or_else(|| self.absent("experts".into()))
     }
 
-    fn dense_entry(&self, name: &str) -> Result<(&Shard, &TensorEntry), CheckpointError> {
+    fn dense_tensor(&self, name: &str) -> Result<(&Shard, &Section, TensorSpec), CheckpointError> {
         let layer = name.strip_prefix("layers.").and_then(|rest| rest.split('.').next());
-        let shard = match layer.and_then(|l| l.parse::<usize>().ok()) {
-            Some(layer) => self.dense.layers.get(layer).map(|l| &l.shard),
-            None => Some(&self.dense.model),
+        let (part, shard) = match layer.and_then(|l| l.parse::<usize>().ok()) {
+            Some(layer) => (Part::Layer(layer), self.dense.layers.get(layer).map(|l| &l.shard)),
+            None => (Part::Model, Some(&self.dense.model)),
         };
-        let found = shard.and_then(|shard| Some((shard, shard.tensor(name)?)));
+        let found = shard.and_then(|shard| {
+            let mut specs = part.tensors(&self.config, self.dtype());
+            let at = specs.position(|spec| spec.name == name)?;
+            Some((
+                shard,
+                shard.sections.get(at)?,
+                part.tensors(&self.config, self.dtype()).nth(at)?,
+            ))
+        });
         found.ok_or_else(|| self.absent(format!("dense tensor {name:?}")))
     }
 
-    fn entry<'a>(&self, shard: &'a Shard, name: &str) -> Result<&'a TensorEntry, CheckpointError> {
-        shard.tensor(name).ok_or_else(|| self.absent(format!("{name} in {}", shard.path)))
+    fn section<'a>(&self, shard: &'a Shard, name: &str) -> Result<&'a Section, CheckpointError> {
+        shard.section(name).ok_or_else(|| self.absent(format!("{name} in {}", shard.path)))
+    }
+
+    fn router_shard<'a>(
+        &self,
+        index: &'a TierIndex,
+        layer: usize,
+    ) -> Result<&'a Shard, CheckpointError> {
+        let found = index.routers.iter().find(|router| router.layer == layer);
+        let absent = || self.absent(format!("experts in layer {layer}"));
+        found.map(|router| &router.shard).ok_or_else(absent)
     }
 
     fn layer_shard<'a>(
@@ -295,13 +359,11 @@ impl Checkpoint {
         page.shard(layer).ok_or_else(|| self.absent(format!("experts in layer {layer}")))
     }
 
-    fn expert_entries<'a>(
-        &self,
-        shard: &'a Shard,
-        key: ExpertKey,
-    ) -> Result<&'a [TensorEntry], CheckpointError> {
-        let at = expert_position(key.expert);
-        shard.tensors.get(at..at + 3).ok_or_else(|| self.absent(key.to_string()))
+    /// A gate `[n, hidden]`.
+    fn gate(&self, shard: &Shard, name: &str, n: usize) -> Result<PackedMatrix, CheckpointError> {
+        let shape = Shape::Matrix { n, k: self.config.hidden };
+        let spec = TensorSpec { name: name.into(), dtype: DType::F32, shape };
+        self.matrix(shard, self.section(shard, name)?, &spec)
     }
 
     /// The index of a tier, read when first needed.
@@ -359,17 +421,47 @@ impl Checkpoint {
         Ok(file)
     }
 
-    fn tensor_bytes(&self, shard: &Shard, entry: &TensorEntry) -> Result<Buffer, CheckpointError> {
+    /// A section as kernels use it, verified.
+    fn section_bytes(&self, shard: &Shard, section: &Section) -> Result<Buffer, CheckpointError> {
+        if let Some(stored) = &section.stored {
+            let (path, section) = (shard.path.clone(), section.name.clone());
+            return Err(CheckpointError::Codec { path, section, codec: stored.codec.clone() });
+        }
         let file = self.open_shard(shard)?;
-        let bytes = file.read(&shard.path, entry.offset..entry.offset + entry.bytes)?;
-        verified(shard, entry, bytes)
+        let bytes = file.read(&shard.path, section.offset..section.offset + section.bytes)?;
+        check_section(shard, section, Hash::of(&bytes))?;
+        Ok(bytes)
     }
 
-    fn matrix(&self, shard: &Shard, entry: &TensorEntry) -> Result<PackedMatrix, CheckpointError> {
-        if entry.shape.len() != 2 {
-            return Err(self.absent(format!("matrix {}: it is a vector", entry.name)));
+    fn matrix(
+        &self,
+        shard: &Shard,
+        section: &Section,
+        spec: &TensorSpec,
+    ) -> Result<PackedMatrix, CheckpointError> {
+        to_matrix(shard, spec, self.section_bytes(shard, section)?)
+    }
+
+    fn vector(&self, shard: &Shard, section: &Section) -> Result<Vec<f32>, CheckpointError> {
+        Ok(bytemuck::pod_collect_to_vec(&self.section_bytes(shard, section)?))
+    }
+}
+
+/// Path of the manifest to open: the highest, or the one that was asked for.
+fn manifest_path(files: &Files, number: Option<u64>) -> Result<String, CheckpointError> {
+    let numbers = files.manifests()?;
+    let location = files.location();
+    match (number, numbers.last()) {
+        (Some(number), _) if numbers.contains(&number) => Ok(manifest_name(number)),
+        (Some(number), Some(_)) => {
+            let here: Vec<String> = numbers.iter().map(|&n| manifest_name(n)).collect();
+            Err(CheckpointError::NoNumber { location, number, here: here.join(", ") })
         }
-        to_matrix(shard, entry, self.tensor_bytes(shard, entry)?)
+        (None, Some(&last)) => Ok(manifest_name(last)),
+        // Reading it says which version it is.
+        (_, None) if files.exists(MANIFEST_V1) => Ok(MANIFEST_V1.into()),
+        (_, None) if files.exists(STAGING_MARK) => Err(CheckpointError::Unfinished { location }),
+        (_, None) => Err(CheckpointError::NoManifest { location }),
     }
 }
 
@@ -387,26 +479,52 @@ pub(super) fn check_header(shard: &Shard, file: &OpenFile) -> Result<(), Checkpo
     Ok(())
 }
 
-fn verified(shard: &Shard, entry: &TensorEntry, bytes: Buffer) -> Result<Buffer, CheckpointError> {
-    let found = Hash::of(&bytes);
-    if found != entry.blake3 {
-        return Err(CheckpointError::Damaged {
-            path: shard.path.clone(),
-            part: format!("tensor {:?}", entry.name),
-            found,
-            expected: entry.blake3,
-        });
+/// Compares the hash of a section's bytes, as kernels use them, with the index.
+pub(super) fn check_section(
+    shard: &Shard,
+    section: &Section,
+    found: Hash,
+) -> Result<(), CheckpointError> {
+    if found == section.blake3 {
+        return Ok(());
     }
-    Ok(bytes)
+    Err(CheckpointError::Damaged {
+        path: shard.path.clone(),
+        part: section.name.clone(),
+        found,
+        expected: section.blake3,
+    })
+}
+
+/// Cuts a section into its tensors, which share its memory.
+fn split(
+    shard: &Shard,
+    whole: &Buffer,
+    specs: &[TensorSpec],
+) -> Result<Vec<Buffer>, CheckpointError> {
+    let mut at = 0;
+    let cut = |spec: &TensorSpec| {
+        let end = at + spec.bytes().unwrap_or(u64::MAX) as usize;
+        let bytes = whole
+            .slice(at..end)
+            .map_err(|e| CheckpointError::malformed(&shard.path, format!("{}: {e}", spec.name)));
+        at = end;
+        bytes
+    };
+    specs.iter().map(cut).collect()
 }
 
 fn to_matrix(
     shard: &Shard,
-    entry: &TensorEntry,
+    spec: &TensorSpec,
     bytes: Buffer,
 ) -> Result<PackedMatrix, CheckpointError> {
-    PackedMatrix::new(entry.dtype, entry.shape[0], entry.shape[1], bytes)
-        .map_err(|e| CheckpointError::malformed(&shard.path, format!("{}: {e}", entry.name)))
+    let Shape::Matrix { n, k } = spec.shape else {
+        let reason = format!("{} is a vector, a matrix is expected", spec.name);
+        return Err(CheckpointError::malformed(&shard.path, reason));
+    };
+    PackedMatrix::new(spec.dtype, n, k, bytes)
+        .map_err(|e| CheckpointError::malformed(&shard.path, format!("{}: {e}", spec.name)))
 }
 
 fn check_dense(manifest: &Manifest, dense: &DenseIndex) -> Result<(), CheckpointError> {
@@ -434,14 +552,11 @@ fn check_tier(manifest: &Manifest, tier: usize, index: &TierIndex) -> Result<(),
     if index.pages.len() != config.groups as usize {
         return malformed(format!("{} pages, expected {}", index.pages.len(), config.groups));
     }
-    let routed = model.sparse_layers().filter(|_| config.groups > 1);
-    if !index.routers.iter().map(|r| r.layer).eq(routed) {
-        return malformed(
-            "expected a group gate for every sparse layer of a tier of groups".into(),
-        );
+    if !index.routers.iter().map(|r| r.layer).eq(model.sparse_layers()) {
+        return malformed("expected a router for every sparse layer".into());
     }
     for LayerShard { layer, shard } in &index.routers {
-        let part = Part::GroupRouter { tier, layer: *layer };
+        let part = Part::TierRouter { tier, layer: *layer };
         shard.check(path, part, model, manifest.dtype)?;
     }
     Ok(())

@@ -15,7 +15,10 @@ use std::{
 
 use lite_llm_kernels::buffer::{AlignedBytes, Buffer};
 
-use super::CheckpointError;
+use super::{
+    CheckpointError,
+    manifest::{MANIFEST_V1, manifest_number},
+};
 
 /// Files compiled into a program: path within the checkpoint, and content.
 pub type EmbeddedFiles = &'static [(&'static str, &'static [u8])];
@@ -75,6 +78,29 @@ impl Files {
             Files::Dir(dir) => dir.join(path).exists(),
             Files::Embedded(files) => files.iter().any(|(name, _)| *name == path),
         }
+    }
+
+    /// Numbers of the manifests that are there, upwards.
+    pub fn manifests(&self) -> Result<Vec<u64>, CheckpointError> {
+        let mut numbers: Vec<u64> = match self {
+            Files::Dir(dir) => {
+                let io = || CheckpointError::io(dir.display().to_string(), "list");
+                let entries = fs::read_dir(dir).map_err(io())?;
+                let names = entries.map(|entry| entry.map(|entry| entry.file_name()));
+                let names = names.collect::<Result<Vec<_>, _>>().map_err(io())?;
+                names.iter().filter_map(|name| manifest_number(name.to_str()?)).collect()
+            }
+            Files::Embedded(files) => {
+                files.iter().filter_map(|(name, _)| manifest_number(name)).collect()
+            }
+        };
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// Whether there is a checkpoint of this or an earlier format.
+    pub fn holds_checkpoint(&self) -> Result<bool, CheckpointError> {
+        Ok(self.exists(MANIFEST_V1) || !self.manifests()?.is_empty())
     }
 
     /// Opens one file.

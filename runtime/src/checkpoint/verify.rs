@@ -1,6 +1,6 @@
 //! Verification of a whole checkpoint: every file's size and every hash.
 //!
-//! Memory stays small: tensors are hashed in pieces, never held. Damage does not stop it, so one
+//! Memory stays small: sections are hashed in pieces, never held. Damage does not stop it, so one
 //! run names every damaged file.
 
 use std::fmt;
@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use super::{
     Checkpoint, CheckpointError,
-    index::{Hash, Shard, TensorEntry},
-    reader::{check_header, read_whole},
+    index::{Hash, Section, Shard},
+    reader::{check_header, check_section, read_whole},
     source::OpenFile,
 };
 
@@ -21,8 +21,10 @@ const PIECE_BYTES: usize = 8 << 20;
 pub struct Report {
     /// Files read, manifest and indexes included.
     pub files: u64,
-    /// Tensors whose hashes agree.
-    pub tensors: u64,
+    /// Sections (tensors of the dense part, gates, experts) whose hashes agree.
+    pub sections: u64,
+    /// Tiers whose files are not here, and were not verified.
+    pub absent_tiers: Vec<String>,
     /// Bytes of weights.
     pub bytes: u64,
 }
@@ -68,14 +70,17 @@ pub fn verify(
         let result = (|| {
             let file = checkpoint.files().open_sized(&shard.path, shard.bytes)?;
             check_header(shard, &file)?;
-            done += shard.header_bytes;
-            for entry in &shard.tensors {
+            let mut at = shard.header_bytes;
+            for section in &shard.sections {
                 progress(done, total, &shard.path);
-                match check_tensor(shard, entry, &file, &mut piece) {
-                    Ok(()) => report.tensors += 1,
+                let checked = check_padding(shard, at..section.offset, &file)
+                    .and_then(|()| check_stored(shard, section, &file, &mut piece));
+                match checked {
+                    Ok(()) => report.sections += 1,
                     Err(error) => errors.push(error),
                 }
-                done += entry.bytes;
+                at = section.offset + section.stored_bytes();
+                done = before + at;
             }
             Ok(())
         })();
@@ -99,7 +104,13 @@ pub(super) fn shards(
     let dense = checkpoint.dense_index();
     let mut shards = vec![dense.model.clone()];
     shards.extend(dense.layers.iter().map(|l| l.shard.clone()));
-    for tier in 0..checkpoint.manifest().tiers.len() {
+    shards.extend(checkpoint.state_index().iter().flat_map(|state| state.shards.clone()));
+    report.files += u64::from(checkpoint.state_index().is_some());
+    for (tier, reference) in checkpoint.manifest().tiers.iter().enumerate() {
+        if !checkpoint.config().has_tier(tier) {
+            report.absent_tiers.push(reference.id.to_string());
+            continue;
+        }
         let index = match checkpoint.tier_index(tier) {
             Ok(index) => index,
             Err(error) => {
@@ -122,28 +133,43 @@ pub(super) fn shards(
     shards
 }
 
-fn check_tensor(
+/// Hashes what is stored. What is packed is not unpacked: its stored bytes are those that were
+/// written if their hash is.
+fn check_stored(
     shard: &Shard,
-    entry: &TensorEntry,
+    section: &Section,
     file: &OpenFile,
     piece: &mut [u8],
 ) -> Result<(), CheckpointError> {
     let mut hasher = blake3::Hasher::new();
     let mut at = 0;
-    while at < entry.bytes {
-        let len = (entry.bytes - at).min(piece.len() as u64) as usize;
-        file.read_into(&shard.path, entry.offset + at, &mut piece[..len])?;
+    while at < section.stored_bytes() {
+        let len = (section.stored_bytes() - at).min(piece.len() as u64) as usize;
+        file.read_into(&shard.path, section.offset + at, &mut piece[..len])?;
         hasher.update(&piece[..len]);
         at += len as u64;
     }
     let found = Hash(*hasher.finalize().as_bytes());
-    if found != entry.blake3 {
-        return Err(CheckpointError::Damaged {
-            path: shard.path.clone(),
-            part: format!("tensor {:?}", entry.name),
-            found,
-            expected: entry.blake3,
-        });
+    let as_stored = Section { blake3: section.stored_blake3(), ..section.clone() };
+    check_section(shard, &as_stored, found)
+}
+
+/// What lies between sections is zeros.
+fn check_padding(
+    shard: &Shard,
+    range: std::ops::Range<u64>,
+    file: &OpenFile,
+) -> Result<(), CheckpointError> {
+    let mut bytes = [0; super::DATA_ALIGN as usize];
+    let mut at = range.start;
+    while at < range.end {
+        let len = (range.end - at).min(bytes.len() as u64) as usize;
+        file.read_into(&shard.path, at, &mut bytes[..len])?;
+        if let Some(odd) = bytes[..len].iter().position(|b| *b != 0) {
+            let reason = format!("byte {} between sections is not zero", at + odd as u64);
+            return Err(CheckpointError::malformed(&shard.path, reason));
+        }
+        at += len as u64;
     }
     Ok(())
 }

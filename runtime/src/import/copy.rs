@@ -62,7 +62,7 @@ impl<'a> Copier<'a> {
                 let values = self.values(view)?;
                 Ok(sink.write(bytemuck::cast_slice(&values))?)
             }
-            (Origin::Means(view, ranges), _) => {
+            (Origin::Means(view, ranges), shape) => {
                 let values = self.values(view)?;
                 let mut means = Vec::with_capacity(ranges.len() * view.cols);
                 for range in ranges {
@@ -71,6 +71,9 @@ impl<'a> Copier<'a> {
                         let sum: f64 = column.map(f64::from).sum();
                         means.push((sum / range.len() as f64) as f32);
                     }
+                }
+                if let Shape::Vector { .. } = shape {
+                    return Ok(sink.write(bytemuck::cast_slice(&means))?);
                 }
                 let matrix =
                     PackedMatrix::pack(spec.dtype, ranges.len(), view.cols, Source::F32(&means));

@@ -137,7 +137,6 @@ fn named(
         "attention.rope_theta" if rope.has("rope_theta") => rope.name("rope_theta"),
         "attention.rope_theta" => file.name("rope_theta"),
         "attention.clip_qkv" => file.name("clip_qkv"),
-        "moe.intermediate" => file.name(expert_width(class)),
         "moe.routing.k" => file.name("num_experts_per_tok"),
         "moe.shared.intermediate" => file.name("shared_expert_intermediate_size"),
         _ if field.starts_with(ROPE) => match last {
@@ -308,6 +307,11 @@ fn moe(file: &Keys, class: Class, hidden: usize, sparse: usize) -> Result<MoeCon
     let experts = experts(file, class)?;
     let intermediate = file.size(expert_width(class))?;
     let k = file.size("num_experts_per_tok")?;
+    for (key, n) in [(key, experts), ("num_experts_per_tok", k)] {
+        if n == 0 {
+            return Err(file.wrong(key, "at least 1 is expected"));
+        }
+    }
     if k > experts {
         let expected = format!("at most {} ({experts}) is expected", file.name(key));
         return Err(file.wrong("num_experts_per_tok", &expected));

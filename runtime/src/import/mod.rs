@@ -225,7 +225,7 @@ pub fn import(
             Ok::<_, ImportError>(())
         })?;
     }
-    progress(done, total, "manifest.json");
+    progress(done, total, "the manifest");
     writer.finish(&text)?;
     Ok(inspect(&Checkpoint::open(&options.out)?)?)
 }

@@ -16,7 +16,7 @@ use super::{
     tensors::{SourceDType, Tensors, View},
 };
 use crate::{
-    checkpoint::layout::{EXPERT_ROUTER, GROUP_ROUTER, Part, Shape, TensorSpec},
+    checkpoint::layout::{EXPERT_ROUTER, Part, Shape, TIER_ROUTER, TensorSpec},
     config::ModelConfig,
 };
 
@@ -25,15 +25,17 @@ use crate::{
 pub(super) enum Origin {
     /// These rows.
     Rows(View),
-    /// Each row is the mean of some rows: the gate of a tier or group that the source lacks.
+    /// Each row is the mean of some rows: the gate of a tier or group, which the source lacks.
     Means(View, Vec<Range<usize>>),
 }
 
 impl Origin {
-    /// Bytes of the source that are read.
+    /// Bytes of the source that go to the tensor. Means are made of rows that go elsewhere, too,
+    /// and count there.
     pub(super) fn bytes(&self) -> u64 {
         match self {
-            Origin::Rows(view) | Origin::Means(view, _) => view.bytes(),
+            Origin::Rows(view) => view.bytes(),
+            Origin::Means(..) => 0,
         }
     }
 
@@ -93,16 +95,14 @@ impl<'a> Names<'a> {
             Part::Layer(layer) => {
                 let prefix = format!("layers.{layer}.");
                 let rest = spec.name.strip_prefix(&prefix).unwrap_or(&spec.name);
-                if rest == "router.tiers" {
-                    let tiers = 0..self.tiers();
-                    return self.means(layer, tiers.map(|t| self.tier_experts(t)).collect());
-                }
                 self.whole(&format!("model.layers.{layer}.{}", layer_name(rest)), spec)
             }
-            Part::GroupRouter { tier, layer } => {
-                debug_assert_eq!(spec.name, GROUP_ROUTER);
+            Part::TierRouter { tier, layer } => {
                 let per_group = self.experts_per_group(tier);
                 let all = self.tier_experts(tier);
+                if spec.name == TIER_ROUTER {
+                    return self.means(layer, vec![all]);
+                }
                 let groups = all.step_by(per_group).map(|first| first..first + per_group);
                 self.means(layer, groups.collect())
             }
@@ -138,10 +138,6 @@ impl<'a> Names<'a> {
                     .into(),
             }),
         }
-    }
-
-    fn tiers(&self) -> usize {
-        self.config.moe.as_ref().map_or(0, |moe| moe.tiers.len())
     }
 
     fn experts(&self) -> usize {

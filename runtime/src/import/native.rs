@@ -5,6 +5,8 @@
 //! copied. So a checkpoint that was imported without rounding converts to the same bytes, root
 //! hash and all, as its source imports to. A conversion that would change nothing is refused.
 
+use std::path::Path;
+
 use lite_llm_kernels::matrix::{PANEL, PackedMatrix, Source};
 
 use super::{ImportError, ImportOptions, PIECE_BYTES, not_finite, pack::Packer};
@@ -13,13 +15,20 @@ use crate::checkpoint::{
     index::Shard,
     inspect::{Summary, inspect},
     layout::{Part, TensorSpec},
-    manifest::MANIFEST,
+    source::Files,
     writer::{TensorSink, Text, Writer},
 };
 
 /// Whether a folder is a checkpoint and no Hugging Face folder.
 pub(super) fn is_checkpoint(options: &ImportOptions) -> bool {
-    options.source.join(MANIFEST).exists() && !options.source.join("config.json").exists()
+    let source = &options.source;
+    let numbered = source.to_str().and_then(|text| text.rsplit_once('@'));
+    let dir = match numbered {
+        Some((dir, number)) if !source.exists() && number.parse::<u64>().is_ok() => Path::new(dir),
+        _ => source,
+    };
+    let checkpoint = Files::dir(dir).and_then(|files| files.holds_checkpoint()).unwrap_or(false);
+    checkpoint && !dir.join("config.json").exists()
 }
 
 /// Converts a checkpoint. `progress` is as for an import.
@@ -47,7 +56,19 @@ pub(super) fn convert(
             ));
         }
     };
-    let config = checkpoint.config();
+    let mut config = checkpoint.config().clone();
+    for tier in config.moe.iter_mut().flat_map(|moe| &mut moe.tiers) {
+        // What was asked for is one format for all.
+        tier.dtype = None;
+        if tier.absent {
+            return Err(ImportError::file(
+                &options.source,
+                format!("the files of tier {} are missing", tier.id),
+                "copy them there to convert all of the checkpoint",
+            ));
+        }
+    }
+    let config = &config;
     let text = Text {
         tokenizer_json: checkpoint.tokenizer_json()?,
         chat_template: checkpoint.chat_template()?,
@@ -63,16 +84,24 @@ pub(super) fn convert(
     let mut done = 0;
     for part in Part::all(config) {
         let shard = checkpoint.shard(part)?;
-        let mut entries = shard.tensors.iter();
+        let sections = part.sections(checkpoint.config(), checkpoint.dtype());
+        let mut sections = shard.sections.iter().zip(sections);
+        let mut tensors = Vec::new().into_iter();
         writer.write_part(part, |spec, sink| {
-            let entry = entries.next().expect("names and order do not depend on the format");
-            progress(done, total, &shard.path);
-            done += entry.bytes;
-            converter.tensor(&shard, spec, &checkpoint.tensor(&shard, entry)?, sink)
+            // Names and order do not depend on the format.
+            if tensors.len() == 0
+                && let Some((section, spec)) = sections.next()
+            {
+                progress(done, total, &shard.path);
+                done += section.bytes;
+                tensors = checkpoint.tensors(&shard, section, &spec.tensors)?.into_iter();
+            }
+            let tensor = tensors.next().expect("every part has the same tensors in every format");
+            converter.tensor(&shard, spec, &tensor, sink)
         })?;
         done += shard.header_bytes;
     }
-    progress(total, total, MANIFEST);
+    progress(total, total, "the manifest");
     writer.finish(&text)?;
     Ok(inspect(&Checkpoint::open(&options.out)?)?)
 }

@@ -5,17 +5,22 @@
 
 use std::str::FromStr;
 
+use lite_llm_kernels::dtype::DType;
+
 use super::ImportError;
 use crate::{
     config::ModelConfig,
-    tier::{Residence, TIER_1B, TIER_1T, TIER_10B, TIER_100B, TierConfig, TierId},
+    tier::{TIER_1B, TIER_1T, TIER_10B, TIER_100B, TierConfig, TierId},
 };
 
-/// Tiers to cut, written `tier_1b:2x4,tier_10b:1x8`: name, groups × experts in a group.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Tiers to cut, written `tier_1b:2x4,tier_10b:1x8:int4:k1x2`: name, groups × experts in a group
+/// and, where they are not the model's, the format of the experts and how many groups × experts a
+/// token that chose the tier goes to.
+#[derive(Debug, Clone, PartialEq)]
 pub struct TierCut {
     text: String,
-    tiers: Vec<(TierId, u32, u32)>,
+    /// Without their parameters, which depend on the model.
+    tiers: Vec<TierConfig>,
 }
 
 /// Choices per token, written `1x1x2`: tiers × groups in a tier × experts in a group.
@@ -32,23 +37,40 @@ impl FromStr for TierCut {
         let error = |reason: String| ImportError::Cut {
             option: "--tiers",
             text: text.into(),
-            reason: format!("{reason}; write it like tier_1b:2x4,tier_10b:1x8"),
+            reason: format!("{reason}; write it like tier_1b:2x4,tier_10b:1x8:int4:k1x2"),
         };
-        let mut tiers: Vec<(TierId, u32, u32)> = Vec::new();
-        for tier in text.split(',') {
-            let parts =
-                tier.split_once(':').and_then(|(id, size)| Some((id, size.split_once('x')?)));
-            let (id, (groups, experts)) =
-                parts.ok_or_else(|| error(format!("{tier:?} is not NAME:GROUPSxEXPERTS")))?;
-            let id: TierId = id.trim().parse().map_err(|e| error(format!("{e}")))?;
+        let pair = |sizes: &str| {
+            let (left, right) = sizes
+                .split_once('x')
+                .ok_or_else(|| error(format!("{sizes:?} is not GROUPSxEXPERTS")))?;
             let count = |n: &str| match n.trim().parse::<u32>() {
                 Ok(n) if n > 0 => Ok(n),
                 _ => Err(error(format!("{n:?} is not a whole number from 1"))),
             };
-            if tiers.iter().any(|t| t.0 == id) {
+            Ok::<_, ImportError>((count(left)?, count(right)?))
+        };
+        let mut tiers: Vec<TierConfig> = Vec::new();
+        for tier in text.split(',') {
+            let mut parts = tier.split(':').map(str::trim);
+            let (Some(id), Some(sizes)) = (parts.next(), parts.next()) else {
+                return Err(error(format!("{tier:?} is not NAME:GROUPSxEXPERTS")));
+            };
+            let id: TierId = id.parse().map_err(|e| error(format!("{e}")))?;
+            if tiers.iter().any(|t| t.id == id) {
                 return Err(error(format!("{id} occurs twice")));
             }
-            tiers.push((id, count(groups)?, count(experts)?));
+            let (groups, experts) = pair(sizes)?;
+            let mut config = TierConfig::new(id, groups, experts, 0);
+            for part in parts {
+                if let Some(routes) = part.strip_prefix('k') {
+                    let (k_group, k_expert) = pair(routes)?;
+                    (config.k_group, config.k_expert) = (Some(k_group), Some(k_expert));
+                } else {
+                    let dtype: DType = part.parse().map_err(|e| error(format!("{e}")))?;
+                    config.dtype = Some(dtype);
+                }
+            }
+            tiers.push(config);
         }
         Ok(Self { text: text.into(), tiers })
     }
@@ -80,7 +102,7 @@ pub fn cut(
     if cut.is_none() && routes.is_none() {
         return Ok(());
     }
-    let expert_parameters = config.expert_parameters();
+    let expert_parameters = config.expert_parameters(0);
     let sparse = config.sparse_layers().count();
     let error = |option, text: &str, reason: String| {
         Err(ImportError::Cut { option, text: text.into(), reason })
@@ -90,23 +112,26 @@ pub fn cut(
     };
     if let Some(cut) = cut {
         let experts = moe.experts() as u64;
-        let asked = cut.tiers.iter().map(|t| u64::from(t.1) * u64::from(t.2));
+        let asked = cut.tiers.iter().map(|t| u64::from(t.groups) * u64::from(t.experts_per_group));
         let asked = asked.fold(0, u64::saturating_add);
         if asked != experts {
             let reason = format!("{asked} experts, expected the model's {experts}");
             return error("--tiers", &cut.text, reason);
         }
-        moe.tiers = cut
-            .tiers
-            .iter()
-            .map(|(id, groups, experts_per_group)| TierConfig {
-                id: id.clone(),
-                groups: *groups,
-                experts_per_group: *experts_per_group,
-                parameters: parameters(groups * experts_per_group, expert_parameters, sparse),
-                placement: Residence::Dram,
-            })
-            .collect();
+        moe.tiers = cut.tiers.clone();
+        for tier in &mut moe.tiers {
+            tier.parameters = parameters(tier.experts(), expert_parameters, sparse);
+        }
+        for (i, tier) in moe.tiers.iter().enumerate() {
+            let (k_group, k_expert) = (tier.k_group.unwrap_or(1), tier.k_expert.unwrap_or(1));
+            if k_group > tier.groups || k_expert > tier.experts_per_group {
+                let (TierConfig { id, groups, experts_per_group, .. }, text) =
+                    (&cut.tiers[i], &cut.text);
+                let reason =
+                    format!("{id} has {groups}x{experts_per_group}, not {k_group}x{k_expert}");
+                return error("--tiers", text, reason);
+            }
+        }
         let smallest = moe.tiers.iter().map(|t| t.experts_per_group).min().unwrap_or(1);
         moe.routing.k_expert = moe.routing.k_expert.min(smallest);
     }
@@ -133,13 +158,7 @@ pub fn cut(
 /// The one tier of a model as published, named by its size.
 pub fn flat_tier(experts: u32, expert_parameters: u64, sparse_layers: usize) -> TierConfig {
     let parameters = parameters(experts, expert_parameters, sparse_layers);
-    TierConfig {
-        id: name_of(parameters),
-        groups: 1,
-        experts_per_group: experts,
-        parameters,
-        placement: Residence::Dram,
-    }
+    TierConfig::new(name_of(parameters), 1, experts, parameters)
 }
 
 fn parameters(experts: u32, expert_parameters: u64, sparse_layers: usize) -> u64 {
@@ -172,9 +191,32 @@ mod tests {
     #[test]
     fn a_cut_reads_as_written_and_refuses_the_rest() {
         let cut: TierCut = "tier_1b:2x4,tier_10b:1x8".parse().unwrap();
-        assert_eq!(cut.tiers, [(TIER_1B, 2, 4), (TIER_10B, 1, 8)]);
-        for bad in ["", "tier_1b", "tier_1b:2", "tier_1b:0x4", "../x:1x1", "a:1x1,a:1x1", "a:1x-1"]
-        {
+        assert_eq!(
+            cut.tiers,
+            [TierConfig::new(TIER_1B, 2, 4, 0), TierConfig::new(TIER_10B, 1, 8, 0)]
+        );
+        let cut: TierCut = "tier_1b:2x4:bf16,tier_10b:1x8:int4:k1x2".parse().unwrap();
+        assert_eq!(cut.tiers[0].dtype, Some(DType::Bf16));
+        assert_eq!(
+            cut.tiers[1],
+            TierConfig {
+                dtype: Some(DType::Int4),
+                k_group: Some(1),
+                k_expert: Some(2),
+                ..TierConfig::new(TIER_10B, 1, 8, 0)
+            }
+        );
+        for bad in [
+            "",
+            "tier_1b",
+            "tier_1b:2",
+            "tier_1b:0x4",
+            "../x:1x1",
+            "a:1x1,a:1x1",
+            "a:1x-1",
+            "a:1x1:int5",
+            "a:1x1:k2",
+        ] {
             assert!(bad.parse::<TierCut>().is_err(), "{bad:?}");
         }
         for bad in ["", "1x1", "1x1x0", "1x1x1x1", "ax1x1", "99999999999x1x1"] {

@@ -37,11 +37,19 @@ pub struct HierarchicalRouter {
 #[derive(Debug, Clone, Copy)]
 struct Branch {
     row: u32,
-    /// Place among the row's branches of this level.
+    /// Orders of choice from the tier down, 10 bits each: sorts a row's branches.
     place: u32,
     tier: u32,
     group: u32,
     weight: f32,
+}
+
+impl Branch {
+    /// The place of the choice that comes `order`th below this branch. `ModelConfig::check` allows
+    /// at most 1024 routes, so an order has 10 bits.
+    fn below(&self, order: u32) -> u32 {
+        self.place << 10 | order
+    }
 }
 
 impl HierarchicalRouter {
@@ -113,7 +121,6 @@ impl Router<Cpu> for HierarchicalRouter {
         out: &mut Routes,
     ) -> Result<(), RouteError> {
         let routing = &self.moe.routing;
-        let (k_group, k_expert) = (routing.k_group as usize, routing.k_expert as usize);
         let rows: Vec<&[f32]> = (0..hidden.rows()).map(|row| hidden.row(row)).collect();
         let roots: Vec<Branch> = (0..rows.len() as u32)
             .map(|row| Branch { row, place: 0, tier: 0, group: 0, weight: 1.0 })
@@ -147,12 +154,12 @@ impl Router<Cpu> for HierarchicalRouter {
                     gates.groups.as_ref(),
                     Level::Group,
                     first_group,
-                    k_group,
+                    self.moe.k_group(tier) as usize,
                     &here,
                     |_, _| true,
                     |branch, order, choice| {
                         groups.push(Branch {
-                            place: branch.place * routing.k_group + order,
+                            place: branch.below(order),
                             group: choice.index,
                             weight: branch.weight * choice.probability,
                             ..*branch
@@ -176,11 +183,11 @@ impl Router<Cpu> for HierarchicalRouter {
                 Some(&self.tiers[tier as usize].experts[group as usize]),
                 Level::Expert,
                 key(0).flat(&self.moe) as u64,
-                k_expert,
+                self.moe.k_expert(tier as usize) as usize,
                 here,
                 |_, _| true,
                 |branch, order, choice| {
-                    let place = branch.place * routing.k_expert + order;
+                    let place = branch.below(order);
                     let weight = branch.weight * choice.probability;
                     chosen.push((Branch { place, weight, ..*branch }, key(choice.index)));
                 },

@@ -36,13 +36,28 @@ pub struct NodeAddress {
     pub address: String,
 }
 
-/// An expert by layer and index in the layer's flat list.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Archive, Serialize, Deserialize)]
-pub struct FlatExpert {
-    /// Layer of the model.
-    pub layer: u16,
-    /// Index in the layer's flat list: tiers, then groups, then experts.
-    pub flat: u32,
+/// Most rules of a placement, and most holders that a rule lists.
+pub const PLACEMENT_RULES_MAX: usize = 4096;
+/// See [`PLACEMENT_RULES_MAX`].
+pub const PLACEMENT_HOLDERS_MAX: usize = 1 << 16;
+
+/// Who holds the experts of some groups of a tier: a rule is small however many experts it places.
+///
+/// The experts of the range are counted through all sparse layers: layers upwards, then groups,
+/// then experts. Number i of them is held by `holders[s · copies..][..copies]` with
+/// `s = i mod (holders.len() / copies)`, the first of whom is asked first.
+#[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct PlacementRule {
+    /// Index of the tier.
+    pub tier: u16,
+    /// First group.
+    pub first_group: u32,
+    /// The group after the last.
+    pub end_group: u32,
+    /// Holders of each expert.
+    pub copies: u16,
+    /// Indices of nodes.
+    pub holders: Vec<u16>,
 }
 
 /// What a node is to hold, and where everything else is.
@@ -52,18 +67,14 @@ pub struct Assignment {
     pub epoch: u64,
     /// Root hash of the checkpoint.
     pub checkpoint: [u8; 32],
-    /// Folder of the checkpoint.
+    /// Where the checkpoint is: a folder, with the number of its manifest.
     pub model_path: String,
-    /// What the receiver loads.
-    pub experts: Vec<FlatExpert>,
-    /// Per layer, per flat index: the owner, as an index of `nodes`. Dense layers are empty.
-    pub owners: Vec<Vec<u16>>,
+    /// Who holds which expert. The receiver loads what it holds itself.
+    pub placement: Vec<PlacementRule>,
     /// The nodes of this epoch.
     pub nodes: Vec<NodeAddress>,
     /// The receiver's own index in `nodes`.
     pub you: u16,
-    /// Seed of the routing's tie-break.
-    pub seed: u64,
     /// Name of the format in which every node keeps keys and values.
     pub kv_dtype: String,
     /// Positions with which every node serves the model: they bound a request, and they fix the
@@ -72,19 +83,43 @@ pub struct Assignment {
 }
 
 impl Assignment {
-    /// Whether every index names a node of the list. To be asked once, on receipt.
+    /// Whether every index names a node of the list, and sizes are within bounds. To be asked once,
+    /// on receipt.
     pub fn check(&self) -> Result<(), MessageError> {
+        let field = |field, found: u64, expected: String| {
+            Err(MessageError::Field { what: "Assignment", field, found, expected })
+        };
         let nodes = self.nodes.len();
+        let rules = self.placement.len();
+        if rules > PLACEMENT_RULES_MAX {
+            return field(
+                "number of rules",
+                rules as u64,
+                format!("{PLACEMENT_RULES_MAX} at most"),
+            );
+        }
+        for rule in &self.placement {
+            let holders = rule.holders.len();
+            let copies = usize::from(rule.copies);
+            if holders == 0
+                || holders > PLACEMENT_HOLDERS_MAX
+                || copies == 0
+                || holders % copies != 0
+            {
+                let expected =
+                    format!("1 to {PLACEMENT_HOLDERS_MAX}, and a multiple of its {copies} copies,");
+                return field("number of holders", holders as u64, expected);
+            }
+        }
         let outside = |&&node: &&u16| usize::from(node) >= nodes;
-        let mut all = self.owners.iter().flatten().chain([&self.you]);
+        let mut all = self.placement.iter().flat_map(|rule| &rule.holders).chain([&self.you]);
         match all.find(outside) {
             None => Ok(()),
-            Some(&node) => Err(MessageError::Field {
-                what: "Assignment",
-                field: "index of a node",
-                found: node.into(),
-                expected: format!("less than {nodes}, the number of its nodes,"),
-            }),
+            Some(&node) => field(
+                "index of a node",
+                node.into(),
+                format!("less than {nodes}, the number of its nodes,"),
+            ),
         }
     }
 }

@@ -1,0 +1,80 @@
+//! Compatibility by bytes: a checkpoint of format 2, extended once, is kept as files. Every later build
+//! reads it, with the same names and the same bits, and writes the same bytes from the same values.
+//!
+//! If this fails, the layout or the determinism contract changed: undo that, or raise
+//! `FORMAT_VERSION` or `DETERMINISM_VERSION`, keep what is there for the versions that read it, and
+//! write the files of the new version with `LITE_LLM_WRITE_BYTES=1`.
+
+mod grow;
+mod hf;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use grow::{checkpoint, extend, logits, tier_10b};
+use lite_llm_runtime::checkpoint::{Checkpoint, verify::verify};
+
+/// Roots of its manifests.
+const ROOTS: [&str; 2] = ["", ""];
+/// blake3 of the logits' bits, by address and TierSet.
+const LOGITS: [(&str, &str, &str); 3] =
+    [("@1", "all", ""), ("@2", "tier_1b", ""), ("@2", "all", "")];
+
+fn kept() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/checkpoint.v2")
+}
+
+fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => {
+                    let name = path.strip_prefix(dir).unwrap().to_owned();
+                    found.insert(name, fs::read(path).unwrap());
+                }
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn a_checkpoint_of_format_2_is_written_as_it_was() {
+    let (_dir, out) = checkpoint();
+    extend(&out, tier_10b()).unwrap();
+    let written = files(&out);
+    if std::env::var_os("LITE_LLM_WRITE_BYTES").is_some() {
+        for (name, bytes) in &written {
+            let path = kept().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        }
+    }
+    let kept = files(&kept());
+    assert!(written.keys().eq(kept.keys()), "the same files");
+    for (name, bytes) in &kept {
+        assert!(written[name] == *bytes, "{}: this build lays it otherwise", name.display());
+    }
+}
+
+#[test]
+fn a_checkpoint_of_format_2_reads_with_its_roots_and_its_bits() {
+    let at = |suffix: &str| format!("{}{suffix}", kept().display());
+    for (number, root) in ROOTS.iter().enumerate() {
+        let checkpoint = Checkpoint::open(at(&format!("@{}", number + 1))).unwrap();
+        verify(&checkpoint, &mut |_, _, _| {}).unwrap();
+        assert_eq!(checkpoint.manifest().root.to_string(), *root, "manifest {}", number + 1);
+    }
+    for (address, tiers, expected) in LOGITS {
+        let bits = logits(&at(address), tiers).unwrap();
+        let hash = blake3::hash(bytemuck::cast_slice(&bits)).to_string();
+        assert_eq!(hash, expected, "{address} {tiers}");
+    }
+}
