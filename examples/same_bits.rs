@@ -25,6 +25,7 @@ async fn main() -> anyhow::Result<()> {
             dram_bytes: 1 << 30,
             kv_bytes: 64 << 20,
             kv_dtype: KvDType::F32,
+            context: None,
             placement: PlacementPolicy::Balanced,
         };
         let cluster = LocalCluster::start(checkpoint.clone(), &options).await?;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use lite_llm_kernels::kv::KvDType;
-use lite_llm_runtime::{checkpoint::Checkpoint, tokenizer::Tokenizer};
+use lite_llm_runtime::{checkpoint::Checkpoint, config::ModelConfig, tokenizer::Tokenizer};
 use lite_llm_transport::{
     connection::Connection,
     messages::{Assignment, ClusterStatus, JobEvent, JobRequest, JobStart, NodeInfo, NodeStatus},
@@ -89,6 +89,8 @@ pub struct CoordinatorArguments {
     pub placement: PlacementPolicy,
     /// How all nodes keep keys and values.
     pub kv_dtype: KvDType,
+    /// What the model is, with the context that all nodes serve it with.
+    pub config: ModelConfig,
 }
 
 /// See the module's text.
@@ -132,7 +134,7 @@ impl Actor for Coordinator {
         myself: ActorRef<Self::Msg>,
         arguments: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        let config = arguments.checkpoint.config().clone();
+        let config = arguments.config.clone();
         let (expert_bytes, workers) = (arguments.expert_bytes.clone(), arguments.workers);
         let policy = arguments.placement;
         pg::monitor_scope(arguments.cluster.clone(), myself.get_cell());
@@ -360,6 +362,7 @@ impl CoordinatorState {
             nodes,
             you: index,
             kv_dtype: self.arguments.kv_dtype.name().into(),
+            context: self.arguments.config.context as u64,
         }
     }
 
@@ -380,7 +383,7 @@ impl CoordinatorState {
         if self.jobs.len() >= JOBS_MAX {
             return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
         }
-        job::check(&request, self.arguments.checkpoint.config())?;
+        job::check(&request, &self.arguments.config)?;
         // The node with the fewest jobs is home; of equals, the first.
         let home = self
             .nodes

@@ -31,6 +31,8 @@ pub struct LocalOptions {
     pub kv_bytes: u64,
     /// How they are kept.
     pub kv_dtype: KvDType,
+    /// Positions with which the model is served; by default its own.
+    pub context: Option<usize>,
     /// How experts are spread.
     pub placement: PlacementPolicy,
 }
@@ -60,6 +62,7 @@ impl LocalCluster {
             workers: options.workers,
             placement: options.placement,
             kv_dtype: options.kv_dtype,
+            context: options.context,
             remote_workers: false,
         })
         .await?;

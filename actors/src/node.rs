@@ -347,9 +347,18 @@ impl LoaderState {
 
     /// Opens the checkpoint and loads the backbone, unless that was done for an earlier epoch.
     async fn open(&mut self, assignment: &Assignment) -> Result<OpenModel, String> {
+        let context = usize::try_from(assignment.context)
+            .map_err(|_| format!("the coordinator assigned a context of {}", assignment.context))?;
         if let Some(model) = &self.model
             && model.checkpoint.id() == assignment.checkpoint
         {
+            let here = model.backbone.config.context;
+            if here != context {
+                // A coordinator keeps its context for life, and a worker its coordinator.
+                return Err(format!(
+                    "this worker serves a context of {here} and was assigned {context}: restart it"
+                ));
+            }
             return Ok(model.clone());
         }
         let (source, device) = (self.options.model.clone(), self.options.device.clone());
@@ -366,7 +375,7 @@ impl LoaderState {
                     checkpoint.location()
                 ));
             }
-            let backbone = Backbone::load(&checkpoint, device, |_, _| {});
+            let backbone = Backbone::load_served(&checkpoint, Some(context), device, |_, _| {});
             Ok((checkpoint, Arc::new(backbone.map_err(|error| error.to_string())?)))
         };
         let (checkpoint, backbone) =

@@ -48,6 +48,8 @@ pub struct CoordinatorOptions {
     pub placement: PlacementPolicy,
     /// How all workers keep keys and values: it is part of what fixes a request's bits.
     pub kv_dtype: KvDType,
+    /// Positions with which all workers serve it; by default the model's own. Also part of that.
+    pub context: Option<usize>,
     /// Whether workers are other processes; if not, they are actors of this one.
     pub remote_workers: bool,
 }
@@ -76,10 +78,10 @@ impl CoordinatorHandle {
     /// Starts a coordinator.
     pub async fn start(options: CoordinatorOptions) -> Result<Self, ServeError> {
         let CoordinatorOptions { listen, authority, checkpoint, workers, placement, .. } = options;
-        let config = checkpoint.config();
+        let config = checkpoint.config().served(options.context).map_err(failed)?;
         let tiers = 0..config.moe.as_ref().map_or(0, |moe| moe.tiers.len());
         let expert_bytes =
-            tiers.map(|tier| expert_bytes(config, checkpoint.dtype(), tier)).collect();
+            tiers.map(|tier| expert_bytes(&config, checkpoint.dtype(), tier)).collect();
         let identity = authority.identity(Role::Coordinator, "coordinator").map_err(failed)?;
         let mut hello = Hello::new(DETERMINISM_VERSION);
         hello.checkpoint = Some(checkpoint.id());
@@ -111,6 +113,7 @@ impl CoordinatorHandle {
             workers,
             placement,
             kv_dtype: options.kv_dtype,
+            config,
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
         let handle = Self { actor, endpoint, token, control, prompts, address };

@@ -96,6 +96,10 @@ pub struct LocalArgs {
     /// How keys and values are kept: f32, bf16 (half the memory), int8 (a quarter).
     #[arg(long, value_name = "FORMAT", default_value_t)]
     pub kv_dtype: KvDType,
+    /// Positions with which the model is served, prompt and answer together [default: the model's
+    /// own]. Where the model's rope scaling depends on a length, it is this one.
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<usize>,
     /// Compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
@@ -344,6 +348,10 @@ pub struct CoordinatorArgs {
     /// How all workers keep keys and values: f32, bf16 (half the memory), int8 (a quarter).
     #[arg(long, value_name = "FORMAT", default_value_t)]
     pub kv_dtype: KvDType,
+    /// Positions with which all workers serve the model, prompt and answer together [default: the
+    /// model's own]. Where the model's rope scaling depends on a length, it is this one.
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<usize>,
 }
 
 /// `worker`.

@@ -14,15 +14,16 @@ use lite_llm_kernels::{
 
 use crate::{
     checkpoint::{Checkpoint, CheckpointError},
-    config::{FeedForward, ModelConfig, QkNorm, RopeScaling},
+    config::{ConfigError, FeedForward, ModelConfig, QkNorm},
     expert::GatedMlp,
     moe_layer::{MoELayer, SharedExpert},
+    rope::Rotary,
     routing::{HierarchicalRouter, TierGates},
 };
 
 /// Weights that every token uses, on device `D`.
 pub struct Backbone<D: Device> {
-    /// What the model is.
+    /// What the model is, with the context that it is served with.
     pub config: ModelConfig,
     /// Where the weights are and what computes with them.
     pub device: Arc<D>,
@@ -36,6 +37,8 @@ pub struct Backbone<D: Device> {
     pub layers: Vec<BackboneLayer<D>>,
     /// Rotary frequencies, `[head_dim / 2]`.
     pub inv_freq: Vec<f32>,
+    /// Rotary cosines and sines are multiplied by this.
+    pub rotary_scale: f32,
 }
 
 /// A linear map with an optional bias.
@@ -85,33 +88,32 @@ pub enum LoadError {
     /// The device took no more.
     #[error(transparent)]
     Device(#[from] DeviceError),
-}
-
-/// Rotary frequencies `theta^(-2i / head_dim)`, computed in f64 and rounded once, then divided
-/// by the scaling's factor (RoFormer, Su et al. 2021, section 3.2).
-fn rotary_frequencies(config: &ModelConfig) -> Vec<f32> {
-    let attention = &config.attention;
-    let factor = match attention.rope_scaling {
-        RopeScaling::None => 1.0,
-        RopeScaling::Linear { factor } => factor,
-    };
-    (0..attention.head_dim / 2)
-        .map(|i| {
-            let exponent = 2.0 * i as f64 / attention.head_dim as f64;
-            (libm::pow(attention.rope_theta, -exponent) / factor) as f32
-        })
-        .collect()
+    /// The model cannot be served with such a context.
+    #[error(transparent)]
+    Context(#[from] ConfigError),
 }
 
 impl Backbone<Cpu> {
-    /// Loads the backbone from a checkpoint, verifying every tensor on as many threads as the
-    /// device computes with; `progress` is told (layers done, layers in all).
+    /// [`Backbone::load_served`] with the model's own context.
     pub fn load(
         checkpoint: &Checkpoint,
         device: Arc<Cpu>,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<Self, LoadError> {
+        Self::load_served(checkpoint, None, device, progress)
+    }
+
+    /// Loads the backbone from a checkpoint, verifying every tensor on as many threads as the
+    /// device computes with; `progress` is told (layers done, layers in all). It is served with
+    /// `context` ([`ModelConfig::served`]).
+    pub fn load_served(
+        checkpoint: &Checkpoint,
+        context: Option<usize>,
+        device: Arc<Cpu>,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
-        let config = checkpoint.config().clone();
+        let config = checkpoint.config().served(context)?;
+        let rotary = Rotary::new(&config.attention, config.context);
         let matrices = checkpoint.dense_matrices(device.pool().threads())?;
         let loader = Loader { checkpoint, matrices, device: &device };
         let moe = config.moe.clone().map(Arc::new);
@@ -163,7 +165,8 @@ impl Backbone<Cpu> {
             embed: loader.matrix("embed")?,
             head: (!config.tied_embeddings).then(|| loader.matrix("head")).transpose()?,
             norm: loader.vector("norm")?,
-            inv_freq: rotary_frequencies(&config),
+            inv_freq: rotary.inv_freq,
+            rotary_scale: rotary.scale,
             layers,
             config,
             device,

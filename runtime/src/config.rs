@@ -15,6 +15,8 @@ pub const LAYERS_MAX: usize = 4096;
 pub const LAYER_EXPERTS_MAX: u64 = 1 << 32;
 /// See [`LAYERS_MAX`].
 pub const WIDTH_MAX: usize = 1 << 20;
+/// Most positions of a context. Angles are f32 products, exact positions up to here.
+pub const CONTEXT_MAX: usize = 1 << 24;
 
 /// A transformer whose feed-forward layers are dense or mixtures of experts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -80,8 +82,9 @@ pub enum QkNorm {
     PerHead,
 }
 
-/// How rotary positions are stretched.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+/// How rotary positions are stretched; [`crate::rope`] has the formulas. `original` is the context
+/// of the training before.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
 pub enum RopeScaling {
     /// Not at all.
@@ -90,6 +93,50 @@ pub enum RopeScaling {
     Linear {
         /// The factor.
         factor: f64,
+    },
+    /// A greater base, by how far the served context goes beyond the original one (NTK-aware).
+    Dynamic {
+        /// How fast the base grows.
+        factor: f64,
+        /// Positions up to which nothing changes.
+        original: usize,
+    },
+    /// Low frequencies divided by a factor, high ones kept, a ramp between (YaRN).
+    Yarn {
+        /// The factor.
+        factor: f64,
+        /// Positions in which turns are counted.
+        original: usize,
+        /// Cosines and sines are multiplied by this.
+        attention_factor: f64,
+        /// Frequencies with more turns than this are kept.
+        beta_fast: f64,
+        /// Those with fewer turns are divided.
+        beta_slow: f64,
+        /// The ramp begins and ends at whole pairs.
+        truncate: bool,
+    },
+    /// Low frequencies divided by a factor, high ones kept, a blend between (Llama 3.1).
+    Llama3 {
+        /// The factor.
+        factor: f64,
+        /// Frequencies with fewer turns than this are divided.
+        low_freq_factor: f64,
+        /// Those with more turns are kept.
+        high_freq_factor: f64,
+        /// Positions in which turns are counted.
+        original: usize,
+    },
+    /// Each frequency divided by a factor of its own, of one list or another (LongRoPE).
+    LongRope {
+        /// Factors for served contexts up to the original one.
+        short: Vec<f64>,
+        /// Factors for longer ones.
+        long: Vec<f64>,
+        /// Which contexts are long.
+        original: usize,
+        /// Cosines and sines are multiplied by this.
+        attention_factor: f64,
     },
 }
 
@@ -250,6 +297,39 @@ impl ModelConfig {
         self.moe.as_ref().map_or(0, |moe| 3 * (self.hidden * moe.intermediate(tier)) as u64)
     }
 
+    /// The model as it is served with a context of its users' choice; by default its own.
+    ///
+    /// From there on `context` is the served one: it bounds prompt and answer, and it fixes the
+    /// rotary table (rule 4 of the determinism contract), so all nodes of a cluster must use
+    /// the same.
+    pub fn served(&self, context: Option<usize>) -> Result<Self, ConfigError> {
+        let context = context.unwrap_or(self.context);
+        let most = self.context_max();
+        let expected = match &self.attention.rope_scaling {
+            RopeScaling::Dynamic { .. } => format!("1 to {most} is expected"),
+            RopeScaling::None => format!(
+                "1 to {most} is expected, the model's own; beyond that it needs rope scaling: \
+                 import it with rope_scaling (yarn, dynamic, ...) in its config.json"
+            ),
+            _ => format!("1 to {most} is expected, what the model's rope scaling is made for"),
+        };
+        require((1..=most).contains(&context), "--context", context, &expected)?;
+        Ok(Self { context, ..self.clone() })
+    }
+
+    /// The longest context that the model's rotary positions are made for. What a published
+    /// context counts in differs: of YaRN's it may be that before stretching.
+    fn context_max(&self) -> usize {
+        let stretched = |context: usize, factor: f64| (context as f64 * factor) as usize;
+        let most = match self.attention.rope_scaling {
+            RopeScaling::Linear { factor } => stretched(self.context, factor),
+            RopeScaling::Yarn { factor, original, .. } => stretched(original, factor),
+            RopeScaling::Dynamic { .. } => CONTEXT_MAX,
+            RopeScaling::None | RopeScaling::Llama3 { .. } | RopeScaling::LongRope { .. } => 0,
+        };
+        most.clamp(self.context, CONTEXT_MAX)
+    }
+
     /// Says whether this describes a model that can run, and if not, why.
     pub fn check(&self) -> Result<(), ConfigError> {
         let width = |n: usize| (1..=WIDTH_MAX).contains(&n);
@@ -257,7 +337,7 @@ impl ModelConfig {
         require(width(self.hidden), "hidden", self.hidden, WIDTH)?;
         require((1..=1 << 24).contains(&self.vocab), "vocab", self.vocab, "1 to 2^24 is expected")?;
         require(
-            (1..=1 << 24).contains(&self.context),
+            (1..=CONTEXT_MAX).contains(&self.context),
             "context",
             self.context,
             "1 to 2^24 is expected",
@@ -331,15 +411,77 @@ impl AttentionConfig {
             self.rope_theta,
             "a positive number is expected",
         )?;
-        if let RopeScaling::Linear { factor } = self.rope_scaling {
-            let ok = factor.is_finite() && factor > 0.0;
-            require(ok, "attention.rope_scaling.factor", factor, "a positive number is expected")?;
+        if matches!(self.rope_scaling, RopeScaling::Yarn { .. }) {
+            // It divides by the logarithm.
+            let (theta, expected) = (self.rope_theta, "more than 1 is expected by yarn");
+            require(theta > 1.0, "attention.rope_theta", theta, expected)?;
         }
+        self.rope_scaling.check(self.head_dim)?;
         if let Some(limit) = self.clip_qkv {
             let ok = limit.is_finite() && limit > 0.0;
             require(ok, "attention.clip_qkv", limit, "a positive number is expected")?;
         }
         Ok(())
+    }
+}
+
+impl RopeScaling {
+    fn check(&self, head_dim: usize) -> Result<(), ConfigError> {
+        const AT: &str = "attention.rope_scaling";
+        let positive = |key: &str, n: f64| {
+            let ok = n.is_finite() && n > 0.0;
+            require(ok, &format!("{AT}.{key}"), n, "a positive number is expected")
+        };
+        let context = |n: usize| {
+            let ok = (1..=CONTEXT_MAX).contains(&n);
+            require(ok, &format!("{AT}.original"), n, "1 to 2^24 is expected")
+        };
+        match self {
+            Self::None => Ok(()),
+            Self::Linear { factor } => positive("factor", *factor),
+            Self::Dynamic { factor, original } => {
+                // The base grows with a power of head_dim / (head_dim - 2).
+                let ok = factor.is_finite() && *factor >= 1.0;
+                require(ok, &format!("{AT}.factor"), factor, "at least 1 is expected")?;
+                let expected = "at least 4 is expected by dynamic rope scaling";
+                require(head_dim >= 4, "attention.head_dim", head_dim, expected)?;
+                context(*original)
+            }
+            Self::Yarn { factor, original, attention_factor, beta_fast, beta_slow, .. } => {
+                for (key, n) in [
+                    ("factor", factor),
+                    ("attention_factor", attention_factor),
+                    ("beta_fast", beta_fast),
+                    ("beta_slow", beta_slow),
+                ] {
+                    positive(key, *n)?;
+                }
+                let expected = format!("at least beta_slow, {beta_slow}, is expected");
+                let ok = beta_fast >= beta_slow;
+                require(ok, &format!("{AT}.beta_fast"), beta_fast, &expected)?;
+                context(*original)
+            }
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
+                positive("factor", *factor)?;
+                positive("low_freq_factor", *low_freq_factor)?;
+                positive("high_freq_factor", *high_freq_factor)?;
+                let expected = format!("more than low_freq_factor, {low_freq_factor}, is expected");
+                let ok = high_freq_factor > low_freq_factor;
+                require(ok, &format!("{AT}.high_freq_factor"), high_freq_factor, &expected)?;
+                context(*original)
+            }
+            Self::LongRope { short, long, original, attention_factor } => {
+                for (key, factors) in [("short", short), ("long", long)] {
+                    let (found, pairs) = (factors.len(), head_dim / 2);
+                    let expected = format!("{pairs} are expected, half of a head's elements");
+                    let found = format!("a list of {found}");
+                    require(factors.len() == pairs, &format!("{AT}.{key}"), found, &expected)?;
+                    factors.iter().try_for_each(|factor| positive(key, *factor))?;
+                }
+                positive("attention_factor", *attention_factor)?;
+                context(*original)
+            }
+        }
     }
 }
 

@@ -166,7 +166,7 @@ impl<D: Device> ForwardPass<D> {
         let mut x = tensor(hidden)?;
         device.embed(&backbone.embed, &ids, &mut x)?;
         let mut turns = tensor(head)?;
-        device.turns(&positions, &backbone.inv_freq, 1.0, &mut turns)?;
+        device.turns(&positions, &backbone.inv_freq, backbone.rotary_scale, &mut turns)?;
         let tensors = Tensors {
             x,
             turns,

@@ -15,6 +15,7 @@ pub mod kv;
 pub mod moe_layer;
 pub mod prompt;
 pub mod random;
+pub mod rope;
 pub mod routing;
 pub mod sampler;
 pub mod sequence;

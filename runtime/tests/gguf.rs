@@ -249,9 +249,26 @@ fn what_is_not_known_is_refused_by_name() {
     with("general.architecture", text("gemma3"), "\"gemma3\"");
     with("general.architecture", Meta::U32(1), "general.architecture");
     with("llama.expert_count", Meta::U32(0), "\"llama\"");
-    with("llama.attention.head_count", text("many"), "num_attention_heads");
+    with("llama.attention.head_count", text("many"), "llama.attention.head_count is \"many\"");
+    with("llama.attention.head_count_kv", Meta::I32s(vec![2, 1]), "llama.attention.head_count_kv");
+    with("llama.attention.head_count_kv", Meta::I32s(vec![]), "llama.attention.head_count_kv");
+    with("llama.attention.head_count_kv", Meta::U32(3), "llama.attention.head_count_kv is 3;");
+    let expected = "llama.expert_used_count is 5; at most llama.expert_count (2) is expected";
+    with("llama.expert_used_count", Meta::U32(5), expected);
+    with("llama.embedding_length", Meta::U32(0), "llama.embedding_length is 0;");
+    with("llama.context_length", Meta::U32(0), "llama.context_length is 0;");
+    with("llama.feed_forward_length", Meta::U32(0), "llama.feed_forward_length is 0;");
+    with("llama.rope.freq_base", Meta::F32(-1.0), "llama.rope.freq_base is -1;");
+    with("llama.rope.scaling.factor", Meta::F32(-2.0), "llama.rope.scaling.factor is -2;");
+    with(
+        "llama.attention.layer_norm_rms_epsilon",
+        Meta::F32(-1.0),
+        "layer_norm_rms_epsilon is -1;",
+    );
     with("llama.attention.value_length", Meta::U32(8), "llama.attention.value_length");
-    with("llama.rope.scaling.type", text("yarn"), "llama.rope.scaling.type");
+    with("llama.rope.scaling.type", text("su"), "llama.rope.scaling.type");
+    with("llama.rope.scaling.type", text("yarn"), "llama.rope.scaling.factor");
+    with("llama.rope.scaling.type", text("longrope"), "rope_factors_short.weight");
     with("split.count", Meta::U32(3), "llama-gguf-split --merge");
     with("tokenizer.ggml.model", text("bert"), "tokenizer.ggml.model");
     with("tokenizer.ggml.pre", text("default"), "tokenizer.ggml.pre");
@@ -290,7 +307,18 @@ fn what_is_not_known_is_refused_by_name() {
     };
     changed("format Q4_K", &|file| file.tensors[at].2 = 12);
     changed("format 99 of ggml", &|file| file.tensors[at].2 = 99);
-    changed("self_attn.v_proj", &|file| drop(file.tensors.remove(at)));
+    changed("tensor blk.0.attn_v.weight: it is missing", &|file| {
+        drop(file.tensors.remove(at));
+    });
+    changed("tensor blk.0.ffn_up_exps.weight: it is missing", &|file| {
+        file.tensors.retain(|tensor| tensor.0 != "blk.0.ffn_up_exps.weight");
+    });
+    changed("tensor rope_freqs.weight", &|file| {
+        file.tensors.push(("rope_freqs.weight".into(), vec![8], 1, vec![0; 16]));
+    });
+    changed("rope_freqs.weight is a list of 3", &|file| {
+        file.tensors.push(("rope_freqs.weight".into(), vec![3], 0, vec![63; 12]));
+    });
     changed("blk.0.sinks", &|file| {
         let sinks = ("blk.0.sinks".into(), vec![1], 0, vec![0; 4]);
         file.tensors.push(sinks);
@@ -353,9 +381,86 @@ fn ropes_are_scaled_as_llama_cpp_scales_them() {
         }
         file.write(&path);
         let out = tempdir().unwrap();
-        let found = imported(&path, out.path()).config().attention.rope_scaling;
+        let found = imported(&path, out.path()).config().attention.rope_scaling.clone();
         assert_eq!(found, expected, "{factor:?} {kind:?}");
     }
+    let scaled = |change: &dyn Fn(&mut File)| {
+        let mut file = file.clone();
+        change(&mut file);
+        file.write(&path);
+        let out = tempdir().unwrap();
+        imported(&path, out.path()).config().attention.rope_scaling.clone()
+    };
+    let yarn = scaled(&|file| {
+        file.set("llama.rope.scaling.type", Meta::Text("yarn".into()));
+        file.set("llama.rope.scaling.factor", Meta::F32(4.0));
+        file.set("llama.rope.scaling.original_context_length", Meta::U32(32));
+        file.set("llama.rope.scaling.attn_factor", Meta::F32(0.5));
+        file.set("llama.rope.scaling.yarn_beta_fast", Meta::F32(16.0));
+    });
+    let RopeScaling::Yarn { factor, original, attention_factor, beta_fast, beta_slow, truncate } =
+        yarn
+    else {
+        panic!("{yarn:?} is not yarn");
+    };
+    assert_eq!((factor, original, beta_fast, beta_slow, truncate), (4.0, 32, 16.0, 1.0, true));
+    assert!((attention_factor - 0.5 * (0.1 * 4f64.ln() + 1.0)).abs() < 1e-12);
+
+    let factors = |from: f32| (0..8).map(|i| from + i as f32).collect::<Vec<_>>();
+    let tensor = |name: &str, factors: &[f32]| {
+        let bytes = factors.iter().flat_map(|f| f.to_le_bytes()).collect();
+        (name.to_owned(), vec![factors.len()], 0, bytes)
+    };
+    let wide = |list: &[f32]| list.iter().map(|f| f64::from(*f)).collect::<Vec<_>>();
+    let found = scaled(&|file| file.tensors.push(tensor("rope_freqs.weight", &factors(1.0))));
+    let RopeScaling::LongRope { short, long, attention_factor, .. } = found else {
+        panic!("{found:?}");
+    };
+    assert_eq!((short, long), (wide(&factors(1.0)), wide(&factors(1.0))));
+    assert_eq!(attention_factor, 1.0);
+    let found = scaled(&|file| {
+        file.set("llama.rope.scaling.type", Meta::Text("longrope".into()));
+        file.set("llama.rope.scaling.original_context_length", Meta::U32(32));
+        file.set("llama.rope.scaling.attn_factor", Meta::F32(1.25));
+        file.tensors.push(tensor("rope_factors_short.weight", &factors(1.0)));
+        file.tensors.push(tensor("rope_factors_long.weight", &factors(2.0)));
+    });
+    let (short, long) = (wide(&factors(1.0)), wide(&factors(2.0)));
+    let expected = RopeScaling::LongRope { short, long, original: 32, attention_factor: 1.25 };
+    assert_eq!(found, expected);
+}
+
+/// Converters of before April 2024 wrote a tensor for each expert, and some write lists of what is
+/// alike in all layers.
+#[test]
+fn experts_in_tensors_of_their_own_and_lists_of_equal_numbers_are_read() {
+    let (_dir, folder) = random(RandomClass::Mixtral);
+    let mut file = converted(&folder, as_q8_0);
+    let (a, b) = (folder.with_extension("a"), folder.with_extension("b"));
+    let path = folder.with_extension("gguf");
+    file.write(&path);
+    let stacked = imported(&path, &a);
+    for (name, shape, dtype, bytes) in std::mem::take(&mut file.tensors) {
+        let Some(stem) = name.strip_suffix("_exps.weight") else {
+            file.tensors.push((name, shape, dtype, bytes));
+            continue;
+        };
+        for (expert, bytes) in bytes.chunks(bytes.len() / shape[0]).enumerate() {
+            let name = format!("{stem}.{expert}.weight");
+            file.tensors.push((name, shape[1..].to_vec(), dtype, bytes.to_vec()));
+        }
+    }
+    let kv_heads = stacked.config().attention.kv_heads as i32;
+    let layers = stacked.config().layers.len();
+    file.set("llama.attention.head_count_kv", Meta::I32s(vec![kv_heads; layers]));
+    file.write(&path);
+    assert_eq!(imported(&path, &b).config(), stacked.config());
+    assert!(weights(&b) == weights(&a), "weights differ");
+
+    let path = path.with_file_name("model.gguf");
+    file.tensors.retain(|tensor| tensor.0 != "blk.1.ffn_down.3.weight");
+    file.write(&path);
+    refused(&path, "tensor blk.1.ffn_down.3.weight: it is missing");
 }
 
 /// k in Q8_0, as llama-quantize has it in Mixtral's Q4_0, does not change the format of the rest.

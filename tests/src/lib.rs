@@ -153,7 +153,8 @@ impl Reference {
     }
 }
 
-/// How a cluster computes; none of it may change a bit, but for the cache's format.
+/// How a cluster computes; none of it may change a bit, but for the cache's format and
+/// the context.
 #[derive(Debug, Clone, Copy)]
 pub struct Setup {
     /// Nodes.
@@ -164,8 +165,11 @@ pub struct Setup {
     pub simd: Simd,
     /// How experts are spread.
     pub placement: PlacementPolicy,
-    /// How keys and values are kept: the one thing here that does change bits.
+    /// How keys and values are kept: it does change bits.
     pub kv_dtype: KvDType,
+    /// Positions with which the model is served; of a model whose rotary table depends on it, it
+    /// changes bits, too.
+    pub context: Option<usize>,
 }
 
 impl Default for Setup {
@@ -176,6 +180,7 @@ impl Default for Setup {
             simd: Simd::best(),
             placement: PlacementPolicy::Balanced,
             kv_dtype: KvDType::F32,
+            context: None,
         }
     }
 }
@@ -190,6 +195,7 @@ impl Setup {
             dram_bytes: 1 << 30,
             kv_bytes: 256 << 20,
             kv_dtype: self.kv_dtype,
+            context: self.context,
             placement: self.placement,
         };
         tokio::time::timeout(PATIENCE, LocalCluster::start(checkpoint.clone(), &options))

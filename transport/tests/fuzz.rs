@@ -158,6 +158,7 @@ fn assignment() -> Assignment {
         nodes: vec![node.clone(), node],
         you: 1,
         kv_dtype: "bf16".into(),
+        context: 4096,
     }
 }
 

@@ -19,6 +19,7 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     let model = std::path::absolute(&args.model)
         .with_context(|| format!("{}: no such path", args.model.display()))?;
     let checkpoint = open_model(Some(&model))?;
+    checkpoint.config().served(args.context).map_err(bad_input)?;
     let state = match args.state {
         Some(state) => state,
         None => default_state()?,
@@ -38,6 +39,7 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
         workers: args.workers.into(),
         placement: placement(args.random_placement),
         kv_dtype: args.kv_dtype,
+        context: args.context,
         remote_workers: true,
     };
     let coordinator = CoordinatorHandle::start(options).await?;

@@ -66,8 +66,9 @@ impl Evaluated {
 pub(super) async fn eval(args: EvalArgs, json: bool) -> Result<()> {
     let tokens = read_tokens(&args.tokens)?;
     let checkpoint = open_model(Some(&args.model))?;
+    let config = args.local.served(&checkpoint)?;
     for (index, prompt) in tokens.prompts.iter().enumerate() {
-        let checked = job::check(&request(&args, prompt.clone()), checkpoint.config());
+        let checked = job::check(&request(&args, prompt.clone()), &config);
         checked.map_err(|reason| {
             bad_input(anyhow!("{}: prompt {index}: {reason}", args.tokens.display()))
         })?;

@@ -21,7 +21,7 @@ use lite_llm_actors::{
     placement::PlacementPolicy,
 };
 use lite_llm_kernels::{cpu::Cpu, simd::Simd};
-use lite_llm_runtime::checkpoint::Checkpoint;
+use lite_llm_runtime::{checkpoint::Checkpoint, config::ModelConfig};
 use lite_llm_transport::token::JoinToken;
 use tokio::sync::oneshot;
 
@@ -261,6 +261,11 @@ impl ComputeArgs {
 }
 
 impl LocalArgs {
+    /// What a model is, with the context that it is served with.
+    fn served(&self, checkpoint: &Checkpoint) -> Result<ModelConfig> {
+        checkpoint.config().served(self.context).map_err(bad_input)
+    }
+
     async fn cluster(&self, checkpoint: Arc<Checkpoint>) -> Result<LocalCluster> {
         let workers = usize::from(self.workers);
         let options = LocalOptions {
@@ -270,6 +275,7 @@ impl LocalArgs {
             dram_bytes: self.compute.dram_bytes(workers),
             kv_bytes: self.compute.kv.0,
             kv_dtype: self.kv_dtype,
+            context: self.context,
             placement: placement(self.random_placement),
         };
         // What fails here is what was given: a damaged model, too little memory for it.

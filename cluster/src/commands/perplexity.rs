@@ -32,7 +32,8 @@ pub(super) async fn perplexity(args: PerplexityArgs, json: bool) -> Result<()> {
         bad_input(anyhow!("{path}: not UTF-8: byte {at} begins no character"))
     })?;
     let checkpoint = open_model(args.model.as_ref())?;
-    let context = checkpoint.config().context;
+    let config = args.local.served(&checkpoint)?;
+    let context = config.context;
     if !(2..=context).contains(&args.window) {
         let window = args.window;
         return Err(bad_input(anyhow!(
@@ -54,7 +55,7 @@ pub(super) async fn perplexity(args: PerplexityArgs, json: bool) -> Result<()> {
     if windows.is_empty() {
         return Err(bad_input(anyhow!("{path}: {} tokens; at least 2 are expected", ids.len())));
     }
-    job::check(&request(&args, windows[0].clone()), checkpoint.config())
+    job::check(&request(&args, windows[0].clone()), &config)
         .map_err(|reason| bad_input(anyhow!(reason)))?;
     let cluster = args.local.cluster(checkpoint).await?;
     let mut progress = Progress::new("perplexity", Unit::Things("windows"), json);

@@ -10,6 +10,7 @@ use lite_llm_actors::job;
 use lite_llm_runtime::{
     chat::{Conversation, Message},
     checkpoint::{self, Checkpoint},
+    config::ModelConfig,
     prompt::{PromptError, Prompts},
     sampler::Sampling,
     stop::StopTexts,
@@ -36,9 +37,10 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
         Some(prompt) => vec![read_prompt(prompt, text.bytes_max()).await?],
         None => demo::PROMPTS.map(str::to_owned).to_vec(),
     };
+    let config = args.local.served(&checkpoint)?;
     let requests = prompts
         .iter()
-        .map(|prompt| args.sampling.local_request(&checkpoint, &text, prompt))
+        .map(|prompt| args.sampling.local_request(&config, &text, prompt))
         .collect::<Result<Vec<_>>>()?;
     args.sampling.tell_seed();
     let started = Instant::now();
@@ -167,7 +169,7 @@ impl SamplingArgs {
     /// The job of a prompt for a model that is here: checked before anything is loaded.
     fn local_request(
         &self,
-        checkpoint: &Checkpoint,
+        config: &ModelConfig,
         text: &Prompts,
         prompt: &str,
     ) -> Result<JobRequest> {
@@ -176,7 +178,7 @@ impl SamplingArgs {
             false => text.encode(prompt),
         };
         let request = self.request(Prompt::Tokens(ids.map_err(prompt_error)?));
-        let checked = job::check(&request, checkpoint.config());
+        let checked = job::check(&request, config);
         checked.map_err(|reason| bad_input(anyhow!(reason)))?;
         Ok(request)
     }

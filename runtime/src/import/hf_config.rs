@@ -6,12 +6,14 @@
 
 use std::path::Path;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
+use tracing::warn;
 
-use super::{ImportError, hf_tensors::read_small, tiers::flat_tier};
+pub(super) use super::keys::Keys;
+use super::{ImportError, hf_rope, tiers::flat_tier};
 use crate::config::{
-    AttentionConfig, FeedForward, LAYERS_MAX, LayerConfig, ModelConfig, MoeConfig, QkNorm,
-    RopeScaling, RoutingConfig, Scoring, SharedExpertConfig,
+    AttentionConfig, ConfigError, FeedForward, LAYERS_MAX, LayerConfig, ModelConfig, MoeConfig,
+    QkNorm, RoutingConfig, Scoring, SharedExpertConfig,
 };
 
 /// Name of the file.
@@ -19,7 +21,6 @@ pub const CONFIG: &str = "config.json";
 /// Classes that are known, for messages.
 pub const KNOWN: &str = "mixtral, olmoe, qwen2_moe and qwen3_moe";
 const GENERATION: &str = "generation_config.json";
-const JSON_BYTES_MAX: u64 = 16 << 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
@@ -55,11 +56,14 @@ pub(super) fn parse(file: &Keys, generation: Option<&Keys>) -> Result<ModelConfi
         Some(head_dim) => head_dim,
         None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
         None => {
-            let expected = format!("{heads} heads do not divide hidden_size {hidden} either");
+            let name = file.name("hidden_size");
+            let expected = format!("{heads} heads do not divide {name} {hidden} either");
             return Err(file.wrong("head_dim", &expected));
         }
     };
-    let (rope_theta, rope_scaling) = rope(file, class)?;
+    let context = file.size("max_position_embeddings")?;
+    let default_theta = if class == Class::Mixtral { 1e6 } else { 1e4 };
+    let rope = hf_rope::read(file, default_theta, context)?;
     let bias = match class {
         Class::Mixtral => false,
         Class::Qwen2Moe => file.flag("qkv_bias", true)?,
@@ -69,8 +73,8 @@ pub(super) fn parse(file: &Keys, generation: Option<&Keys>) -> Result<ModelConfi
         heads,
         kv_heads,
         head_dim,
-        rope_theta,
-        rope_scaling,
+        rope_theta: rope.theta,
+        rope_scaling: rope.scaling,
         qk_norm: match class {
             Class::Mixtral | Class::Qwen2Moe => QkNorm::None,
             Class::Olmoe => QkNorm::Whole,
@@ -86,12 +90,13 @@ pub(super) fn parse(file: &Keys, generation: Option<&Keys>) -> Result<ModelConfi
     let layers = layers(file, class)?;
     let sparse = layers.iter().filter(|l| l.feed_forward == FeedForward::Sparse).count();
     let moe = if sparse > 0 { Some(moe(file, class, hidden, sparse)?) } else { None };
-    let (bos_token, eos_tokens) = special_tokens(file, generation)?;
-    Ok(ModelConfig {
+    let vocab = file.size("vocab_size")?;
+    let (bos_token, eos_tokens) = special_tokens(file, generation, vocab)?;
+    let config = ModelConfig {
         architecture: name.into(),
-        vocab: file.size("vocab_size")?,
+        vocab,
         hidden,
-        context: file.size("max_position_embeddings")?,
+        context,
         norm_eps: file.number("rms_norm_eps")? as f32,
         tied_embeddings: file.flag("tie_word_embeddings", false)?,
         attention,
@@ -99,12 +104,92 @@ pub(super) fn parse(file: &Keys, generation: Option<&Keys>) -> Result<ModelConfi
         moe,
         bos_token,
         eos_tokens,
-    })
+    };
+    let table = rope.table.as_ref().unwrap_or(file);
+    config.check().map_err(|error| named(file, table, class, &config, error))?;
+    Ok(config)
+}
+
+/// An error of a configuration, by the key of the file that says the value. `rope` are the keys of
+/// rope scaling.
+fn named(
+    file: &Keys,
+    rope: &Keys,
+    class: Class,
+    config: &ModelConfig,
+    error: ConfigError,
+) -> ImportError {
+    const ROPE: &str = "attention.rope_scaling.";
+    let field = error.field.as_str();
+    let last = field.rsplit('.').next().unwrap_or(field);
+    let key = match field {
+        "hidden" => file.name("hidden_size"),
+        "vocab" => file.name("vocab_size"),
+        "context" => file.name("max_position_embeddings"),
+        "layers" => file.name("num_hidden_layers"),
+        "norm_eps" => file.name("rms_norm_eps"),
+        "attention.heads" => file.name("num_attention_heads"),
+        "attention.kv_heads" => file.name("num_key_value_heads"),
+        "attention.head_dim" if file.value("head_dim").is_some() => file.name("head_dim"),
+        "attention.head_dim" => {
+            format!("{} / {}", file.name("hidden_size"), file.name("num_attention_heads"))
+        }
+        "attention.rope_theta" if rope.has("rope_theta") => rope.name("rope_theta"),
+        "attention.rope_theta" => file.name("rope_theta"),
+        "attention.clip_qkv" => file.name("clip_qkv"),
+        "moe.routing.k" => file.name("num_experts_per_tok"),
+        "moe.shared.intermediate" => file.name("shared_expert_intermediate_size"),
+        _ if field.starts_with(ROPE) => match last {
+            // It may stand beside the others' table.
+            "original" if file.has(hf_rope::ORIGINAL) => file.name(hf_rope::ORIGINAL),
+            "original" => rope.name(hf_rope::ORIGINAL),
+            "short" | "long" => rope.name(&format!("{last}_factor")),
+            last => rope.name(last),
+        },
+        _ if field.starts_with("layers.") => match last {
+            "window" => file.name("sliding_window"),
+            _ => file.name("intermediate_size"),
+        },
+        _ if field.starts_with("moe.tiers.") => match last {
+            "intermediate" => file.name(expert_width(class)),
+            _ => file.name(experts_key(file, class)),
+        },
+        // A field of ours that no file says.
+        other => format!("{} ({} model)", other, config.architecture),
+    };
+    let ConfigError { found, expected, .. } = error;
+    ImportError::Key { path: file.path().into(), key, found, expected }
+}
+
+/// The key that says the inner width of an expert.
+fn expert_width(class: Class) -> &'static str {
+    match class {
+        Class::Mixtral | Class::Olmoe => "intermediate_size",
+        Class::Qwen2Moe | Class::Qwen3Moe => "moe_intermediate_size",
+    }
+}
+
+/// The key that says how many experts a layer has: it has two names, and both may be there.
+fn experts_key(file: &Keys, class: Class) -> &'static str {
+    const KEYS: [&str; 2] = ["num_experts", "num_local_experts"];
+    let own = KEYS[usize::from(class == Class::Mixtral)];
+    KEYS.into_iter().find(|key| file.value(key).is_some()).unwrap_or(own)
+}
+
+fn experts(file: &Keys, class: Class) -> Result<usize, ImportError> {
+    match (file.optional_size("num_experts")?, file.optional_size("num_local_experts")?) {
+        (Some(a), Some(b)) if a != b => {
+            let other = file.name("num_local_experts");
+            Err(file.wrong("num_experts", &format!("{b} is expected by {other}")))
+        }
+        (Some(experts), _) | (None, Some(experts)) => Ok(experts),
+        (None, None) => Err(file.wrong(experts_key(file, class), "a whole number is expected")),
+    }
 }
 
 fn class(file: &Keys) -> Result<(Class, &'static str), ImportError> {
     let unknown = |found: &Value| ImportError::Architecture {
-        path: file.path.clone(),
+        path: file.path().into(),
         found: found.to_string(),
     };
     let architecture = file.value("architectures").map(|list| list.get(0).unwrap_or(list));
@@ -135,47 +220,6 @@ fn refuse_unknown_computation(file: &Keys) -> Result<(), ImportError> {
     Ok(())
 }
 
-fn rope(file: &Keys, class: Class) -> Result<(f64, RopeScaling), ImportError> {
-    // Version 5 moves everything into `rope_parameters`; version 4 has theta beside the scaling.
-    // Where a file has both, transformers 5 heeds `rope_scaling`, and theta inside before outside.
-    let v5 = file.object("rope_parameters")?;
-    let v4 = file.object("rope_scaling")?.filter(|keys| !keys.map.is_empty());
-    let table = v4.or(v5);
-    let top = file.optional_number("rope_theta")?;
-    let inner = match &table {
-        Some(keys) => keys.optional_number("rope_theta")?,
-        None => None,
-    };
-    let default = if class == Class::Mixtral { 1e6 } else { 1e4 };
-    let theta = inner.or(top).unwrap_or(default);
-    for keys in [Some(file), table.as_ref()].into_iter().flatten() {
-        if keys.optional_number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-            return Err(keys.wrong("partial_rotary_factor", "only 1 is known"));
-        }
-    }
-    let Some(keys) = table else { return Ok((theta, RopeScaling::None)) };
-    let kind = ["rope_type", "type"].into_iter().find(|key| keys.value(key).is_some());
-    let Some(key) = kind else {
-        // A table without a type says nothing but theta, or is of a form that is not known here.
-        return match keys
-            .map
-            .keys()
-            .find(|key| !matches!(key.as_str(), "rope_theta" | "partial_rotary_factor" | "factor"))
-        {
-            Some(key) => Err(keys.wrong(key, "no such key of rope parameters is known")),
-            None if keys.value("factor").is_some() => {
-                Err(keys.wrong("rope_type", "a type is expected beside `factor`"))
-            }
-            None => Ok((theta, RopeScaling::None)),
-        };
-    };
-    match keys.value(key).and_then(Value::as_str) {
-        Some("default") => Ok((theta, RopeScaling::None)),
-        Some("linear") => Ok((theta, RopeScaling::Linear { factor: keys.number("factor")? })),
-        _ => Err(keys.wrong(key, "only \"default\" and \"linear\" are known")),
-    }
-}
-
 fn layers(file: &Keys, class: Class) -> Result<Vec<LayerConfig>, ImportError> {
     let count = file.size("num_hidden_layers")?;
     if count > LAYERS_MAX {
@@ -193,7 +237,7 @@ fn layers(file: &Keys, class: Class) -> Result<Vec<LayerConfig>, ImportError> {
         return Err(file.wrong("decoder_sparse_step", "at least 1 is expected"));
     }
     // `num_experts` of 0 is how a Qwen configuration says that every layer is dense.
-    let no_experts = qwen && file.experts()? == 0;
+    let no_experts = qwen && experts(file, class)? == 0;
     let windows = windows(file, class, count)?;
     let mut layers = Vec::with_capacity(count);
     for (i, window) in windows.into_iter().enumerate() {
@@ -218,7 +262,7 @@ fn windows(file: &Keys, class: Class, count: usize) -> Result<Vec<Option<u32>>, 
     };
     // A Qwen file that only switches windows on means the classes' own default.
     let default = if class == Class::Mixtral { None } else { Some(4096) };
-    let window = match (used, file.map.contains_key("sliding_window")) {
+    let window = match (used, file.has("sliding_window")) {
         (false, _) => None,
         (true, true) => match file.optional_size("sliding_window")? {
             // Transformers masks everything then: nobody's model.
@@ -259,14 +303,21 @@ fn windows(file: &Keys, class: Class, count: usize) -> Result<Vec<Option<u32>>, 
 }
 
 fn moe(file: &Keys, class: Class, hidden: usize, sparse: usize) -> Result<MoeConfig, ImportError> {
-    let experts = file.experts()?;
-    let intermediate = match class {
-        Class::Mixtral | Class::Olmoe => file.size("intermediate_size")?,
-        Class::Qwen2Moe | Class::Qwen3Moe => file.size("moe_intermediate_size")?,
-    };
-    let too_many = |key| file.wrong(key, "less than 2^32 is expected");
-    let experts = u32::try_from(experts).map_err(|_| too_many("num_experts"))?;
+    let key = experts_key(file, class);
+    let experts = experts(file, class)?;
+    let intermediate = file.size(expert_width(class))?;
     let k = file.size("num_experts_per_tok")?;
+    for (key, n) in [(key, experts), ("num_experts_per_tok", k)] {
+        if n == 0 {
+            return Err(file.wrong(key, "at least 1 is expected"));
+        }
+    }
+    if k > experts {
+        let expected = format!("at most {} ({experts}) is expected", file.name(key));
+        return Err(file.wrong("num_experts_per_tok", &expected));
+    }
+    let too_many = |key| file.wrong(key, "less than 2^32 is expected");
+    let experts = u32::try_from(experts).map_err(|_| too_many(key))?;
     let k = u32::try_from(k).map_err(|_| too_many("num_experts_per_tok"))?;
     let shared = match class {
         Class::Qwen2Moe => {
@@ -294,124 +345,47 @@ fn moe(file: &Keys, class: Class, hidden: usize, sparse: usize) -> Result<MoeCon
     })
 }
 
-/// The token that begins a text, and all that end one: generation_config.json may name more.
+/// The token that begins a text, and all that end one: generation_config.json may name more. Ids
+/// that are none of the vocabulary's can never come; published files have them (transformers
+/// loads those, too), so they are left out with a word.
 fn special_tokens(
     file: &Keys,
     generation: Option<&Keys>,
+    vocab: usize,
 ) -> Result<(Option<u32>, Vec<u32>), ImportError> {
-    let token = |keys: &Keys, id: usize, key: &str| {
-        u32::try_from(id).map_err(|_| keys.wrong(key, "token ids are expected"))
+    let ids = |keys: &Keys, key: &str| -> Result<Vec<u32>, ImportError> {
+        let all = match keys.value(key) {
+            None => &[],
+            Some(Value::Array(list)) => &list[..],
+            Some(one) => std::slice::from_ref(one),
+        };
+        let mut ids = Vec::new();
+        for value in all {
+            let Some(id) = value.as_i64() else {
+                return Err(keys.wrong(key, "token ids are expected"));
+            };
+            match u32::try_from(id) {
+                Ok(id) if (id as usize) < vocab => ids.push(id),
+                _ => warn!(
+                    "{}: {} {id} is left out: the model's vocabulary has {vocab} tokens",
+                    keys.path(),
+                    keys.name(key)
+                ),
+            }
+        }
+        Ok(ids)
     };
-    let bos = match file.optional_size("bos_token_id")? {
-        Some(id) => Some(token(file, id, "bos_token_id")?),
-        None => None,
+    let bos = match file.value("bos_token_id") {
+        Some(Value::Array(_)) => return Err(file.wrong("bos_token_id", "one token id is expected")),
+        _ => ids(file, "bos_token_id")?.first().copied(),
     };
     let mut eos = Vec::new();
     for keys in [Some(file), generation].into_iter().flatten() {
-        for id in keys.sizes("eos_token_id")?.unwrap_or_default() {
-            let id = token(keys, id, "eos_token_id")?;
+        for id in ids(keys, "eos_token_id")? {
             if !eos.contains(&id) {
                 eos.push(id);
             }
         }
     }
     Ok((bos, eos))
-}
-
-/// An object of a JSON file, with errors that name file and key.
-pub(super) struct Keys {
-    path: String,
-    prefix: String,
-    map: Map<String, Value>,
-}
-
-impl Keys {
-    pub(super) fn read(path: &Path) -> Result<Self, ImportError> {
-        let bytes = read_small(path, JSON_BYTES_MAX)?;
-        let map = serde_json::from_slice(&bytes).map_err(|e| {
-            ImportError::file(path, e.to_string(), "expected a JSON object; download it again")
-        })?;
-        Ok(Self::of(path, map))
-    }
-
-    /// Keys that `path` says in a form of its own.
-    pub(super) fn of(path: &Path, map: Map<String, Value>) -> Self {
-        Self { path: path.display().to_string(), prefix: String::new(), map }
-    }
-
-    /// The value of a key; `None` if it is absent or null.
-    pub(super) fn value(&self, key: &str) -> Option<&Value> {
-        self.map.get(key).filter(|value| !value.is_null())
-    }
-
-    /// All keys and values, nulls too.
-    pub(super) fn entries(&self) -> impl Iterator<Item = (&String, &Value)> {
-        self.map.iter()
-    }
-
-    pub(super) fn wrong(&self, key: &str, expected: &str) -> ImportError {
-        let found = self.map.get(key).map_or("missing".into(), Value::to_string);
-        ImportError::Key {
-            path: self.path.clone(),
-            key: format!("{}{key}", self.prefix),
-            found: found.chars().take(200).collect(),
-            expected: expected.into(),
-        }
-    }
-
-    fn object(&self, key: &str) -> Result<Option<Keys>, ImportError> {
-        let Some(value) = self.value(key) else { return Ok(None) };
-        let map = value.as_object().ok_or_else(|| self.wrong(key, "an object is expected"))?;
-        let prefix = format!("{}{key}.", self.prefix);
-        Ok(Some(Keys { path: self.path.clone(), prefix, map: map.clone() }))
-    }
-
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, ImportError> {
-        let Some(value) = self.value(key) else { return Ok(None) };
-        let size = value.as_u64().and_then(|n| usize::try_from(n).ok());
-        size.map(Some).ok_or_else(|| self.wrong(key, "a whole number from 0 is expected"))
-    }
-
-    fn size(&self, key: &str) -> Result<usize, ImportError> {
-        let size = self.optional_size(key)?;
-        size.ok_or_else(|| self.wrong(key, "a whole number is expected"))
-    }
-
-    /// One number or a list of them.
-    fn sizes(&self, key: &str) -> Result<Option<Vec<usize>>, ImportError> {
-        match self.value(key) {
-            Some(Value::Array(list)) => {
-                let sizes = list.iter().map(|v| v.as_u64().and_then(|n| usize::try_from(n).ok()));
-                let sizes: Option<Vec<_>> = sizes.collect();
-                sizes.map(Some).ok_or_else(|| self.wrong(key, "whole numbers are expected"))
-            }
-            _ => Ok(self.optional_size(key)?.map(|size| vec![size])),
-        }
-    }
-
-    fn optional_number(&self, key: &str) -> Result<Option<f64>, ImportError> {
-        let Some(value) = self.value(key) else { return Ok(None) };
-        value.as_f64().map(Some).ok_or_else(|| self.wrong(key, "a number is expected"))
-    }
-
-    fn number(&self, key: &str) -> Result<f64, ImportError> {
-        let number = self.optional_number(key)?;
-        number.ok_or_else(|| self.wrong(key, "a number is expected"))
-    }
-
-    fn flag(&self, key: &str, default: bool) -> Result<bool, ImportError> {
-        let Some(value) = self.value(key) else { return Ok(default) };
-        value.as_bool().ok_or_else(|| self.wrong(key, "true or false is expected"))
-    }
-
-    /// Experts in a layer: the key has two names, and both may be there.
-    fn experts(&self) -> Result<usize, ImportError> {
-        match (self.optional_size("num_experts")?, self.optional_size("num_local_experts")?) {
-            (Some(a), Some(b)) if a != b => {
-                Err(self.wrong("num_experts", &format!("{b} is expected by num_local_experts")))
-            }
-            (Some(experts), _) | (None, Some(experts)) => Ok(experts),
-            (None, None) => Err(self.wrong("num_experts", "a whole number is expected")),
-        }
-    }
 }

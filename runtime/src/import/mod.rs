@@ -20,7 +20,9 @@
 mod copy;
 pub mod gguf;
 pub mod hf_config;
+mod hf_rope;
 mod hf_tensors;
+mod keys;
 mod names;
 mod native;
 mod pack;

@@ -131,7 +131,7 @@ impl<'a> Names<'a> {
             None => Ok(()),
             Some(first) => Err(ImportError::Tensor {
                 path: self.source.path_of(first),
-                tensor: self.source.name_in_file(first).into(),
+                tensor: self.source.name_in_file(first),
                 found: format!("nothing in the model uses it, nor {} others", left.count()),
                 expected: "configuration and weights do not describe the same model, or its \
                            class has a part that is not known here"

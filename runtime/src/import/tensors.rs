@@ -136,6 +136,8 @@ pub(super) struct Tensors {
     source: PathBuf,
     files: Vec<(PathBuf, File)>,
     tensors: HashMap<String, Entry>,
+    /// What the source would call a tensor that it lacks.
+    missing: fn(&str) -> String,
 }
 
 /// Where a tensor lies.
@@ -158,7 +160,13 @@ pub(super) struct Entry {
 impl Tensors {
     /// No tensors yet, of the folder or file `source`.
     pub(super) fn new(source: &Path) -> Self {
-        Self { source: source.to_owned(), files: vec![], tensors: HashMap::new() }
+        let (source, missing) = (source.to_owned(), str::to_owned as fn(&str) -> String);
+        Self { source, files: vec![], tensors: HashMap::new(), missing }
+    }
+
+    /// Says what the source would call tensors that it lacks; for messages.
+    pub(super) fn name_missing(&mut self, name: fn(&str) -> String) {
+        self.missing = name;
     }
 
     /// Adds a file and gives its index.
@@ -195,8 +203,11 @@ impl Tensors {
     }
 
     /// What a tensor is called in its file; for messages.
-    pub(super) fn name_in_file<'a>(&'a self, name: &'a str) -> &'a str {
-        self.tensors.get(name).and_then(|entry| entry.alias.as_deref()).unwrap_or(name)
+    pub(super) fn name_in_file(&self, name: &str) -> String {
+        match self.tensors.get(name) {
+            None => (self.missing)(name),
+            Some(entry) => entry.alias.clone().unwrap_or_else(|| name.into()),
+        }
     }
 
     /// Name of the tensor that a view is of, and the file that holds it; for messages.
@@ -205,14 +216,14 @@ impl Tensors {
         let tensors = self.tensors.iter().filter(|(_, entry)| before(entry));
         let name = tensors.max_by_key(|(_, entry)| entry.offset).map(|(name, _)| name.clone());
         let name = name.unwrap_or_default();
-        (self.name_in_file(&name).into(), self.files[view.file].0.display().to_string())
+        (self.name_in_file(&name), self.files[view.file].0.display().to_string())
     }
 
     /// A tensor of exactly this shape, as a matrix whose rows have the last dimension's length.
     pub(super) fn view(&self, name: &str, shape: &[usize]) -> Result<View, ImportError> {
         let error = |found: String, expected: String| ImportError::Tensor {
             path: self.path_of(name),
-            tensor: self.name_in_file(name).into(),
+            tensor: self.name_in_file(name),
             found,
             expected,
         };

@@ -12,7 +12,7 @@ use std::{
 use serde_json::{Map, Value};
 use tracing::warn;
 
-use super::{ImportError, hf_config::Keys, hf_tensors::read_small};
+use super::{ImportError, hf_tensors::read_small, keys::Keys};
 use crate::{
     chat::ChatTemplate, checkpoint::writer::Text, config::ModelConfig, tokenizer::Tokenizer,
 };

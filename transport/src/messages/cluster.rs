@@ -77,6 +77,9 @@ pub struct Assignment {
     pub you: u16,
     /// Name of the format in which every node keeps keys and values.
     pub kv_dtype: String,
+    /// Positions with which every node serves the model: they bound a request, and they fix the
+    /// rotary table.
+    pub context: u64,
 }
 
 impl Assignment {

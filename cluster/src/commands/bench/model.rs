@@ -193,7 +193,7 @@ impl Work {
 }
 
 fn work(phase: Phase, args: &BenchModelArgs, checkpoint: &Checkpoint) -> Result<Work> {
-    let config = checkpoint.config();
+    let config = args.local.served(checkpoint)?;
     let generate = match phase {
         Phase::Decode => args.generate as usize,
         Phase::Prefill => 1,
@@ -230,12 +230,14 @@ struct Alone {
 impl Alone {
     async fn load(checkpoint: Arc<Checkpoint>, args: &BenchModelArgs) -> Result<Self> {
         let (compute, kv_dtype) = (args.local.compute.clone(), args.local.kv_dtype);
+        let context = args.local.context;
         let workers = usize::from(args.local.workers);
         // As many threads as all workers together.
         let device = Arc::new(Cpu::new(compute.threads(workers) * workers, compute.simd()?));
         let (orders, inbox) = mpsc::channel::<Order>();
         let (loaded, ready) = oneshot::channel();
-        let life = move || match AloneEngine::load(&checkpoint, device, compute.kv.0, kv_dtype) {
+        let load = move || AloneEngine::load(&checkpoint, context, device, compute.kv.0, kv_dtype);
+        let life = move || match load() {
             Err(error) => drop(loaded.send(Err(error))),
             Ok(mut engine) => {
                 // The asking side may have been interrupted, here and below.
@@ -283,13 +285,14 @@ struct AloneEngine {
 impl AloneEngine {
     fn load(
         checkpoint: &Checkpoint,
+        context: Option<usize>,
         device: Arc<Cpu>,
         kv_bytes: u64,
         kv_dtype: KvDType,
     ) -> Result<Self> {
         let store = DramStore::new(u64::MAX);
         store.load_all(checkpoint)?;
-        let backbone = Backbone::load(checkpoint, device, |_, _| {})?;
+        let backbone = Backbone::load_served(checkpoint, context, device, |_, _| {})?;
         let engine = Engine::with_cache(Arc::new(backbone), kv_bytes, kv_dtype)?;
         Ok(Self { engine, store, requests: 0 })
     }

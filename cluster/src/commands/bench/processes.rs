@@ -92,6 +92,7 @@ impl Processes {
             workers: count,
             placement: placement(local.random_placement),
             kv_dtype: local.kv_dtype,
+            context: local.context,
             remote_workers: true,
         })
         .await?;

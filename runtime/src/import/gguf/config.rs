@@ -4,18 +4,67 @@
 //! the class, and so does this. As there, tokens that are spelled like the end of a turn end a text,
 //! beside those that the file names.
 
+use std::collections::HashMap;
+
 use serde_json::{Map, Value, json};
 
-use super::{Metadata, file::Info, tokenizer};
-use crate::import::ImportError;
+use super::{Metadata, file::Info, rope, tokenizer};
+use crate::import::{ImportError, keys::Keys};
 
 const ARCHITECTURE: &str = "general.architecture";
 
-/// The keys that [`crate::import::hf_config`] reads.
+/// Keys of a `config.json` in the making, and the names of each in the file.
+pub(super) struct Translated<'a> {
+    metadata: &'a Metadata<'a>,
+    architecture: &'a str,
+    keys: Map<String, Value>,
+    names: HashMap<String, String>,
+}
+
+impl Translated<'_> {
+    /// A key of the class in the file.
+    pub(super) fn of_class(&self, rest: &str) -> String {
+        format!("{}.{rest}", self.architecture)
+    }
+
+    /// Takes a value that the file says under another name, or in another way.
+    pub(super) fn set(&mut self, to: &str, name: impl Into<String>, value: Value) {
+        self.keys.insert(to.into(), value);
+        self.name(to, name);
+    }
+
+    /// Names a key, and those within it as `table.key`.
+    pub(super) fn name(&mut self, key: &str, name: impl Into<String>) {
+        self.names.insert(key.into(), name.into());
+    }
+
+    /// Takes one number. Converters write a list where layers might differ.
+    fn number(&mut self, to: &str, rest: &str) -> Result<(), ImportError> {
+        let name = self.of_class(rest);
+        let value = match self.metadata.get(&name) {
+            None => None,
+            Some(Value::Array(list)) => {
+                let first = list.first().filter(|first| list.iter().all(|n| n == *first));
+                let expected = "a number, or as many equal ones, is expected: layers that differ \
+                                in it are not known here";
+                Some(first.ok_or_else(|| self.metadata.wrong(&name, expected))?)
+            }
+            value => value,
+        };
+        if let Some(value) = value {
+            self.keys.insert(to.into(), value.clone());
+        }
+        self.name(to, name);
+        Ok(())
+    }
+}
+
+/// The keys that [`crate::import::hf_config`] reads. `factors` are those of rotary frequencies.
 pub(super) fn translate(
     metadata: &Metadata<'_>,
     tensors: &[Info],
-) -> Result<Map<String, Value>, ImportError> {
+    factors: rope::Factors,
+) -> Result<Keys, ImportError> {
     if metadata.get("split.count").and_then(Value::as_u64).is_some_and(|parts| parts > 1) {
         return Err(metadata.wrong(
             "split.count",
@@ -35,8 +84,9 @@ pub(super) fn translate(
             return Err(ImportError::Architecture { path, found: format!("{other:?}") });
         }
     };
-    let mut keys = Map::new();
-    keys.insert("model_type".into(), class.into());
+    let (keys, names) = (Map::new(), HashMap::new());
+    let mut found = Translated { metadata, architecture, keys, names };
+    found.set("model_type", ARCHITECTURE, class.into());
     for (from, to) in [
         ("embedding_length", "hidden_size"),
         ("block_count", "num_hidden_layers"),
@@ -46,7 +96,8 @@ pub(super) fn translate(
         ("expert_count", "num_experts"),
         ("expert_used_count", "num_experts_per_tok"),
     ] {
-        keys.insert(to.into(), metadata.need(&key(from))?.clone());
+        metadata.need(&key(from))?;
+        found.number(to, from)?;
     }
     for (from, to) in [
         ("attention.head_count_kv", "num_key_value_heads"),
@@ -57,29 +108,9 @@ pub(super) fn translate(
         ("expert_feed_forward_length", "moe_intermediate_size"),
         ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
     ] {
-        if let Some(value) = metadata.get(&key(from)) {
-            keys.insert(to.into(), value.clone());
-        }
+        found.number(to, from)?;
     }
-    let theta = metadata.get(&key("rope.freq_base")).cloned().unwrap_or_else(|| json!(10000.0));
-    keys.insert("rope_theta".into(), theta);
-    // As llama.cpp: linear where no type stands, and a factor of 0 is none.
-    let scaling = key("rope.scaling.type");
-    match metadata.optional_text(&scaling)? {
-        Some("none") => {}
-        None | Some("linear") => {
-            let factors = ["rope.scaling.factor", "rope.scale_linear"].map(key);
-            let factor = factors.iter().find_map(|key| metadata.get(key));
-            if let Some(factor) = factor.filter(|f| !matches!(f.as_f64(), Some(0.0 | 1.0))) {
-                keys.insert("rope_scaling".into(), json!({ "type": "linear", "factor": factor }));
-            }
-        }
-        Some(_) => return Err(metadata.wrong(&scaling, "only none and linear are known")),
-    }
-    let attention_factor = key("rope.scaling.attn_factor");
-    if metadata.get(&attention_factor).is_some_and(|f| f.as_f64() != Some(1.0)) {
-        return Err(metadata.wrong(&attention_factor, "only 1 is known"));
-    }
+    rope::translate(metadata, &mut found, factors)?;
     // Older files of Qwen's classes leave these widths to the tensors.
     for (to, suffix) in [
         ("moe_intermediate_size", ".ffn_gate_exps.weight"),
@@ -87,9 +118,9 @@ pub(super) fn translate(
     ] {
         let tensor = tensors.iter().find(|info| info.name.ends_with(suffix));
         if let Some([.., width, _]) = tensor.map(|info| &info.shape[..])
-            && !keys.contains_key(to)
+            && !found.keys.contains_key(to)
         {
-            keys.insert(to.into(), json!(width));
+            found.set(to, format!("rows of *{suffix}"), json!(width));
         }
     }
 
@@ -97,7 +128,8 @@ pub(super) fn translate(
     let vocab = find("token_embd.weight").and_then(|info| info.shape.first());
     let vocab =
         vocab.copied().or_else(|| Some(metadata.get("tokenizer.ggml.tokens")?.as_array()?.len()));
-    keys.insert("vocab_size".into(), json!(vocab));
+    found.set("vocab_size", "rows of token_embd.weight", json!(vocab));
+    let keys = &mut found.keys;
     keys.insert("tie_word_embeddings".into(), find("output.weight").is_none().into());
     keys.insert("norm_topk_prob".into(), (class == "qwen3_moe").into());
     let bias = find("blk.0.attn_q.bias").is_some();
@@ -110,12 +142,13 @@ pub(super) fn translate(
     });
     keys.insert("mlp_only_layers".into(), dense.collect());
 
-    if let Some(id) = metadata.get("tokenizer.ggml.bos_token_id") {
-        keys.insert("bos_token_id".into(), id.clone());
+    let bos = "tokenizer.ggml.bos_token_id";
+    if let Some(id) = metadata.get(bos) {
+        found.set("bos_token_id", bos, id.clone());
     }
     let ends = ["eos", "eot", "eom"].map(|role| format!("tokenizer.ggml.{role}_token_id"));
     let mut ends: Vec<_> = ends.iter().filter_map(|key| metadata.get(key)).cloned().collect();
     ends.extend(tokenizer::ends(metadata)?.into_iter().map(Value::from));
-    keys.insert("eos_token_id".into(), ends.into());
-    Ok(keys)
+    found.set("eos_token_id", "tokenizer.ggml.eos_token_id (or eot, eom)", ends.into());
+    Ok(Keys::spelled(metadata.path, found.keys, found.names))
 }

@@ -21,7 +21,7 @@ use serde_json::Value;
 use crate::import::{ImportError, tensors::SourceDType};
 
 /// Most bytes of metadata and list together; the largest vocabularies take some 15 MB.
-const HEAD_BYTES_MAX: u64 = 64 << 20;
+pub(super) const HEAD_BYTES_MAX: u64 = 64 << 20;
 /// Most items of all lists together; the largest vocabularies have about a million.
 const ITEMS_MAX: u64 = 8 << 20;
 /// Most keys, and most tensors.

@@ -11,14 +11,16 @@
 //! rounded anew.
 //!
 //! **Not read:** other formats of blocks (Q4_1, which llama-quantize puts into Q4_0 files that it
-//! makes with an importance matrix, too), files in several parts, files of 2023 with a tensor for every
-//! expert, vocabularies whose way of cutting text is not known here.
+//! makes with an importance matrix, too), files in several parts, vocabularies whose way of cutting text
+//! is not known here. Experts are read from stacks and, in files of Mixtral from before April 2024, from
+//! a tensor for each.
 
 pub(super) mod blocks;
 mod config;
 mod file;
 mod names;
 mod pre;
+mod rope;
 mod tokenizer;
 
 use std::{collections::HashMap, fs::File, path::Path};
@@ -26,8 +28,7 @@ use std::{collections::HashMap, fs::File, path::Path};
 use serde_json::Value;
 
 use super::{
-    ImportError,
-    hf_config::{self, Keys},
+    ImportError, hf_config,
     tensors::{Entry, Tensors},
     text::check_tokenizer,
 };
@@ -44,13 +45,16 @@ pub(super) fn open(path: &Path) -> Result<(ModelConfig, Tensors, Text), ImportEr
         ));
     }
     let file = File::open(path).map_err(ImportError::io(path, "open"))?;
-    let head = file::read(path, &file, about.len())?;
+    let mut head = file::read(path, &file, about.len())?;
     let metadata = Metadata { path, values: head.metadata };
-    let keys = config::translate(&metadata, &head.tensors)?;
-    let config = hf_config::parse(&Keys::of(path, keys), None)?;
+    let factors = rope::Factors::take(path, &file, &mut head.tensors)?;
+    let keys = config::translate(&metadata, &head.tensors, factors)?;
+    let config = hf_config::parse(&keys, None)?;
     metadata.check_head_dim(config.attention.head_dim)?;
 
+    let stacked = head.tensors.iter().any(|info| info.name.ends_with("_exps.weight"));
     let mut tensors = Tensors::new(path);
+    tensors.name_missing(if stacked { names::of_stacked } else { names::of_single });
     let index = tensors.add_file(path, file);
     for info in head.tensors {
         let (name, order) = names::translate(&info.name, &config);
