@@ -97,7 +97,7 @@ impl CoordinatorHandle {
             false => None,
         };
         let prompts = match Prompts::of(&checkpoint) {
-            Ok(prompts) => Some(prompts),
+            Ok(prompts) => Some(prompts.serving(config.context)),
             Err(PromptError::Checkpoint(error)) => {
                 warn!(%error, "serving token ids only");
                 None

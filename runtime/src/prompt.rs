@@ -65,6 +65,11 @@ impl Prompts {
         Ok(Self { tokenizer, template, context: config.context })
     }
 
+    /// The same for a model that is served with another context than its own.
+    pub fn serving(self, context: usize) -> Self {
+        Self { context, ..self }
+    }
+
     /// The same with another template.
     pub fn with_template(self, template: ChatTemplate) -> Self {
         Self { template: Some(Arc::new(Ok(template))), ..self }

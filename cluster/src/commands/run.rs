@@ -32,12 +32,12 @@ use crate::{
 pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
     args.sampling.check()?;
     let checkpoint = open_model(args.model.as_ref())?;
-    let text = Prompts::of(&checkpoint).map_err(bad_input)?;
+    let config = args.local.served(&checkpoint)?;
+    let text = Prompts::of(&checkpoint).map_err(bad_input)?.serving(config.context);
     let prompts = match &args.prompt {
         Some(prompt) => vec![read_prompt(prompt, text.bytes_max()).await?],
         None => demo::PROMPTS.map(str::to_owned).to_vec(),
     };
-    let config = args.local.served(&checkpoint)?;
     let requests = prompts
         .iter()
         .map(|prompt| args.sampling.local_request(&config, &text, prompt))
