@@ -16,6 +16,7 @@ pub mod moe_layer;
 pub mod random;
 pub mod routing;
 pub mod sampler;
+mod schedule;
 pub mod sequence;
 pub mod store;
 pub mod tier;
