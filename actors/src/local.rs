@@ -6,7 +6,7 @@ use std::{
 };
 
 use lite_llm_kernels::{cpu::Cpu, kv::KvDType, simd::Simd};
-use lite_llm_runtime::checkpoint::Checkpoint;
+use lite_llm_runtime::{checkpoint::Checkpoint, store::DramStore};
 use lite_llm_transport::identity::ClusterCa;
 
 use crate::{
@@ -89,6 +89,11 @@ impl LocalCluster {
     /// The coordinator, to submit jobs to.
     pub fn coordinator(&self) -> &CoordinatorHandle {
         &self.coordinator
+    }
+
+    /// The stores of its nodes' experts: for a test of what their loss does.
+    pub fn stores(&self) -> Vec<Arc<DramStore>> {
+        self.workers.iter().filter_map(Worker::store).collect()
     }
 
     /// Ends the cluster. The coordinator goes first, so that it misses no worker.

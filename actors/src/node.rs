@@ -86,9 +86,14 @@ pub struct NodeOptions {
     pub inbox: LaneInbox,
     /// Buffers of frames.
     pub buffers: BufferPool,
+    /// Where the store of its experts is found.
+    pub store: StoreSlot,
     /// Why the node stopped by itself, if it did.
     pub farewell: Arc<OnceLock<String>>,
 }
+
+/// Where a node's store is found; empty before its first assignment.
+pub type StoreSlot = Arc<Mutex<Option<Arc<DramStore>>>>;
 
 /// Where a node finds its model.
 #[derive(Clone)]
@@ -112,7 +117,6 @@ pub struct NodeState {
     router: ActorRef<RouterMessage>,
     loader: ActorRef<LoaderMessage>,
     doing: Arc<Mutex<String>>,
-    expert_bytes: Arc<Mutex<Option<Arc<DramStore>>>>,
     rate: Rate,
 }
 
@@ -149,22 +153,20 @@ impl Actor for NodeActor {
         let inbox = options.inbox.clone();
         let (router, _) = Actor::spawn_linked(None, RouterActor, inbox, cell.clone()).await?;
         let (counters, stats) = (Arc::default(), Arc::default());
-        let (doing, expert_bytes) =
-            (Arc::new(Mutex::new("waiting for its experts".to_owned())), Arc::default());
+        let doing = Arc::new(Mutex::new("waiting for its experts".to_owned()));
         let loader = LoaderState {
             options: options.clone(),
             counters: Arc::clone(&counters),
             stats: Arc::clone(&stats),
             router: router.clone(),
             doing: Arc::clone(&doing),
-            resident: Arc::clone(&expert_bytes),
             node: cell.clone(),
             model: None,
             shards: BTreeMap::new(),
         };
         let (loader, _) = Actor::spawn_linked(None, Loader, loader, cell).await?;
         let rate = Rate { at: Instant::now(), tokens: 0, last: 0.0 };
-        Ok(NodeState { options, counters, stats, router, loader, doing, expert_bytes, rate })
+        Ok(NodeState { options, counters, stats, router, loader, doing, rate })
     }
 
     async fn handle(
@@ -232,7 +234,7 @@ impl Actor for NodeActor {
 impl NodeState {
     fn status(&mut self) -> NodeStatus {
         let NodeInfo { name, address, budget_bytes, .. } = self.options.info.clone();
-        let store = self.expert_bytes.lock().clone();
+        let store = self.options.store.lock().clone();
         NodeStatus {
             name,
             address,
@@ -271,7 +273,6 @@ struct LoaderState {
     stats: Arc<LaneStats>,
     router: ActorRef<RouterMessage>,
     doing: Arc<Mutex<String>>,
-    resident: Arc<Mutex<Option<Arc<DramStore>>>>,
     node: ActorCell,
     model: Option<OpenModel>,
     /// Per layer: the keys and the shard that holds them.
@@ -389,9 +390,15 @@ impl LoaderState {
         let (storage, _) = Actor::spawn_linked(None, StorageActor, arguments, self.node.clone())
             .await
             .map_err(|error| error.to_string())?;
-        *self.resident.lock() = Some(store.clone());
+        *self.options.store.lock() = Some(store.clone());
         let model = OpenModel { checkpoint, backbone, store, storage };
-        self.model = Some(model.clone());
+        // Shards of another checkpoint hold other experts, though under equal keys.
+        for (_, shard) in std::mem::take(&mut self.shards).into_values() {
+            let _ = shard.stop_and_wait(None, None).await;
+        }
+        if let Some(old) = self.model.replace(model.clone()) {
+            let _ = old.storage.stop_and_wait(None, None).await;
+        }
         Ok(model)
     }
 

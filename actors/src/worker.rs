@@ -7,6 +7,7 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use lite_llm_kernels::{DETERMINISM_VERSION, cpu::Cpu};
+use lite_llm_runtime::store::DramStore;
 use lite_llm_transport::{
     PROTOCOL_VERSION, RELEASE,
     connection::{Connection, StreamKind},
@@ -24,7 +25,7 @@ use crate::{
     control::ControlPlane,
     job::serve_jobs,
     links::Links,
-    node::{Model, NODES, NodeActor, NodeMessage, NodeOptions},
+    node::{Model, NODES, NodeActor, NodeMessage, NodeOptions, StoreSlot},
     serve::scope,
 };
 
@@ -65,6 +66,7 @@ pub struct Worker {
     node: ActorRef<NodeMessage>,
     ended: tokio::task::JoinHandle<()>,
     farewell: Arc<OnceLock<String>>,
+    store: StoreSlot,
     endpoint: Endpoint,
     connection: Connection,
     control: Option<ControlPlane>,
@@ -97,7 +99,7 @@ impl Worker {
             pid: std::process::id(),
         };
         let buffers = endpoint.pool().clone();
-        let farewell = Arc::new(OnceLock::new());
+        let (farewell, store) = (Arc::new(OnceLock::new()), StoreSlot::default());
         let node = NodeOptions {
             info,
             device,
@@ -106,6 +108,7 @@ impl Worker {
             links: links.clone(),
             inbox: inbox.clone(),
             buffers,
+            store: store.clone(),
             farewell: farewell.clone(),
         };
         let (node, ended) = Actor::spawn(None, NodeActor, node).await.map_err(failed)?;
@@ -123,12 +126,17 @@ impl Worker {
             false => None,
         };
         info!(worker = %name, %address, %coordinator, "joined");
-        Ok(Self { name, node, ended, farewell, endpoint, connection, control })
+        Ok(Self { name, node, ended, farewell, store, endpoint, connection, control })
     }
 
     /// Its name in the cluster.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The store of its experts, once it has an assignment.
+    pub fn store(&self) -> Option<Arc<DramStore>> {
+        self.store.lock().clone()
     }
 
     /// Serves until the coordinator is gone or sends it away, or the node stopped; says why.

@@ -11,9 +11,10 @@
 //! and drains [`Engine::poll_event`]. Several passes may be in flight, so that one waits for
 //! experts while another computes. Sequences that decode go before prompts.
 //!
-//! Invariants: a sequence is in at most one pass; its pages are reserved for its whole life
-//! when it is admitted, so a running sequence never waits for memory; every admitted sequence
-//! ends with exactly one [`Event::Ended`] or [`Event::Failed`].
+//! What goes into a pass is planned by [`crate::schedule`]; this file carries it out.
+//!
+//! Invariants: every admitted sequence ends with exactly one [`Event::Ended`] or
+//! [`Event::Failed`]; what fails a sequence ends no other; after a failure the next pass begins.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -22,27 +23,25 @@ use std::{
 
 use lite_llm_kernels::{
     device::{Device, DeviceError},
-    kv::{KvDType, KvShape, PAGE_TOKENS},
+    kv::{KvDType, KvShape},
 };
 
 use tracing::{Span, debug_span};
 
+pub use crate::schedule::{PASS_TOKENS_MAX, WAITING_MAX};
 use crate::{
     backbone::Backbone,
     expert::ExpertStore,
-    forward::{Chunk, Dispatch, ForwardError, ForwardPass, Progress, WantedLogits},
-    kv::PagePool,
-    moe_layer::run_all,
+    forward::{Chunk, Dispatch, FailedRoute, ForwardPass, Progress},
+    moe_layer::{ExpertFailure, run_all},
+    routing::{Route, Routes},
     sampler::sample,
-    sequence::{EndReason, Request, RequestError, Sequence},
+    schedule::{Plan, Schedule},
+    sequence::{EndReason, Request, RequestError},
 };
 
-/// Tokens of one pass at most.
-pub const PASS_TOKENS_MAX: usize = 512;
 /// Passes in flight at most.
 pub const PASSES_MAX: usize = 2;
-/// Requests that may wait for pages.
-pub const WAITING_MAX: usize = 1024;
 
 /// A pass in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -130,10 +129,7 @@ struct Pass<D: Device> {
 pub struct Engine<D: Device> {
     backbone: Arc<Backbone<D>>,
     arena: D::KvArena,
-    pool: PagePool,
-    sequences: BTreeMap<u64, Sequence>,
-    waiting: VecDeque<u64>,
-    running: Vec<u64>,
+    schedule: Schedule,
     passes: BTreeMap<PassId, Pass<D>>,
     next_pass: u64,
     events: VecDeque<Event>,
@@ -162,11 +158,8 @@ impl<D: Device> Engine<D> {
         let pages = (kv_bytes / shape.page_bytes() as u64).clamp(1, u32::MAX.into()) as usize;
         Ok(Self {
             arena: backbone.device.kv_arena(shape, pages)?,
-            pool: PagePool::new(pages),
+            schedule: Schedule::new(pages),
             backbone,
-            sequences: BTreeMap::new(),
-            waiting: VecDeque::new(),
-            running: Vec::new(),
             passes: BTreeMap::new(),
             next_pass: 0,
             events: VecDeque::new(),
@@ -180,32 +173,18 @@ impl<D: Device> Engine<D> {
 
     /// Requests that were admitted and have not ended.
     pub fn sequences(&self) -> usize {
-        self.sequences.len()
+        self.schedule.len()
     }
 
     /// Admits a request under a number of the caller's.
     pub fn submit(&mut self, id: u64, request: Request) -> Result<(), RequestError> {
-        let sequence = Sequence::new(request, &self.backbone.config)?;
-        let tokens = sequence.tokens_max(&self.backbone.config);
-        let (needed, pages) = (tokens.div_ceil(PAGE_TOKENS), self.pool.capacity());
-        if needed > pages {
-            return Err(RequestError::CacheTooSmall { needed, tokens, pages });
-        }
-        if self.sequences.contains_key(&id) {
-            return Err(RequestError::Duplicate(id));
-        }
-        if self.waiting.len() >= WAITING_MAX {
-            return Err(RequestError::QueueFull { waiting: self.waiting.len() });
-        }
-        self.sequences.insert(id, sequence);
-        self.waiting.push_back(id);
-        Ok(())
+        self.schedule.submit(id, request, &self.backbone.config)
     }
 
     /// Ends a request as soon as it is in no pass. Unknown numbers are ignored: the request may
     /// have ended by itself.
     pub fn cancel(&mut self, id: u64) {
-        if let Some(sequence) = self.sequences.get_mut(&id) {
+        if let Some(sequence) = self.schedule.get_mut(id) {
             sequence.cancelled = true;
             if !sequence.in_pass {
                 self.end(id, EndReason::Cancelled);
@@ -215,7 +194,7 @@ impl<D: Device> Engine<D> {
 
     /// Holds a sequence back, or lets it go on: for a reader that has fallen behind.
     pub fn hold(&mut self, id: u64, held: bool) {
-        if let Some(sequence) = self.sequences.get_mut(&id) {
+        if let Some(sequence) = self.schedule.get_mut(id) {
             sequence.held = held;
         }
     }
@@ -231,8 +210,10 @@ impl<D: Device> Engine<D> {
         let id = match ready {
             Some(id) => id,
             None if self.passes.len() < PASSES_MAX => match self.begin() {
-                Some(id) => id,
-                None => return Step::Idle,
+                Begun::Pass(id) => id,
+                // Those that could not begin have ended; others may be able to.
+                Begun::Failed => return Step::Advanced,
+                Begun::Nothing => return Step::Idle,
             },
             None => return Step::Idle,
         };
@@ -257,8 +238,13 @@ impl<D: Device> Engine<D> {
     ///
     /// # Panics
     /// If the pass does not exist.
-    pub fn dispatch(&self, pass: PassId) -> Result<Dispatch<'_>, ForwardError> {
+    pub fn dispatch(&self, pass: PassId) -> Result<Dispatch<'_>, DeviceError> {
         self.passes[&pass].forward.dispatch()
+    }
+
+    /// The routes of a pass's dispatch.
+    pub fn routes(&self, pass: PassId) -> Option<&Routes> {
+        self.passes.get(&pass).map(|pass| pass.forward.routes())
     }
 
     /// Tells the device what a pass reads when its experts are there: for a caller who has to
@@ -274,21 +260,30 @@ impl<D: Device> Engine<D> {
         self.passes.get(&pass).map_or_else(Span::none, |pass| pass.forward.layer_span().clone())
     }
 
-    /// Gives a pass the outputs of its experts, one per route of its dispatch.
-    pub fn combine(&mut self, id: PassId, parts: &[&[f32]]) {
+    /// Gives a pass the outputs of its experts, one per route of its dispatch. The requests of
+    /// routes that failed end when the pass does; their parts may be anything.
+    pub fn combine(&mut self, id: PassId, parts: &[&[f32]], failed: &[FailedRoute]) {
         let Some(pass) = self.passes.get_mut(&id) else { return };
         pass.waiting = false;
-        if let Err(error) = pass.forward.combine(parts) {
+        if let Err(error) = pass.forward.combine(parts, failed) {
             self.fail(id, &error.to_string());
         }
     }
 
-    /// Ends a pass and all requests in it.
+    /// Ends a pass and all requests in it: for what concerns them all.
     pub fn fail(&mut self, id: PassId, reason: &str) {
-        let Some(pass) = self.passes.remove(&id) else { return };
-        for sequence in pass.sequences {
-            self.release(sequence);
-            self.events.push_back(Event::Failed { sequence, reason: reason.to_owned() });
+        if let Some(pass) = self.passes.remove(&id) {
+            self.fail_all(&pass, reason);
+        }
+    }
+
+    fn fail_all(&mut self, pass: &Pass<D>, reason: &str) {
+        for (chunk, &sequence) in pass.sequences.iter().enumerate() {
+            let reason = match pass.forward.failure(chunk) {
+                Some(own) => own.to_string(),
+                None => reason.to_owned(),
+            };
+            self.fail_sequence(sequence, reason);
         }
     }
 
@@ -307,194 +302,147 @@ impl<D: Device> Engine<D> {
     pub fn run_pass(&mut self, pass: PassId, store: &dyn ExpertStore<D::Matrix>) {
         let experts = debug_span!(parent: &self.span(pass), "experts").entered();
         let device = self.backbone.device.clone();
-        let outputs = self
-            .dispatch(pass)
-            .and_then(|dispatch| Ok(run_all(&*device, store, &dispatch.hidden, dispatch.routes)?));
+        let outputs = self.dispatch(pass).map(|dispatch| {
+            let (outputs, failures) = run_all(&*device, store, &dispatch.hidden, dispatch.routes);
+            (outputs, failed_routes(dispatch.routes, &failures))
+        });
         drop(experts);
         match outputs {
-            Ok(outputs) => {
+            Ok((outputs, failed)) => {
                 let width = self.backbone.config.hidden;
                 let parts: Vec<&[f32]> = outputs.chunks_exact(width).collect();
-                self.combine(pass, &parts);
+                self.combine(pass, &parts, &failed);
             }
             Err(error) => self.fail(pass, &error.to_string()),
         }
     }
 
-    /// Moves waiting sequences to the running ones while there are pages for their whole life.
-    fn admit(&mut self) {
-        while let Some(&id) = self.waiting.front() {
-            let Some(sequence) = self.sequences.get_mut(&id) else {
-                self.waiting.pop_front();
-                continue;
-            };
-            let tokens = sequence.tokens_max(&self.backbone.config);
-            if sequence.table.reserve(&mut self.pool, tokens).is_err() {
-                return;
-            }
-            self.waiting.pop_front();
-            self.running.push(id);
-        }
-    }
-
-    /// Begins a pass over the running sequences that are in none, if there are any.
-    fn begin(&mut self) -> Option<PassId> {
-        self.admit();
-        let mut free: Vec<u64> =
-            self.running.iter().copied().filter(|id| self.sequences[id].is_free()).collect();
-        // Decoding sequences (one token to go) first; the sort is stable, so those that waited
-        // longest lead.
-        free.sort_by_key(|id| {
-            let sequence = &self.sequences[id];
-            sequence.tokens.len() - sequence.cached > 1
-        });
-        let (mut chunks, mut carried, mut room) = (Vec::new(), Vec::new(), PASS_TOKENS_MAX);
-        let mut record = false;
-        for id in free {
-            if room == 0 {
-                break;
-            }
-            let sequence = self.sequences.get_mut(&id).expect("running sequences exist");
-            let limit = match sequence.request.prefill_chunk {
-                0 => PASS_TOKENS_MAX,
-                chunk => chunk,
-            };
-            let left = sequence.tokens.len() - sequence.cached;
-            let count = left.min(limit).min(room);
-            let logits = match (sequence.request.logits, count == left) {
-                (true, _) => WantedLogits::All,
-                (false, true) if sequence.request.max_new_tokens > 0 => WantedLogits::Last,
-                _ => WantedLogits::None,
-            };
-            chunks.push(Chunk {
-                tokens: sequence.tokens[sequence.cached..][..count].to_vec(),
-                start: sequence.cached,
-                pages: sequence.table.pages().to_vec(),
-                tiers: sequence.tiers.clone(),
-                logits,
-            });
-            record |= sequence.request.routes;
-            sequence.in_pass = true;
-            carried.push(id);
-            room -= count;
-        }
-        if chunks.is_empty() {
-            return None;
-        }
-        let id = PassId(self.next_pass);
-        self.next_pass += 1;
-        let rows = PASS_TOKENS_MAX - room;
-        // A pass belongs to its oldest request's trace; the others are linked to it.
-        let mut spans = carried.iter().map(|id| &self.sequences[id].request.span);
-        let first = spans.next().cloned().unwrap_or_else(Span::none);
-        let span = debug_span!(parent: &first, "pass", rows, sequences = carried.len());
-        spans.for_each(|other| {
-            span.follows_from(other);
-        });
+    /// Begins the next pass.
+    fn begin(&mut self) -> Begun {
+        let Some(plan) = self.schedule.plan(&self.backbone.config) else { return Begun::Nothing };
+        let Plan { chunks, sequences, record, span } = plan;
         match ForwardPass::new(self.backbone.clone(), chunks, record, span) {
             Ok(forward) => {
-                self.passes.insert(id, Pass { forward, sequences: carried, waiting: false });
-                Some(id)
+                let id = PassId(self.next_pass);
+                self.next_pass += 1;
+                self.passes.insert(id, Pass { forward, sequences, waiting: false });
+                Begun::Pass(id)
             }
             Err(error) => {
-                for sequence in carried {
-                    self.release(sequence);
-                    self.events.push_back(Event::Failed { sequence, reason: error.to_string() });
+                for sequence in sequences {
+                    self.fail_sequence(sequence, error.to_string());
                 }
-                None
+                Begun::Failed
             }
         }
     }
 
     /// Takes a finished pass apart: tokens, logits, routes, ends.
     fn finish(&mut self, id: PassId) {
-        let Some(Pass { forward, sequences, .. }) = self.passes.remove(&id) else { return };
-        // Those that had their turn go to the back.
-        self.running.retain(|id| !sequences.contains(id));
-        self.running.extend(&sequences);
-        let backbone = self.backbone.clone();
-        let config = &backbone.config;
-        let logits = match forward.logits() {
+        let Some(pass) = self.passes.remove(&id) else { return };
+        let logits = match pass.forward.logits() {
             Ok(logits) => logits,
-            Err(error) => {
-                for sequence in sequences {
-                    self.release(sequence);
-                    self.events.push_back(Event::Failed { sequence, reason: error.to_string() });
-                }
-                return;
-            }
+            Err(error) => return self.fail_all(&pass, &error.to_string()),
         };
+        let Pass { forward, sequences, .. } = &pass;
+        let vocab = self.backbone.config.vocab;
+        self.schedule.turn(sequences);
         let (mut first_row, mut rest) = (0, &*logits);
-        for (&id, chunk) in sequences.iter().zip(forward.chunks()) {
-            let rows = chunk.tokens.len();
-            let wanted = match chunk.logits {
-                WantedLogits::None => 0,
-                WantedLogits::Last => 1,
-                WantedLogits::All => rows,
-            };
-            let (mine, others) = rest.split_at(wanted * config.vocab);
+        for (index, (&id, chunk)) in sequences.iter().zip(forward.chunks()).enumerate() {
+            let (mine, others) = rest.split_at(forward.logit_rows(index) * vocab);
             rest = others;
-            let sequence = self.sequences.get_mut(&id).expect("carried sequences exist");
-            sequence.in_pass = false;
-            sequence.cached += rows;
-            if sequence.request.routes {
-                let moe = config.moe.as_ref();
-                let experts = forward
-                    .recorded_routes()
-                    .iter()
-                    .flat_map(|routes| {
-                        (first_row..first_row + rows)
-                            .flat_map(|row| moe.map(|moe| routes.flat_row(row, moe)))
-                            .flatten()
-                    })
-                    .map(|expert| expert as i32)
-                    .collect();
-                self.events.push_back(Event::Routes {
-                    sequence: id,
-                    first: chunk.start,
-                    rows,
-                    layers: forward.recorded_routes().len(),
-                    experts,
-                });
+            match forward.failure(index) {
+                Some(error) => self.fail_sequence(id, error.to_string()),
+                None => self.take(id, chunk, first_row, mine, forward.recorded_routes()),
             }
-            first_row += rows;
-            if sequence.request.logits {
-                let (first, values) = (chunk.start, mine.to_vec());
-                self.events.push_back(Event::Logits { sequence: id, first, values });
-            }
-            if chunk.start < sequence.request.prompt.len() {
-                let (done, total) = (sequence.cached, sequence.request.prompt.len());
-                self.events.push_back(Event::Prefilled { sequence: id, done, total });
-            }
-            let at_end = sequence.cached == sequence.tokens.len();
-            if at_end
-                && sequence.generated() < sequence.request.max_new_tokens
-                && !sequence.cancelled
-            {
-                let last = &mine[mine.len() - config.vocab..];
-                let token = sample(last, &sequence.request.sampling, sequence.tokens.len() as u64);
-                let index = sequence.generated();
-                sequence.tokens.push(token);
-                self.events.push_back(Event::Token { sequence: id, index, id: token });
-            }
-            if let Some(reason) = self.sequences[&id].end(config) {
-                self.end(id, reason);
-            }
+            first_row += chunk.tokens.len();
+        }
+    }
+
+    /// Takes what a pass computed for one sequence, whose chunk begins at row `first_row`.
+    fn take(
+        &mut self,
+        id: u64,
+        chunk: &Chunk,
+        first_row: usize,
+        logits: &[f32],
+        routes: &[Routes],
+    ) {
+        let config = &self.backbone.config;
+        let rows = chunk.tokens.len();
+        let sequence = self.schedule.get_mut(id).expect("carried sequences exist");
+        sequence.cached += rows;
+        if sequence.request.routes {
+            let moe = config.moe.as_ref();
+            let experts = routes
+                .iter()
+                .flat_map(|routes| {
+                    (first_row..first_row + rows)
+                        .flat_map(|row| moe.map(|moe| routes.flat_row(row, moe)))
+                        .flatten()
+                })
+                .map(|expert| expert as i32)
+                .collect();
+            self.events.push_back(Event::Routes {
+                sequence: id,
+                first: chunk.start,
+                rows,
+                layers: routes.len(),
+                experts,
+            });
+        }
+        if sequence.request.logits {
+            let (first, values) = (chunk.start, logits.to_vec());
+            self.events.push_back(Event::Logits { sequence: id, first, values });
+        }
+        if chunk.start < sequence.request.prompt.len() {
+            let (done, total) = (sequence.cached, sequence.request.prompt.len());
+            self.events.push_back(Event::Prefilled { sequence: id, done, total });
+        }
+        let at_end = sequence.cached == sequence.tokens.len();
+        if at_end && sequence.generated() < sequence.request.max_new_tokens && !sequence.cancelled {
+            let last = &logits[logits.len() - config.vocab..];
+            let token = sample(last, &sequence.request.sampling, sequence.tokens.len() as u64);
+            let index = sequence.generated();
+            sequence.tokens.push(token);
+            self.events.push_back(Event::Token { sequence: id, index, id: token });
+        }
+        if let Some(reason) = sequence.end(config) {
+            self.end(id, reason);
         }
     }
 
     fn end(&mut self, id: u64, reason: EndReason) {
-        if let Some(sequence) = self.release(id) {
+        if let Some(sequence) = self.schedule.release(id) {
             let generated = sequence.generated();
             self.events.push_back(Event::Ended { sequence: id, reason, generated });
         }
     }
 
-    fn release(&mut self, id: u64) -> Option<Sequence> {
-        let mut sequence = self.sequences.remove(&id)?;
-        sequence.table.release(&mut self.pool);
-        self.running.retain(|&other| other != id);
-        self.waiting.retain(|&other| other != id);
-        Some(sequence)
+    fn fail_sequence(&mut self, id: u64, reason: String) {
+        if self.schedule.release(id).is_some() {
+            self.events.push_back(Event::Failed { sequence: id, reason });
+        }
     }
+}
+
+/// What came of beginning a pass.
+enum Begun {
+    Pass(PassId),
+    /// Its sequences have ended.
+    Failed,
+    /// No sequence can go forward.
+    Nothing,
+}
+
+/// The routes of experts that could not be run.
+pub fn failed_routes(routes: &Routes, failures: &[ExpertFailure]) -> Vec<FailedRoute> {
+    if failures.is_empty() {
+        return Vec::new();
+    }
+    let failed = |(index, route): (usize, &Route)| {
+        let failure = failures.iter().find(|failure| failure.key == route.key)?;
+        Some(FailedRoute { route: index, reason: failure.error.to_string() })
+    };
+    routes.all().iter().enumerate().filter_map(failed).collect()
 }

@@ -10,10 +10,14 @@
 //! Shapes: `N` rows = all tokens of all chunks, `H` hidden, `A` = heads · head_dim,
 //! `B` = kv_heads · head_dim, `L` rows whose logits are wanted, `V` vocabulary.
 //!
-//! Invariant: a row's values are a function of its own sequence alone (determinism contract):
-//! chunks share kernels, never numbers.
+//! Invariants:
+//! - A row's values are a function of its own sequence alone (determinism contract): chunks share
+//!   kernels, never numbers.
+//! - What fails one row ends its chunk alone ([`ForwardPass::failure`]): its rows become zeros, are
+//!   routed nowhere, and leave nothing in the cache that is not finite. The others have the bits
+//!   that they would have had without it. Only what the device refuses as a whole ends a pass.
 
-use std::{borrow::Cow, sync::Arc};
+use std::{borrow::Cow, ops::Range, sync::Arc};
 
 use lite_llm_kernels::{
     device::{Device, DeviceError, Projection},
@@ -24,8 +28,7 @@ use tracing::{Span, debug_span, trace_span};
 
 use crate::{
     backbone::{Backbone, BackboneLayer, FeedForwardLayer},
-    moe_layer::ExpertError,
-    routing::{RouteError, Routes},
+    routing::{Routes, ScoreError},
     tier::TierMask,
 };
 
@@ -74,25 +77,40 @@ pub struct Dispatch<'a> {
     pub routes: &'a Routes,
 }
 
-/// Why a pass ended early.
-#[derive(Debug, thiserror::Error)]
-pub enum ForwardError {
-    /// The device failed.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// Routing failed.
-    #[error(transparent)]
-    Route(#[from] RouteError),
-    /// Experts failed.
-    #[error(transparent)]
-    Experts(#[from] ExpertError),
-    /// A logit is no number.
-    #[error("the logits of row {row} hold {value}; the model's weights hold NaN or infinity")]
-    NotANumber {
-        /// Row among those whose logits were wanted.
-        row: usize,
-        /// What was found.
+/// An output that did not come: the row that it was for cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FailedRoute {
+    /// Which route of the dispatch.
+    pub route: usize,
+    /// Why, naming the expert.
+    pub reason: String,
+}
+
+/// Why a chunk ended early; the other chunks of its pass go on.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ChunkError {
+    /// A number is NaN or infinite.
+    #[error(
+        "position {position}, token {token}: {tensor} holds {value}; the model's weights are \
+         damaged or too large: `lite-llm verify` its folder, or import it again"
+    )]
+    NotFinite {
+        /// Position in the sequence.
+        position: usize,
+        /// The token there.
+        token: u32,
+        /// Which tensor, with its layer.
+        tensor: String,
+        /// What it holds.
         value: f32,
+    },
+    /// An expert could not be run.
+    #[error("position {position}: {reason}")]
+    Expert {
+        /// Position in the sequence.
+        position: usize,
+        /// Why, naming the expert.
+        reason: String,
     },
 }
 
@@ -100,6 +118,10 @@ pub enum ForwardError {
 pub struct ForwardPass<D: Device> {
     backbone: Arc<Backbone<D>>,
     chunks: Vec<Chunk>,
+    /// Why chunks ended early, one entry per chunk.
+    failures: Vec<Option<ChunkError>>,
+    /// Chunks that failed and whose rows in the cache are still to be cleared.
+    unclean: Vec<usize>,
     slots: Vec<KvSlot>,
     layer: usize,
     waiting: bool,
@@ -111,7 +133,7 @@ pub struct ForwardPass<D: Device> {
     layer_span: Span,
 }
 
-/// Activations of a pass; made once, shaped per batch.
+/// Activations of a pass, allocated for its rows.
 struct Tensors<D: Device> {
     /// Residual stream `[N, H]`.
     x: D::Tensor,
@@ -146,7 +168,7 @@ impl<D: Device> ForwardPass<D> {
         chunks: Vec<Chunk>,
         record: bool,
         span: Span,
-    ) -> Result<Self, ForwardError> {
+    ) -> Result<Self, DeviceError> {
         let (mut ids, mut positions, mut slots) = (Vec::new(), Vec::new(), Vec::new());
         for chunk in &chunks {
             assert!(!chunk.tokens.is_empty(), "a chunk has tokens");
@@ -181,6 +203,8 @@ impl<D: Device> ForwardPass<D> {
         };
         Ok(Self {
             backbone,
+            failures: vec![None; chunks.len()],
+            unclean: Vec::new(),
             chunks,
             slots,
             layer: 0,
@@ -199,6 +223,21 @@ impl<D: Device> ForwardPass<D> {
         &self.chunks
     }
 
+    /// Why a chunk ended early, if it did.
+    pub fn failure(&self, chunk: usize) -> Option<&ChunkError> {
+        self.failures[chunk].as_ref()
+    }
+
+    /// Rows of [`ForwardPass::logits`] that belong to a chunk.
+    pub fn logit_rows(&self, chunk: usize) -> usize {
+        match self.chunks[chunk].logits {
+            _ if self.failures[chunk].is_some() => 0,
+            WantedLogits::None => 0,
+            WantedLogits::Last => 1,
+            WantedLogits::All => self.chunks[chunk].tokens.len(),
+        }
+    }
+
     /// The span of the layer that it is in.
     pub fn layer_span(&self) -> &Span {
         &self.layer_span
@@ -208,10 +247,14 @@ impl<D: Device> ForwardPass<D> {
     ///
     /// # Panics
     /// If it was called while experts are awaited.
-    pub fn advance(&mut self, arena: &mut D::KvArena) -> Result<Progress, ForwardError> {
+    pub fn advance(&mut self, arena: &mut D::KvArena) -> Result<Progress, DeviceError> {
         assert!(!self.waiting, "combine comes before advance");
         let backbone = self.backbone.clone();
         while let Some(layer) = backbone.layers.get(self.layer) {
+            self.clean(arena)?;
+            if self.failures.iter().all(Option::is_some) {
+                break;
+            }
             self.layer_span = debug_span!(parent: &self.span, "layer", layer = self.layer);
             let _layer = self.layer_span.clone().entered();
             debug_span!("attention").in_scope(|| self.attend(layer, arena))?;
@@ -233,6 +276,12 @@ impl<D: Device> ForwardPass<D> {
                     debug_span!("route").in_scope(|| {
                         moe.router.route(device, &t.normed, &tiers, &mut self.routes)
                     })?;
+                    if !self.routes.failures().is_empty() {
+                        self.fail_unrouted()?;
+                    }
+                    if self.failures.iter().any(Option::is_some) {
+                        self.drop_failed_routes();
+                    }
                     if self.record {
                         self.recorded.push(self.routes.clone());
                     }
@@ -242,7 +291,9 @@ impl<D: Device> ForwardPass<D> {
             }
         }
         self.layer_span = Span::none();
+        self.clean(arena)?;
         debug_span!(parent: &self.span, "logits").in_scope(|| self.project())?;
+        self.clean(arena)?;
         Ok(Progress::Logits)
     }
 
@@ -262,11 +313,121 @@ impl<D: Device> ForwardPass<D> {
         backbone.device.expect(next);
     }
 
+    /// The chunk of a row, and the row's position in its sequence.
+    fn place(&self, row: usize) -> (usize, usize) {
+        let mut first = 0;
+        for (index, chunk) in self.chunks.iter().enumerate() {
+            if row < first + chunk.tokens.len() {
+                return (index, chunk.start + row - first);
+            }
+            first += chunk.tokens.len();
+        }
+        unreachable!("row {row} of {first} rows");
+    }
+
+    /// The rows of a chunk.
+    fn rows_of(&self, chunk: usize) -> Range<usize> {
+        let first = self.chunks[..chunk].iter().map(|chunk| chunk.tokens.len()).sum();
+        first..first + self.chunks[chunk].tokens.len()
+    }
+
+    /// Whether each row's chunk goes on.
+    fn rows_alive(&self) -> Vec<bool> {
+        let chunks = self.chunks.iter().zip(&self.failures);
+        chunks.flat_map(|(c, f)| std::iter::repeat_n(f.is_none(), c.tokens.len())).collect()
+    }
+
+    /// Ends a chunk; only its first reason counts.
+    fn fail(&mut self, chunk: usize, error: ChunkError) {
+        if self.failures[chunk].is_none() {
+            self.failures[chunk] = Some(error);
+            self.unclean.push(chunk);
+        }
+    }
+
+    /// Ends the chunks of rows that could not be routed.
+    fn fail_unrouted(&mut self) -> Result<(), DeviceError> {
+        for error in self.routes.failures().to_vec() {
+            let (chunk, _) = self.place(error.row);
+            if self.failures[chunk].is_none() {
+                let ScoreError { layer, level, row, score } = error;
+                let gate = || (format!("layer {layer}: the scores of the {level} gate"), score);
+                let error = self.not_finite(row, gate)?;
+                self.fail(chunk, error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where what is not finite came from: the embedding of a token that the row sees in its chunk,
+    /// the hidden state that a router was given, or else what the caller has seen.
+    fn not_finite(
+        &self,
+        row: usize,
+        seen: impl FnOnce() -> (String, f32),
+    ) -> Result<ChunkError, DeviceError> {
+        let backbone = &*self.backbone;
+        let device = &*backbone.device;
+        let hidden = backbone.config.hidden;
+        let not_finite = |values: &[f32]| values.iter().position(|value| !value.is_finite());
+        let (chunk, position) = self.place(row);
+        let (rows, chunk) = (self.rows_of(chunk), &self.chunks[chunk]);
+        let tokens = &chunk.tokens[..=row - rows.start];
+        let mut embedded = device.tensor(tokens.len(), hidden)?;
+        device.embed(&backbone.embed, tokens, &mut embedded)?;
+        let embedded = device.read(&embedded)?;
+        if let Some(at) = not_finite(&embedded) {
+            let (token, value) = (tokens[at / hidden], embedded[at]);
+            let tensor = format!("the embedding table `embed`, row {token}, seen before layer 0,");
+            let position = chunk.start + at / hidden;
+            return Ok(ChunkError::NotFinite { position, token, tensor, value });
+        }
+        let token = chunk.tokens[row - rows.start];
+        let (mut tensor, mut value) = seen();
+        if self.layer < backbone.layers.len() {
+            let states = device.read(&self.tensors.normed)?;
+            if let Some(at) = not_finite(&states[row * hidden..][..hidden]) {
+                let layer = self.layer;
+                tensor = format!("layer {layer}: the hidden state after `layers.{layer}.ffn_norm`");
+                value = states[row * hidden + at];
+            }
+        }
+        Ok(ChunkError::NotFinite { position, token, tensor, value })
+    }
+
+    /// Takes the routes of chunks that failed away.
+    fn drop_failed_routes(&mut self) {
+        let alive = self.rows_alive();
+        self.routes.keep_rows(|row| alive[row]);
+    }
+
+    /// Zeroes the hidden states of chunks that failed, and what they wrote to the cache: pages are
+    /// given to other sequences, and a kernel may multiply what lies behind a position by zero.
+    fn clean(&mut self, arena: &mut D::KvArena) -> Result<(), DeviceError> {
+        if self.unclean.is_empty() {
+            return Ok(());
+        }
+        let backbone = self.backbone.clone();
+        let (device, attention) = (&*backbone.device, &backbone.config.attention);
+        let (hidden, width) = (backbone.config.hidden, attention.kv_heads * attention.head_dim);
+        let mut x = device.read(&self.tensors.x)?.into_owned();
+        for chunk in std::mem::take(&mut self.unclean) {
+            let rows = self.rows_of(chunk);
+            x[rows.start * hidden..rows.end * hidden].fill(0.0);
+            let mut zeros = device.tensor(rows.len(), width)?;
+            device.write(&mut zeros, &vec![0.0; rows.len() * width])?;
+            for layer in 0..self.layer {
+                device.kv_append(arena, layer, &zeros, &zeros, &self.slots[rows.clone()])?;
+            }
+        }
+        device.write(&mut self.tensors.x, &x)
+    }
+
     fn attend(
         &mut self,
         layer: &BackboneLayer<D>,
         arena: &mut D::KvArena,
-    ) -> Result<(), ForwardError> {
+    ) -> Result<(), DeviceError> {
         let backbone = &*self.backbone;
         let (device, config) = (&*backbone.device, &backbone.config);
         let attention = &config.attention;
@@ -316,20 +477,38 @@ impl<D: Device> ForwardPass<D> {
     }
 
     /// What is needed, after [`Progress::Experts`].
-    pub fn dispatch(&self) -> Result<Dispatch<'_>, ForwardError> {
+    pub fn dispatch(&self) -> Result<Dispatch<'_>, DeviceError> {
         let hidden = self.backbone.device.read(&self.tensors.normed)?;
         Ok(Dispatch { layer: self.layer, hidden, routes: &self.routes })
     }
 
+    /// The routes of the dispatch.
+    pub fn routes(&self) -> &Routes {
+        &self.routes
+    }
+
     /// Takes the experts' outputs, `parts[c]` that of route c of the dispatch, and goes on to
-    /// the next layer.
+    /// the next layer. The rows of routes that failed end here; their parts may be anything.
     ///
     /// # Panics
     /// If no experts are awaited or the parts are not one per route.
-    pub fn combine(&mut self, parts: &[&[f32]]) -> Result<(), ForwardError> {
+    pub fn combine(&mut self, parts: &[&[f32]], failed: &[FailedRoute]) -> Result<(), DeviceError> {
         assert!(self.waiting, "combine follows a dispatch");
         assert_eq!(parts.len(), self.routes.all().len(), "one output per route");
         self.expect(self.layer + 1);
+        let mut parts = Cow::Borrowed(parts);
+        if !failed.is_empty() {
+            for FailedRoute { route, reason } in failed {
+                let row = self.routes.row_of(*route);
+                let (chunk, position) = self.place(row);
+                self.fail(chunk, ChunkError::Expert { position, reason: reason.clone() });
+            }
+            let alive = self.rows_alive();
+            let kept = self.routes.with_rows().zip(parts.iter());
+            let kept = kept.filter(|((row, _), _)| alive[*row]).map(|(_, part)| *part).collect();
+            parts = Cow::Owned(kept);
+            self.drop_failed_routes();
+        }
         let _span = debug_span!(parent: &self.layer_span, "combine").entered();
         let backbone = self.backbone.clone();
         let device = &*backbone.device;
@@ -337,24 +516,19 @@ impl<D: Device> ForwardPass<D> {
         let FeedForwardLayer::Sparse(moe) = &backbone.layers[self.layer].feed_forward else {
             unreachable!("only sparse layers wait for experts");
         };
-        moe.combine(device, &t.normed, &self.routes, parts, &mut t.delta)?;
+        moe.combine(device, &t.normed, &self.routes, &parts, &mut t.delta)?;
         device.add(&mut t.x, &t.delta)?;
         self.waiting = false;
         self.layer += 1;
         Ok(())
     }
 
-    fn project(&mut self) -> Result<(), ForwardError> {
+    fn project(&mut self) -> Result<(), DeviceError> {
         let mut wanted = Vec::new();
-        let mut first = 0;
-        for chunk in &self.chunks {
-            let end = first + chunk.tokens.len() as u32;
-            match chunk.logits {
-                WantedLogits::None => {}
-                WantedLogits::Last => wanted.push(end - 1),
-                WantedLogits::All => wanted.extend(first..end),
-            }
-            first = end;
+        let mut end = 0;
+        for (index, chunk) in self.chunks.iter().enumerate() {
+            end += chunk.tokens.len() as u32;
+            wanted.extend(end - self.logit_rows(index) as u32..end);
         }
         let backbone = &*self.backbone;
         let device = &*backbone.device;
@@ -372,14 +546,37 @@ impl<D: Device> ForwardPass<D> {
         let logits = device.read(&self.tensors.logits)?;
         // All of them without a way out in between: that becomes vectors.
         let finite = logits.iter().fold(true, |all, v| all & v.is_finite());
-        if !finite && let Some(at) = logits.iter().position(|v| !v.is_finite()) {
-            return Err(ForwardError::NotANumber { row: at / vocab, value: logits[at] });
+        if !finite {
+            let logits = logits.into_owned();
+            self.fail_logits(&wanted, logits)?;
         }
         Ok(())
     }
 
+    /// Ends the chunks of rows whose logits are not finite, and leaves those of the others.
+    fn fail_logits(&mut self, wanted: &[u32], mut logits: Vec<f32>) -> Result<(), DeviceError> {
+        let vocab = self.backbone.config.vocab;
+        for (&row, logits) in wanted.iter().zip(logits.chunks_exact(vocab)) {
+            if let Some(&value) = logits.iter().find(|value| !value.is_finite()) {
+                let error = self.not_finite(row as usize, || ("the logits".into(), value))?;
+                self.fail(self.place(row as usize).0, error);
+            }
+        }
+        let alive = self.rows_alive();
+        let mut rows = wanted.iter();
+        let keep: Vec<bool> = rows.by_ref().map(|&row| alive[row as usize]).collect();
+        let mut to = 0;
+        for from in (0..keep.len()).filter(|&row| keep[row]) {
+            logits.copy_within(from * vocab..(from + 1) * vocab, to * vocab);
+            to += 1;
+        }
+        let device = &*self.backbone.device;
+        device.reshape(&mut self.tensors.logits, to, vocab)?;
+        device.write(&mut self.tensors.logits, &logits[..to * vocab])
+    }
+
     /// Logits `[L, V]` of the wanted rows, chunk by chunk, after [`Progress::Logits`].
-    pub fn logits(&self) -> Result<Cow<'_, [f32]>, ForwardError> {
+    pub fn logits(&self) -> Result<Cow<'_, [f32]>, DeviceError> {
         Ok(self.backbone.device.read(&self.tensors.logits)?)
     }
 

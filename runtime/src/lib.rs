@@ -18,6 +18,7 @@ pub mod random;
 pub mod rope;
 pub mod routing;
 pub mod sampler;
+mod schedule;
 pub mod sequence;
 pub mod stop;
 pub mod store;

@@ -9,15 +9,16 @@
 //! ```
 //!
 //! Local and remote experts share this one path: an [`ExpertCall`] says what is to run, and
-//! whoever holds the expert fills its output.
+//! whoever holds the expert fills its output. An expert that cannot be run fails the rows that
+//! were routed to it and no other.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use lite_llm_kernels::device::{Device, DeviceError, SwigluGroup};
 
 use crate::{
     expert::{ExpertKey, ExpertStore, GatedMlp, StoreError},
-    routing::{RouteError, Router, Routes},
+    routing::{Router, Routes},
     tier::TierMask,
 };
 
@@ -47,47 +48,74 @@ pub struct ExpertCall<'a> {
     pub output: &'a mut [f32],
 }
 
-/// Why experts could not be run.
+/// Why an expert could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum ExpertError {
-    /// An expert could not be had.
+    /// It could not be had; the reason names it.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The device failed.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// Routing failed.
-    #[error(transparent)]
-    Route(#[from] RouteError),
+    #[error("{key}: {error}")]
+    Device {
+        /// What it computed.
+        key: ExpertKey,
+        /// How it failed.
+        error: DeviceError,
+    },
+}
+
+/// An expert that could not be run; the outputs of its calls are unspecified.
+#[derive(Debug)]
+pub struct ExpertFailure {
+    /// Which expert.
+    pub key: ExpertKey,
+    /// Why.
+    pub error: ExpertError,
 }
 
 /// Runs calls of any number of requests together: rows of one expert are one piece of work.
+/// Returns the experts that could not be run, by key; all other calls have their outputs.
 ///
 /// Each output is a function of its row and its expert alone, so it does not matter which calls
-/// meet here.
+/// meet here, nor which of them fail. Where the device fails with all, each expert is tried once by
+/// itself.
 pub fn run_experts<'a, D: Device>(
     device: &D,
     store: &dyn ExpertStore<D::Matrix>,
     mut calls: Vec<ExpertCall<'a>>,
-) -> Result<(), ExpertError> {
+) -> Vec<ExpertFailure> {
     calls.sort_by_key(|call| call.key);
-    let mut experts: Vec<Arc<GatedMlp<D::Matrix>>> = Vec::new();
-    let mut counts: Vec<usize> = Vec::new();
+    let mut failures = Vec::new();
+    let mut experts: Vec<(ExpertKey, usize, Option<Arc<GatedMlp<D::Matrix>>>)> = Vec::new();
     for same in calls.chunk_by(|a, b| a.key == b.key) {
-        experts.push(store.fetch(same[0].key)?);
-        counts.push(same.len());
+        let key = same[0].key;
+        let expert = store.fetch(key).map_err(|error| {
+            failures.push(ExpertFailure { key, error: error.into() });
+        });
+        experts.push((key, same.len(), expert.ok()));
     }
     let mut calls = calls.into_iter();
-    let mut groups: Vec<SwigluGroup<'_, D::Matrix>> = experts
-        .iter()
-        .zip(counts)
-        .map(|(expert, count)| {
-            let (rows, outputs) =
-                calls.by_ref().take(count).map(|call| (call.row, call.output)).unzip();
-            SwigluGroup { weights: expert.swiglu(), rows, outputs }
-        })
-        .collect();
-    Ok(device.swiglu_groups(&mut groups)?)
+    let mut groups: Vec<SwigluGroup<'_, D::Matrix>> = Vec::with_capacity(experts.len());
+    for (_, count, expert) in &experts {
+        let same = calls.by_ref().take(*count);
+        match expert {
+            None => same.for_each(drop),
+            Some(expert) => {
+                let (rows, outputs) = same.map(|call| (call.row, call.output)).unzip();
+                groups.push(SwigluGroup { weights: expert.swiglu(), rows, outputs });
+            }
+        }
+    }
+    if !groups.is_empty() && device.swiglu_groups(&mut groups).is_err() {
+        let keys = experts.iter().filter(|(_, _, expert)| expert.is_some()).map(|(key, ..)| *key);
+        for (key, group) in keys.zip(&mut groups) {
+            if let Err(error) = device.swiglu_groups(std::slice::from_mut(group)) {
+                failures.push(ExpertFailure { key, error: ExpertError::Device { key, error } });
+            }
+        }
+        failures.sort_by_key(|failure| failure.key);
+    }
+    failures
 }
 
 impl<D: Device> SharedExpert<D> {
@@ -110,8 +138,11 @@ impl<D: Device> SharedExpert<D> {
 }
 
 impl<D: Device> MoELayer<D> {
-    /// The layer's output with all experts in one store: what a distributed forward pass must
-    /// equal, bit for bit.
+    /// The whole layer with all experts in one store: routes, packs the rows of each expert, runs
+    /// them, and combines their outputs. What a distributed forward pass must equal, bit for bit.
+    ///
+    /// Returns the rows that could not be computed, each once, with the reason; they hold nothing
+    /// of any expert.
     pub fn forward(
         &self,
         device: &D,
@@ -119,14 +150,27 @@ impl<D: Device> MoELayer<D> {
         hidden: &D::Tensor,
         tiers: &[&TierMask],
         out: &mut D::Tensor,
-    ) -> Result<(), ExpertError> {
+    ) -> Result<Vec<(usize, String)>, DeviceError> {
         let mut routes = Routes::default();
         self.router.route(device, hidden, tiers, &mut routes)?;
         let states = device.read(hidden)?;
-        let outputs = run_all(device, store, &states, &routes)?;
+        let (outputs, failures) = run_all(device, store, &states, &routes);
+        let mut failed: BTreeMap<usize, String> =
+            routes.failures().iter().map(|error| (error.row, error.to_string())).collect();
+        for (row, route) in routes.with_rows() {
+            if let Some(failure) = failures.iter().find(|failure| failure.key == route.key) {
+                failed.entry(row).or_insert_with(|| failure.error.to_string());
+            }
+        }
         let width = if routes.rows() == 0 { 0 } else { states.len() / routes.rows() };
-        let parts: Vec<&[f32]> = outputs.chunks_exact(width.max(1)).collect();
-        self.combine(device, hidden, &routes, &parts, out)
+        let mut parts: Vec<&[f32]> = outputs.chunks_exact(width.max(1)).collect();
+        if !failed.is_empty() {
+            let mut rows = routes.with_rows().map(|(row, _)| row);
+            parts.retain(|_| rows.next().is_some_and(|row| !failed.contains_key(&row)));
+            routes.keep_rows(|row| !failed.contains_key(&row));
+        }
+        self.combine(device, hidden, &routes, &parts, out)?;
+        Ok(failed.into_iter().collect())
     }
 
     /// `out = Σ weight · output` in route order, then the shared expert.
@@ -139,7 +183,7 @@ impl<D: Device> MoELayer<D> {
         routes: &Routes,
         parts: &[&[f32]],
         out: &mut D::Tensor,
-    ) -> Result<(), ExpertError> {
+    ) -> Result<(), DeviceError> {
         let weights: Vec<f32> = routes.all().iter().map(|route| route.weight).collect();
         device.weighted_sum(parts, &weights, routes.ends(), out)?;
         if let Some(shared) = &self.shared {
@@ -153,13 +197,13 @@ impl<D: Device> MoELayer<D> {
 }
 
 /// Runs every route of a batch in one store. `hidden` is `[rows, width]`; the result `[C, width]`
-/// holds the output of route c of [`Routes::all`] in row c.
+/// holds the output of route c of [`Routes::all`] in row c, but for experts that could not be run.
 pub fn run_all<D: Device>(
     device: &D,
     store: &dyn ExpertStore<D::Matrix>,
     hidden: &[f32],
     routes: &Routes,
-) -> Result<Vec<f32>, ExpertError> {
+) -> (Vec<f32>, Vec<ExpertFailure>) {
     let width = hidden.len() / routes.rows().max(1);
     let mut outputs = vec![0.0; routes.all().len() * width];
     let calls = routes
@@ -171,6 +215,6 @@ pub fn run_all<D: Device>(
             output,
         })
         .collect();
-    run_experts(device, store, calls)?;
-    Ok(outputs)
+    let failures = run_experts(device, store, calls);
+    (outputs, failures)
 }

@@ -12,7 +12,7 @@ use lite_llm_kernels::{
 use lite_llm_runtime::{
     config::{MoeConfig, RoutingConfig, Scoring},
     random::{Purpose, random_unit},
-    routing::{HierarchicalRouter, Route, RouteError, Router, Routes, TierGates},
+    routing::{HierarchicalRouter, Route, Router, Routes, TierGates},
     tier::{TIER_1B, TIER_10B, TIER_100B, TierConfig, TierSet},
 };
 
@@ -195,14 +195,20 @@ fn rows_of_one_batch_may_have_different_sets() {
 }
 
 #[test]
-fn nan_in_a_hidden_state_is_an_error_that_names_layer_level_and_row() {
+fn a_row_that_is_not_finite_has_an_error_of_its_own_and_the_others_their_routes() {
     let model = model((1, 1, 1), false, 5);
-    let mut states = hidden(3);
-    states.as_mut_slice()[HIDDEN + 4] = f32::NAN;
-    let mask = TierSet::All.mask(&model.moe.tiers).unwrap();
-    let mut routes = Routes::default();
-    let cpu = Cpu::new(1, Simd::best());
-    let error = model.router.route(&cpu, &states, &[&mask; 3], &mut routes).unwrap_err();
-    assert!(matches!(error, RouteError::NotANumber { row: 1, .. }), "{error}");
-    assert!(error.to_string().starts_with("layer 0: the tier gate gave NaN for row 1"), "{error}");
+    let healthy = model.route(&hidden(3), "all");
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut states = hidden(3);
+        states.as_mut_slice()[HIDDEN + 4] = bad;
+        let routes = model.route(&states, "all");
+        let [error] = routes.failures() else { panic!("one error: {:?}", routes.failures()) };
+        assert_eq!(error.row, 1);
+        let named = error.to_string();
+        assert!(named.starts_with("layer 0: the tier gate gave "), "{named}");
+        assert!(routes.row(1).is_empty());
+        assert_eq!((routes.row(0), routes.row(2)), (healthy.row(0), healthy.row(2)));
+        // Nothing of it stays.
+        model.route(&hidden(3), "all");
+    }
 }

@@ -256,6 +256,31 @@ pub async fn run(cluster: &LocalCluster, request: JobRequest) -> Result<Outcome,
     tokio::time::timeout(PATIENCE, collect(events)).await.expect("a job ends in time")
 }
 
+/// Runs jobs that are there at the same time, behind one that keeps a lane busy meanwhile, so that
+/// they meet in its passes.
+pub async fn run_together(
+    cluster: &LocalCluster,
+    requests: Vec<JobRequest>,
+) -> Vec<Result<Outcome, String>> {
+    let busy = JobRequest::greedy(requests[0].prompt.clone(), 8);
+    let busy = cluster.coordinator().submit(busy).await;
+    let mut submitted = Vec::new();
+    for request in requests {
+        submitted.push(cluster.coordinator().submit(request).await);
+    }
+    let mut outcomes = Vec::new();
+    for submitted in submitted {
+        outcomes.push(match submitted {
+            Ok((_, events)) => {
+                tokio::time::timeout(PATIENCE, collect(events)).await.expect("a job ends in time")
+            }
+            Err(error) => Err(error.to_string()),
+        });
+    }
+    drop(busy);
+    outcomes
+}
+
 async fn collect(mut events: mpsc::Receiver<JobEvent>) -> Result<Outcome, String> {
     let mut outcome = Outcome::default();
     while let Some(event) = events.recv().await {

@@ -12,8 +12,8 @@ use lite_llm_transport::{
     PROTOCOL_VERSION,
     frame::{Frame, OutgoingFrame},
     messages::{
-        ExpertBatchView, ExpertFailure, ExpertOutputs, ExpertReplyView, OutgoingExpertBatch,
-        OutgoingExpertOutputs, TraceContext,
+        ExpertBatchView, ExpertFailure, ExpertOutputs, ExpertReplyView, FailedExpert,
+        OutgoingExpertBatch, OutgoingExpertOutputs, TraceContext,
     },
     pool::BufferPool,
 };
@@ -54,6 +54,19 @@ fn frames_of_this_protocol_are_written_and_read_as_they_were() {
     };
     assert_eq!((view.head(), view.row(1)[0]), (&head, 4.0));
     assert_eq!(view.row(1)[2].to_bits(), (-0.0_f32).to_bits());
+
+    pool.take(4096).unwrap().fill(0xaa);
+    let mut outgoing = OutgoingExpertOutputs::new(head.clone(), &pool).unwrap();
+    outgoing.rows_mut().copy_from_slice(&[1.0, 2.0, 3.0, 0.0, 0.0, 0.0]);
+    let failed =
+        |expert, reason: &str| FailedExpert { tier: 1, group: 2, expert, reason: reason.into() };
+    let failed = vec![failed(3, "short"), failed(4, "its file cannot be read")];
+    let outgoing = outgoing.finish_without(failed.clone(), &pool).unwrap();
+    let frame = kept("expert_outputs_failed", &outgoing);
+    let ExpertReplyView::Outputs(view) = ExpertReplyView::check(&frame).unwrap() else {
+        panic!("not outputs");
+    };
+    assert_eq!((view.head(), view.failed(), view.row(0)[2]), (&head, &failed[..], 3.0));
 
     let failure = ExpertFailure::new(3, "the expert is not here");
     let frame = kept("expert_failure", &OutgoingFrame::message(&failure).unwrap());

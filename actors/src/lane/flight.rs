@@ -3,7 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 
 use lite_llm_runtime::{
-    config::ModelConfig, forward::Dispatch, moe_layer::ExpertCall, routing::Route,
+    config::ModelConfig,
+    expert::ExpertKey,
+    forward::{Dispatch, FailedRoute},
+    moe_layer::{ExpertCall, ExpertFailure},
+    routing::{Route, Routes},
 };
 use lite_llm_transport::{
     frame::OutgoingFrame,
@@ -30,15 +34,20 @@ struct Sent {
     calls: u32,
     outputs: Option<ExpertOutputsView>,
     complete: bool,
+    /// Why none of it was computed.
+    failed: Option<String>,
 }
 
 /// What a pass waits for.
+#[derive(Default)]
 pub(super) struct Flight {
     width: usize,
     /// One entry per route of the dispatch.
     parts: Vec<Part>,
     /// Outputs computed here, `[calls, width]`.
     here: Vec<f32>,
+    /// Experts that could not be run here, and why.
+    failed_here: Vec<(ExpertKey, String)>,
     sent: HashMap<u64, Sent>,
 }
 
@@ -75,8 +84,7 @@ impl Split<'_> {
         mut here: Vec<f32>,
     ) -> Result<(Flight, Vec<Outgoing>), String> {
         let width = self.config.hidden;
-        let mut flight =
-            Flight { width, parts: Vec::new(), here: Vec::new(), sent: HashMap::new() };
+        let mut flight = Flight { width, ..Flight::default() };
         let mut frames = Vec::new();
         let mut batches: BTreeMap<u16, Batch> = BTreeMap::new();
         let mut calls_here = 0;
@@ -92,11 +100,11 @@ impl Split<'_> {
             flight.parts.push(Part::There { batch: 0, row: 0 });
             if batch.calls.len() as u32 == calls_max(width as u32) {
                 let batch = batches.remove(&owner).unwrap_or_default();
-                frames.push(flight.send(batch, owner, dispatch, next_id, trace, buffers)?);
+                frames.extend(flight.send(batch, owner, dispatch, next_id, trace, buffers));
             }
         }
         for (owner, batch) in batches {
-            frames.push(flight.send(batch, owner, dispatch, next_id, trace, buffers)?);
+            frames.extend(flight.send(batch, owner, dispatch, next_id, trace, buffers));
         }
         here.resize(calls_here as usize * width, 0.0);
         flight.here = here;
@@ -129,7 +137,7 @@ impl Flight {
         next_id: &mut u64,
         trace: TraceContext,
         buffers: &BufferPool,
-    ) -> Result<Outgoing, String> {
+    ) -> Option<Outgoing> {
         let id = *next_id;
         *next_id += 1;
         let Batch { rows, calls, routes } = batch;
@@ -145,13 +153,20 @@ impl Flight {
             rows: rows.len() as u32,
             calls,
         };
-        let mut frame =
-            OutgoingExpertBatch::new(head, buffers).map_err(|error| error.to_string())?;
+        let mut sent = Sent { peer, calls: count, outputs: None, complete: false, failed: None };
+        let mut frame = match OutgoingExpertBatch::new(head, buffers) {
+            Ok(frame) => frame,
+            Err(error) => {
+                (sent.complete, sent.failed) = (true, Some(error.to_string()));
+                self.sent.insert(id, sent);
+                return None;
+            }
+        };
         for (out, &row) in frame.rows_mut().chunks_exact_mut(self.width).zip(&rows) {
             out.copy_from_slice(&dispatch.hidden[row as usize * self.width..][..self.width]);
         }
-        self.sent.insert(id, Sent { peer, calls: count, outputs: None, complete: false });
-        Ok((id, peer, frame.finish()))
+        self.sent.insert(id, sent);
+        Some((id, peer, frame.finish()))
     }
 
     /// The memory of the outputs that were computed here, for the next flight.
@@ -206,18 +221,68 @@ impl Flight {
         }
     }
 
-    /// Whether every output is there.
+    /// Notes that nothing of a batch will come, for a reason that names its node.
+    pub(super) fn fail(&mut self, id: u64, reason: String) {
+        if let Some(sent) = self.sent.get_mut(&id) {
+            (sent.complete, sent.failed) = (true, Some(reason));
+        }
+    }
+
+    /// Notes the experts that could not be run here.
+    pub(super) fn fail_here(&mut self, failures: &[ExpertFailure]) {
+        let named = |failure: &ExpertFailure| (failure.key, failure.error.to_string());
+        self.failed_here.extend(failures.iter().map(named));
+    }
+
+    /// Whether some outputs will not come.
+    pub(super) fn has_failures(&self) -> bool {
+        let failed = |sent: &Sent| {
+            sent.failed.is_some() || sent.outputs.as_ref().is_some_and(|v| !v.failed().is_empty())
+        };
+        !self.failed_here.is_empty() || self.sent.values().any(failed)
+    }
+
+    /// The routes of the dispatch whose outputs will not come. `refused` says that a node could not
+    /// run an expert.
+    pub(super) fn failed_routes(
+        &self,
+        routes: &Routes,
+        refused: impl Fn(u16, &str) -> String,
+    ) -> Vec<FailedRoute> {
+        let reason = |key: ExpertKey, part: &Part| match *part {
+            Part::Here(_) => {
+                let failed = self.failed_here.iter().find(|(failed, _)| *failed == key);
+                failed.map(|(_, reason)| reason.clone())
+            }
+            Part::There { batch, .. } => {
+                let sent = self.sent.get(&batch)?;
+                let ours = (key.tier, key.group, key.expert);
+                let failed = sent.outputs.iter().flat_map(ExpertOutputsView::failed);
+                let mut failed = failed.filter(|f| (f.tier, f.group, f.expert) == ours);
+                let expert = failed.next().map(|failed| refused(sent.peer, &failed.reason));
+                sent.failed.clone().or(expert)
+            }
+        };
+        let parts = routes.all().iter().zip(&self.parts).enumerate();
+        parts
+            .filter_map(|(route, (Route { key, .. }, part))| {
+                reason(*key, part).map(|reason| FailedRoute { route, reason })
+            })
+            .collect()
+    }
+
+    /// Whether every output is there, or known not to come.
     pub(super) fn is_complete(&self) -> bool {
         self.sent.values().all(|sent| sent.complete)
     }
 
-    /// The output of every route, in order, where it lies.
+    /// The output of every route, in order, where it lies; nothing where it did not come.
     pub(super) fn parts(&self) -> Vec<&[f32]> {
         let part = |part: &Part| match *part {
             Part::Here(row) => &self.here[row as usize * self.width..][..self.width],
             Part::There { batch, row } => {
                 let sent = self.sent.get(&batch).and_then(|sent| sent.outputs.as_ref());
-                sent.expect("a complete flight has every output").row(row as usize)
+                sent.map_or(&[][..], |outputs| outputs.row(row as usize))
             }
         };
         self.parts.iter().map(part).collect()

@@ -7,7 +7,10 @@
 //!
 //! Invariants:
 //! - All waits are in `Lane::wait`, for the inbox, until the exchange's next deadline.
-//! - A dispatch ends exactly once: combined, or failed with a reason that names a node.
+//! - A dispatch ends exactly once: combined, or failed as a whole by the device. Outputs that do not
+//!   come, each with a reason that names its expert or node, fail the rows that they were for.
+//! - An expert that cannot be run is named in the answers to the batches that call it; all their
+//!   other calls are answered.
 //! - Hidden states are gathered once, into the frame that leaves; outputs are combined where
 //!   they arrived.
 
@@ -123,10 +126,6 @@ pub struct LaneStats {
     pub tokens: AtomicU64,
     /// Sequences at home now.
     pub sequences: AtomicU32,
-    /// Expert calls run since it began.
-    pub expert_calls: AtomicU64,
-    /// Batches of calls that were run together since it began.
-    pub expert_runs: AtomicU64,
 }
 
 /// What a lane is made of.
@@ -385,16 +384,16 @@ impl Lane {
         let store = &*self.store;
         let backbone = self.engine.backbone().clone();
         let width = backbone.config.hidden;
-        let mut failed = None;
         let mut replies: Vec<Reply> = Vec::with_capacity(batches.len());
         for batch in &batches {
-            replies.push(Reply::reserve(batch, width, store, &self.buffers));
+            replies.push(Reply::reserve(batch, width, &self.buffers));
         }
         let dispatch = pass.map(|pass| (pass, self.engine.dispatch(pass)));
         let mut calls: Vec<ExpertCall<'_>> = Vec::new();
+        let mut unreadable = None;
         match &dispatch {
             None => {}
-            Some((_, Err(error))) => failed = Some(error.to_string()),
+            Some((pass, Err(error))) => unreadable = Some((*pass, error.to_string())),
             Some((pass, Ok(dispatch))) => {
                 if let Some(flight) = self.flights.get_mut(pass) {
                     calls.extend(flight.local_calls(dispatch));
@@ -404,20 +403,20 @@ impl Lane {
         for (batch, reply) in batches.iter().zip(&mut replies) {
             calls.extend(reply.calls(&batch.view, width));
         }
-        if !calls.is_empty() {
-            self.stats.expert_runs.fetch_add(1, Relaxed);
-            self.stats.expert_calls.fetch_add(calls.len() as u64, Relaxed);
-            if let Err(error) = run_experts(&*backbone.device, store, calls) {
-                failed = Some(error.to_string());
-            }
-        }
+        let failures = match calls.is_empty() {
+            true => Vec::new(),
+            false => run_experts(&*backbone.device, store, calls),
+        };
         for (batch, reply) in batches.into_iter().zip(replies) {
             // A peer that takes no replies is noticed by its connection, not here.
-            if let Some(frame) = reply.finish(&batch.view, failed.as_deref()) {
+            if let Some(frame) = reply.finish(&batch.view, &failures, &self.buffers) {
                 let _ = batch.reply.try_send(frame);
             }
         }
-        if let (Some(pass), Some(reason)) = (pass, failed) {
+        if let Some(flight) = pass.and_then(|pass| self.flights.get_mut(&pass)) {
+            flight.fail_here(&failures);
+        }
+        if let Some((pass, reason)) = unreadable {
             self.fail(pass, &reason);
         }
     }
@@ -456,7 +455,11 @@ impl Lane {
                 }
                 exchange::Command::Fail { id, error } => {
                     let Some(pass) = self.dispatches.remove(&id) else { continue };
-                    self.fail(pass, &self.describe(&error));
+                    let reason = self.describe(&error);
+                    if let Some(flight) = self.flights.get_mut(&pass) {
+                        flight.fail(id, reason);
+                    }
+                    self.combine_if_complete(pass);
                 }
             }
         }
@@ -471,9 +474,7 @@ impl Lane {
         }
         match error {
             ExchangeError::Lost { reason, .. } => gone(name, reason),
-            ExchangeError::Refused { reason, .. } => {
-                format!("worker {name} did not compute its experts: {reason}")
-            }
+            ExchangeError::Refused { peer, reason, .. } => self.refused(*peer, reason),
             ExchangeError::TimedOut { waited, .. } => {
                 format!("worker {name} did not compute its experts within {waited:?}")
             }
@@ -481,10 +482,23 @@ impl Lane {
         }
     }
 
+    /// Why a node's experts did not come.
+    fn refused(&self, peer: u16, reason: &str) -> String {
+        let name = self.peers.get(usize::from(peer)).and_then(Option::as_ref).map(|p| &*p.name);
+        let name = name.unwrap_or("without a name");
+        format!("worker {name} did not compute its experts: {reason}")
+    }
+
     fn combine_if_complete(&mut self, pass: PassId) {
         if self.flights.get(&pass).is_some_and(Flight::is_complete) {
             let flight = self.flights.remove(&pass).expect("looked up just now");
-            self.engine.combine(pass, &flight.parts());
+            let failed = match self.engine.routes(pass) {
+                Some(routes) if flight.has_failures() => {
+                    flight.failed_routes(routes, |peer, reason| self.refused(peer, reason))
+                }
+                _ => Vec::new(),
+            };
+            self.engine.combine(pass, &flight.parts(), &failed);
             // At most as many as there are passes at the same time.
             self.spare.push(flight.into_memory());
         }

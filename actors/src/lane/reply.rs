@@ -1,12 +1,12 @@
 //! The answer to a batch of another node, computed where it will be sent from.
 
 use lite_llm_runtime::{
-    expert::{ExpertKey, ExpertStore},
-    moe_layer::ExpertCall,
+    expert::ExpertKey,
+    moe_layer::{ExpertCall, ExpertFailure},
 };
 use lite_llm_transport::{
     frame::OutgoingFrame,
-    messages::{self, ExpertBatchView, ExpertFailure, ExpertOutputs, OutgoingExpertOutputs},
+    messages::{self, ExpertBatchView, ExpertOutputs, FailedExpert, OutgoingExpertOutputs},
     pool::BufferPool,
 };
 use tracing::Span;
@@ -28,12 +28,7 @@ fn key(layer: u16, call: &messages::ExpertCall) -> ExpertKey {
 
 impl Reply {
     /// Reserves an answer's frame, or says why there will be none.
-    pub(super) fn reserve(
-        batch: &RemoteBatch,
-        width: usize,
-        store: &dyn ExpertStore,
-        buffers: &BufferPool,
-    ) -> Self {
+    pub(super) fn reserve(batch: &RemoteBatch, width: usize, buffers: &BufferPool) -> Self {
         let head = batch.view.head();
         let span = trace::remote_span("expert shard", head.trace, head.layer, head.calls.len());
         if head.width as usize != width {
@@ -41,11 +36,6 @@ impl Reply {
             return Self::Refused(format!(
                 "hidden states of width {found}; this model has {width}"
             ));
-        }
-        if let Some(error) =
-            head.calls.iter().find_map(|call| store.fetch(key(head.layer, call)).err())
-        {
-            return Self::Refused(error.to_string());
         }
         let outputs = ExpertOutputs {
             id: head.id,
@@ -76,18 +66,38 @@ impl Reply {
         })
     }
 
-    /// The frame to be sent; `failed` says that the outputs were not computed.
+    /// The frame to be sent. Of the experts that could not be run, it names those of this batch;
+    /// its other calls are answered.
     pub(super) fn finish(
         self,
         view: &ExpertBatchView,
-        failed: Option<&str>,
+        failures: &[ExpertFailure],
+        buffers: &BufferPool,
     ) -> Option<OutgoingFrame> {
-        let refuse =
-            |reason: &str| OutgoingFrame::message(&ExpertFailure::new(view.head().id, reason)).ok();
-        match (self, failed) {
-            (Self::Outputs(outputs, _span), None) => Some(outputs.finish()),
-            (Self::Outputs(..), Some(reason)) => refuse(reason),
-            (Self::Refused(reason), _) => refuse(&reason),
+        let head = view.head();
+        let refuse = |reason: &str| {
+            OutgoingFrame::message(&messages::ExpertFailure::new(head.id, reason)).ok()
+        };
+        let (outputs, _span) = match self {
+            Self::Outputs(outputs, span) => (outputs, span),
+            Self::Refused(reason) => return refuse(&reason),
+        };
+        let called = |failure: &&ExpertFailure| {
+            head.calls.iter().any(|call| key(head.layer, call) == failure.key)
+        };
+        let named = |ExpertFailure { key, error }: &ExpertFailure| FailedExpert {
+            tier: key.tier,
+            group: key.group,
+            expert: key.expert,
+            reason: error.to_string(),
+        };
+        let failed: Vec<FailedExpert> = failures.iter().filter(called).map(named).collect();
+        if failed.is_empty() {
+            return Some(outputs.finish());
+        }
+        match outputs.finish_without(failed, buffers) {
+            Ok(frame) => Some(frame),
+            Err(error) => refuse(&error.to_string()),
         }
     }
 }

@@ -52,8 +52,13 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     say!("ask it:          lite-llm submit --token {} \"…\"", token.display());
     let watched = coordinator.clone();
     tokio::select! {
-        // It never ends by itself.
-        () = watch(watched) => {}
+        () = watch(watched) => {
+            coordinator.stop().await;
+            anyhow::bail!(
+                "the coordinator's actor died; what it logged says why. Workers and clients will \
+                 not reach this process any more: start it again"
+            );
+        }
         () = interrupted() => {}
     }
     say!("stopping");
@@ -61,7 +66,8 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     Ok(())
 }
 
-/// Says whom the coordinator waits for, and how far they are, whenever it changes.
+/// Says whom the coordinator waits for, and how far they are, whenever it changes. Ends only if the
+/// coordinator's actor is gone.
 async fn watch(coordinator: CoordinatorHandle) {
     let mut last = String::new();
     let mut said = tokio::time::Instant::now();

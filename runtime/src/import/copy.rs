@@ -15,7 +15,7 @@ use super::{
     gguf::blocks::Blocks,
     names::Origin,
     not_finite,
-    pack::Packer,
+    pack::{NotFinite, Packer},
     tensors::{RowOrder, SourceDType, Tensors, View},
 };
 use crate::checkpoint::{
@@ -54,7 +54,7 @@ impl<'a> Copier<'a> {
                 let rows = view.rows_in(PIECE_BYTES, PANEL);
                 for from in (0..n).step_by(rows) {
                     let piece = view.slice(from, rows.min(n - from));
-                    self.pack(&piece, spec.dtype, k, sink)?;
+                    self.pack(&piece, from, spec.dtype, k, sink)?;
                 }
                 Ok(())
             }
@@ -82,10 +82,11 @@ impl<'a> Copier<'a> {
         }
     }
 
-    /// Packs some rows of a tensor.
+    /// Packs some rows of a tensor, from row `from` on.
     fn pack(
         &mut self,
         piece: &View,
+        from: usize,
         dtype: DType,
         k: usize,
         sink: &mut TensorSink<'_>,
@@ -96,14 +97,20 @@ impl<'a> Copier<'a> {
             Ok(packed) => Ok(sink.write(packed)?),
             Err(at) => {
                 let (tensor, path) = self.source.name_of(piece);
-                Err(not_finite(path, tensor, at.value, dtype))
+                Err(not_finite(path, tensor, NotFinite { row: from + at.row, ..at }))
             }
         }
     }
 
     fn values(&mut self, view: &View) -> Result<Vec<f32>, ImportError> {
         fill(self.source, view, &mut self.read, &mut self.ordered)?;
-        Ok(typed(view, &self.read, &mut self.blocks).to_f32())
+        let source = typed(view, &self.read, &mut self.blocks);
+        if let Some(at) = source.first_not_finite() {
+            let (row, col, value) = (at / view.cols, at % view.cols, source.get(at));
+            let (tensor, path) = self.source.name_of(view);
+            return Err(not_finite(path, tensor, NotFinite { row, col, value }));
+        }
+        Ok(source.to_f32())
     }
 }
 

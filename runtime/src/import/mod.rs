@@ -9,8 +9,7 @@
 //!   [`PIECE_BYTES`].
 //! - **Values** are those of the source, bit for bit, unless `dtype` asks for rounding; what becomes
 //!   of GGUF's blocks is said in [`gguf`]. Gates, norms and biases become f32, which is exact from
-//!   every source format. Formats of blocks (int8, int6, int4) refuse weights that are NaN or
-//!   infinite.
+//!   every source format. Weights that are NaN or infinite are refused in every format.
 //! - **Checkpoints** as sources are converted, so that tokenizer, template and tiers stay. A damaged
 //!   tensor ends the conversion where it is met, and one tensor of the source is mapped at a time.
 //! - **Interruption** leaves a folder without a manifest; the next import into it starts over.
@@ -48,6 +47,7 @@ use crate::{
     config::ModelConfig,
 };
 
+use pack::NotFinite;
 use tensors::SourceDType;
 pub use tiers::{Routes, TierCut};
 
@@ -163,14 +163,15 @@ impl ImportError {
     }
 }
 
-fn not_finite(path: String, tensor: String, value: f32, dtype: DType) -> ImportError {
+/// A weight that is NaN or infinite. It would fail every request that meets it, so it is refused
+/// before it is stored, in every format.
+fn not_finite(path: String, tensor: String, at: NotFinite) -> ImportError {
+    let NotFinite { row, col, value } = at;
     ImportError::Tensor {
         path,
         tensor,
-        found: format!("a weight is {value}"),
-        expected: format!(
-            "{dtype} holds finite weights only; the source is damaged or its training failed"
-        ),
+        found: format!("the weight in row {row}, column {col} is {value}"),
+        expected: "finite weights; the source is damaged or its training failed".into(),
     }
 }
 

@@ -9,7 +9,10 @@ use std::path::Path;
 
 use lite_llm_kernels::matrix::{PANEL, PackedMatrix, Source};
 
-use super::{ImportError, ImportOptions, PIECE_BYTES, not_finite, pack::Packer};
+use super::{
+    ImportError, ImportOptions, PIECE_BYTES, not_finite,
+    pack::{NotFinite, Packer},
+};
 use crate::checkpoint::{
     Checkpoint, Tensor,
     index::Shard,
@@ -143,7 +146,8 @@ impl Converter {
             widen(matrix, from, &mut self.rows, self.packer.threads());
             let source = Source::F32(&self.rows);
             let packed = self.packer.pack(spec.dtype, rows, k, source).map_err(|at| {
-                not_finite(shard.path.clone(), spec.name.clone(), at.value, spec.dtype)
+                let at = NotFinite { row: from + at.row, ..at };
+                not_finite(shard.path.clone(), spec.name.clone(), at)
             })?;
             sink.write(packed)?;
         }

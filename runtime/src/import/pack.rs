@@ -1,7 +1,7 @@
 //! Packs rows of values on all cores, for import and conversion.
 //!
-//! Panels are independent, so the bytes are the same however many threads pack them. Formats of
-//! blocks hold no NaN and no infinity: whoever packs into one hears where the first one is.
+//! Panels are independent, so the bytes are the same however many threads pack them. A
+//! weight that is NaN or infinite is not packed: whoever packs hears where the first one is.
 
 use lite_llm_kernels::{
     buffer::AlignedBytes,
@@ -18,7 +18,7 @@ pub(super) struct Packer {
     packed: AlignedBytes,
 }
 
-/// A value that a format of blocks cannot hold.
+/// A weight that no model computes with.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct NotFinite {
     pub(super) row: usize,
@@ -44,9 +44,7 @@ impl Packer {
         k: usize,
         source: Source<'_>,
     ) -> Result<&[u8], NotFinite> {
-        if dtype.is_quantised()
-            && let Some(at) = source.first_not_finite()
-        {
+        if let Some(at) = source.first_not_finite() {
             return Err(NotFinite { row: at / k, col: at % k, value: source.get(at) });
         }
         let bytes =
@@ -95,8 +93,9 @@ mod tests {
         }
         values[100 * k + 3] = f32::NEG_INFINITY;
         let mut packer = Packer::new();
-        assert!(packer.pack(DType::Bf16, n, k, Source::F32(&values)).is_ok());
-        let error = packer.pack(DType::Int8, n, k, Source::F32(&values)).unwrap_err();
-        assert_eq!(error, NotFinite { row: 100, col: 3, value: f32::NEG_INFINITY });
+        for dtype in DType::ALL {
+            let error = packer.pack(dtype, n, k, Source::F32(&values)).unwrap_err();
+            assert_eq!(error, NotFinite { row: 100, col: 3, value: f32::NEG_INFINITY });
+        }
     }
 }

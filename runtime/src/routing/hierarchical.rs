@@ -9,10 +9,12 @@
 
 use std::sync::Arc;
 
-use lite_llm_kernels::{cpu::Cpu, matrix::PackedMatrix, ops::matmul, rows::Rows};
+use lite_llm_kernels::{
+    cpu::Cpu, device::DeviceError, matrix::PackedMatrix, ops::matmul, rows::Rows,
+};
 
 use super::{
-    Route, RouteError, Router, Routes,
+    Route, Router, Routes, ScoreError,
     select::{Among, Choice, Place, Scratch, top_k},
 };
 use crate::{config::MoeConfig, expert::ExpertKey, random::hash_name, tier::TierMask};
@@ -71,7 +73,8 @@ impl HierarchicalRouter {
         Self { layer, moe, tier_gate, tiers, names }
     }
 
-    /// Chooses one level for every branch: `gate` scores the candidates `allowed` says are open.
+    /// Chooses one level for every branch: `gate` scores the candidates `open` says are open. A
+    /// branch whose scores have no order ends here, and its row is one of `out`'s failures.
     #[allow(clippy::too_many_arguments)]
     fn choose(
         &self,
@@ -82,12 +85,12 @@ impl HierarchicalRouter {
         k: usize,
         branches: &[Branch],
         open: impl Fn(&Branch, usize) -> bool,
+        out: &mut Routes,
         mut descend: impl FnMut(&Branch, u32, Choice),
-    ) -> Result<(), RouteError> {
+    ) {
         let Some(gate) = gate else {
             let only = Choice { index: 0, probability: 1.0 };
-            branches.iter().for_each(|branch| descend(branch, 0, only));
-            return Ok(());
+            return branches.iter().for_each(|branch| descend(branch, 0, only));
         };
         let rows: Vec<&[f32]> = branches.iter().map(|b| hidden[b.row as usize]).collect();
         let mut scores = vec![0.0; rows.len() * gate.n()];
@@ -102,15 +105,15 @@ impl HierarchicalRouter {
                     .zip(scores.iter().copied())
                     .filter(|&(index, _)| open(branch, index as usize)),
             );
-            top_k(place, k, &candidates, &mut scratch, &mut choices).map_err(|score| {
+            if let Err(score) = top_k(place, k, &candidates, &mut scratch, &mut choices) {
                 let (layer, level, row) = (self.layer, place.level(), branch.row as usize);
-                RouteError::NotANumber { layer, level, row, score }
-            })?;
+                out.fail_row(ScoreError { layer, level, row, score });
+                continue;
+            }
             for (order, &choice) in (0u32..).zip(&choices) {
                 descend(branch, order, choice);
             }
         }
-        Ok(())
     }
 }
 
@@ -121,7 +124,8 @@ impl Router<Cpu> for HierarchicalRouter {
         hidden: &<Cpu as lite_llm_kernels::device::Device>::Tensor,
         masks: &[&TierMask],
         out: &mut Routes,
-    ) -> Result<(), RouteError> {
+    ) -> Result<(), DeviceError> {
+        out.clear();
         let routing = &self.moe.routing;
         let rows: Vec<&[f32]> = (0..hidden.rows()).map(|row| hidden.row(row)).collect();
         let roots: Vec<Branch> = (0..rows.len() as u32)
@@ -137,11 +141,12 @@ impl Router<Cpu> for HierarchicalRouter {
             routing.k_tier as usize,
             &roots,
             |branch, tier| masks[branch.row as usize].allows(tier),
+            out,
             |branch, order, choice| {
                 let weight = choice.probability;
                 tiers.push(Branch { place: order, tier: choice.index, weight, ..*branch });
             },
-        )?;
+        );
 
         let mut groups = Vec::new();
         for (tier, gates) in self.tiers.iter().enumerate() {
@@ -156,6 +161,7 @@ impl Router<Cpu> for HierarchicalRouter {
                     self.moe.k_group(tier) as usize,
                     &here,
                     |_, _| true,
+                    out,
                     |branch, order, choice| {
                         groups.push(Branch {
                             place: branch.below(order),
@@ -164,7 +170,7 @@ impl Router<Cpu> for HierarchicalRouter {
                             ..*branch
                         });
                     },
-                )?;
+                );
             }
         }
 
@@ -183,16 +189,23 @@ impl Router<Cpu> for HierarchicalRouter {
                 self.moe.k_expert(tier as usize) as usize,
                 here,
                 |_, _| true,
+                out,
                 |branch, order, choice| {
                     let place = branch.below(order);
                     let weight = branch.weight * choice.probability;
                     chosen.push((Branch { place, weight, ..*branch }, key(choice.index)));
                 },
-            )?;
+            );
         }
         chosen.sort_by_key(|(b, _)| (b.row, b.place));
 
-        out.clear();
+        // A row that failed anywhere has no routes at all.
+        if !out.failures().is_empty() {
+            let failed = |row: u32| {
+                out.failures().binary_search_by_key(&(row as usize), |failure| failure.row).is_ok()
+            };
+            chosen.retain(|(branch, _)| !failed(branch.row));
+        }
         let mut next = chosen.as_slice();
         for row in 0..rows.len() as u32 {
             let count = next.iter().take_while(|(b, _)| b.row == row).count();

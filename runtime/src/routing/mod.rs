@@ -2,7 +2,9 @@
 //!
 //! [`Router`] is the interface, [`HierarchicalRouter`] its implementation on host memory.
 //! Invariant (determinism contract, rule 5): a token's routes are a function of its hidden
-//! state, the gates, the seed and the allowed tiers; of nothing else.
+//! state, the gates, the seed and the allowed tiers; of nothing else. So a row that cannot be
+//! routed has no routes and an error of its own ([`Routes::failures`]), and the other rows have the
+//! routes that they would have had without it.
 
 mod hierarchical;
 mod select;
@@ -30,6 +32,7 @@ pub struct Route {
 pub struct Routes {
     routes: Vec<Route>,
     ends: Vec<u32>,
+    failures: Vec<ScoreError>,
 }
 
 impl Routes {
@@ -68,12 +71,47 @@ impl Routes {
     pub fn clear(&mut self) {
         self.routes.clear();
         self.ends.clear();
+        self.failures.clear();
     }
 
     /// Adds the next row's routes, by priority.
     pub fn push_row(&mut self, routes: impl IntoIterator<Item = Route>) {
         self.routes.extend(routes);
         self.ends.push(self.routes.len() as u32);
+    }
+
+    /// Rows that could not be routed, by row, each once; they have no routes.
+    pub fn failures(&self) -> &[ScoreError] {
+        &self.failures
+    }
+
+    /// Says that a row, whose routes are empty, could not be routed. Only the first reason for a
+    /// row counts.
+    pub fn fail_row(&mut self, error: ScoreError) {
+        let at = self.failures.partition_point(|other| other.row < error.row);
+        if self.failures.get(at).is_none_or(|other| other.row != error.row) {
+            self.failures.insert(at, error);
+        }
+    }
+
+    /// The row that a route of [`Routes::all`] belongs to.
+    pub fn row_of(&self, route: usize) -> usize {
+        self.ends.partition_point(|&end| end as usize <= route)
+    }
+
+    /// Takes the routes of all rows away but those that `keep` names; the rows stay.
+    pub fn keep_rows(&mut self, keep: impl Fn(usize) -> bool) {
+        let (mut from, mut to) = (0, 0);
+        for row in 0..self.ends.len() {
+            let end = self.ends[row] as usize;
+            if keep(row) {
+                self.routes.copy_within(from..end, to);
+                to += end - from;
+            }
+            self.ends[row] = to as u32;
+            from = end;
+        }
+        self.routes.truncate(to);
     }
 
     /// Flat indices of a row's experts, in route order.
@@ -86,27 +124,22 @@ impl Routes {
     }
 }
 
-/// Why tokens could not be routed.
-#[derive(Debug, thiserror::Error)]
-pub enum RouteError {
-    /// A gate gave a score that is no number, so there is no order of candidates.
-    #[error(
-        "layer {layer}: the {level} gate gave {score} for row {row}; \
-         the model's weights or the hidden state hold NaN or infinity"
-    )]
-    NotANumber {
-        /// Layer of the model.
-        layer: usize,
-        /// `tier`, `group` or `expert`.
-        level: Level,
-        /// Row of the batch.
-        row: usize,
-        /// What the gate gave.
-        score: f32,
-    },
-    /// The device failed.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
+/// Why a row could not be routed: a gate gave a score that is no number, so there is no order of
+/// candidates.
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
+#[error(
+    "layer {layer}: the {level} gate gave {score} for row {row}; \
+     the model's weights or the hidden state hold NaN or infinity"
+)]
+pub struct ScoreError {
+    /// Layer of the model.
+    pub layer: usize,
+    /// `tier`, `group` or `expert`.
+    pub level: Level,
+    /// Row of the batch.
+    pub row: usize,
+    /// What the gate gave.
+    pub score: f32,
 }
 
 /// The three levels of hierarchical routing.
@@ -134,12 +167,49 @@ impl std::fmt::Display for Level {
 /// Chooses experts for hidden states.
 pub trait Router<D: Device>: Send + Sync {
     /// Routes every row of `hidden` (`[rows, hidden]`) within its own set of tiers and replaces
-    /// the contents of `out`.
+    /// the contents of `out`. A row that cannot be routed is one of [`Routes::failures`]; only
+    /// what concerns all rows is an error.
     fn route(
         &self,
         device: &D,
         hidden: &D::Tensor,
         tiers: &[&TierMask],
         out: &mut Routes,
-    ) -> Result<(), RouteError>;
+    ) -> Result<(), DeviceError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(expert: u32) -> Route {
+        let key = ExpertKey { layer: 0, tier: 0, group: 0, expert };
+        Route { key, weight: 1.0, priority: 0 }
+    }
+
+    #[test]
+    fn rows_lose_their_routes_and_keep_their_places() {
+        let mut routes = Routes::default();
+        for row in 0..4u32 {
+            routes.push_row((0..row).map(|i| route(10 * row + i)));
+        }
+        let of: Vec<_> = (0..6).map(|route| routes.row_of(route)).collect();
+        assert_eq!(of, [1, 2, 2, 3, 3, 3]);
+        routes.keep_rows(|row| row != 2);
+        assert_eq!(routes.rows(), 4);
+        assert_eq!(routes.row(1), [route(10)]);
+        assert!(routes.row(2).is_empty());
+        assert_eq!(routes.row(3), [route(30), route(31), route(32)]);
+        assert_eq!(routes.all().len(), 4);
+    }
+
+    #[test]
+    fn the_first_reason_of_a_row_counts_and_rows_are_in_order() {
+        let mut routes = Routes::default();
+        let error = |row, score| ScoreError { layer: 1, level: Level::Group, row, score };
+        for (row, score) in [(3, 1.0), (0, 2.0), (3, 3.0)] {
+            routes.fail_row(error(row, score));
+        }
+        assert_eq!(routes.failures(), [error(0, 2.0), error(3, 1.0)]);
+    }
 }

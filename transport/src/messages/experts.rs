@@ -100,6 +100,20 @@ pub struct ExpertOutputs {
     pub rows: u32,
 }
 
+/// An expert whose calls in a batch were not computed, while those of others were; what lies in
+/// their place among the outputs is unspecified.
+#[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct FailedExpert {
+    /// Index of the tier in the model's order.
+    pub tier: u16,
+    /// Group within the tier.
+    pub group: u32,
+    /// Expert within the group.
+    pub expert: u32,
+    /// What happened.
+    pub reason: String,
+}
+
 /// A batch that was not computed.
 #[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct ExpertFailure {
@@ -156,6 +170,7 @@ struct BatchRoot {
 #[derive(Archive, Serialize)]
 struct OutputsRoot {
     outputs: LanesAtStart,
+    failed: Vec<FailedExpert>,
     id: u64,
     trace: TraceContext,
     width: u32,
@@ -236,10 +251,32 @@ impl OutgoingExpertOutputs {
     }
 
     /// The reply, ready to be sent.
-    pub fn finish(mut self) -> OutgoingFrame {
+    pub fn finish(self) -> OutgoingFrame {
+        self.frame(Vec::new())
+    }
+
+    /// The same where some experts of the batch could not be run. It is copied into a buffer that
+    /// has room for the reasons, each cut to [`REASON_BYTES_MAX`].
+    pub fn finish_without(
+        mut self,
+        mut failed: Vec<FailedExpert>,
+        pool: &BufferPool,
+    ) -> Result<OutgoingFrame, MessageError> {
+        let ExpertOutputs { rows, width, .. } = self.outputs;
+        let mut bytes = 0;
+        for FailedExpert { reason, .. } in &mut failed {
+            reason.truncate(reason.floor_char_boundary(REASON_BYTES_MAX));
+            bytes += size_of::<ArchivedFailedExpert>() + reason.len().next_multiple_of(8);
+        }
+        let mut buffer = reserve("ExpertOutputs", rows, width, bytes, pool)?;
+        numbers_mut(&mut buffer, rows, width).copy_from_slice(self.rows_mut());
+        Ok(Self { outputs: self.outputs, buffer }.frame(failed))
+    }
+
+    fn frame(mut self, failed: Vec<FailedExpert>) -> OutgoingFrame {
         let ExpertOutputs { id, trace, width, rows } = self.outputs;
         let outputs = pad(&mut self.buffer, rows, width);
-        let root = OutputsRoot { outputs, id, trace, width, rows };
+        let root = OutputsRoot { outputs, failed, id, trace, width, rows };
         let from = root.outputs.lanes * size_of::<Lane>();
         let writer = FrameWriter { bytes: &mut self.buffer, position: from };
         let bytes = rkyv::api::high::to_bytes_in::<_, rancor::Error>(&root, writer)
@@ -312,6 +349,7 @@ impl ExpertBatchView {
 #[derive(Debug, Clone)]
 pub struct ExpertOutputsView {
     outputs: ExpertOutputs,
+    failed: Vec<FailedExpert>,
     frame: Frame,
     numbers: Range<usize>,
 }
@@ -325,7 +363,27 @@ impl ExpertOutputsView {
         let numbers = check_lanes(WHAT, frame, &root.outputs, rows, width)?;
         let (id, trace) = (root.id.to_native(), root.trace.to_native());
         let outputs = ExpertOutputs { id, trace, width, rows };
-        Ok(Self { outputs, frame: frame.clone(), numbers })
+        // An expert that failed had a call.
+        if root.failed.len() > rows as usize {
+            return Err(MessageError::Field {
+                what: WHAT,
+                field: "failed experts",
+                found: root.failed.len() as u64,
+                expected: format!("at most {rows}, one per call,"),
+            });
+        }
+        let failed = root.failed.iter().map(|expert| FailedExpert {
+            tier: expert.tier.to_native(),
+            group: expert.group.to_native(),
+            expert: expert.expert.to_native(),
+            reason: expert.reason.as_str().to_owned(),
+        });
+        Ok(Self { outputs, failed: failed.collect(), frame: frame.clone(), numbers })
+    }
+
+    /// Experts whose calls were not computed.
+    pub fn failed(&self) -> &[FailedExpert] {
+        &self.failed
     }
 
     /// Everything but the numbers.

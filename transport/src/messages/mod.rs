@@ -24,7 +24,7 @@ pub use cluster::{
 };
 pub use experts::{
     ExpertBatch, ExpertBatchView, ExpertCall, ExpertFailure, ExpertOutputs, ExpertOutputsView,
-    ExpertReplyView, OutgoingExpertBatch, OutgoingExpertOutputs,
+    ExpertReplyView, FailedExpert, OutgoingExpertBatch, OutgoingExpertOutputs,
 };
 pub use jobs::{
     ClientReply, ClientRequest, EndReason, JobEvent, JobEventBody, JobRequest, JobStart,
