@@ -165,7 +165,8 @@ impl<D: Device> MoELayer<D> {
         let width = if routes.rows() == 0 { 0 } else { states.len() / routes.rows() };
         let mut parts: Vec<&[f32]> = outputs.chunks_exact(width.max(1)).collect();
         if !failed.is_empty() {
-            let mut rows = routes.with_rows().map(|(row, _)| row);
+            let rows: Vec<usize> = routes.with_rows().map(|(row, _)| row).collect();
+            let mut rows = rows.into_iter();
             parts.retain(|_| rows.next().is_some_and(|row| !failed.contains_key(&row)));
             routes.keep_rows(|row| !failed.contains_key(&row));
         }

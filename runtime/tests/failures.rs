@@ -189,6 +189,7 @@ fn demo() -> (Arc<Faulty>, Engine<Faulty>, DramStore) {
         head: model.head,
         norm: model.norm,
         layers: model.layers.into_iter().map(layer).collect(),
+        rotary_scale: 1.0,
         inv_freq: model.inv_freq,
     };
     let engine = Engine::new(Arc::new(backbone), 64 << 20).unwrap();
