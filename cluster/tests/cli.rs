@@ -72,7 +72,7 @@ fn models_that_are_none_are_named() {
         }
         run(&args).one_error(2, &["/no/such/model"]);
     }
-    run(&["inspect", empty]).one_error(2, &[empty, "no checkpoint", "manifest.json"]);
+    run(&["inspect", empty]).one_error(2, &[empty, "no checkpoint", "manifest.N.json"]);
     let out = folder.path().join("out");
     let out = out.to_str().unwrap();
     run(&["import", "/no/such/folder", out]).one_error(2, &["/no/such/folder"]);

@@ -84,7 +84,7 @@ fn a_worker_of_another_release_is_told_both_versions_and_so_is_the_log() {
     let address = token.address().parse().unwrap();
     for (hello, words) in [
         (Hello { protocol: 2, ..Hello::new(1) }, ["protocol 1", "this worker 2"]),
-        (Hello::new(9), ["contract 1", "worker by 9"]),
+        (Hello::new(9), ["contract 2", "worker by 9"]),
     ] {
         let joining = join(address, &token, Role::Worker, "newer", &hello);
         let error = soon(joining).unwrap_err().to_string();
@@ -110,7 +110,7 @@ fn a_coordinator_of_another_release_is_named_by_the_worker() {
     let _guard = runtime.enter();
     for (hello, words) in [
         (Hello { protocol: 2, ..Hello::new(1) }, ["protocol 2", "this worker 1"]),
-        (Hello::new(9), ["contract 9", "worker by 1"]),
+        (Hello::new(9), ["contract 9", "worker by 2"]),
     ] {
         let ca = std::sync::Arc::new(ClusterCa::ephemeral().unwrap());
         let identity = ca.identity(Role::Coordinator, "coordinator").unwrap();

@@ -194,7 +194,7 @@ fn prompts_and_answers_are_those_of_transformers() {
     let out = folder.path().join("unclear").to_str().unwrap().to_owned();
     let source = cases.join("unclear-messages/gen-eos");
     run(&["import", source.to_str().unwrap(), &out])
-        .expect(0, &["generation_config.json: eos_token_id 600 is ignored", "512"]);
+        .expect(0, &["generation_config.json: eos_token_id 600 is left out", "512"]);
 }
 
 /// A coordinator has the template; its client says who is asked, and when.
