@@ -83,7 +83,7 @@ fn a_worker_of_another_release_is_told_both_versions_and_so_is_the_log() {
     let token = JoinToken::read(cluster.token().as_ref()).unwrap();
     let address = token.address().parse().unwrap();
     for (hello, words) in [
-        (Hello { protocol: 2, ..Hello::new(1) }, ["protocol 1", "this worker 2"]),
+        (Hello { protocol: 3, ..Hello::new(1) }, ["protocol 2", "this worker 3"]),
         (Hello::new(9), ["contract 2", "worker by 9"]),
     ] {
         let joining = join(address, &token, Role::Worker, "newer", &hello);
@@ -94,7 +94,7 @@ fn a_worker_of_another_release_is_told_both_versions_and_so_is_the_log() {
     }
     cluster.coordinator.wait_until("both refusals", |coordinator| {
         let log = coordinator.err();
-        log.contains("speaks protocol 2") && log.contains("contract 9")
+        log.contains("speaks protocol 3") && log.contains("contract 9")
     });
     // The cluster serves who belongs to it.
     cluster.join("a");
@@ -109,7 +109,7 @@ fn a_coordinator_of_another_release_is_named_by_the_worker() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let _guard = runtime.enter();
     for (hello, words) in [
-        (Hello { protocol: 2, ..Hello::new(1) }, ["protocol 2", "this worker 1"]),
+        (Hello { protocol: 3, ..Hello::new(1) }, ["protocol 3", "this worker 2"]),
         (Hello::new(9), ["contract 9", "worker by 2"]),
     ] {
         let ca = std::sync::Arc::new(ClusterCa::ephemeral().unwrap());

@@ -166,7 +166,11 @@ fn a_template_that_cannot_be_used_stops_the_chat_and_nothing_else() {
     run(&["run", "--model", model, "--max-tokens", "2", "hi"]).expect(0, &["[2 tokens"]);
     run(&["run", "--model", model, "--chat", "hi"])
         .one_error(1, &["--chat: chat template: syntax error"]);
-    run(&["run", "--chat", "hi"]).one_error(2, &["no chat template"]);
+    let (source, none) = (source.to_owned(), folder.path().join("none"));
+    fs::remove_file(folder.path().join("hf/chat_template.jinja")).unwrap();
+    let none = none.to_str().unwrap();
+    run(&["import", &source, none]).expect(0, &[]);
+    run(&["run", "--model", none, "--chat", "hi"]).one_error(2, &["no chat template"]);
 }
 
 /// The weights of these folders answer with a word that tells what the prompt was.

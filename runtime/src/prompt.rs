@@ -60,8 +60,8 @@ impl Prompts {
         let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?)?;
         let tokenizer = tokenizer.with_ends(&config.eos_tokens);
         let template = checkpoint.chat_template()?;
-        let tokens = checkpoint.manifest().text.special_tokens();
-        let template = template.map(|template| Arc::new(ChatTemplate::new(&template, &tokens)));
+        let tokens = &checkpoint.manifest().text.special_tokens;
+        let template = template.map(|template| Arc::new(ChatTemplate::new(&template, tokens)));
         Ok(Self { tokenizer, template, context: config.context })
     }
 

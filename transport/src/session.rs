@@ -302,8 +302,8 @@ mod tests {
         let now = Instant::now();
         for (hello, words) in [
             (
-                Hello { protocol: 2, ..Hello::new(1) },
-                ["worker w1 speaks protocol 2", "coordinator 1"],
+                Hello { protocol: 3, ..Hello::new(1) },
+                ["worker w1 speaks protocol 3", "coordinator 2"],
             ),
             (Hello::new(7), ["contract 7", "coordinator by 1"]),
         ] {

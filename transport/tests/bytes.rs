@@ -1,34 +1,75 @@
-//! The bytes of protocol 1: frames of the data plane as files, which every later build that still
-//! calls itself protocol 1 must write and read alike.
+//! The bytes of protocol 2: a handshake, a frame of each kind and an assignment as files, which every later build that still
+//! calls itself protocol 2 must write and read alike.
 //!
 //! If this fails, the layout changed: either undo that, or raise `PROTOCOL_VERSION` and write the
 //! files anew with `LITE_LLM_WRITE_BYTES=1`.
 
+mod fixtures;
 mod support;
 
-use std::{fs, path::PathBuf};
+use std::{fmt::Debug, fs, path::PathBuf};
 
 use lite_llm_transport::{
     PROTOCOL_VERSION,
     frame::{Frame, OutgoingFrame},
     messages::{
-        ExpertBatchView, ExpertFailure, ExpertOutputs, ExpertReplyView, FailedExpert,
-        OutgoingExpertBatch, OutgoingExpertOutputs, TraceContext,
+        Assignment, ClusterStatus, ExpertBatchView, ExpertFailure, ExpertOutputs, ExpertReplyView,
+        FailedExpert, JobStart, Message, NodeInfo, OutgoingExpertBatch, OutgoingExpertOutputs,
+        TraceContext, decode, encode,
     },
     pool::BufferPool,
+    session::Hello,
 };
 use support::batch;
 
 fn kept(name: &str, outgoing: &OutgoingFrame) -> Frame {
+    Frame::copied(outgoing.kind(), &kept_bytes(name, outgoing.bytes()), &BufferPool::default())
+        .unwrap()
+}
+
+/// The bytes of a file, which are those that this build writes.
+fn kept_bytes(name: &str, written: &[u8]) -> Vec<u8> {
     let file = format!("tests/data/{name}.v{PROTOCOL_VERSION}.bin");
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(&file);
     if std::env::var_os("LITE_LLM_WRITE_BYTES").is_some() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, outgoing.bytes()).unwrap();
+        fs::write(&path, written).unwrap();
     }
     let bytes = fs::read(&path).unwrap_or_else(|error| panic!("{file}: {error}"));
-    assert!(bytes == outgoing.bytes(), "{file}: this build lays the message otherwise");
-    Frame::copied(outgoing.kind(), &bytes, &BufferPool::default()).unwrap()
+    assert!(bytes == written, "{file}: this build lays the message otherwise");
+    bytes
+}
+
+/// A message whose frame is kept.
+fn message<T: Message + PartialEq + Debug>(name: &str, value: &T) {
+    let frame = kept(name, &OutgoingFrame::message(value).unwrap());
+    assert_eq!(&frame.decode::<T>().unwrap(), value);
+}
+
+#[test]
+fn messages_of_this_protocol_are_written_and_read_as_they_were() {
+    for (i, event) in fixtures::events().iter().enumerate() {
+        message(&format!("job_event_{i}"), event);
+    }
+    for (i, request) in fixtures::requests().iter().enumerate() {
+        message(&format!("client_request_{i}"), request);
+    }
+    // Events are replies, too.
+    for (i, reply) in fixtures::replies().iter().take(4).enumerate() {
+        message(&format!("client_reply_{i}"), reply);
+    }
+    message("job_start", &JobStart { job: 1, request: fixtures::request() });
+    let assignment = fixtures::assignment();
+    let bytes = kept_bytes("assignment", &encode(&assignment));
+    assert_eq!(decode::<Assignment>(&bytes).unwrap(), assignment);
+    let info = fixtures::info();
+    assert_eq!(decode::<NodeInfo>(&kept_bytes("node_info", &encode(&info))).unwrap(), info);
+    let status = fixtures::status();
+    let bytes = kept_bytes("cluster_status", &encode(&status));
+    assert_eq!(decode::<ClusterStatus>(&bytes).unwrap(), status);
+    let hello = Hello { checkpoint: Some([9; 32]), ..Hello::new(2) };
+    let bytes = kept_bytes("hello", &hello.to_bytes());
+    assert_eq!(Hello::from_bytes(&bytes), Some(hello));
 }
 
 #[test]

@@ -1,18 +1,19 @@
 //! Damaged and hostile bytes of every message: an error or a valid view, never a panic, never a
 //! read outside the frame.
 
+mod fixtures;
 mod support;
 
 use std::{fmt::Debug, sync::LazyLock};
 
+use fixtures::{assignment, events, info, replies, request, requests, status};
 use lite_llm_transport::{
     frame::{Frame, FrameKind, OutgoingFrame},
     messages::{
-        Assignment, ClientReply, ClientRequest, ClusterStatus, EndReason, ExpertBatchView,
-        ExpertFailure, ExpertOutputs, ExpertReplyView, JobEvent, JobEventBody, JobRequest,
-        JobStart, LoadProgress, LogitsWanted, Message, NodeAddress, NodeInfo, NodeStatus,
-        OutgoingExpertBatch, OutgoingExpertOutputs, PlacementRule, Prompt, TraceContext, Wire,
-        decode, encode,
+        Assignment, ClientReply, ClientRequest, ClusterStatus, ExpertBatchView, ExpertFailure,
+        ExpertOutputs, ExpertReplyView, JobEvent, JobEventBody, JobRequest, JobStart, NodeInfo,
+        LoadProgress, Message, OutgoingExpertBatch, OutgoingExpertOutputs, PlacementRule,
+        TraceContext, Wire, decode, encode,
     },
     pool::BufferPool,
     session::Hello,
@@ -60,118 +61,6 @@ fn look_at_reply(kind: FrameKind, bytes: &[u8]) -> bool {
         }
         Ok(ExpertReplyView::Failure(failure)) => failure.reason.len() < usize::MAX,
         Err(_) => false,
-    }
-}
-
-fn request() -> JobRequest {
-    JobRequest {
-        prompt: Prompt::Tokens(vec![1, 2, 3]),
-        max_new_tokens: 5,
-        temperature: 0.5,
-        top_k: 3,
-        top_p: 0.9,
-        seed: 11,
-        tiers: "all".into(),
-        stop_at_eos: true,
-        want_logits: LogitsWanted::All,
-        want_routes: true,
-        prefill_chunk: 0,
-        trace: TraceContext::default(),
-    }
-}
-
-fn status() -> ClusterStatus {
-    let node = NodeStatus {
-        name: "w1".into(),
-        address: "127.0.0.1:1".into(),
-        state: "ready".into(),
-        experts: 1,
-        expert_bytes: 2,
-        budget: 3,
-        sequences: 4,
-        tokens_per_second: 5.0,
-        loaded: 6,
-        total: 7,
-    };
-    ClusterStatus {
-        model: "manpages".into(),
-        checkpoint: "00ff".into(),
-        epoch: 1,
-        state: "a longer state than fits inline".into(),
-        waiting_for: vec!["w2".into(), "w3".into()],
-        nodes: vec![node.clone(), node],
-        jobs_running: 1,
-        jobs_done: 2,
-        tokens_per_second: 3.0,
-    }
-}
-
-fn events() -> Vec<JobEvent> {
-    let bodies = [
-        JobEventBody::Token { index: 1, id: 2, text: Some("a rather long text".into()) },
-        JobEventBody::Token { index: 1, id: 2, text: None },
-        JobEventBody::Logits { first_row: 0, rows: 2, width: 2, values: vec![1.0; 4] },
-        JobEventBody::Routes { first_row: 0, layers: 1, rows: 2, k: 2, ids: vec![-1; 4] },
-        JobEventBody::Progress { prefilled: 1, total: 2 },
-        JobEventBody::Done { reason: EndReason::EndOfText, generated: 3 },
-        JobEventBody::Failed { reason: "out of everything there is".into() },
-    ];
-    bodies.map(|body| JobEvent { job: 1, trace: TraceContext::default(), body }).into()
-}
-
-fn replies() -> Vec<ClientReply> {
-    let mut replies = vec![
-        ClientReply::Accepted { job: 3 },
-        ClientReply::Status(status()),
-        ClientReply::Refused { reason: "too many jobs wait already".into() },
-    ];
-    replies.extend(events().into_iter().map(ClientReply::Event));
-    replies
-}
-
-fn requests() -> Vec<ClientRequest> {
-    let text = JobRequest { prompt: Prompt::Text("hello".into()), ..request() };
-    vec![
-        ClientRequest::Submit(request()),
-        ClientRequest::Submit(text),
-        ClientRequest::Status,
-        ClientRequest::Cancel(9),
-    ]
-}
-
-fn assignment() -> Assignment {
-    let node = NodeAddress { name: "w1".into(), address: "127.0.0.1:1".into() };
-    Assignment {
-        epoch: 1,
-        checkpoint: [3; 32],
-        model_path: "/models/some/where".into(),
-        placement: vec![
-            PlacementRule {
-                tier: 0,
-                first_group: 0,
-                end_group: 2,
-                copies: 1,
-                holders: vec![0, 1, 0],
-            },
-            PlacementRule { tier: 1, first_group: 0, end_group: 1, copies: 2, holders: vec![1, 0] },
-        ],
-        nodes: vec![node.clone(), node],
-        you: 1,
-        kv_dtype: "bf16".into(),
-        context: 4096,
-    }
-}
-
-fn info() -> NodeInfo {
-    NodeInfo {
-        name: "w1".into(),
-        address: "127.0.0.1:1".into(),
-        release: "0.1.0".into(),
-        protocol: 1,
-        determinism: 1,
-        budget_bytes: 2,
-        threads: 3,
-        pid: 4,
     }
 }
 

@@ -23,8 +23,8 @@ pub(super) async fn tokenize(args: TokenizeArgs, json: bool) -> Result<()> {
     let mut prompts = Prompts::of(&checkpoint).map_err(bad_input)?;
     if let Some(path) = &args.template {
         let shown = path.display();
-        let tokens = checkpoint.manifest().text.special_tokens();
-        let template = ChatTemplate::new(&read_text(path)?, &tokens);
+        let tokens = &checkpoint.manifest().text.special_tokens;
+        let template = ChatTemplate::new(&read_text(path)?, tokens);
         let template = template.map_err(|error| bad_input(anyhow!("{shown}: {error}")))?;
         prompts = prompts.with_template(template);
     }

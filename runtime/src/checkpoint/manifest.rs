@@ -82,36 +82,7 @@ pub struct TextFiles {
     pub chat_template: Option<FileRef>,
     /// Texts of the tokenizer's special tokens, by the names that templates have for them:
     /// `bos_token`, `eos_token`, `unk_token`, ….
-    #[serde(default)]
     pub special_tokens: BTreeMap<String, String>,
-    /// As the first files of format 1 had it; never written.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    bos_token: Option<String>,
-    /// As above.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    eos_token: Option<String>,
-}
-
-impl TextFiles {
-    /// What is known about text.
-    pub(super) fn new(
-        tokenizer: FileRef,
-        chat_template: Option<FileRef>,
-        special_tokens: BTreeMap<String, String>,
-    ) -> Self {
-        Self { tokenizer, chat_template, special_tokens, bos_token: None, eos_token: None }
-    }
-
-    /// Texts of special tokens by name.
-    pub fn special_tokens(&self) -> BTreeMap<String, String> {
-        let mut tokens = self.special_tokens.clone();
-        for (name, text) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
-            if let Some(text) = text {
-                tokens.entry(name.into()).or_insert_with(|| text.clone());
-            }
-        }
-        tokens
-    }
 }
 
 #[derive(Deserialize)]

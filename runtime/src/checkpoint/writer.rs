@@ -281,7 +281,7 @@ impl Writer {
             Some(template) => Some(self.write_file("chat_template.jinja", template.as_bytes())?),
             None => None,
         };
-        Ok(TextFiles::new(tokenizer, chat_template, text.special_tokens.clone()))
+        Ok(TextFiles { tokenizer, chat_template, special_tokens: text.special_tokens.clone() })
     }
 
     /// Makes the manifest appear, whole and only if there is none of its name.

@@ -75,7 +75,7 @@ pub(super) fn convert(
     let text = Text {
         tokenizer_json: checkpoint.tokenizer_json()?,
         chat_template: checkpoint.chat_template()?,
-        special_tokens: checkpoint.manifest().text.special_tokens(),
+        special_tokens: checkpoint.manifest().text.special_tokens.clone(),
     };
     let mut total = 0;
     for part in Part::all(config) {
