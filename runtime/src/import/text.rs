@@ -185,7 +185,9 @@ fn add_tokens(
         .map_err(|_| wrong("a tokenizer.json that is an object is expected beside it"))?;
     for (id, content, token) in &missing {
         // In the model's own table a token keeps its id, whatever others there are.
-        if let Some(table) = whole.get_mut("model").and_then(|m| m["vocab"].as_object_mut()) {
+        if let Some(table) =
+            whole.get_mut("model").and_then(|m| m.get_mut("vocab")?.as_object_mut())
+        {
             if table.values().any(|other| other.as_u64() == Some(u64::from(*id))) {
                 let path = path.display();
                 warn!(
