@@ -10,10 +10,10 @@ use fixtures::{assignment, events, info, replies, request, requests, status};
 use lite_llm_transport::{
     frame::{Frame, FrameKind, OutgoingFrame},
     messages::{
-        Assignment, ClientReply, ClientRequest, ClusterStatus, ExpertBatchView, ExpertFailure,
-        ExpertOutputs, ExpertReplyView, JobEvent, JobEventBody, JobRequest, JobStart, NodeInfo,
-        LoadProgress, Message, OutgoingExpertBatch, OutgoingExpertOutputs, PlacementRule,
-        TraceContext, Wire, decode, encode,
+        Assignment, ClientReply, ClientRequest, ExpertBatchView, ExpertFailure, ExpertOutputs,
+        ExpertReplyView, JobEvent, JobEventBody, JobStart, LoadProgress, Message, NodeInfo,
+        OutgoingExpertBatch, OutgoingExpertOutputs, PlacementRule, TraceContext, Wire, decode,
+        encode,
     },
     pool::BufferPool,
     session::Hello,
