@@ -107,12 +107,9 @@ fn tokenize_shows_ids_pieces_and_the_prompt() {
     let chat = ["tokenize", "--model", model, "--chat", "--system", "S", "x"];
     let shown = run(&chat);
     let prompt = "<extra_300>[system]S\n[user]x\nnull";
-    assert!(
-        shown.out.starts_with(&format!("{prompt}\n\n    300  \"<extra_300>\"\n")),
-        "{shown:#?}"
-    );
+    assert!(shown.out.starts_with(&format!("{prompt}\n\n     60  \"<\"\n")), "{shown:#?}");
     let json = line(&run(&[&chat[..], &["--json"]].concat()));
-    assert_eq!((&json["prompt"], &json["ids"][0]), (&json!(prompt), &json!(300)));
+    assert_eq!((&json["prompt"], &json["ids"][0]), (&json!(prompt), &json!(60)));
 
     let conversation = folder.path().join("conversation.json");
     let tools = r#"{"messages": [{"role": "a", "content": "b"}], "tools": [{"z": 1, "a": "é"}]}"#;

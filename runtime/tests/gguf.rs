@@ -537,10 +537,10 @@ fn files_that_name_no_way_to_cut_have_that_of_their_class() {
             try_import(&path, out.path()).unwrap();
             let checkpoint = Checkpoint::open(out.path()).unwrap();
             let json = checkpoint.tokenizer_json().unwrap();
-            (checkpoint, String::from_utf8(json).unwrap())
+            (checkpoint, String::from_utf8(json).unwrap(), out)
         };
         let same = |_: &mut File| {};
-        let (_, named) = tokenizer(Some(own), &same);
+        let (_, named, _) = tokenizer(Some(own), &same);
         assert_eq!(tokenizer(None, &same).1, named);
         assert_eq!(tokenizer(Some("default"), &same).1, named);
         let known = [
@@ -556,7 +556,7 @@ fn files_that_name_no_way_to_cut_have_that_of_their_class() {
             assert_ne!(tokenizer(Some(pre), &same).1, named, "{pre}");
         }
         // What can never come, or cannot be rendered, stops no import.
-        let (checkpoint, _) = tokenizer(None, &|file| {
+        let (checkpoint, _, _out) = tokenizer(None, &|file| {
             file.set("tokenizer.ggml.bos_token_id", Meta::U32(1 << 20));
             file.set("tokenizer.chat_template", Meta::Text("{% if %}".into()));
         });
