@@ -76,7 +76,7 @@ fn only_what_depends_on_a_length_depends_on_the_served_context() {
     let table = |rope: Value, context| {
         Rotary::new(&read(&json!({ "rope_scaling": rope })).unwrap().attention, context)
     };
-    let lists = json!({ "type": "longrope", "short_factor": [1; 8], "long_factor": [2; 8],
+    let lists = json!({ "type": "longrope", "short_factor": vec![1; 8], "long_factor": vec![2; 8],
                         "original_max_position_embeddings": 32 });
     for (rope, depends) in [
         (json!({ "type": "linear", "factor": 2.0 }), false),
