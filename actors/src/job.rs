@@ -217,6 +217,7 @@ fn engine_request(request: JobRequest, span: &Span) -> Result<Request, String> {
             top_k: request.top_k,
             top_p: request.top_p,
             seed: request.seed,
+            ..Sampling::GREEDY
         },
         tiers,
         stop_at_eos: request.stop_at_eos,

@@ -2,12 +2,12 @@
 //!
 //! A page holds [`PAGE_TOKENS`] consecutive positions of one sequence, for every layer.
 //! Position p of a sequence lies in `pages[p / PAGE_TOKENS]` at offset `p % PAGE_TOKENS`.
-//! Attention walks a sequence page by page: the page is also the fixed block of the
-//! determinism contract, so it is part of the contract's version.
+//! How positions are paged is no part of the determinism contract: attention's leaves are whole
+//! pages, and what it computes of a leaf does not depend on them.
 
 use std::{fmt, str::FromStr};
 
-/// Positions per page; fixed by the determinism contract.
+/// Positions per page.
 pub const PAGE_TOKENS: usize = 64;
 
 /// Values of a head in one page are rows of a multiple of this many, zeros at the end.

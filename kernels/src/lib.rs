@@ -30,4 +30,4 @@ pub const RELAXED_ORDER: bool = cfg!(feature = "relaxed-order");
 /// Version of the determinism contract that these kernels obey; it is written into every
 /// checkpoint and every handshake. A build with relaxed order has 0: it reads no checkpoint
 /// and joins no cluster of others, and what it writes is read by its like only.
-pub const DETERMINISM_VERSION: u32 = if RELAXED_ORDER { 0 } else { 1 };
+pub const DETERMINISM_VERSION: u32 = if RELAXED_ORDER { 0 } else { 2 };

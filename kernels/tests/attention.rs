@@ -153,36 +153,31 @@ impl Sequence {
             let numbers = |all: &[f32], position: usize| {
                 all[at(position) * self.head_dim..][..self.head_dim].to_vec()
             };
-            let (mut max, mut total) = (f32::NEG_INFINITY, 0.0f32);
-            let mut acc = vec![0.0f32; self.head_dim];
-            for page in first / PAGE_TOKENS..=position / PAGE_TOKENS {
-                let base = page * PAGE_TOKENS;
-                let seen = first.max(base)..=position.min(base + PAGE_TOKENS - 1);
-                let scores: Vec<(usize, f32)> = seen
+            let leaf = |leaf: usize| {
+                let seen = first.max(leaf * 256)..(position + 1).min((leaf + 1) * 256);
+                if seen.is_empty() {
+                    return None;
+                }
+                let scores: Vec<f32> = seen
+                    .clone()
                     .map(|p| (p, rule_1(self.query(position, head), &numbers(&kept.k.0, p))))
-                    .map(|(p, dot)| (p, dot * kept.k.1[at(p)] * self.scale()))
+                    .map(|(p, dot)| dot * kept.k.1[at(p)] * self.scale())
                     .collect();
-                let new = scores.iter().fold(max, |m, (_, s)| m.max(*s));
-                let keep = exp(max - new);
-                max = new;
+                let max = scores.iter().fold(f32::NEG_INFINITY, |m, s| m.max(*s));
                 let mut l = [0.0f32; 8];
-                let mut weights = [0.0f32; PAGE_TOKENS];
-                for (p, score) in scores {
-                    weights[p - base] = exp(score - max);
-                }
-                for (i, w) in weights.iter().enumerate() {
-                    l[i % 8] += w;
-                }
-                let sum = ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
-                total = total.mul_add(keep, sum);
-                acc.iter_mut().for_each(|x| *x *= keep);
-                for p in first.max(base)..=position.min(base + PAGE_TOKENS - 1) {
-                    let weight = weights[p - base] * kept.v.1[at(p)];
+                let mut acc = vec![0.0f32; self.head_dim];
+                for (p, score) in seen.zip(scores) {
+                    let weight = exp(score - max);
+                    l[p % 8] += weight;
+                    let weight = weight * kept.v.1[at(p)];
                     for (x, v) in acc.iter_mut().zip(numbers(&kept.v.0, p)) {
                         *x = weight.mul_add(v, *x);
                     }
                 }
-            }
+                let sum = ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
+                Some((max, sum, acc))
+            };
+            let (_, total, acc) = node(0, position / 256 + 1, &leaf).expect("a row sees itself");
             out.extend(acc.iter().map(|x| x / total));
         }
         out
@@ -211,6 +206,26 @@ impl Sequence {
             }));
         }
         out
+    }
+}
+
+/// What leaves or nodes give: the largest score, the sum of weights, sums of values.
+type Node = (f32, f32, Vec<f32>);
+
+/// The tree over leaves `from..to`, from the root down.
+fn node(from: usize, to: usize, leaf: &impl Fn(usize) -> Option<Node>) -> Option<Node> {
+    if to - from == 1 {
+        return leaf(from);
+    }
+    let middle = from + (1 << (to - from - 1).ilog2());
+    match (node(from, middle, leaf), node(middle, to, leaf)) {
+        (Some((m, s, a)), Some((later_m, later_s, later_a))) => {
+            let max = m.max(later_m);
+            let (e, f) = (exp(m - max), exp(later_m - max));
+            let acc = a.iter().zip(&later_a).map(|(a, b)| a * e + b * f).collect();
+            Some((max, s * e + later_s * f, acc))
+        }
+        (earlier, later) => earlier.or(later),
     }
 }
 
@@ -294,6 +309,31 @@ fn chunks_of_the_prompt_and_company_in_the_batch_change_nothing() {
 }
 
 #[test]
+fn leaves_meet_in_the_tree_whatever_the_chunks_and_windows_leave_out() {
+    let sequence = Sequence::new(31, 1, 2, 18, 1600);
+    // The first and last of leaves, and what straddles them.
+    let positions: Vec<usize> =
+        (0..1600).filter(|p| [0, 1, 128, 254, 255].contains(&(p % 256)) || *p > 1590).collect();
+    let cpus = cpus();
+    for window in [None, Some(1), Some(200), Some(256), Some(257), Some(700), Some(1300)] {
+        let expected: Vec<f32> =
+            positions.iter().flat_map(|&p| sequence.by_the_rule(p, window)).collect();
+        for cpu in &cpus {
+            let mut arena = sequence.empty_arena(cpu);
+            sequence.append(cpu, &mut arena, 0, sequence.len);
+            for chunk in [1, 5, positions.len()] {
+                let found: Vec<f32> = positions
+                    .chunks(chunk)
+                    .flat_map(|positions| sequence.attend(cpu, &arena, positions, window))
+                    .collect();
+                let what = format!("window {window:?}, {chunk} rows at a time on {cpu:?}");
+                assert_same(&found, &expected, &what);
+            }
+        }
+    }
+}
+
+#[test]
 fn keys_that_are_not_visible_are_not_touched() {
     let mut sequence = Sequence::new(13, 1, 5, 33, 190);
     let window = Some(40);
@@ -351,7 +391,7 @@ fn few_rows_with_many_keys_have_the_bits_of_the_rule_on_any_threads() {
         for (dtype, _) in FORMATS {
             let mut sequence = Sequence::new(23, kv_heads, group, head_dim, 1100);
             sequence.dtype = dtype;
-            for window in [None, Some(900)] {
+            for window in [None, Some(900), Some(300)] {
                 let positions = [700, 960, 1050, 1099];
                 let expected: Vec<f32> =
                     positions.iter().flat_map(|&p| sequence.by_the_rule(p, window)).collect();

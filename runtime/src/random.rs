@@ -16,7 +16,8 @@ pub enum Purpose {
 
 /// A uniform 64-bit number.
 ///
-/// Two rounds of the finaliser of SplitMix64 (Steele, Lea, Flood 2014) over the three inputs.
+/// Two rounds of SplitMix64 (Steele, Lea, Flood 2014) over the three inputs, with g =
+/// 0x9e3779b97f4a7c15 and modulo 2^64: `mix(mix(seed ^ purpose · g) + index · g)`.
 pub fn random_u64(seed: u64, purpose: Purpose, index: u64) -> u64 {
     let stream = mix(seed ^ (purpose as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     mix(stream.wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
@@ -25,6 +26,13 @@ pub fn random_u64(seed: u64, purpose: Purpose, index: u64) -> u64 {
 /// A uniform number in `[0, 1)` with 53 bits.
 pub fn random_unit(seed: u64, purpose: Purpose, index: u64) -> f64 {
     (random_u64(seed, purpose, index) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// A number that names what has a name: FNV-1a of its bytes, 64 bits.
+pub fn hash_name(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 fn mix(mut z: u64) -> u64 {
@@ -40,10 +48,22 @@ mod tests {
 
     #[test]
     fn numbers_are_pinned_for_ever() {
-        // Sampled texts and tie-breaks of every release depend on these bits.
-        assert_eq!(random_u64(0, Purpose::Sampling, 0), random_u64(0, Purpose::Sampling, 0));
-        assert_ne!(random_u64(0, Purpose::Sampling, 0), random_u64(0, Purpose::TieBreak, 0));
-        assert_ne!(random_u64(0, Purpose::Sampling, 0), random_u64(1, Purpose::Sampling, 0));
+        // Sampled texts and tie-breaks of every release depend on these bits: they were computed
+        // by another program, from the definition.
+        for (seed, purpose, index, bits) in [
+            (0, Purpose::Sampling, 0, 0x46b7_3e79_f0c3_7c00),
+            (0, Purpose::TieBreak, 0, 0xee27_51b9_2135_351c),
+            (1, Purpose::Sampling, 0, 0x7f46_a57c_92db_ee5f),
+            (7, Purpose::Weights, 1 << 40, 0x9f70_0728_3044_fb1c),
+            (u64::MAX, Purpose::Placement, u64::MAX, 0x5929_813f_039d_9c56),
+        ] {
+            assert_eq!(random_u64(seed, purpose, index), bits, "{seed} {purpose:?} {index}");
+        }
+        assert_eq!(random_unit(0, Purpose::Sampling, 0), 0.27623358227789463);
+        assert_eq!(random_unit(7, Purpose::Weights, 1 << 40), 0.62280316096464);
+        assert_eq!(hash_name("tier_1b"), 0x462d_d60f_88de_d391);
+        assert_eq!(hash_name("tier_10b"), 0x1fbf_bf65_9383_559b);
+        assert_eq!(hash_name(""), 0xcbf2_9ce4_8422_2325);
     }
 
     #[test]

@@ -120,7 +120,9 @@ impl SamplingArgs {
     /// Checks what can be checked without a model.
     pub(super) fn check(&self) -> Result<()> {
         let Self { temperature, top_k, top_p, seed, .. } = *self;
-        Sampling { temperature, top_k, top_p, seed }.check().map_err(bad_input)?;
+        Sampling { temperature, top_k, top_p, seed, ..Sampling::GREEDY }
+            .check()
+            .map_err(bad_input)?;
         let tiers = self.tiers.parse::<TierSet>();
         tiers.map(drop).map_err(|error| bad_input(anyhow!("tiers: {error}")))
     }

@@ -3,22 +3,36 @@
 //! Shapes: q and out `[rows, heads * head_dim]`; a page holds, per layer, keys
 //! `[kv_head][head_dim][PAGE_TOKENS]` and values `[kv_head][PAGE_TOKENS][head_dim]`.
 //!
-//! A row walks the pages of its sequence upwards; pages begin at fixed positions, so neither
-//! chunks of the prompt nor the batch change anything. Per page: scores by rule 1 over head_dim,
-//! times `scale`; the largest of the visible ones raises the running maximum; what was summed so
-//! far is scaled by exp(old − new); weights are exp(score − maximum), exactly 0 for keys that
-//! are not visible; they are summed by 8 virtual lanes; values are added i upwards by fused
-//! multiply-add. At the end one division per output. Keys that are not visible are never added,
-//! and pages without a visible key do not change a row.
+//! The rule, for one row at position p and one of its heads. It sees the keys `first..=p`, where
+//! `first` is 0, or `max(0, p + 1 − window)`. Positions are cut in leaves of [`LEAF`] by absolute
+//! position: leaf l holds `256·l .. 256·l + 256`, of which the row sees what is in `first..=p`.
+//! 1. *Score* of a key: q · k by rule 1 over head_dim, then times `scale`.
+//! 2. *A leaf* of which something is seen gives three things, of its visible keys alone.
+//!    Its maximum m: the largest score, from −infinity; `m = score > m ? score : m`.
+//!    Weights `w = exp(score − m)`, and their sum s by rule 3: the weight of position i is added to
+//!    lane i mod 8, i upwards, lanes from +0, then the fixed tree of [`super::sum`].
+//!    Per column c the sum of values a: from +0, `a = fma(w, v[c], a)`, positions upwards.
+//! 3. *The tree* is that of [`super::tree`] over leaf indices `0 ..= p / 256`, counted from position
+//!    0 whatever the window, `p / 256 + 1` leaves. A node of an earlier and a later side is
+//!    `m = later.m > earlier.m ? later.m : earlier.m`, `e = exp(earlier.m − m)`,
+//!    `f = exp(later.m − m)`, `s = earlier.s · e + later.s · f` and per column
+//!    `a = earlier.a · e + later.a · f`: two rounded products and a rounded sum, not fused. (One of
+//!    e and f is exp(0), exactly 1.) A side of which nothing is seen, which a window makes at the
+//!    left, is left out: the node is then the other side, untouched, and not seen either if neither
+//!    is. The last leaf is always seen.
+//! 4. *Output*: `a / s`, one division per column.
+//!
+//! So the shape of the tree is a function of p alone, and what a leaf or a node gives is a function
+//! of its positions and `first` alone: leaves may be computed anywhere, in any order.
 //!
 //! What is kept as bf16 is widened exactly. What is kept as int8 enters products as the integer
 //! n: a score is (Σ q · n) · s · `scale` with the key's s, and a value is added as
-//! (weight · s) times n with the value's s, in this order of operations.
+//! (weight · s) times n with the value's s, in this order of operations; s sums plain weights.
 //!
 //! Rows of one sequence that follow each other, and the heads that share a key/value head, walk
 //! together, so that what one reads of a page serves all. Where there are too few such walks to
-//! occupy the threads, the steps of a walk are `spread` over them. Neither changes a row's own
-//! order of operations.
+//! occupy the threads, the leaves of a walk are `spread` over them. Neither changes a row's own
+//! order of operations. Pages begin at fixed positions and a leaf is a whole number of them.
 //!
 //! A NaN or infinity in a visible key or value, or in q, makes NaN or infinity of what it
 //! reaches; the logits are refused then.
@@ -32,20 +46,23 @@ use std::ops::Range;
 use crate::{
     cpu::Cpu,
     kv::{KvShape, PAGE_TOKENS, Query},
-    ops::arena::KvArena,
+    ops::{arena::KvArena, tree::LEAF},
     rows::RowsMut,
     scratch,
 };
 
 /// Rows times heads that walk together at most, if a row has no more heads than this.
 const TOGETHER: usize = 48;
-/// Scores that a spread walk may hold at a time; beyond that rows walk, one thread each.
-const SPREAD_SCORES_MAX: usize = 1 << 24;
+/// Pages of a leaf of positions.
+const LEAF_PAGES: usize = LEAF / PAGE_TOKENS;
+
+/// Values that a spread walk may keep for its leaves; beyond that rows walk, one thread each.
+const SPREAD_VALUES_MAX: usize = 1 << 24;
 
 /// Fewer products than this are not worth a second thread.
 const INLINE_PRODUCTS: usize = 1 << 14;
 
-/// Fewer products than this are not worth three rounds of all threads.
+/// Fewer products than this are not worth two rounds of all threads.
 const SPREAD_PRODUCTS: usize = 1 << 18;
 
 /// Attention of each row of `q` over the keys that it sees; `out` has the shape of `q`.
@@ -90,8 +107,10 @@ pub fn attention(
     let tasks = ends.len() * kv_heads;
     let idle = !tasks.is_multiple_of(threads) && tasks < 4 * threads;
     let longest = (0..queries.len()).map(|row| job.visible(row).len()).max().unwrap_or(0);
-    let scores = (longest + 2 * PAGE_TOKENS) * kv_heads * TOGETHER.max(job.heads());
-    if idle && keys * cols >= SPREAD_PRODUCTS && scores <= SPREAD_SCORES_MAX {
+    let node = arena.shape().value_cols() + 2;
+    let values = (longest / LEAF + 2) * kv_heads * TOGETHER.max(job.heads()) * node;
+    let spreads = longest > LEAF && values <= SPREAD_VALUES_MAX;
+    if idle && spreads && keys * cols >= SPREAD_PRODUCTS {
         (0..ends.len()).for_each(|t| spread::spread(cpu, &job, tile(t)));
         return;
     }
@@ -166,6 +185,12 @@ impl Job<'_> {
         let all = visible.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end));
         let all = all.expect("a tile has rows");
         all.start / PAGE_TOKENS..all.end.div_ceil(PAGE_TOKENS)
+    }
+
+    /// The leaves of which one of these rows sees something.
+    fn leaves(&self, rows: Range<usize>) -> Range<usize> {
+        let pages = self.pages(rows);
+        pages.start / LEAF_PAGES..pages.end.div_ceil(LEAF_PAGES)
     }
 
     /// Where item i of these rows and a key/value head's heads is: its row and first column.

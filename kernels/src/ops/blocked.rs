@@ -19,7 +19,10 @@ use crate::{
     blocks::{BLOCK, INT4_BYTES, INT6_BYTES, INT8_BYTES, RECORD_WORDS, SCALE_BYTES},
     dtype::DType,
     matrix::{PANEL, PackedMatrix},
-    ops::tile::{LEAF, LeafAt, Sink, finish, levels},
+    ops::{
+        tile::{LeafAt, Sink, finish, levels},
+        tree::LEAF,
+    },
     rows::Tiling,
     scratch,
     simd::{Kernel, OPENED_INT8_BYTES, OPENED_OUTPUTS, Vector, prefetch},

@@ -13,5 +13,6 @@ pub mod softmax;
 pub mod sum;
 pub mod swiglu;
 pub(crate) mod tile;
+pub mod tree;
 
-pub use tile::LEAF;
+pub use tree::LEAF;

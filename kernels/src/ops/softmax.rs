@@ -1,5 +1,4 @@
-//! Softmax of one row: largest value, exp of the differences, their sum by 8 virtual lanes, a
-//! division each.
+//! Softmax of one row: largest value, exp of the differences, their sum by rule 3, a division each.
 
 use crate::{
     ops::{function::exp, sum},
@@ -20,6 +19,19 @@ vectorised! {
         let total = sum::sum(row);
         for x in row.iter_mut() {
             *x /= total;
+        }
+    }
+}
+
+/// Replaces every value by `exp((value − largest) / temperature)`.
+pub fn weights(row: &mut [f32], largest: f32, temperature: f32) {
+    weights_with(Simd::best(), row, largest, temperature);
+}
+
+vectorised! {
+    fn weights_with(row: &mut [f32], largest: f32, temperature: f32) {
+        for x in row.iter_mut() {
+            *x = exp((*x - largest) / temperature);
         }
     }
 }

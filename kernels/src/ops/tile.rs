@@ -1,16 +1,13 @@
 //! The inner loops of every product, and rule 1 of the determinism contract.
 //!
 //! Rule 1: K is cut in leaves of [`LEAF`]; inside a leaf one accumulator per output, starting at
-//! +0.0, runs k upwards with fused multiply-add; leaf sums are added in one binary tree over the
-//! leaf index that splits n leaves at the largest power of two below n.
+//! +0.0, runs k upwards with fused multiply-add; leaf sums are added in the tree of [`super::tree`].
 //!
 //! A *tile* is R rows × N vectors of outputs held in registers for one leaf. Its rows are
 //! interleaved, `[k][R]`; a single row is its own interleaving and is read in place.
 //! A *strip* is the N · LANES outputs that a tile covers: a part of a panel, or several panels.
 //!
-//! The tree is a binary counter: after leaf i, as many finished subtrees as i has trailing ones
-//! are added to it, the latest first, always as `earlier + later`. Levels lie in `stack`:
-//! `[level][row of the block][strip]`.
+//! Subtrees that wait for their later half lie in `stack`: `[level][row of the block][strip]`.
 
 // Registers are arrays that are indexed alike; iterators would hide which lane meets which.
 #![allow(clippy::needless_range_loop)]
@@ -21,12 +18,10 @@ use crate::{
     RELAXED_ORDER,
     dtype::DType,
     matrix::{PANEL, PackedMatrix},
+    ops::tree::{self, LEAF},
     rows::{RowsMut, Tiling},
     simd::{Kernel, Vector, prefetch},
 };
-
-/// k's per leaf; fixed by the determinism contract.
-pub const LEAF: usize = 256;
 
 /// Most outputs of a strip.
 pub(crate) const STRIP_MAX: usize = 4 * PANEL;
@@ -282,8 +277,7 @@ pub(crate) unsafe fn finish<V: Vector, const R: usize, const N: usize>(
         let (mut waiting, merges) = if RELAXED_ORDER {
             (at.index.min(1), at.index.min(1))
         } else {
-            let waiting = at.index.count_ones() as usize;
-            (waiting, if last { waiting } else { at.index.trailing_ones() as usize })
+            (tree::waiting(at.index), tree::merges(at.index, at.count))
         };
         for _ in 0..merges {
             waiting -= 1;

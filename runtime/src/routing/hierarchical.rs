@@ -12,10 +12,10 @@ use std::sync::Arc;
 use lite_llm_kernels::{cpu::Cpu, matrix::PackedMatrix, ops::matmul, rows::Rows};
 
 use super::{
-    Level, Route, RouteError, Router, Routes,
-    select::{Choice, Place, Scratch, top_k},
+    Route, RouteError, Router, Routes,
+    select::{Among, Choice, Place, Scratch, top_k},
 };
-use crate::{config::MoeConfig, expert::ExpertKey, tier::TierMask};
+use crate::{config::MoeConfig, expert::ExpertKey, random::hash_name, tier::TierMask};
 
 /// Gates of one tier in one layer.
 pub struct TierGates {
@@ -31,6 +31,8 @@ pub struct HierarchicalRouter {
     moe: Arc<MoeConfig>,
     tier_gate: Option<PackedMatrix>,
     tiers: Vec<TierGates>,
+    /// What names each tier where scores are equal.
+    names: Vec<u64>,
 }
 
 /// A chosen branch of the hierarchy on its way down, for one row.
@@ -57,7 +59,8 @@ impl HierarchicalRouter {
     ) -> Self {
         assert_eq!(tiers.len(), moe.tiers.len(), "gates for every tier");
         assert_eq!(tier_gate.is_some(), moe.tiers.len() > 1, "a tier gate iff there is a choice");
-        Self { layer, moe, tier_gate, tiers }
+        let names = moe.tiers.iter().map(|tier| hash_name(tier.id.as_str())).collect();
+        Self { layer, moe, tier_gate, tiers, names }
     }
 
     /// Chooses one level for every branch: `gate` scores the candidates `allowed` says are open.
@@ -67,8 +70,7 @@ impl HierarchicalRouter {
         cpu: &Cpu,
         hidden: &[&[f32]],
         gate: Option<&PackedMatrix>,
-        level: Level,
-        first: u64,
+        among: Among<'_>,
         k: usize,
         branches: &[Branch],
         open: impl Fn(&Branch, usize) -> bool,
@@ -82,7 +84,7 @@ impl HierarchicalRouter {
         let rows: Vec<&[f32]> = branches.iter().map(|b| hidden[b.row as usize]).collect();
         let mut scores = vec![0.0; rows.len() * gate.n()];
         matmul::matmul(cpu, Rows::List(&rows), gate, None, &mut scores);
-        let place = Place { seed: self.moe.routing.seed, layer: self.layer, level, first };
+        let place = Place { seed: self.moe.routing.seed, layer: self.layer, among };
         let (mut scratch, mut candidates, mut choices) =
             (Scratch::default(), Vec::with_capacity(gate.n()), Vec::with_capacity(k));
         for (branch, scores) in branches.iter().zip(scores.chunks_exact(gate.n())) {
@@ -93,7 +95,7 @@ impl HierarchicalRouter {
                     .filter(|&(index, _)| open(branch, index as usize)),
             );
             top_k(place, k, &candidates, &mut scratch, &mut choices).map_err(|score| {
-                let (layer, row) = (self.layer, branch.row as usize);
+                let (layer, level, row) = (self.layer, place.level(), branch.row as usize);
                 RouteError::NotANumber { layer, level, row, score }
             })?;
             for (order, &choice) in (0u32..).zip(&choices) {
@@ -124,8 +126,7 @@ impl Router<Cpu> for HierarchicalRouter {
             cpu,
             &rows,
             self.tier_gate.as_ref(),
-            Level::Tier,
-            0,
+            Among::Tiers(&self.names),
             routing.k_tier as usize,
             &roots,
             |branch, tier| masks[branch.row as usize].allows(tier),
@@ -136,7 +137,6 @@ impl Router<Cpu> for HierarchicalRouter {
         )?;
 
         let mut groups = Vec::new();
-        let mut first_group = 0u64;
         for (tier, gates) in self.tiers.iter().enumerate() {
             let here: Vec<Branch> =
                 tiers.iter().filter(|b| b.tier as usize == tier).copied().collect();
@@ -145,8 +145,7 @@ impl Router<Cpu> for HierarchicalRouter {
                     cpu,
                     &rows,
                     gates.groups.as_ref(),
-                    Level::Group,
-                    first_group,
+                    Among::Groups { tier: self.names[tier] },
                     k_group,
                     &here,
                     |_, _| true,
@@ -160,7 +159,6 @@ impl Router<Cpu> for HierarchicalRouter {
                     },
                 )?;
             }
-            first_group += u64::from(self.moe.tiers[tier].groups);
         }
 
         // Branches of one group are scored together; the sort keeps rows in order within it.
@@ -174,8 +172,7 @@ impl Router<Cpu> for HierarchicalRouter {
                 cpu,
                 &rows,
                 Some(&self.tiers[tier as usize].experts[group as usize]),
-                Level::Expert,
-                key(0).flat(&self.moe) as u64,
+                Among::Experts { tier: self.names[tier as usize], group },
                 k_expert,
                 here,
                 |_, _| true,

@@ -18,20 +18,48 @@ pub(super) struct Choice {
 
 /// Where a selection happens: it seeds the order of equal scores.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct Place<'a> {
     pub(super) seed: u64,
     pub(super) layer: usize,
-    pub(super) level: Level,
-    /// Index of the first candidate among all of this level in the layer.
-    pub(super) first: u64,
+    pub(super) among: Among<'a>,
 }
 
-impl Place {
-    /// Order of candidates with equal scores: a hash of (seed, layer, level, candidate).
+/// What candidates are, by names that stay when tiers come and go. A tier is named by
+/// [`hash_name`] of its id.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Among<'a> {
+    /// Candidate i is the tier of the i-th name.
+    Tiers(&'a [u64]),
+    /// Candidate i is group i of a tier.
+    Groups { tier: u64 },
+    /// Candidate i is expert i of a group.
+    Experts { tier: u64, group: u32 },
+}
+
+impl Place<'_> {
+    pub(super) fn level(&self) -> Level {
+        match self.among {
+            Among::Tiers(_) => Level::Tier,
+            Among::Groups { .. } => Level::Group,
+            Among::Experts { .. } => Level::Expert,
+        }
+    }
+
+    /// Candidates of equal score are chosen in the order of these numbers, small ones first:
+    /// `h = random(seed, layer · 2^8 + level)`, `h = random(h, tier)`,
+    /// `h = random(h, group · 2^32 + expert)`, all for [`Purpose::TieBreak`], with 0 for what the
+    /// level does not have.
     fn tie_break(&self, index: u32) -> u64 {
-        let place = (self.layer as u64) << 8 | self.level as u64;
-        let seed = random_u64(self.seed, Purpose::TieBreak, place);
-        random_u64(seed, Purpose::TieBreak, self.first + u64::from(index))
+        let (tier, group, expert) = match self.among {
+            Among::Tiers(names) => (names[index as usize], 0, 0),
+            Among::Groups { tier } => (tier, index, 0),
+            Among::Experts { tier, group } => (tier, group, index),
+        };
+        let level = (self.layer as u64) << 8 | self.level() as u64;
+        let candidate = u64::from(group) << 32 | u64::from(expert);
+        [level, tier, candidate]
+            .into_iter()
+            .fold(self.seed, |hash, name| random_u64(hash, Purpose::TieBreak, name))
     }
 }
 
@@ -47,7 +75,7 @@ pub(super) struct Scratch {
 /// Scores are compared, not probabilities; equal scores (−0 equals +0) by [`Place::tie_break`].
 /// A score that is no finite number is returned as the error.
 pub(super) fn top_k(
-    place: Place,
+    place: Place<'_>,
     k: usize,
     candidates: &[(u32, f32)],
     scratch: &mut Scratch,
@@ -95,9 +123,11 @@ pub(super) fn top_k(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::hash_name;
 
-    fn place(seed: u64) -> Place {
-        Place { seed, layer: 3, level: Level::Expert, first: 0 }
+    fn place(seed: u64) -> Place<'static> {
+        let tier = hash_name("tier_1b");
+        Place { seed, layer: 3, among: Among::Experts { tier, group: 0 } }
     }
 
     fn chosen(seed: u64, k: usize, scores: &[f32]) -> Vec<u32> {
@@ -131,6 +161,32 @@ mod tests {
         top_k(place(1), 6, &candidates, &mut Scratch::default(), &mut backward).unwrap();
         let indices = |c: &[Choice]| c.iter().map(|c| c.index).collect::<Vec<_>>();
         assert_eq!(indices(&forward), indices(&backward));
+    }
+
+    #[test]
+    fn tie_breaks_are_pinned_for_ever_and_know_no_flat_index() {
+        // Computed by another program, from the definition.
+        let names = ["tier_1b", "tier_10b", "tier_100b", "tier_1t"].map(hash_name);
+        let tier = hash_name("tier_10b");
+        for (among, index, bits) in [
+            (Among::Tiers(&names), 0, 0x2cf0_3b6d_56bd_4dc0_u64),
+            (Among::Groups { tier }, 5, 0x6ea3_40e8_b32c_e0a1),
+            (Among::Experts { tier, group: 5 }, 7, 0xddde_55cc_51d1_d0f4),
+        ] {
+            let found = Place { seed: 11, layer: 3, among }.tie_break(index);
+            assert_eq!(found, bits, "{among:?} {index}: {found:#x}");
+        }
+        assert_eq!(chosen(5, 8, &[1.0; 8]), [7, 0, 4, 1, 2, 6, 5, 3]);
+        let order = |names: &[u64]| {
+            let place = Place { seed: 5, layer: 3, among: Among::Tiers(names) };
+            let candidates: Vec<_> = (0..names.len() as u32).map(|i| (i, 2.5)).collect();
+            let mut out = Vec::new();
+            top_k(place, 4, &candidates, &mut Scratch::default(), &mut out).unwrap();
+            out.iter().map(|c| names[c.index as usize]).collect::<Vec<_>>()
+        };
+        assert_eq!(order(&names), [3, 1, 0, 2].map(|i| names[i]));
+        // A tier that comes or goes leaves the others in their order.
+        assert_eq!(order(&names[1..]), [3, 1, 2].map(|i| names[i]));
     }
 
     #[test]

@@ -9,7 +9,11 @@
 
 use crate::{
     kv::{KvDType, PAGE_TOKENS},
-    ops::{function::exp, sum, tile::LEAF},
+    ops::{
+        function::exp,
+        sum::LANES,
+        tree::{LEAF, merges},
+    },
     simd::{Kernel, Simd, Vector, prefetch, vectorised},
 };
 
@@ -304,10 +308,7 @@ unsafe fn leaves<V: Vector, F: Format>(keys: Keys, stack: *mut f32, out: *mut f3
             let to = if count == 1 { out } else { stack.add(waiting * level) };
             leaf_rows::<V, F>(part, to);
             waiting += 1;
-            let merges = match index + 1 == count {
-                true => waiting - 1,
-                false => (index + 1).trailing_zeros() as usize,
-            };
+            let merges = merges(index, count);
             for merge in 1..=merges {
                 waiting -= 1;
                 let last = merge == merges && index + 1 == count;
@@ -425,24 +426,53 @@ vectorised! {
 }
 
 vectorised! {
-    /// Scores become weights, which then take the values' scales where there are some. Returns
-    /// what scales earlier sums, and the sum of the weights.
+    /// Scores of a page become weights and are added to the leaf's lanes; then weights take the
+    /// values' scales where there are some.
     pub(super) fn to_weights(
         scores: &mut [f32; PAGE_TOKENS],
         value_scales: Option<&[f32; PAGE_TOKENS]>,
-        old: f32,
         largest: f32,
-    ) -> (f32, f32) {
+        lanes: &mut [f32; LANES],
+    ) {
         for score in scores.iter_mut() {
             *score = exp(*score - largest);
         }
-        let sum = sum::sum(scores);
+        // A page begins at a whole number of lanes.
+        let mut sums = *lanes;
+        for chunk in scores.as_chunks::<LANES>().0 {
+            for i in 0..LANES {
+                sums[i] += chunk[i];
+            }
+        }
+        *lanes = sums;
         if let Some(scales) = value_scales {
             for i in 0..PAGE_TOKENS {
                 scores[i] *= scales[i];
             }
         }
-        (exp(old - largest), sum)
+    }
+}
+
+/// What a leaf or a subtree of leaves gives one item.
+pub(super) struct Node<'a> {
+    /// The largest score.
+    pub(super) most: &'a mut f32,
+    /// The sum of weights.
+    pub(super) total: &'a mut f32,
+    /// Sums of values.
+    pub(super) acc: &'a mut [f32],
+}
+
+vectorised! {
+    /// Makes of the later of two nodes that which is above both.
+    pub(super) fn meet(earlier: Node<'_>, later: Node<'_>) {
+        let most = if *later.most > *earlier.most { *later.most } else { *earlier.most };
+        let (e, f) = (exp(*earlier.most - most), exp(*later.most - most));
+        *later.most = most;
+        *later.total = *earlier.total * e + *later.total * f;
+        for (later, &mut earlier) in later.acc.iter_mut().zip(earlier.acc) {
+            *later = earlier * e + *later * f;
+        }
     }
 }
 
@@ -453,21 +483,16 @@ pub(super) struct Values {
     pub(super) dtype: KvDType,
     /// `[rows][PAGE_TOKENS]`.
     pub(super) weights: *const f32,
-    /// One per row: what scales what was summed before.
-    pub(super) keep: *const f32,
     pub(super) rows: usize,
     pub(super) values: *const u8,
-    /// Values of one position.
+    /// Values of one position: whole vectors of any width.
     pub(super) cols: usize,
-    /// The first column of `acc`, and how many there are: whole vectors of any width.
-    pub(super) col: usize,
-    pub(super) len: usize,
     pub(super) from: usize,
     pub(super) to: usize,
     pub(super) ahead: Ahead,
 }
 
-/// `acc = acc · keep + Σ weight · value` for values `from..to` upwards; acc is `[rows][len]`.
+/// `acc += weight · value` for values `from..to` upwards; acc is `[rows][cols]`.
 ///
 /// # Safety
 /// At most [`ROWS_MAX`] rows; everything is inside what it points to, and kept as it says.
@@ -508,10 +533,10 @@ unsafe fn all_columns<V: Vector, F: Format>(mut values: Values, acc: *mut f32) {
     while done < values.rows {
         let r = together::<V>(values.rows - done);
         let mut col = 0;
-        while col < values.len {
-            let left = (values.len - col) / V::LANES;
+        while col < values.cols {
+            let left = (values.cols - col) / V::LANES;
             let at = (done, col);
-            let strips = (values.len / (4 * V::LANES)).max(1);
+            let strips = (values.cols / (4 * V::LANES)).max(1);
             let strip = col / (4 * V::LANES);
             values.ahead = match done == 0 && strip < strips {
                 true => ahead.share(strip, strips, PAGE_TOKENS),
@@ -555,16 +580,15 @@ unsafe fn columns<V: Vector, F: Format, const R: usize, const N: usize>(
     let number = if F::PAIRS { 2 * F::BYTES } else { F::BYTES };
     // SAFETY: promised by the caller.
     unsafe {
-        let acc = acc.add(row * values.len + col);
+        let acc = acc.add(row * values.cols + col);
         let mut sums = [[V::zero(); N]; R];
         for r in 0..R {
-            let keep = V::splat(*values.keep.add(row + r));
             for v in 0..N {
-                sums[r][v] = V::load(acc.add(r * values.len + v * V::LANES)).mul(keep);
+                sums[r][v] = V::load(acc.add(r * values.cols + v * V::LANES));
             }
         }
         let stream = Stream {
-            rows: values.values.add((values.col + col) * number),
+            rows: values.values.add(col * number),
             len: values.cols,
             from: values.from,
             to: values.to,
@@ -576,7 +600,7 @@ unsafe fn columns<V: Vector, F: Format, const R: usize, const N: usize>(
         accumulate::<V, F, R, N>(&mut sums, stream);
         for r in 0..R {
             for v in 0..N {
-                sums[r][v].store(acc.add(r * values.len + v * V::LANES));
+                sums[r][v].store(acc.add(r * values.cols + v * V::LANES));
             }
         }
     }

@@ -1,82 +1,58 @@
-//! The walk of some rows' heads over the pages of their sequence, on one thread.
+//! The walk of some rows' heads over the leaves of their sequence, on one thread.
 //!
 //! An item is a row's head; items `[row][head]` are cut in groups that fill registers.
 
 use std::ops::Range;
 
 use super::{
-    Job,
-    page::{Ahead, Keys, ROWS_MAX, Values, add_values, products, stack_len, to_scores, to_weights},
+    Job, LEAF_PAGES,
+    page::{
+        Ahead, Keys, Node, ROWS_MAX, Values, add_values, meet, products, stack_len, to_scores,
+        to_weights,
+    },
 };
 use crate::{
     kv::{KvDType, KvShape, PAGE_TOKENS},
-    ops::arena::Head,
-    rows::Tiling,
+    ops::{
+        arena::Head,
+        sum,
+        tree::{self, LEAF},
+    },
+    rows::{RowsMut, Tiling},
     scratch,
     simd::Simd,
 };
 
 /// Attention of rows of one sequence, of the heads of one key/value head.
 pub(super) fn walk(simd: Simd, job: &Job<'_>, rows: Range<usize>, kv_head: usize) {
-    let shape = job.arena.shape();
-    let (head_dim, cols) = (shape.head_dim, shape.value_cols());
-    let count = rows.len() * job.heads();
-    let groups = Tiling::new(count, ROWS_MAX);
-    let mut memory =
-        scratch::take(count * (head_dim + cols + PAGE_TOKENS + 3) + stack_len(head_dim));
-    let (q, rest) = memory.split_at_mut(count * head_dim);
-    let (acc, rest) = rest.split_at_mut(count * cols);
-    let (scores, rest) = rest.split_at_mut(count * PAGE_TOKENS);
-    let (state, stack) = rest.split_at_mut(3 * count);
-    let (most, state) = state.split_at_mut(count);
-    let (total, keep) = state.split_at_mut(count);
-    let pages = job.pages(rows.clone());
-    let table = job.queries[rows.start].pages;
-    let items = Items { simd, job, rows, kv_head, groups };
-    items.pack(q);
-    most.fill(f32::NEG_INFINITY);
-    total.fill(0.0);
-    acc.fill(0.0);
-
-    let head = |page: usize| job.arena.head(table[page], job.layer, kv_head);
-    for page in pages.clone() {
-        let here = head(page);
-        let [_, value_scales] = scales(here, shape.dtype);
-        // What comes next in the walk is asked for while this is read for the first time.
-        let (_, seen) = job.seen(items.rows.end - 1, page);
-        let value_bytes = shape.value_bytes() / PAGE_TOKENS * seen;
-        let keys_ahead = Ahead::over(here.values(), value_bytes, head_dim);
-        let values_ahead = match page + 1 < pages.end {
-            true => Ahead::over(head(page + 1).keys(), shape.key_bytes(), PAGE_TOKENS),
-            false => Ahead::NOTHING,
-        };
-        for g in 0..groups.count() {
-            let group = groups.first(g)..groups.first(g + 1);
-            let scores = &mut scores[group.start * PAGE_TOKENS..group.end * PAGE_TOKENS];
-            let new = &mut keep[group.clone()];
-            let ahead = keys_ahead.share(g, groups.count(), head_dim);
-            if !items.score(q, g, page, here, ahead, stack, scores, new) {
-                continue;
+    let items = Items::new(simd, job, rows, kv_head);
+    let count = items.count();
+    let leaves = job.leaves(items.rows.clone());
+    let record = items.record_len();
+    let levels = tree::level(leaves.end.next_power_of_two() - 1) + 1;
+    let mut memory = scratch::take(items.memory_len() + (levels + 1) * record);
+    let (memory, records) = memory.split_at_mut(items.memory_len());
+    let (here, waiting) = records.split_at_mut(record);
+    let mut memory = items.memory(memory);
+    for leaf in leaves.clone() {
+        let next = (leaf + 1 < leaves.end).then_some((leaf + 1) * LEAF_PAGES);
+        items.leaf(leaf, next, &mut memory, here);
+        for item in (0..count).filter(|&item| items.sees_leaf(item, leaf)) {
+            let (first, all) = items.tree(item);
+            for subtree in tree::earlier(leaf, all, first) {
+                let earlier = &mut waiting[subtree.level * record..][..record];
+                meet(simd, items.node(earlier, item), items.node(here, item));
             }
-            for (item, scores) in group.zip(scores.as_chunks_mut().0) {
-                if items.sees(item, page) {
-                    let (old, new) = (most[item], keep[item]);
-                    most[item] = if new > old { new } else { old };
-                    let sum;
-                    (keep[item], sum) = to_weights(simd, scores, value_scales, old, most[item]);
-                    total[item] = total[item].mul_add(keep[item], sum);
-                }
+            if leaf + 1 == all {
+                items.finish(item, items.node(here, item));
+            } else {
+                let to = &mut waiting[tree::level(leaf) * record..][..record];
+                let (to, from) = (items.node(to, item), items.node(here, item));
+                (*to.most, *to.total) = (*from.most, *from.total);
+                to.acc.copy_from_slice(from.acc);
             }
-        }
-        for g in 0..groups.count() {
-            let first = groups.first(g);
-            let weights = &scores[first * PAGE_TOKENS..];
-            let added = &mut acc[first * cols..];
-            let ahead = values_ahead.share(g, groups.count(), PAGE_TOKENS);
-            items.add(g, page, here, (0, cols), weights, &keep[first..], ahead, added);
         }
     }
-    items.finish(acc, total, 0, cols);
 }
 
 /// The scales of keys and values, where there are some.
@@ -89,16 +65,173 @@ pub(super) fn scales(head: Head<'_>, dtype: KvDType) -> [Option<&[f32; PAGE_TOKE
 
 /// The items of a walk.
 pub(super) struct Items<'a> {
-    pub(super) simd: Simd,
-    pub(super) job: &'a Job<'a>,
-    pub(super) rows: Range<usize>,
-    pub(super) kv_head: usize,
-    pub(super) groups: Tiling,
+    simd: Simd,
+    job: &'a Job<'a>,
+    rows: Range<usize>,
+    kv_head: usize,
+    groups: Tiling,
 }
 
-impl Items<'_> {
+/// What computing a leaf needs beside its result.
+pub(super) struct Memory<'a> {
+    /// As [`Items::pack`] leaves it.
+    q: &'a [f32],
+    /// `[page of the leaf][items][PAGE_TOKENS]`: scores, then weights.
+    scores: &'a mut [f32],
+    /// Of products, and the largest score of each item in a page.
+    stack: &'a mut [f32],
+    largest: &'a mut [f32],
+}
+
+impl<'a> Items<'a> {
+    pub(super) fn new(simd: Simd, job: &'a Job<'a>, rows: Range<usize>, kv_head: usize) -> Self {
+        let groups = Tiling::new(rows.len() * job.heads(), ROWS_MAX);
+        Self { simd, job, rows, kv_head, groups }
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.rows.len() * self.job.heads()
+    }
+
+    /// Values of [`Items::memory`].
+    pub(super) fn memory_len(&self) -> usize {
+        let head_dim = self.job.arena.shape().head_dim;
+        self.count() * (head_dim + LEAF + 1) + stack_len(head_dim)
+    }
+
+    /// Cuts memory in its parts, q packed.
+    pub(super) fn memory<'m>(&self, memory: &'m mut [f32]) -> Memory<'m> {
+        let (count, head_dim) = (self.count(), self.job.arena.shape().head_dim);
+        let (q, rest) = memory.split_at_mut(count * head_dim);
+        let (scores, rest) = rest.split_at_mut(count * LEAF);
+        let (largest, stack) = rest.split_at_mut(count);
+        self.pack(q);
+        Memory { q, scores, stack, largest }
+    }
+
+    /// Values of the nodes of all items: `[items]` largest scores, `[items]` sums of weights,
+    /// `[items][cols]` sums of values.
+    pub(super) fn record_len(&self) -> usize {
+        self.count() * (self.job.arena.shape().value_cols() + 2)
+    }
+
+    /// One item's node of a record.
+    #[inline(always)]
+    pub(super) fn node<'r>(&self, record: &'r mut [f32], item: usize) -> Node<'r> {
+        let (count, cols) = (self.count(), self.job.arena.shape().value_cols());
+        let (most, rest) = record.split_at_mut(count);
+        let (total, acc) = rest.split_at_mut(count);
+        let acc = &mut acc[item * cols..(item + 1) * cols];
+        Node { most: &mut most[item], total: &mut total[item], acc }
+    }
+
+    /// The same, of a record that other threads use, too.
+    ///
+    /// # Safety
+    /// Nobody else uses this item's node of the record at the same time.
+    pub(super) unsafe fn node_of<'r>(
+        &self,
+        records: &RowsMut<'r>,
+        record: usize,
+        item: usize,
+    ) -> Node<'r> {
+        let (count, cols) = (self.count(), self.job.arena.shape().value_cols());
+        // SAFETY: promised by the caller.
+        unsafe {
+            Node {
+                most: &mut records.part(record, item, 1)[0],
+                total: &mut records.part(record, count + item, 1)[0],
+                acc: records.part(record, 2 * count + item * cols, cols),
+            }
+        }
+    }
+
+    /// The tree over an item's leaves: the first of them, and where they end.
+    #[inline(always)]
+    pub(super) fn tree(&self, item: usize) -> (usize, usize) {
+        let visible = self.job.visible(self.rows.start + item / self.job.heads());
+        (visible.start / LEAF, visible.end.div_ceil(LEAF))
+    }
+
+    /// Whether an item sees anything of a leaf.
+    #[inline(always)]
+    pub(super) fn sees_leaf(&self, item: usize, leaf: usize) -> bool {
+        let (first, end) = self.tree(item);
+        first <= leaf && leaf < end
+    }
+
+    /// What one leaf gives all items, into a record. What belongs to items that see nothing of it
+    /// is of no meaning. `next` is the page that is read after it.
+    pub(super) fn leaf(
+        &self,
+        leaf: usize,
+        next: Option<usize>,
+        memory: &mut Memory<'_>,
+        record: &mut [f32],
+    ) {
+        let Memory { q, scores, stack, largest } = memory;
+        let (shape, count) = (self.job.arena.shape(), self.count());
+        let (head_dim, cols) = (shape.head_dim, shape.value_cols());
+        let (most, rest) = record.split_at_mut(count);
+        let (total, acc) = rest.split_at_mut(count);
+        most.fill(f32::NEG_INFINITY);
+        acc.fill(0.0);
+        let all = self.job.pages(self.rows.clone());
+        let pages = all.start.max(leaf * LEAF_PAGES)..all.end.min((leaf + 1) * LEAF_PAGES);
+        let table = self.job.queries[self.rows.start].pages;
+        let head = |page: usize| self.job.arena.head(table[page], self.job.layer, self.kv_head);
+        let of_page = |page: usize| (page - pages.start) * count * PAGE_TOKENS;
+
+        for page in pages.clone() {
+            // What comes next is asked for while this is read for the first time.
+            let ahead = if page + 1 < pages.end {
+                Ahead::over(head(page + 1).keys(), shape.key_bytes(), head_dim)
+            } else {
+                Ahead::over(head(pages.start).values(), shape.value_bytes(), head_dim)
+            };
+            let scores = &mut scores[of_page(page)..][..count * PAGE_TOKENS];
+            for g in 0..self.groups.count() {
+                let group = self.groups.first(g)..self.groups.first(g + 1);
+                let scores = &mut scores[group.start * PAGE_TOKENS..group.end * PAGE_TOKENS];
+                let ahead = ahead.share(g, self.groups.count(), head_dim);
+                let largest = &mut largest[group.clone()];
+                largest.fill(f32::NEG_INFINITY);
+                self.score(q, g, page, head(page), ahead, stack, scores, largest);
+                for (most, &new) in most[group].iter_mut().zip(&*largest) {
+                    *most = if new > *most { new } else { *most };
+                }
+            }
+        }
+        for item in 0..count {
+            let mut lanes = [0.0; sum::LANES];
+            for page in pages.clone().filter(|&page| self.sees(item, page)) {
+                let [_, value_scales] = scales(head(page), shape.dtype);
+                let scores = scores[of_page(page) + item * PAGE_TOKENS..].first_chunk_mut();
+                let scores = scores.expect("a page of scores");
+                to_weights(self.simd, scores, value_scales, most[item], &mut lanes);
+            }
+            total[item] = sum::tree(lanes);
+        }
+        for page in pages.clone() {
+            let ahead = match next {
+                _ if page + 1 < pages.end => {
+                    Ahead::over(head(page + 1).values(), shape.value_bytes(), PAGE_TOKENS)
+                }
+                Some(next) => Ahead::over(head(next).keys(), shape.key_bytes(), PAGE_TOKENS),
+                None => Ahead::NOTHING,
+            };
+            for g in 0..self.groups.count() {
+                let first = self.groups.first(g);
+                let weights = &scores[of_page(page) + first * PAGE_TOKENS..];
+                let ahead = ahead.share(g, self.groups.count(), PAGE_TOKENS);
+                self.add(g, page, head(page), weights, ahead, &mut acc[first * cols..]);
+            }
+        }
+    }
+
     /// q of all items, each group `[head_dim][items of the group]`.
-    pub(super) fn pack(&self, q: &mut [f32]) {
+    fn pack(&self, q: &mut [f32]) {
         let head_dim = self.job.arena.shape().head_dim;
         for g in 0..self.groups.count() {
             let (first, end) = (self.groups.first(g), self.groups.first(g + 1));
@@ -120,16 +253,15 @@ impl Items<'_> {
     }
 
     /// Whether an item sees anything of a page.
-    pub(super) fn sees(&self, item: usize, page: usize) -> bool {
+    fn sees(&self, item: usize, page: usize) -> bool {
         let (from, to) = self.seen(item, page);
         from < to
     }
 
     /// Scores of group g with a page, `[items of the group][PAGE_TOKENS]`, and the largest of
-    /// each item; whether any item sees anything of the page. What belongs to items that see
-    /// nothing of it is of no meaning.
+    /// each item that sees something of the page; nothing of meaning for others.
     #[allow(clippy::too_many_arguments)]
-    pub(super) fn score(
+    fn score(
         &self,
         q: &[f32],
         g: usize,
@@ -139,7 +271,7 @@ impl Items<'_> {
         stack: &mut [f32],
         scores: &mut [f32],
         largest: &mut [f32],
-    ) -> bool {
+    ) {
         let KvShape { dtype, head_dim, .. } = self.job.arena.shape();
         let group = self.groups.first(g)..self.groups.first(g + 1);
         let (mut from, mut to) = (PAGE_TOKENS, 0);
@@ -148,7 +280,7 @@ impl Items<'_> {
             (from, to) = (from.min(seen.0), to.max(seen.1));
         }
         if from >= to {
-            return false;
+            return;
         }
         assert!(scores.len() == group.len() * PAGE_TOKENS && stack.len() >= stack_len(head_dim));
         let keys = Keys {
@@ -171,28 +303,24 @@ impl Items<'_> {
                 *most = to_scores(self.simd, scores, key_scales, scale, self.seen(item, page));
             }
         }
-        true
     }
 
-    /// Adds `len` columns of a page's values, from `col` on, to the sums of group g, `[items of
-    /// the group][len]`. Items that see nothing of the page keep theirs.
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn add(
+    /// Adds a page's values to the sums of group g, `[items of the group][cols]`. Items that see
+    /// nothing of the page keep theirs.
+    fn add(
         &self,
         g: usize,
         page: usize,
         head: Head<'_>,
-        (col, len): (usize, usize),
         weights: &[f32],
-        keep: &[f32],
         ahead: Ahead,
         acc: &mut [f32],
     ) {
         let shape = self.job.arena.shape();
+        let cols = shape.value_cols();
         let first = self.groups.first(g);
         let rows = self.groups.first(g + 1) - first;
-        assert!(weights.len() >= rows * PAGE_TOKENS && keep.len() >= rows, "of the whole group");
-        assert!(acc.len() >= rows * len && col + len <= shape.value_cols(), "columns");
+        assert!(weights.len() >= rows * PAGE_TOKENS && acc.len() >= rows * cols, "of the group");
         // What all items see, and whether none sees more.
         let (mut from, mut to) = (0, PAGE_TOKENS);
         let (mut even, mut any) = (true, false);
@@ -208,12 +336,9 @@ impl Items<'_> {
         let all = Values {
             dtype: shape.dtype,
             weights: weights.as_ptr(),
-            keep: keep.as_ptr(),
             rows,
             values: head.values(),
-            cols: shape.value_cols(),
-            col,
-            len,
+            cols,
             from,
             to,
             ahead,
@@ -224,13 +349,11 @@ impl Items<'_> {
             unsafe { add_values(self.simd, all, acc.as_mut_ptr()) };
             return;
         }
-        let ones = [1.0f32; ROWS_MAX];
-        let alone = |r: usize, (from, to): (usize, usize), keep: &[f32], acc: &mut [f32]| {
+        let alone = |r: usize, (from, to): (usize, usize), acc: &mut [f32]| {
             let weights = weights[r * PAGE_TOKENS..].as_ptr();
-            let keep = keep.as_ptr();
-            let one = Values { weights, keep, rows: 1, from, to, ahead: Ahead::NOTHING, ..all };
+            let one = Values { weights, rows: 1, from, to, ahead: Ahead::NOTHING, ..all };
             // SAFETY: as above, for one item of the group.
-            unsafe { add_values(self.simd, one, acc[r * len..(r + 1) * len].as_mut_ptr()) };
+            unsafe { add_values(self.simd, one, acc[r * cols..(r + 1) * cols].as_mut_ptr()) };
         };
         // Each item begins and ends where it sees to; what all see they add together.
         if from >= to {
@@ -238,32 +361,28 @@ impl Items<'_> {
         }
         for r in (0..rows).filter(|r| self.sees(first + r, page)) {
             let seen = self.seen(first + r, page);
-            alone(r, (seen.0, seen.1.min(from)), &keep[r..], acc);
+            alone(r, (seen.0, seen.1.min(from)), acc);
         }
         if from < to {
-            let together = Values { keep: ones.as_ptr(), from, to, ..all };
             // SAFETY: as above.
-            unsafe { add_values(self.simd, together, acc.as_mut_ptr()) };
+            unsafe { add_values(self.simd, Values { from, to, ..all }, acc.as_mut_ptr()) };
             for r in 0..rows {
                 let seen = self.seen(first + r, page);
                 if to < seen.1 {
-                    alone(r, (to, seen.1), &ones, acc);
+                    alone(r, (to, seen.1), acc);
                 }
             }
         }
     }
 
-    /// Divides all sums, `[items][len]`, of columns from `col` on, and writes the outputs.
-    pub(super) fn finish(&self, acc: &[f32], total: &[f32], col: usize, len: usize) {
+    /// Divides the sums of the tree's root and writes the outputs.
+    pub(super) fn finish(&self, item: usize, root: Node<'_>) {
+        let (row, first) = self.job.place(&self.rows, self.kv_head, item);
         let head_dim = self.job.arena.shape().head_dim;
-        let outputs = len.min(head_dim.saturating_sub(col));
-        for (item, (acc, &total)) in acc.chunks_exact(len).zip(total).enumerate() {
-            let (row, first) = self.job.place(&self.rows, self.kv_head, item);
-            // SAFETY: every walk has its own rows, heads and columns.
-            let out = unsafe { self.job.out.part(row, first + col, outputs) };
-            for (out, &sum) in out.iter_mut().zip(acc) {
-                *out = sum / total;
-            }
+        // SAFETY: every item has its own row and columns, and is finished once.
+        let out = unsafe { self.job.out.part(row, first, head_dim) };
+        for (out, &mut sum) in out.iter_mut().zip(root.acc) {
+            *out = sum / *root.total;
         }
     }
 }
