@@ -17,7 +17,7 @@ use crate::{
     dtype::DType,
     kv::{KvDType, KvShape, PAGE_TOKENS},
     matrix::{PANEL, PackedMatrix},
-    ops::tile::LEAF,
+    ops::tree::LEAF,
 };
 
 type Done = Result<(), DeviceError>;
