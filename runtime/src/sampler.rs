@@ -346,7 +346,18 @@ fn argmax(logits: &[f32]) -> u32 {
 mod tests {
     use super::*;
 
-    const PINNED: [[u32; 5]; 8] = [[0; 5]; 8];
+    /// Tokens of the settings below, at five positions. They change only with the version of the
+    /// determinism contract.
+    const PINNED: [[u32; 5]; 8] = [
+        [3, 3, 3, 3, 3],
+        [1481, 387, 765, 997, 1108],
+        [1481, 201, 745, 989, 1178],
+        [1481, 370, 766, 989, 1104],
+        [1481, 370, 766, 989, 1108],
+        [1481, 530, 788, 1039, 1149],
+        [1481, 387, 765, 997, 1108],
+        [1481, 370, 765, 998, 1108],
+    ];
 
     const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, 3.0, -1.0];
 
@@ -485,7 +496,7 @@ mod tests {
         let base = Sampling { temperature: 0.8, seed: 42, ..Sampling::GREEDY };
         let penalties = Sampling { repetition: 1.3, presence: 0.5, frequency: 0.25, ..base };
         let all = Sampling { top_k: 700, top_p: 0.9, min_p: 0.01, ..penalties };
-        let bias = [(3, 2.5), (14, f32::NEG_INFINITY), (1499, 9.0)];
+        let bias = [(3, 2.5), (14, f32::NEG_INFINITY), (1499, 1.0)];
         let seen = [(7, 0), (14, 3), (21, 1), (600, 40), (1400, 2)]
             .map(|(id, generated)| Seen { id, generated });
         let context = Context { bias: &bias, seen: &seen };
@@ -495,7 +506,7 @@ mod tests {
             (base, PINNED[1]),
             (Sampling { top_k: 40, ..base }, PINNED[2]),
             (Sampling { top_p: 0.7, ..base }, PINNED[3]),
-            (Sampling { min_p: 0.3, ..base }, PINNED[4]),
+            (Sampling { min_p: 0.05, ..base }, PINNED[4]),
             (Sampling { top_k: 300, top_p: 0.5, temperature: 1.7, ..base }, PINNED[5]),
             (penalties, PINNED[6]),
             (all, PINNED[7]),
@@ -527,6 +538,41 @@ mod tests {
             assert!(tokens.iter().all(|t| (1..=last).contains(t)), "{sampling:?}: {tokens:?}");
             assert!((1..=last).all(|t| tokens.contains(&t)), "{sampling:?}: {tokens:?}");
         }
+    }
+
+    #[test]
+    fn thresholds_are_reached_by_what_equals_them() {
+        let base = Sampling { temperature: 1.0, ..Sampling::GREEDY };
+        let of = |sampling| {
+            let mut weights = vec![1.0; 4];
+            limit(&[0.5; 4], &mut weights, &sampling);
+            weights
+        };
+        assert_eq!(of(Sampling { top_p: 0.5, ..base }), [1.0, 1.0, 0.0, 0.0]);
+        assert_eq!(of(Sampling { top_p: 0.51, ..base }), [1.0, 1.0, 1.0, 0.0]);
+        assert_eq!(of(Sampling { min_p: 1.0, ..base }), [1.0; 4]);
+    }
+
+    #[test]
+    fn bias_and_penalties_come_in_their_order() {
+        let sampling =
+            Sampling { repetition: 2.0, presence: 0.5, frequency: 0.25, ..Sampling::GREEDY };
+        let seen = [(0, 3), (1, 0), (2, 1), (3, 0)].map(|(id, generated)| Seen { id, generated });
+        let context = Context { bias: &[(1, -5.0), (4, 1.0)], seen: &seen };
+        let z = adjust(&[4.0, 3.0, -1.0, 0.0, 7.0, 8.0], &sampling, context).unwrap();
+        assert_eq!(z[..], [2.0 - 0.75 - 0.5, -4.0, -2.0 - 0.25 - 0.5, 0.0, 8.0, 8.0]);
+        // The bias alone, where penalties are off.
+        let z = adjust(&[4.0, 3.0, 0.0, 0.0, 7.0], &Sampling::GREEDY, context).unwrap();
+        assert_eq!(z[..], [4.0, -2.0, 0.0, 0.0, 8.0]);
+    }
+
+    #[test]
+    fn the_walk_of_a_draw_is_in_f64() {
+        let small = 2f64.powi(-20);
+        let mut left = 1.0 + small - 2f64.powi(-50);
+        assert_eq!(take(&[1.0, small as f32, 1.0], &mut left), 1);
+        let mut left = 1.0 + small;
+        assert_eq!(take(&[1.0, small as f32, 1.0], &mut left), 2);
     }
 
     #[test]
