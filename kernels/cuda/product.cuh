@@ -25,7 +25,7 @@ template <int F> struct Format {
 
 // acc[t][r] of one leaf of `len` k; w points at this lane's first word.
 template <int F, int T, int R> DI void float_leaf(const char* const (&w)[T], const float* x, int len, float (&acc)[T][R]) {
-  constexpr int LOADS = 16 / T, K = F == F32 ? LOADS : 2 * LOADS;
+  constexpr int LOADS = R == 1 ? 32 / T : 16 / T, K = F == F32 ? LOADS : 2 * LOADS;
   int k = 0;
 #pragma unroll 1
   for (; k + K <= len; k += K) {

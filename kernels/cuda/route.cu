@@ -9,19 +9,29 @@ DI u64 mix(u64 z) {
 }
 
 // A random number of purpose 2, the order of equal scores.
-DI u64 tie_break(u64 seed, u64 index) {
+DI u64 random2(u64 seed, u64 index) {
   return mix(mix(seed ^ 2 * 0x9e3779b97f4a7c15ull) + index * 0x9e3779b97f4a7c15ull);
+}
+
+// What names a candidate: level 0 chooses among tiers, 1 among groups of a tier, 2 among experts
+// of a group. `seed` is that of (seed, layer, level).
+struct Among { u64 seed; const u64* names; u32 level, tier, group; };
+
+DI u64 tie_break(const Among& a, u32 i) {
+  u64 name = a.level == 0 ? a.names[i] : a.names[a.tier];
+  u64 candidate = a.level == 0 ? 0 : a.level == 1 ? (u64)i << 32 : (u64)a.group << 32 | i;
+  return random2(random2(a.seed, name), candidate);
 }
 
 struct Best { float score; u32 at; };
 
 // Whether candidate a comes before b: the greater score, then the hash, then the index.
-DI bool before(Best a, Best b, u64 seed, u64 first, const u32* names) {
+DI bool before(Best a, Best b, const Among& among, const u32* index) {
   if (a.at == FULL || b.at == FULL) return b.at == FULL && a.at != FULL;
   if (a.score != b.score) return a.score > b.score;
   if (a.at == b.at) return false;
-  u64 x = tie_break(seed, first + names[a.at]), y = tie_break(seed, first + names[b.at]);
-  return x != y ? x < y : names[a.at] < names[b.at];
+  u64 x = tie_break(among, index[a.at]), y = tie_break(among, index[b.at]);
+  return x != y ? x < y : index[a.at] < index[b.at];
 }
 
 // The sum of `count` values by rule 3, by one warp; `leaves` has room for a sum per leaf.
@@ -45,10 +55,9 @@ DI float sum_row(const float* x, u32 count, float* leaves) {
 
 // One warp per branch: the k best of its `n` scores, best first, with parent weight times
 // probability. `masks`: a bit per candidate that is open, `mask_words` per branch, or null.
-// `firsts`: the number of a branch's first candidate in the layer, or null for 0; `seed` is
-// that of (seed, layer, level). Too few candidates leave index FULL. A score that is no finite
+// `tiers` and `groups` say where each branch is (null for 0). Too few candidates leave index FULL. A score that is no finite
 // number sets bad[branch], and nothing else is written.
-ENTRY choose(const float* scores, u32 n, u32 k, const u32* masks, u32 mask_words, const u64* firsts, u64 seed,
+ENTRY choose(const float* scores, u32 n, u32 k, const u32* masks, u32 mask_words, u64 seed, const u64* tier_names, u32 level, const u32* tiers, const u32* groups,
              const float* parents, u32 renormalise, u32* index, float* weight, u32* bad) {
   extern __shared__ float4 memory[];
   float* s = (float*)memory;
@@ -81,16 +90,16 @@ ENTRY choose(const float* scores, u32 n, u32 k, const u32* masks, u32 mask_words
   for (u32 i = lane; i < count; i += 32) e[i] = exp_(add(s[i], -m));
   __syncwarp();
   float total = sum_row(e, count, leaves), parent = parents ? parents[branch] : 1.0f, sum = 0.0f;
-  u64 first = firsts ? firsts[branch] : 0;
+  Among among = {seed, tier_names, level, tiers ? tiers[branch] : 0, groups ? groups[branch] : 0};
   for (u32 r = 0; r < k; r++) {
     Best best = {0.0f, FULL};
     for (u32 i = lane; i < count; i += 32) {
       Best c = {s[i], bits(e[i]) == FULL ? FULL : i};
-      if (before(c, best, seed, first, names)) best = c;
+      if (before(c, best, among, names)) best = c;
     }
     for (int d = 16; d; d /= 2) {
       Best o = {__shfl_xor_sync(FULL, best.score, d), __shfl_xor_sync(FULL, best.at, d)};
-      if (before(o, best, seed, first, names)) best = o;
+      if (before(o, best, among, names)) best = o;
     }
     u64 to = (u64)branch * k + r;
     bool some = best.at != FULL;

@@ -16,8 +16,36 @@ use cudarc::nvrtc::{result, sys};
 const OPTIONS: [&str; 5] =
     ["--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--std=c++17"];
 
-const COMMON: &str = include_str!("../../cuda/common.cuh");
-const PRODUCT: &str = include_str!("../../cuda/product.cuh");
+/// The files, as they were when this was built.
+const FILES: [(&str, &str); 8] = [
+    ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("product.cuh", include_str!("../../cuda/product.cuh")),
+    ("elementwise.cu", include_str!("../../cuda/elementwise.cu")),
+    ("norm.cu", include_str!("../../cuda/norm.cu")),
+    ("route.cu", include_str!("../../cuda/route.cu")),
+    ("attention.cu", include_str!("../../cuda/attention.cu")),
+    ("matmul.cu", include_str!("../../cuda/matmul.cu")),
+    ("swiglu.cu", include_str!("../../cuda/swiglu.cu")),
+];
+
+/// Where code comes from and is kept.
+#[derive(Debug, Clone, Default)]
+pub struct Folders {
+    /// Compiled code is kept here.
+    pub cache: Option<PathBuf>,
+    /// Sources are read from here instead of the binary, where they are found: for work on them.
+    pub sources: Option<PathBuf>,
+}
+
+impl Folders {
+    fn file(&self, name: &str) -> String {
+        let found = self.sources.as_ref().and_then(|s| fs::read_to_string(s.join(name)).ok());
+        found.unwrap_or_else(|| {
+            let file = FILES.iter().find(|(file, _)| *file == name);
+            file.expect("a source is one of the files").1.to_owned()
+        })
+    }
+}
 
 /// A file of kernels, for one format where it depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -49,33 +77,34 @@ impl Source {
     /// The file's name, for people.
     pub fn name(self) -> String {
         match self {
-            Source::Elementwise => "elementwise.cu".into(),
-            Source::Norm => "norm.cu".into(),
-            Source::Route => "route.cu".into(),
-            Source::Attention(kv) => format!("attention.cu (KV {kv})"),
-            Source::Matmul(format) => format!("matmul.cu (FORMAT {format})"),
-            Source::Swiglu(format) => format!("swiglu.cu (FORMAT {format})"),
+            Source::Attention(kv) => format!("{} (KV {kv})", self.file()),
+            Source::Matmul(format) | Source::Swiglu(format) => {
+                format!("{} (FORMAT {format})", self.file())
+            }
+            _ => self.file().to_owned(),
         }
     }
 
-    fn text(self) -> String {
+    fn file(self) -> &'static str {
         match self {
-            Source::Elementwise => format!("{COMMON}{}", include_str!("../../cuda/elementwise.cu")),
-            Source::Norm => format!("{COMMON}{}", include_str!("../../cuda/norm.cu")),
-            Source::Route => format!("{COMMON}{}", include_str!("../../cuda/route.cu")),
-            Source::Attention(kv) => {
-                let text = include_str!("../../cuda/attention.cu");
-                format!("#define KV {kv}\n{COMMON}{text}")
-            }
-            Source::Matmul(format) => {
-                let text = include_str!("../../cuda/matmul.cu");
-                format!("#define FORMAT {format}\n{COMMON}{PRODUCT}{text}")
-            }
-            Source::Swiglu(format) => {
-                let text = include_str!("../../cuda/swiglu.cu");
-                format!("#define FORMAT {format}\n{COMMON}{PRODUCT}{text}")
-            }
+            Source::Elementwise => "elementwise.cu",
+            Source::Norm => "norm.cu",
+            Source::Route => "route.cu",
+            Source::Attention(_) => "attention.cu",
+            Source::Matmul(_) => "matmul.cu",
+            Source::Swiglu(_) => "swiglu.cu",
         }
+    }
+
+    fn text(self, folders: &Folders) -> String {
+        let define = match self {
+            Source::Attention(kv) => format!("#define KV {kv}\n"),
+            Source::Matmul(format) | Source::Swiglu(format) => {
+                format!("#define FORMAT {format}\n{}", folders.file("product.cuh"))
+            }
+            _ => String::new(),
+        };
+        format!("{}{define}{}", folders.file("common.cuh"), folders.file(self.file()))
     }
 }
 
@@ -94,14 +123,14 @@ fn version() -> (i32, i32) {
 }
 
 /// Compiles a source for an architecture (`sm_90a`) to the device's own code.
-pub fn compile(source: Source, arch: &str) -> Result<Vec<u8>, String> {
+pub fn compile(source: Source, arch: &str, folders: &Folders) -> Result<Vec<u8>, String> {
     if !compiler_present() {
         return Err("NVRTC (libnvrtc.so.13) was not found: install CUDA 13.0's NVRTC, or put its \
                     folder on LD_LIBRARY_PATH"
             .into());
     }
     let failed = |what: String| format!("{} for {arch}: {what}", source.name());
-    let text = CString::new(source.text()).map_err(|e| failed(e.to_string()))?;
+    let text = CString::new(source.text(folders)).map_err(|e| failed(e.to_string()))?;
     let program = result::create_program(&text, None).map_err(|e| failed(e.to_string()))?;
     let mut options: Vec<String> = OPTIONS.iter().map(|&o| o.to_owned()).collect();
     options.push(format!("--gpu-architecture={arch}"));
@@ -118,10 +147,8 @@ pub fn compile(source: Source, arch: &str) -> Result<Vec<u8>, String> {
                 let mut size = 0;
                 let done = sys::nvrtcGetCUBINSize(program, &mut size).result();
                 let mut code = vec![0u8; size];
-                done.and_then(|()| {
-                    sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()).result()
-                })
-                .map_err(|e| failed(e.to_string()))?;
+                done.and_then(|()| sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()).result())
+                    .map_err(|e| failed(e.to_string()))?;
                 Ok(code)
             });
         let _ = result::destroy_program(program);
@@ -130,30 +157,27 @@ pub fn compile(source: Source, arch: &str) -> Result<Vec<u8>, String> {
 }
 
 /// The file that a source's code is kept in.
-fn kept_at(folder: &Path, source: Source, arch: &str) -> PathBuf {
+fn kept_at(cache: &Path, source: Source, arch: &str, folders: &Folders) -> PathBuf {
     let mut hash = blake3::Hasher::new();
-    hash.update(source.text().as_bytes());
+    hash.update(source.text(folders).as_bytes());
     let (major, minor) = version();
     hash.update(format!("\0{arch}\0{OPTIONS:?}\0{major}.{minor}").as_bytes());
-    folder.join(format!("{}.cubin", hash.finalize().to_hex()))
+    cache.join(format!("{}.cubin", hash.finalize().to_hex()))
 }
 
-/// The code of a source: from the folder if it is there and `fresh` is not asked for, else
+/// The code of a source: from the cache if it is there and `fresh` is not asked for, else
 /// compiled and kept. A folder that cannot be written to only costs the next start its time.
-pub fn code(
-    source: Source,
-    arch: &str,
-    folder: Option<&Path>,
-    fresh: bool,
-) -> Result<Vec<u8>, String> {
-    let Some(folder) = folder.filter(|_| compiler_present()) else { return compile(source, arch) };
-    let path = kept_at(folder, source, arch);
+pub fn code(source: Source, arch: &str, folders: &Folders, fresh: bool) -> Result<Vec<u8>, String> {
+    let Some(cache) = folders.cache.as_deref().filter(|_| compiler_present()) else {
+        return compile(source, arch, folders);
+    };
+    let path = kept_at(cache, source, arch, folders);
     if !fresh && let Ok(code) = fs::read(&path) {
         return Ok(code);
     }
-    let code = compile(source, arch)?;
+    let code = compile(source, arch, folders)?;
     let staged = path.with_extension(format!("{}.tmp", std::process::id()));
-    let kept = fs::create_dir_all(folder)
+    let kept = fs::create_dir_all(cache)
         .and_then(|()| fs::write(&staged, &code))
         .and_then(|()| fs::rename(&staged, &path));
     if kept.is_err() {

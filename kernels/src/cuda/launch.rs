@@ -128,8 +128,14 @@ pub struct Choose<'a> {
     pub seed: u64,
     /// A bit per candidate that is open: whole words per branch.
     pub masks: Option<&'a Dev<u32>>,
-    /// The number of each branch's first candidate in the layer.
-    pub firsts: Option<&'a Dev<u64>>,
+    /// What names each tier.
+    pub tier_names: &'a Dev<u64>,
+    /// 0 to choose among tiers, 1 among groups, 2 among experts.
+    pub level: usize,
+    /// The tier of each branch; of none, the first.
+    pub tiers: Option<&'a Dev<u32>>,
+    /// The group of each branch; of none, the first.
+    pub groups: Option<&'a Dev<u32>>,
     /// The weight that each branch has so far.
     pub parents: Option<&'a Dev<f32>>,
     /// Whether a branch's weights are to add up to 1.
@@ -451,17 +457,27 @@ impl Cuda {
     }
 
     /// `out[i, :] = x[rows[i], :]`; the rows are rows of x.
-    pub fn select_rows(
-        &self,
-        x: &Dev<f32>,
-        rows: &Dev<u32>,
-        cols: usize,
-        out: &Dev<f32>,
-    ) -> Done {
+    pub fn select_rows(&self, x: &Dev<f32>, rows: &Dev<u32>, cols: usize, out: &Dev<f32>) -> Done {
         assert!(out.len() == rows.len() * cols && x.len().is_multiple_of(cols), "[rows, cols]");
         let args = Args::default().dev(x).dev(rows).u32(cols).dev(out).word(out.len() as u64);
         // SAFETY: shapes as asserted; the rows are the caller's promise.
         unsafe { self.launch(Source::Elementwise, "select_rows", self.each(out.len()), args) }
+    }
+
+    /// Reads all of it and does nothing else, for measuring.
+    pub fn read_all(&self, memory: &Dev<u8>, out: &Dev<u32>) -> Done {
+        let args = Args::default().dev(memory).word(memory.len() as u64 / 16).dev(out);
+        let grid = Grid::new(self.processors() * 16, 512);
+        // SAFETY: whole pieces of 16 bytes inside the buffer.
+        unsafe { self.launch(Source::Elementwise, "read_all", grid, args) }
+    }
+
+    /// Fills it with values that look like weights, for measuring.
+    pub fn scramble(&self, memory: &Dev<u8>, seed: u32) -> Done {
+        let args = Args::default().dev(memory).word(memory.len() as u64 / 4).u32(seed as usize);
+        let grid = Grid::new(self.processors() * 16, 512);
+        // SAFETY: whole words inside the buffer.
+        unsafe { self.launch(Source::Elementwise, "scramble", grid, args) }
     }
 
     /// One of `exp_all`, `sigmoid_all` and `silu_all` of every value, for tests.
@@ -482,15 +498,19 @@ impl Cuda {
         weight: &Dev<f32>,
         bad: &Dev<u32>,
     ) -> Done {
-        let Choose { n, k, seed, masks, firsts, parents, renormalise } = how;
+        let Choose { n, k, seed, masks, tier_names, level, tiers, groups, .. } = how;
+        let Choose { parents, renormalise, .. } = how;
         let (branches, words) = (bad.len(), n.div_ceil(32));
         assert_eq!(scores.len(), branches * n, "scores are [branches, n]");
         assert_eq!((index.len(), weight.len()), (branches * k, branches * k), "[branches, k]");
         assert!(masks.is_none_or(|m| m.len() == branches * words), "a bit per candidate");
-        assert!(firsts.is_none_or(|f| f.len() == branches), "one per branch");
+        assert!(tiers.is_none_or(|t| t.len() == branches), "one per branch");
+        assert!(groups.is_none_or(|g| g.len() == branches), "one per branch");
+        assert!(level <= 2 && (level > 0 || tier_names.len() >= n), "a name for every tier");
         assert!(parents.is_none_or(|p| p.len() == branches), "one per branch");
         let args = Args::default().dev(scores).u32(n).u32(k).maybe(masks).u32(words);
-        let args = args.maybe(firsts).word(seed).maybe(parents).u32(usize::from(renormalise));
+        let args = args.word(seed).dev(tier_names).u32(level).maybe(tiers).maybe(groups);
+        let args = args.maybe(parents).u32(usize::from(renormalise));
         let args = args.dev(index).dev(weight).dev(bad);
         let shared = (3 * n + n.div_ceil(LEAF) + 4) * size_of::<f32>();
         let grid = Grid { shared, ..Grid::new(branches, 32) };

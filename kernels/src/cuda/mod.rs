@@ -13,20 +13,24 @@ mod memory;
 use std::{
     collections::HashMap,
     marker::PhantomData,
-    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use bytemuck::Pod;
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result, sys,
+    CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaStream, DriverError, result,
+    sys,
 };
 use cudarc::nvrtc::Ptx;
 
-use self::{compile::Source, memory::Args};
+use self::{
+    compile::{Folders, Source},
+    memory::Args,
+};
 use crate::device::DeviceError;
 
 pub use self::memory::Dev;
+pub use cudarc::driver::CudaGraph as Graph;
 
 /// The driver that these kernels' compiler writes code for, as CUDA counts: 13.0.
 const DRIVER_VERSION: i32 = 13_000;
@@ -41,7 +45,7 @@ pub struct Cuda {
     arch: String,
     processors: usize,
     shared_max: u32,
-    cache: Option<PathBuf>,
+    folders: Folders,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(Source, &'static str), CudaFunction>>,
 }
@@ -71,10 +75,11 @@ fn failed(device: &str, reason: impl ToString) -> DeviceError {
 }
 
 impl Cuda {
-    /// Opens GPU `ordinal`; compiled kernels are kept in `cache` where one is given.
-    pub fn open(ordinal: usize, cache: Option<&Path>) -> Result<Self, DeviceError> {
+    /// Opens GPU `ordinal`.
+    pub fn open(ordinal: usize, folders: Folders) -> Result<Self, DeviceError> {
         let id = format!("cuda:{ordinal}");
-        let fail = |reason: String| failed(&id, reason);
+        let name = id.clone();
+        let fail = |reason: String| failed(&name, reason);
         if !driver_present() {
             return Err(fail("NVIDIA's driver (libcuda.so.1) was not found".into()));
         }
@@ -92,13 +97,12 @@ impl Cuda {
         if ordinal >= usize::try_from(count).unwrap_or(0) {
             return Err(fail(format!("there is no such GPU; found {count}")));
         }
-        let open = || -> Result<Self, DriverError> {
+        let open = move || -> Result<Self, DriverError> {
             let context = CudaContext::new(ordinal)?;
             let attribute = |a| context.attribute(a);
             use sys::CUdevice_attribute as A;
             let processors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-            let shared =
-                attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+            let shared = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
             let (major, minor) = context.compute_capability()?;
             // The architecture's own instructions come with the letter.
             let arch = format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" });
@@ -108,7 +112,7 @@ impl Cuda {
                 arch,
                 processors: processors.unsigned_abs() as usize,
                 shared_max: shared.unsigned_abs(),
-                cache: cache.map(Path::to_owned),
+                folders,
                 modules: Mutex::default(),
                 functions: Mutex::default(),
                 context,
@@ -214,10 +218,7 @@ impl Cuda {
     }
 
     /// Milliseconds that the device takes for what `work` gives it.
-    pub fn time(
-        &self,
-        work: impl FnOnce() -> Result<(), DeviceError>,
-    ) -> Result<f32, DeviceError> {
+    pub fn time(&self, work: impl FnOnce() -> Result<(), DeviceError>) -> Result<f32, DeviceError> {
         let event = || -> Result<CudaEvent, DeviceError> {
             let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
             self.stream.record_event(flags).map_err(|e| self.fail(e))
@@ -227,6 +228,26 @@ impl Cuda {
         let to = event()?;
         to.synchronize().map_err(|e| self.fail(e))?;
         from.elapsed_ms(&to).map_err(|e| self.fail(e))
+    }
+
+    /// Records what `work` gives the device instead of doing it, to be done as often as wanted.
+    /// What it launches must be loaded already, and it must not wait, allocate or read.
+    pub fn capture(
+        &self,
+        work: impl FnOnce() -> Result<(), DeviceError>,
+    ) -> Result<CudaGraph, DeviceError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        self.stream.begin_capture(mode).map_err(|e| self.fail(e))?;
+        let worked = work();
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = self.stream.end_capture(flags).map_err(|e| self.fail(e));
+        worked?;
+        graph?.ok_or_else(|| failed(&self.name, "nothing was captured"))
+    }
+
+    /// Does what was recorded.
+    pub fn replay(&self, graph: &CudaGraph) -> Result<(), DeviceError> {
+        graph.launch().map_err(|e| self.fail(e))
     }
 
     /// Compiles and loads a source now, rather than at its first use.
@@ -240,7 +261,7 @@ impl Cuda {
             return Ok(module.clone());
         }
         let load = |fresh| -> Result<Result<Arc<CudaModule>, DriverError>, DeviceError> {
-            let code = compile::code(source, &self.arch, self.cache.as_deref(), fresh)
+            let code = compile::code(source, &self.arch, &self.folders, fresh)
                 .map_err(|reason| failed(&self.name, reason))?;
             Ok(self.context.load_module(Ptx::from_binary(code)))
         };
