@@ -15,26 +15,49 @@ struct Cache {
   u32 kv_heads, head_dim, cols;  // cols: of a kept value row
 };
 
-DI float key_dot(const float* q, const char* keys, u32 offset, int from, int to) {
-  float acc = 0.0f;
+// Bytes that are read once.
+DI i32 stream8(const char* p) {
+  i32 v;
+  asm volatile("ld.global.nc.L1::no_allocate.s8 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
+// acc += x[i] · row i of a column, i from..to upwards; rows are `step` elements apart, and bf16
+// lies in words of two rows. Many loads are on their way before the first is used.
+DI float column(float acc, const float* x, const char* at, u32 step, int from, int to) {
+  constexpr int N = 16;
+  int i = from;
   if (KV == 1) {
-    const u32* k = (const u32*)keys + offset;
-#pragma unroll 16
-    for (int d = from / 2; d < to / 2; d++) {
-      u32 w = stream(k + d * PAGE);
-      acc = fma(q[2 * d], low(w), acc);
-      acc = fma(q[2 * d + 1], high(w), acc);
+    const u32* p = (const u32*)at;
+    if (i < to && i % 2) { acc = fma(x[i], high(p[i / 2 * step]), acc); i++; }
+    for (; i + 2 * N <= to; i += 2 * N) {
+      u32 v[N];
+#pragma unroll
+      for (int j = 0; j < N; j++) v[j] = stream(p + (i / 2 + j) * step);
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        acc = fma(x[i + 2 * j], low(v[j]), acc);
+        acc = fma(x[i + 2 * j + 1], high(v[j]), acc);
+      }
     }
-    if (to % 2) acc = fma(q[to - 1], low(k[to / 2 * PAGE]), acc);
-  } else if (KV == 0) {
-    const float* k = (const float*)keys + offset;
-#pragma unroll 16
-    for (int d = from; d < to; d++) acc = fma(q[d], bits(stream(k + d * PAGE)), acc);
-  } else {
-    const i8* k = (const i8*)keys + offset;
-#pragma unroll 16
-    for (int d = from; d < to; d++) acc = fma(q[d], (float)__ldg(k + d * PAGE), acc);
+#pragma unroll 1
+    for (; i + 2 <= to; i += 2) {
+      u32 w = p[i / 2 * step];
+      acc = fma(x[i], low(w), acc);
+      acc = fma(x[i + 1], high(w), acc);
+    }
+    if (i < to) acc = fma(x[i], low(p[i / 2 * step]), acc);
+    return acc;
   }
+  for (; i + N <= to; i += N) {
+    i32 v[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) v[j] = KV == 0 ? (i32)stream(at + (u64)((i + j) * step) * 4) : stream8(at + (i + j) * step);
+#pragma unroll
+    for (int j = 0; j < N; j++) acc = fma(x[i + j], KV == 0 ? __int_as_float(v[j]) : (float)v[j], acc);
+  }
+#pragma unroll 1
+  for (; i < to; i++) acc = fma(x[i], KV == 0 ? ((const float*)at)[i * step] : (float)((const i8*)at)[i * step], acc);
   return acc;
 }
 
@@ -59,6 +82,12 @@ ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u
     heads_at[tid] = page <= p / PAGE && page >= first / PAGE
         ? (u64)cache.pages + tables[(u64)row * table_stride + page] * cache.page_bytes + cache.layer_at + (u64)kv_head * cache.head_bytes : 0;
   }
+  __syncthreads();
+  // All of the leaf is asked for at once, and read when it is near.
+  for (u32 at = tid * 128; at < 4 * cache.head_bytes; at += 256 * 128) {
+    u32 page = at / cache.head_bytes;
+    if (heads_at[page]) ask((const char*)heads_at[page] + at % cache.head_bytes);
+  }
   const float* q_row = q + ((u64)row * heads + kv_head * group) * hd;
   for (u32 i = tid; i < group * hd; i += 256) qs[i] = q_row[i];
   __syncthreads();
@@ -72,7 +101,7 @@ ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u
       float s[4];
 #pragma unroll
       for (int l = 0; l < 4; l++)
-        s[l] = l == 0 || l * LEAF < hd ? key_dot(qs + g * hd, keys, offset, l * LEAF, min(hd, (l + 1) * LEAF)) : 0.0f;
+        s[l] = l == 0 || l * LEAF < hd ? column(0.0f, qs + g * hd, keys + offset * (KV == 0 ? 4 : KV == 1 ? 4 : 1), PAGE, l * LEAF, min((int)hd, (l + 1) * LEAF)) : 0.0f;
       score = s[0];
       if (hd > LEAF) score = add(score, s[1]);
       if (hd > 2 * LEAF) score = add(score, hd > 3 * LEAF ? add(s[2], s[3]) : s[2]);
@@ -122,27 +151,7 @@ ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u
       int lo = from > base ? from - base : 0, hi = to > base ? min(to - base, (u32)PAGE) : 0;
       if (lo >= hi) continue;
       const char* values = (const char*)heads_at[page] + values_at;
-      const float* wp = w + page * PAGE;
-      if (KV == 1) {
-        const u32* v = (const u32*)values + c;
-        int o = lo;
-        if (o % 2) { a = fma(wp[o], high(v[o / 2 * cache.cols]), a); o++; }
-#pragma unroll 16
-        for (; o + 2 <= hi; o += 2) {
-          u32 x = stream(v + o / 2 * cache.cols);
-          a = fma(wp[o], low(x), a);
-          a = fma(wp[o + 1], high(x), a);
-        }
-        if (o < hi) a = fma(wp[o], low(v[o / 2 * cache.cols]), a);
-      } else if (KV == 0) {
-        const float* v = (const float*)values + c;
-#pragma unroll 16
-        for (int o = lo; o < hi; o++) a = fma(wp[o], bits(stream(v + o * cache.cols)), a);
-      } else {
-        const i8* v = (const i8*)values + c;
-#pragma unroll 16
-        for (int o = lo; o < hi; o++) a = fma(wp[o], (float)__ldg(v + o * cache.cols), a);
-      }
+      a = column(a, w + page * PAGE, values + c * (KV == 2 ? 1 : 4), cache.cols, lo, hi);
     }
     u64 head = (u64)row * heads + kv_head * group + g;
     if (alone) {

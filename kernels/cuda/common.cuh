@@ -40,10 +40,11 @@ DI u16 bf16_bits(float x) {
   return x != x ? 0x7fc0 : (u16)((b + 0x7fff + ((b >> 16) & 1)) >> 16);
 }
 
-// A word that is read once: past the first cache.
+// A word that is read once: past the first cache. Volatile, or the compiler may read it where a
+// condition forbids it, and outside of memory.
 DI u32 stream(const void* p) {
   u32 v;
-  asm("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 DI void ask(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }

@@ -12,14 +12,15 @@ struct Linears { Linear of[4]; u32 count; };
 
 template <int F, int T, int RM>
 DI void linear(const float* x, const u32* rows, u32 m, u32 k, const Linears& many, u32 adds) {
+  // Blocks of the same panels follow each other: they read the same weights.
   extern __shared__ float4 memory[];
   Linear l = many.of[0];
 #pragma unroll
   for (int i = 1; i < 4; i++)
-    if (i < many.count && blockIdx.x >= many.of[i].first) l = many.of[i];
+    if (i < many.count && blockIdx.y >= many.of[i].first) l = many.of[i];
   u32 leaves = k == 0 ? 1 : (k + LEAF - 1) / LEAF, groups = 8 / leaf_warps(leaves);
   u32 group = warp_id() / leaf_warps(leaves), panels = (l.n + 31) / 32;
-  u32 base = (blockIdx.x - l.first) * groups * T;
+  u32 base = (blockIdx.y - l.first) * groups * T;
   u64 panel_bytes = Format<F>::panel_bytes(k);
   const char* w[T];
 #pragma unroll
@@ -27,7 +28,7 @@ DI void linear(const float* x, const u32* rows, u32 m, u32 k, const Linears& man
     u32 panel = base + group * T + t;
     w[t] = panel < panels ? l.w + panel * panel_bytes : nullptr;
   }
-  u32 from = blockIdx.y * RM;
+  u32 from = blockIdx.x * RM;
   int count = min(m - from, (u32)RM);
   u32 words = Format<F>::row_words(k);
   auto row = [&](int r) { u32 i = from + r; return x + (u64)(rows ? rows[i] : i) * words; };

@@ -13,7 +13,15 @@ ENTRY rms_norm(const float* x, const float* weight, u32 width, float eps, float*
     u32 leaf = round * 32 + threadIdx.x / 8, lane = threadIdx.x % 8;
     u32 end = min(width, (leaf + 1) * LEAF);
     float l = 0.0f;
-    for (u32 i = leaf * LEAF + lane; i < end; i += 8) { float v = row[i]; l = fma(v, v, l); }
+    if ((leaf + 1) * LEAF <= width) {
+      float v[32];
+#pragma unroll
+      for (int i = 0; i < 32; i++) v[i] = row[leaf * LEAF + i * 8 + lane];
+#pragma unroll
+      for (int i = 0; i < 32; i++) l = fma(v[i], v[i], l);
+    } else {
+      for (u32 i = leaf * LEAF + lane; i < end; i += 8) { float v = row[i]; l = fma(v, v, l); }
+    }
     l = lanes8(l);
     if (lane == 0) sums[threadIdx.x / 8] = l;
     __syncthreads();

@@ -25,15 +25,29 @@ template <int F> struct Format {
 
 // acc[t][r] of one leaf of `len` k; w points at this lane's first word.
 template <int F, int T, int R> DI void float_leaf(const char* const (&w)[T], const float* x, int len, float (&acc)[T][R]) {
-  constexpr int LOADS = R == 1 ? 32 / T : 16 / T, K = F == F32 ? LOADS : 2 * LOADS;
+  constexpr int LOADS = T == 4 && R > 4 && F == BF16 ? 2 : 16 / T, K = F == F32 ? LOADS : 2 * LOADS;
   int k = 0;
+  // The next words are on their way while these are used.
+  u32 next[T][LOADS];
+  if (K <= len) {
+#pragma unroll
+    for (int i = 0; i < LOADS; i++)
+#pragma unroll
+      for (int t = 0; t < T; t++) next[t][i] = stream(w[t] + i * 128);
+  }
 #pragma unroll 1
   for (; k + K <= len; k += K) {
     u32 v[T][LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
 #pragma unroll
-      for (int t = 0; t < T; t++) v[t][i] = stream(w[t] + (u32)(F == F32 ? k : k / 2) * 128 + i * 128);
+      for (int t = 0; t < T; t++) v[t][i] = next[t][i];
+    if (k + 2 * K <= len) {
+#pragma unroll
+      for (int i = 0; i < LOADS; i++)
+#pragma unroll
+        for (int t = 0; t < T; t++) next[t][i] = stream(w[t] + (u32)(F == F32 ? k + K : (k + K) / 2) * 128 + i * 128);
+    }
 #pragma unroll
     for (int c = 0; c < K; c += 4) {
       float f[T][4];

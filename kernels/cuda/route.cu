@@ -130,28 +130,28 @@ ENTRY renormalise(float* weight, u32 per_row, u32 rows) {
 }
 
 // Puts routes in order of their experts, stable, and cuts each expert's into items of at most
-// `item_rows` (as swiglu.cu takes them). One block of 1024 threads; shared: the chunk of routes.
+// `item_rows` (as swiglu.cu takes them). One block, of a power of two of threads.
 struct Item { u32 expert, first, count; };
 
 ENTRY __launch_bounds__(1024) group_routes(const u32* expert, u32 routes, u32 experts, u32 item_rows, u32* order, Item* items, u32* item_count) {
   __shared__ u32 chunk[1024];
   __shared__ u64 scan[1024];
-  u32 tid = threadIdx.x;
+  u32 tid = threadIdx.x, width = blockDim.x;
   u64 done = 0;  // routes << 32 | items of the experts before
-  for (u32 base = 0; base < experts; base += 1024) {
+  for (u32 base = 0; base < experts; base += width) {
     u32 e = base + tid, count = 0;
-    for (u32 from = 0; from < routes; from += 1024) {
+    for (u32 from = 0; from < routes; from += width) {
       __syncthreads();
       if (from + tid < routes) chunk[tid] = expert[from + tid];
       __syncthreads();
-      u32 len = min(routes - from, 1024u);
+      u32 len = min(routes - from, width);
       for (u32 i = 0; i < len; i++) count += chunk[i] == e;
     }
     if (e >= experts) count = 0;
     u64 own = (u64)count << 32 | (count + item_rows - 1) / item_rows;
     scan[tid] = own;
     __syncthreads();
-    for (u32 d = 1; d < 1024; d *= 2) {
+    for (u32 d = 1; d < width; d *= 2) {
       u64 o = tid >= d ? scan[tid - d] : 0;
       __syncthreads();
       scan[tid] += o;
@@ -159,17 +159,17 @@ ENTRY __launch_bounds__(1024) group_routes(const u32* expert, u32 routes, u32 ex
     }
     u64 at = done + scan[tid] - own;
     u32 first = at >> 32, item = (u32)at, to = first;
-    for (u32 from = 0; from < routes; from += 1024) {
+    for (u32 from = 0; from < routes; from += width) {
       __syncthreads();
       if (from + tid < routes) chunk[tid] = expert[from + tid];
       __syncthreads();
-      u32 len = min(routes - from, 1024u);
+      u32 len = min(routes - from, width);
       if (count > 0)
         for (u32 i = 0; i < len; i++)
           if (chunk[i] == e) order[to++] = from + i;
     }
     for (u32 r = 0; r < count; r += item_rows) items[item++] = {e, first + r, min(item_rows, count - r)};
-    done += scan[1023];
+    done += scan[width - 1];
     __syncthreads();
   }
   if (tid == 0) *item_count = (u32)done;

@@ -36,7 +36,7 @@ fn run(folders: Folders, what: &[String]) -> Result<usize, DeviceError> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(8));
     let mut check = Check::new(Cpu::best(threads), &cuda);
     if wanted("check") {
-        checks::all(&mut check)?;
+        checks::all(&mut check, what)?;
         println!(
             "checked {} results, {} differ ({:.0} s)",
             check.done,

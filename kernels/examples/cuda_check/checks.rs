@@ -18,25 +18,43 @@ use super::truth::Check;
 
 type Done = Result<(), DeviceError>;
 
-pub fn all(check: &mut Check<'_>) -> Done {
-    functions(check)?;
-    small(check)?;
-    quantised(check)?;
-    norms(check)?;
-    println!("small ones: {} differ", check.wrong.len());
-    for dtype in DType::ALL {
-        products(check, dtype)?;
-        println!("products {dtype}: {} differ", check.wrong.len());
+/// All of them, or those that are named.
+pub fn all(check: &mut Check<'_>, what: &[String]) -> Done {
+    let only: Vec<&str> = ["small", "products", "experts", "attention", "routes"]
+        .into_iter()
+        .filter(|name| what.iter().any(|w| w == name))
+        .collect();
+    let wanted = |name: &str| only.is_empty() || only.contains(&name);
+    if wanted("small") {
+        functions(check)?;
+        small(check)?;
+        quantised(check)?;
+        norms(check)?;
+        println!("small ones: {} differ", check.wrong.len());
     }
-    for dtype in DType::ALL {
-        networks(check, dtype)?;
-        println!("experts {dtype}: {} differ", check.wrong.len());
+    if wanted("products") {
+        for dtype in DType::ALL {
+            products(check, dtype)?;
+            println!("products {dtype}: {} differ", check.wrong.len());
+        }
     }
-    for dtype in KvDType::ALL {
-        attentions(check, dtype)?;
-        println!("attention {dtype}: {} differ", check.wrong.len());
+    if wanted("experts") {
+        for dtype in DType::ALL {
+            networks(check, dtype)?;
+            println!("experts {dtype}: {} differ", check.wrong.len());
+        }
     }
-    routes(check)
+    if wanted("routes") {
+        routes(check)?;
+        println!("routes: {} differ", check.wrong.len());
+    }
+    if wanted("attention") {
+        for dtype in KvDType::ALL {
+            attentions(check, dtype)?;
+            println!("attention {dtype}: {} differ", check.wrong.len());
+        }
+    }
+    Ok(())
 }
 
 fn functions(check: &mut Check<'_>) -> Done {

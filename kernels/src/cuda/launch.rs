@@ -275,7 +275,7 @@ impl Cuda {
         }
         words[16] = pair(products.len(), 0);
         let grid = Grid {
-            blocks: [blocks, m.div_ceil(variant.rows), 1],
+            blocks: [m.div_ceil(variant.rows), blocks, 1],
             threads: THREADS,
             shared: product_shared(dtype, k, variant.panels, variant.rows),
         };
@@ -319,8 +319,9 @@ impl Cuda {
         assert!(to.items.len() >= most, "room for the items");
         let args = Args::default().dev(routes).u32(to.routes).u32(experts).u32(to.item_rows);
         let args = args.dev(&to.order).dev(&to.items).dev(&to.count);
+        let threads = experts.next_power_of_two().clamp(32, 1024) as u32;
         // SAFETY: an expert outside the table is in no item; there is room for all others.
-        unsafe { self.launch(Source::Route, "group_routes", Grid::new(1, 1024), args) }
+        unsafe { self.launch(Source::Route, "group_routes", Grid::new(1, threads), args) }
     }
 
     /// All experts' networks over their rows: route r reads row `r / per_row` of x and writes row
