@@ -18,7 +18,7 @@ struct Cache {
 // Bytes that are read once.
 DI i32 stream8(const char* p) {
   i32 v;
-  asm volatile("ld.global.nc.L1::no_allocate.s8 %0, [%1];" : "=r"(v) : "l"(p));
+  asm("ld.global.L1::no_allocate.s8 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 
@@ -66,6 +66,7 @@ DI float column(float acc, const float* x, const char* at, u32 step, int from, i
 // A row with one visible leaf is written to `out` at once.
 ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u32* tables, u32 table_stride, const u32* positions,
                           u32 heads, float scale, u32 window, u32 leaves_max, float2* part_ms, float* part_a, float* out) {
+  begin();
   u32 leaf = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z;
   u32 p = positions[row], first = window && p + 1 > window ? p + 1 - window : 0;
   u32 from = max(first, leaf * LEAF), to = min(p + 1, (leaf + 1) * LEAF);
@@ -83,8 +84,9 @@ ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u
         ? (u64)cache.pages + tables[(u64)row * table_stride + page] * cache.page_bytes + cache.layer_at + (u64)kv_head * cache.head_bytes : 0;
   }
   __syncthreads();
-  // All of the leaf is asked for at once, and read when it is near.
-  for (u32 at = tid * 128; at < 4 * cache.head_bytes; at += 256 * 128) {
+  // Where few blocks are on their way, all of the leaf is asked for at once; where there are many,
+  // that only costs (measured on an H100: 14 against 20 us for one row, 119 against 102 for 64).
+  for (u32 at = tid * 128; gridDim.z <= 4 && at < 4 * cache.head_bytes; at += 256 * 128) {
     u32 page = at / cache.head_bytes;
     if (heads_at[page]) ask((const char*)heads_at[page] + at % cache.head_bytes);
   }
@@ -166,6 +168,7 @@ ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u
 
 // The tree over the leaves of a row and head: a thread per column.
 ENTRY attention_tree(const u32* positions, u32 heads, u32 hd, u32 window, u32 leaves_max, const float2* part_ms, const float* part_a, float* out) {
+  begin();
   u32 head = blockIdx.x, row = blockIdx.y;
   u32 p = positions[row], first = window && p + 1 > window ? p + 1 - window : 0;
   u32 left = first / LEAF, count = p / LEAF + 1;
@@ -198,6 +201,7 @@ ENTRY attention_tree(const u32* positions, u32 heads, u32 hd, u32 window, u32 le
 
 // Writes keys and values into their slots (page, offset): a warp per row, head and side.
 ENTRY kv_append(const float* k, const float* v, Cache cache, const uint2* slots, u32 rows) {
+  begin();
   u32 task = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = lane_id();
   u32 side = task % 2, head = task / 2 % cache.kv_heads, row = task / 2 / cache.kv_heads;
   if (row >= rows) return;

@@ -40,12 +40,21 @@ DI u16 bf16_bits(float x) {
   return x != x ? 0x7fc0 : (u16)((b + 0x7fff + ((b >> 16) & 1)) >> 16);
 }
 
-// A word that is read once: past the first cache. Volatile, or the compiler may read it where a
-// condition forbids it, and outside of memory.
+// A word that is read once: past the first cache. Not volatile (several times slower in attention's
+// loops, measured), so the compiler may move it before `begin` where its address is known there:
+// only weights may be read so, which no kernel writes, or what is found through ordinary reads.
 DI u32 stream(const void* p) {
   u32 v;
-  asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(p));
+  asm("ld.global.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
+}
+// The first thing that every kernel does: it may have been started before the one before it has
+// ended (programmatic dependent launch), and now waits for it; the next may start likewise.
+DI void begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 DI void ask(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

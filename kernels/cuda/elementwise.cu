@@ -2,9 +2,10 @@
 
 #define EACH(N) for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < (N); i += (u64)gridDim.x * blockDim.x)
 
-ENTRY add_to(float* x, const float* y, u64 len) { EACH(len) x[i] = add(x[i], y[i]); }
+ENTRY add_to(float* x, const float* y, u64 len) { begin(); EACH(len) x[i] = add(x[i], y[i]); }
 
 ENTRY clamp(float* x, float limit, u64 len) {
+  begin();
   EACH(len) {
     float v = x[i];
     v = v > limit ? limit : v;
@@ -12,10 +13,11 @@ ENTRY clamp(float* x, float limit, u64 len) {
   }
 }
 
-ENTRY sigmoid_gate(float* x, const float* logits, u32 cols, u64 len) { EACH(len) x[i] = mul(x[i], sigmoid(logits[i / cols])); }
+ENTRY sigmoid_gate(float* x, const float* logits, u32 cols, u64 len) { begin(); EACH(len) x[i] = mul(x[i], sigmoid(logits[i / cols])); }
 
 // out[r] = Σ weights · parts in route order, from +0; `adds`: out[r] += that.
 ENTRY weighted_sum(const float* parts, const float* weights, u32 per_row, u32 cols, u32 adds, float* out, u64 len) {
+  begin();
   EACH(len) {
     u64 row = i / cols, col = i % cols;
     float acc = 0.0f;
@@ -24,14 +26,15 @@ ENTRY weighted_sum(const float* parts, const float* weights, u32 per_row, u32 co
   }
 }
 
-ENTRY select_rows(const float* x, const u32* rows, u32 cols, float* out, u64 len) { EACH(len) out[i] = x[(u64)rows[i / cols] * cols + i % cols]; }
+ENTRY select_rows(const float* x, const u32* rows, u32 cols, float* out, u64 len) { begin(); EACH(len) out[i] = x[(u64)rows[i / cols] * cols + i % cols]; }
 
-ENTRY silu_all(float* x, u64 len) { EACH(len) x[i] = silu(x[i]); }
-ENTRY exp_all(float* x, u64 len) { EACH(len) x[i] = exp_(x[i]); }
-ENTRY sigmoid_all(float* x, u64 len) { EACH(len) x[i] = sigmoid(x[i]); }
+ENTRY silu_all(float* x, u64 len) { begin(); EACH(len) x[i] = silu(x[i]); }
+ENTRY exp_all(float* x, u64 len) { begin(); EACH(len) x[i] = exp_(x[i]); }
+ENTRY sigmoid_all(float* x, u64 len) { begin(); EACH(len) x[i] = sigmoid(x[i]); }
 
 // One warp per block of 32.
 ENTRY quantise(const float* x, u32 k, u32 rows, u32* out) {
+  begin();
   u32 blocks = (k + 31) / 32;
   u64 warp = (blockIdx.x * (u64)blockDim.x + threadIdx.x) / 32;
   if (warp >= (u64)blocks * rows) return;
@@ -41,6 +44,7 @@ ENTRY quantise(const float* x, u32 k, u32 rows, u32* out) {
 
 // dtype: 0 f32, 1 bf16, 2 int8, 3 int6, 4 int4, as in product.cuh.
 ENTRY embed(const char* table, u32 dtype, u32 n, u32 k, const u32* ids, float* out, u64 len) {
+  begin();
   EACH(len) {
     u32 id = ids[i / k], at = i % k, lane = id % 32;
     if (id >= n) { out[i] = bits(NAN_BITS); continue; }
@@ -69,6 +73,7 @@ ENTRY embed(const char* table, u32 dtype, u32 n, u32 k, const u32* ids, float* o
 
 // Turns the halves of every head; table row: cosines, then sines.
 ENTRY rope(float* x, const float* table, u32 cols, u32 head_dim, u64 pairs) {
+  begin();
   EACH(pairs) {
     u32 half = head_dim / 2;
     u64 row = i / (cols / 2);
@@ -83,11 +88,13 @@ ENTRY rope(float* x, const float* table, u32 cols, u32 head_dim, u64 pairs) {
 
 // For measuring: what reading alone takes, and values that look like weights (of two bf16 each).
 ENTRY read_all(const uint4* a, u64 len, u32* out) {
+  begin();
   u32 s = 0;
   EACH(len) { uint4 v = __ldcs(a + i); s ^= v.x ^ v.y ^ v.z ^ v.w; }
   if (s == 12345) *out = s;
 }
 ENTRY scramble(u32* a, u64 len, u32 seed) {
+  begin();
   EACH(len) {
     u32 h = (u32)i * 0x9e3779b9u + seed;
     h ^= h >> 16; h *= 0x85ebca6bu; h ^= h >> 13; h *= 0xc2b2ae35u; h ^= h >> 16;

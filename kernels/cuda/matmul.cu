@@ -13,6 +13,7 @@ struct Linears { Linear of[4]; u32 count; };
 template <int F, int T, int RM>
 DI void linear(const float* x, const u32* rows, u32 m, u32 k, const Linears& many, u32 adds) {
   // Blocks of the same panels follow each other: they read the same weights.
+  begin();
   extern __shared__ float4 memory[];
   Linear l = many.of[0];
 #pragma unroll

@@ -3,6 +3,7 @@
 
 // One block of 256 threads per run of `width` values.
 ENTRY rms_norm(const float* x, const float* weight, u32 width, float eps, float* out) {
+  begin();
   __shared__ float sums[32], stack[32][32];
   __shared__ float total;
   const float* row = x + (u64)blockIdx.x * width;
@@ -44,6 +45,7 @@ ENTRY rms_norm(const float* x, const float* weight, u32 width, float eps, float*
 
 // One warp per run, of at most 256 values.
 ENTRY rms_norm_short(const float* x, const float* weight, u32 width, float eps, float* out, u32 runs) {
+  begin();
   u32 run = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = lane_id();
   if (run >= runs) return;
   const float* row = x + (u64)run * width;

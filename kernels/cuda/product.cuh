@@ -25,7 +25,7 @@ template <int F> struct Format {
 
 // acc[t][r] of one leaf of `len` k; w points at this lane's first word.
 template <int F, int T, int R> DI void float_leaf(const char* const (&w)[T], const float* x, int len, float (&acc)[T][R]) {
-  constexpr int LOADS = T == 4 && R > 4 && F == BF16 ? 2 : 16 / T, K = F == F32 ? LOADS : 2 * LOADS;
+  constexpr int LOADS = 16 / T, K = F == F32 ? LOADS : 2 * LOADS;
   int k = 0;
   // The next words are on their way while these are used.
   u32 next[T][LOADS];
@@ -222,9 +222,7 @@ DI void product(const char* const (&panels)[T], u32 k, int count, Row row, float
 #pragma unroll
       for (int t = 0; t < T; t++) w[t] = (panels[t] ? panels[t] : panels[0]) + (u64)index * Format<F>::LEAF_BYTES;
       u32 bytes = (u32)Format<F>::panel_bytes(len);
-#pragma unroll
-      for (int t = 0; t < T; t++)
-        for (u32 at = lane * 128; at < bytes; at += 4096) ask(w[t] + at);
+
       for (int r = 0; r < count; r++) stage<F>(x + r * X, row(r), index, len);
       __syncwarp();
       // Registers are arrays, so a body for each number of rows; rows past `count` are never put.

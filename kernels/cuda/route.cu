@@ -59,6 +59,7 @@ DI float sum_row(const float* x, u32 count, float* leaves) {
 // number sets bad[branch], and nothing else is written.
 ENTRY choose(const float* scores, u32 n, u32 k, const u32* masks, u32 mask_words, u64 seed, const u64* tier_names, u32 level, const u32* tiers, const u32* groups,
              const float* parents, u32 renormalise, u32* index, float* weight, u32* bad) {
+  begin();
   extern __shared__ float4 memory[];
   float* s = (float*)memory;
   float* e = s + n;
@@ -120,6 +121,7 @@ ENTRY choose(const float* scores, u32 n, u32 k, const u32* masks, u32 mask_words
 
 // The same for rows whose routes come from several branches.
 ENTRY renormalise(float* weight, u32 per_row, u32 rows) {
+  begin();
   u32 row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= rows) return;
   float* w = weight + (u64)row * per_row;
@@ -134,6 +136,7 @@ ENTRY renormalise(float* weight, u32 per_row, u32 rows) {
 struct Item { u32 expert, first, count; };
 
 ENTRY __launch_bounds__(1024) group_routes(const u32* expert, u32 routes, u32 experts, u32 item_rows, u32* order, Item* items, u32* item_count) {
+  begin();
   __shared__ u32 chunk[1024];
   __shared__ u64 scan[1024];
   u32 tid = threadIdx.x, width = blockDim.x;

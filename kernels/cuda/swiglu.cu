@@ -10,6 +10,7 @@ struct Item { u32 expert, first, count; };
 
 template <int F, int TG, int RM, bool RECORDS>
 DI void gate_up(const Expert* table, const Item* items, const u32* item_count, const u32* order, u32 per_row, const float* x, u32 n, u32 k, float* h) {
+  begin();
   extern __shared__ float4 memory[];
   if (blockIdx.y >= *item_count) return;
   Item item = items[blockIdx.y];
@@ -39,6 +40,7 @@ DI void gate_up(const Expert* table, const Item* items, const u32* item_count, c
 
 template <int F, int T, int RM>
 DI void down(const Expert* table, const Item* items, const u32* item_count, const u32* order, const float* h, u32 n, u32 k, float* parts) {
+  begin();
   extern __shared__ float4 memory[];
   if (blockIdx.y >= *item_count) return;
   Item item = items[blockIdx.y];

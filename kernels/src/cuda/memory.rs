@@ -1,7 +1,7 @@
 //! Memory of the device, and what a kernel is launched with.
 //!
-//! Invariant: a [`Dev`] frees its memory when it is dropped, after the stream has ended all work
-//! that was given to it (freeing waits).
+//! Invariant: a [`Dev`] frees its memory when it is dropped, after all work has ended that was given
+//! to the device before. So nothing is dropped while a step runs.
 
 use std::{ffi::c_void, marker::PhantomData, sync::Arc};
 
@@ -39,7 +39,9 @@ impl<T> Dev<T> {
 
 impl<T> Drop for Dev<T> {
     fn drop(&mut self) {
-        if self.at != 0 && self.context.bind_to_thread().is_ok() {
+        // Freeing need not wait for a stream that does not wait for others: kernels would lose
+        // their memory (seen as illegal addresses).
+        if self.at != 0 && self.context.synchronize().is_ok() {
             // SAFETY: allocated by `Cuda::alloc`, and freed once. A device that is lost has
             // nothing to free.
             let _ = unsafe { result::free_sync(self.at) };

@@ -45,6 +45,7 @@ pub struct Cuda {
     arch: String,
     processors: usize,
     shared_max: u32,
+    starts_early: bool,
     folders: Folders,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(Source, &'static str), CudaFunction>>,
@@ -112,6 +113,7 @@ impl Cuda {
                 arch,
                 processors: processors.unsigned_abs() as usize,
                 shared_max: shared.unsigned_abs(),
+                starts_early: major >= 9,
                 folders,
                 modules: Mutex::default(),
                 functions: Mutex::default(),
@@ -312,18 +314,30 @@ impl Cuda {
         }
         let function = self.function(source, name)?;
         let shared = u32::try_from(grid.shared).unwrap_or(u32::MAX);
+        // A kernel may start before the one before it has ended: it waits itself (`begin`).
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut early,
+            numAttrs: u32::from(self.starts_early),
+        };
+        let mut pointers = args.pointers();
+        let (function, none) = (function.cu_function(), std::ptr::null_mut());
         // SAFETY: promised by the caller; `args` outlives the call, which copies them.
-        unsafe {
-            result::launch_kernel(
-                function.cu_function(),
-                (x, y, z),
-                (grid.threads, 1, 1),
-                shared,
-                self.stream.cu_stream(),
-                &mut args.pointers(),
-            )
-        }
-        .map_err(|e| failed(&self.name, format!("{name}: {}", show(e))))
+        unsafe { sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none) }
+            .result()
+            .map_err(|e| failed(&self.name, format!("{name}: {}", show(e))))
     }
 }
 
