@@ -232,6 +232,7 @@ impl Cuda {
             0 | 1 => one,
             2..=4 => four,
             5..=8 if blocks(eight) < enough => four,
+            _ if blocks(eight) < enough / 4 => four,
             9.. if blocks(eight_wide) >= 2 * enough => eight_wide,
             _ => eight,
         }
