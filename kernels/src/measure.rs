@@ -148,7 +148,7 @@ vectorised! {
     }
 }
 
-/// Bytes from what is read to what is asked for: as far as products look ahead.
+/// Bytes from what is read to what is prefetched: the distance of products.
 const AHEAD_BYTES: usize = 16 << 10;
 
 /// The sum of all words, read as N streams side by side.

@@ -28,12 +28,12 @@ use std::{
 
 use crate::simd::prefetch;
 
-/// How long an idle thread looks for work before it sleeps.
+/// How long an idle thread spins before it parks.
 pub const SPIN: Duration = Duration::from_micros(50);
 
 /// Bytes of what is expected per thread that fetches: a part of its own cache.
 const FETCH_MAX: usize = 256 << 10;
-/// Bytes that it fetches between two looks for work.
+/// Bytes that it prefetches between two checks for work.
 const FETCH_STEP: usize = 2 << 10;
 
 /// Low bits of the state: how many workers have joined the open job.

@@ -223,10 +223,11 @@ pub(crate) trait Vector: Copy {
     const OPENS_INT8: bool = false;
 
     /// Prepares one strip of a block of int8, the [`OPENED_OUTPUTS`] from `lane` on, for
-    /// [`Vector::dots_opened_int8`]. There, w · x is |w| times x with the sign of w; flipping all
-    /// bits of x instead makes -x - 1, so that |w| is missing wherever w < 0. How much that is
-    /// does not depend on x and is summed up here. A strip lies in one piece, so that it finds
-    /// room in the first cache beside the rows.
+    /// [`Vector::dots_opened_int8`], by
+    /// `Σ w·x = Σ_{w>=0} |w|·x + Σ_{w<0} |w|·!x + Σ_{w<0} |w|`, for `!x = −1 − x` (all bits
+    /// flipped): the first two are one dot of |w| with `x ^ sign(w)`, and the third, which does not
+    /// depend on x, is summed up here. A strip lies in one piece, so that it finds room in the
+    /// first cache beside the rows.
     #[inline(always)]
     unsafe fn open_int8(_block: *const u8, _lane: usize, _opened: *mut u8) {
         unreachable!("nothing is gained by it")

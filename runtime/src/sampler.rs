@@ -204,7 +204,8 @@ fn adjust<'a>(
 ) -> Result<Cow<'a, [f32]>, SampleError> {
     let Sampling { repetition, presence, frequency, .. } = *sampling;
     let penalised = (repetition, presence, frequency) != (1.0, 0.0, 0.0);
-    if context.bias.is_empty() && !(penalised && !context.seen.is_empty()) {
+    let seen = if penalised { context.seen } else { &[] };
+    if context.bias.is_empty() && seen.is_empty() {
         return Ok(Cow::Borrowed(logits));
     }
     let mut z = logits.to_vec();
@@ -216,7 +217,6 @@ fn adjust<'a>(
     for &(token, bias) in context.bias {
         z[at(token)?] += bias;
     }
-    let seen = if penalised { context.seen } else { &[] };
     for &Seen { id, generated } in seen {
         let z = &mut z[at(id)?];
         if repetition != 1.0 {

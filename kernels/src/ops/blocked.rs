@@ -70,7 +70,7 @@ pub(crate) struct BlockedProduct<'a> {
     /// Of at least [`super::tile::stack_len`] values.
     pub(crate) stack: &'a mut [f32],
     pub(crate) sink: Sink<'a>,
-    /// What is probably read next: where leaves are asked for ahead, its beginning is, too.
+    /// What is probably read next: where leaves are prefetched, its beginning is, too.
     pub(crate) next: Option<Next<'a>>,
 }
 
@@ -112,12 +112,12 @@ trait Format {
     /// What blocks are opened to where many tiles read them.
     type Opened: Format;
 
-    /// Whether leaves are asked for ahead where so many panels are read side by side. Streams that
-    /// suffice keep memory busy by themselves, and asking would only be in their way (measured on
-    /// Zen 3 with 8 lanes, on a Xeon with 16). One stream gains by it: four rows of int8 by 70 %,
-    /// of int4 by 20 % (Zen 3).
+    /// Whether to prefetch the next leaf where so many panels are read side by side (`streams`).
+    /// Many streams keep memory busy by themselves, and prefetching would only be in their way
+    /// (measured on Zen 3 with 8 lanes, on a Xeon with 16). One stream gains by it: four rows of
+    /// int8 by 70 %, of int4 by 20 % (Zen 3).
     #[inline(always)]
-    fn asks<V: Vector>(streams: usize) -> bool {
+    fn prefetches<V: Vector>(streams: usize) -> bool {
         streams <= 2
     }
 
@@ -176,9 +176,9 @@ impl Format for Int8 {
     type Opened = OpenedInt8;
 
     /// Two streams suffice for two rows with 8 lanes: a tenth to a fifth more on Zen 3 (and a
-    /// fifteenth less on a Xeon, which has 16 and asks).
+    /// fifteenth less on a Xeon, which has 16 and prefetches).
     #[inline(always)]
-    fn asks<V: Vector>(streams: usize) -> bool {
+    fn prefetches<V: Vector>(streams: usize) -> bool {
         streams == 1 || streams == 2 && V::LANES > 8
     }
 
@@ -273,7 +273,7 @@ unsafe fn leaf<V: Vector, F: Format, const R: usize, const P: usize, const N: us
     x: &mut [*const u8; R],
     w: &mut [*const u8; P],
     lane: usize,
-    ahead: &mut Ahead<P>,
+    ahead: &mut Prefetch<P>,
     blocks: usize,
 ) -> [[[V; N]; R]; P] {
     // SAFETY: promised by the caller; pointers move to the leaf's end.
@@ -317,7 +317,7 @@ unsafe fn pair<V: Vector, F: Format, const R: usize, const P: usize, const N: us
     mut x: [*const u8; R],
     mut w: [*const u8; P],
     lane: usize,
-    mut ahead: Ahead<P>,
+    mut ahead: Prefetch<P>,
     blocks: usize,
 ) -> [[[V; N]; R]; P] {
     // SAFETY: promised by the caller.
@@ -346,7 +346,7 @@ unsafe fn pair<V: Vector, F: Format, const R: usize, const P: usize, const N: us
 
 /// What is asked for while leaves are computed: those that each stream reads next.
 #[derive(Clone, Copy)]
-struct Ahead<const P: usize> {
+struct Prefetch<const P: usize> {
     at: [*const u8; P],
     /// Lines of each block.
     lines: usize,
@@ -354,7 +354,7 @@ struct Ahead<const P: usize> {
     step: usize,
 }
 
-impl<const P: usize> Ahead<P> {
+impl<const P: usize> Prefetch<P> {
     /// One of `items` shares of the leaves that begin at `at`, of whose blocks `lines` lines are
     /// asked for.
     #[inline(always)]
@@ -499,8 +499,8 @@ impl BlockedProduct<'_> {
                 let col = panel * PANEL + part * strip;
                 let row = tiling.first(tiles.start + t);
                 let r = tiling.first(tiles.start + t + 1) - row;
-                let lines = if F::asks::<V>(P) { F::BYTES / 64 } else { 0 };
-                let ahead = Ahead::share::<F>(coming, lines, item, items);
+                let lines = if F::prefetches::<V>(P) { F::BYTES / 64 } else { 0 };
+                let ahead = Prefetch::share::<F>(coming, lines, item, items);
                 macro_rules! sizes {
                     ($($size:literal)*) => {
                         match r {

@@ -211,10 +211,10 @@ impl<'a> Piece<'a> {
     /// Waits for its gate and up. Tasks are claimed in order and these never wait, so it is not
     /// for long.
     fn await_ups(&self) {
-        let mut looks = 0;
+        let mut spins = 0;
         while self.ups_left.load(Acquire) > 0 {
-            looks += 1;
-            if looks < 1 << 12 { hint::spin_loop() } else { thread::yield_now() }
+            spins += 1;
+            if spins < 1 << 12 { hint::spin_loop() } else { thread::yield_now() }
         }
     }
 
@@ -304,7 +304,7 @@ fn run(cpu: &Cpu, pieces: &mut [Piece<'_>]) {
         if worth { cpu.pool().run(tasks, task) } else { (0..tasks).for_each(task) }
     };
 
-    // A thread probably computes every so-manieth task.
+    // Threads claim tasks in order: after task t, a thread probably gets task t + threads.
     let threads = cpu.pool().threads();
     let next_down = |task: usize| {
         if task >= downs {

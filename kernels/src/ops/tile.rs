@@ -180,16 +180,16 @@ unsafe fn step<V: Vector, W: Weights, const R: usize, const N: usize>(
     }
 }
 
-/// Asks, pair by pair, for weights that are to be read later.
+/// Prefetches, pair by pair, weights that are to be read later.
 #[derive(Clone, Copy)]
-struct Ahead {
+struct Prefetch {
     at: *const u8,
     /// Cache lines per pair.
     lines: usize,
 }
 
-impl Ahead {
-    /// What item i of `items` that read the same leaf asks for: its share of what follows the
+impl Prefetch {
+    /// What item i of `items` that read the same leaf prefetches: its share of what follows the
     /// leaf in memory, which is the next leaf or the next panel. Memory is then busy all the
     /// time, not only while the first item reads.
     #[inline(always)]
@@ -229,7 +229,7 @@ unsafe fn leaf<V: Vector, W: Weights, const R: usize, const N: usize>(
     mut x: *const f32,
     mut w: *const u8,
     offsets: &[usize; N],
-    mut ahead: Ahead,
+    mut ahead: Prefetch,
     k: usize,
 ) -> [[V; N]; R] {
     // SAFETY: promised by the caller; pointers move inside the leaf.
@@ -410,10 +410,10 @@ impl Product<'_> {
                 let row = tiling.first(self.tiles.start + t);
                 let r = tiling.first(self.tiles.start + t + 1) - row;
                 let ahead = if strip <= PANEL {
-                    Ahead::share::<W>(leaf_end, item, items)
+                    Prefetch::share::<W>(leaf_end, item, items)
                 } else {
                     // Several panels at once: the hardware follows their streams by itself.
-                    Ahead { at: leaf_end, lines: 0 }
+                    Prefetch { at: leaf_end, lines: 0 }
                 };
                 // SAFETY: x and the stack hold the tile by the assertions above; every r that
                 // can come with this N is listed.

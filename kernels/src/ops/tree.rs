@@ -70,7 +70,7 @@ pub fn fold(sums: impl ExactSizeIterator<Item = f32>) -> f32 {
     for (index, mut sum) in sums.enumerate() {
         for _ in 0..merges(index, count) {
             top -= 1;
-            sum = stack[top] + sum;
+            sum += stack[top];
         }
         stack[top] = sum;
         top += 1;

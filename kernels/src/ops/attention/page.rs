@@ -86,18 +86,18 @@ const fn is_plain<V: Vector>() -> bool {
     align_of::<V>() == align_of::<f32>()
 }
 
-/// Asks, row by row, for what will be read later.
+/// Prefetches, row by row, what will be read later.
 #[derive(Clone, Copy)]
-pub(super) struct Ahead {
+pub(super) struct Prefetch {
     at: *const u8,
     step: usize,
 }
 
-impl Ahead {
-    /// Asks for nothing.
+impl Prefetch {
+    /// Prefetches nothing.
     pub(super) const NOTHING: Self = Self { at: std::ptr::null(), step: 0 };
 
-    /// Asks for `bytes` bytes from `at` on, while `rows` rows are read.
+    /// Prefetches `bytes` bytes from `at` on, while `rows` rows are read.
     pub(super) fn over(at: *const u8, bytes: usize, rows: usize) -> Self {
         Self { at, step: bytes / rows.max(1) }
     }
@@ -175,7 +175,7 @@ struct Stream {
     x: *const f32,
     stride: usize,
     next: usize,
-    ahead: Ahead,
+    ahead: Prefetch,
 }
 
 /// `acc += x · row` for all rows upwards.
@@ -243,7 +243,7 @@ pub(super) struct Keys {
     /// Keys `from..to` are wanted; others may be computed.
     pub(super) from: usize,
     pub(super) to: usize,
-    pub(super) ahead: Ahead,
+    pub(super) ahead: Prefetch,
 }
 
 /// Values of stack that [`products`] needs.
@@ -352,7 +352,7 @@ unsafe fn leaf_rows<V: Vector, F: Format>(mut keys: Keys, out: *mut f32) {
             }
         }
         done += r;
-        keys.ahead = Ahead::NOTHING;
+        keys.ahead = Prefetch::NOTHING;
     }
 }
 
@@ -489,7 +489,7 @@ pub(super) struct Values {
     pub(super) cols: usize,
     pub(super) from: usize,
     pub(super) to: usize,
-    pub(super) ahead: Ahead,
+    pub(super) ahead: Prefetch,
 }
 
 /// `acc += weight · value` for values `from..to` upwards; acc is `[rows][cols]`.
@@ -540,7 +540,7 @@ unsafe fn all_columns<V: Vector, F: Format>(mut values: Values, acc: *mut f32) {
             let strip = col / (4 * V::LANES);
             values.ahead = match done == 0 && strip < strips {
                 true => ahead.share(strip, strips, PAGE_TOKENS),
-                false => Ahead::NOTHING,
+                false => Prefetch::NOTHING,
             };
             // SAFETY: promised by the caller; columns are inside by `left`.
             col += unsafe {

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::{
     Job, LEAF_PAGES,
     page::{
-        Ahead, Keys, Node, ROWS_MAX, Values, add_values, meet, products, stack_len, to_scores,
+        Keys, Node, Prefetch, ROWS_MAX, Values, add_values, meet, products, stack_len, to_scores,
         to_weights,
     },
 };
@@ -184,11 +184,11 @@ impl<'a> Items<'a> {
         let of_page = |page: usize| (page - pages.start) * count * PAGE_TOKENS;
 
         for page in pages.clone() {
-            // What comes next is asked for while this is read for the first time.
+            // What comes next is prefetched while this is read for the first time.
             let ahead = if page + 1 < pages.end {
-                Ahead::over(head(page + 1).keys(), shape.key_bytes(), head_dim)
+                Prefetch::over(head(page + 1).keys(), shape.key_bytes(), head_dim)
             } else {
-                Ahead::over(head(pages.start).values(), shape.value_bytes(), head_dim)
+                Prefetch::over(head(pages.start).values(), shape.value_bytes(), head_dim)
             };
             let scores = &mut scores[of_page(page)..][..count * PAGE_TOKENS];
             for g in 0..self.groups.count() {
@@ -216,10 +216,10 @@ impl<'a> Items<'a> {
         for page in pages.clone() {
             let ahead = match next {
                 _ if page + 1 < pages.end => {
-                    Ahead::over(head(page + 1).values(), shape.value_bytes(), PAGE_TOKENS)
+                    Prefetch::over(head(page + 1).values(), shape.value_bytes(), PAGE_TOKENS)
                 }
-                Some(next) => Ahead::over(head(next).keys(), shape.key_bytes(), PAGE_TOKENS),
-                None => Ahead::NOTHING,
+                Some(next) => Prefetch::over(head(next).keys(), shape.key_bytes(), PAGE_TOKENS),
+                None => Prefetch::NOTHING,
             };
             for g in 0..self.groups.count() {
                 let first = self.groups.first(g);
@@ -267,7 +267,7 @@ impl<'a> Items<'a> {
         g: usize,
         page: usize,
         head: Head<'_>,
-        ahead: Ahead,
+        ahead: Prefetch,
         stack: &mut [f32],
         scores: &mut [f32],
         largest: &mut [f32],
@@ -313,7 +313,7 @@ impl<'a> Items<'a> {
         page: usize,
         head: Head<'_>,
         weights: &[f32],
-        ahead: Ahead,
+        ahead: Prefetch,
         acc: &mut [f32],
     ) {
         let shape = self.job.arena.shape();
@@ -351,7 +351,7 @@ impl<'a> Items<'a> {
         }
         let alone = |r: usize, (from, to): (usize, usize), acc: &mut [f32]| {
             let weights = weights[r * PAGE_TOKENS..].as_ptr();
-            let one = Values { weights, rows: 1, from, to, ahead: Ahead::NOTHING, ..all };
+            let one = Values { weights, rows: 1, from, to, ahead: Prefetch::NOTHING, ..all };
             // SAFETY: as above, for one item of the group.
             unsafe { add_values(self.simd, one, acc[r * cols..(r + 1) * cols].as_mut_ptr()) };
         };
