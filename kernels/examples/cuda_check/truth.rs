@@ -1,0 +1,92 @@
+//! Comparing bits, and numbers to compute with.
+
+use lite_llm_kernels::{
+    cpu::Cpu,
+    cuda::{Cuda, Dev},
+    device::DeviceError,
+};
+
+/// What was compared, and what differed.
+pub struct Check<'a> {
+    pub cpu: Cpu,
+    pub cuda: &'a Cuda,
+    pub done: usize,
+    pub wrong: Vec<String>,
+    state: u64,
+}
+
+impl<'a> Check<'a> {
+    pub fn new(cpu: Cpu, cuda: &'a Cuda) -> Self {
+        Self { cpu, cuda, done: 0, wrong: Vec::new(), state: 1 }
+    }
+
+    pub fn bits(&mut self) -> u32 {
+        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (self.state >> 33) as u32
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.bits() as usize) % n.max(1)
+    }
+
+    /// In ±size, with a few of very different magnitude.
+    pub fn values(&mut self, len: usize, size: f32) -> Vec<f32> {
+        (0..len)
+            .map(|_| {
+                let x = (self.bits() as f32 / (1u32 << 30) as f32 - 1.0) * size;
+                if self.bits().is_multiple_of(61) { x * 300.0 } else { x }
+            })
+            .collect()
+    }
+
+    /// Room for results that would show where nothing is written.
+    pub fn poisoned(&self, len: usize) -> Result<Dev<f32>, DeviceError> {
+        self.cuda.filled(len, 0xA5)
+    }
+
+    pub fn same(
+        &mut self,
+        name: &str,
+        found: &Dev<f32>,
+        expected: &[f32],
+    ) -> Result<(), DeviceError> {
+        let found = self.cuda.download(found)?;
+        self.compare(name, &found, expected, |a, b| {
+            a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan())
+        });
+        Ok(())
+    }
+
+    pub fn same_words(
+        &mut self,
+        name: &str,
+        found: &Dev<u32>,
+        expected: &[u32],
+    ) -> Result<(), DeviceError> {
+        let found = self.cuda.download(found)?;
+        self.compare(name, &found, expected, |a, b| a == b);
+        Ok(())
+    }
+
+    fn compare<T: Copy + std::fmt::Debug>(
+        &mut self,
+        name: &str,
+        found: &[T],
+        expected: &[T],
+        same: impl Fn(T, T) -> bool,
+    ) {
+        self.done += 1;
+        if found.len() != expected.len() {
+            self.wrong.push(format!("{name}: {} values, expected {}", found.len(), expected.len()));
+            return;
+        }
+        let pairs = || found.iter().zip(expected).enumerate();
+        let count = pairs().filter(|(_, (f, e))| !same(**f, **e)).count();
+        if let Some((i, (f, e))) = pairs().find(|(_, (f, e))| !same(**f, **e)) {
+            self.wrong.push(format!(
+                "{name}: {count} of {} differ; at {i} {f:?}, expected {e:?}",
+                found.len()
+            ));
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! Kernels from source to code for the device found: NVRTC at first use, then a file.
+//!
+//! Source is part of the binary (`kernels/cuda/*.cu`). What is compiled is kept in a folder under
+//! the hash of source, architecture, options and compiler, so that a change of any gives another
+//! file. A file that is damaged fails to load and is compiled anew.
+
+use std::{
+    ffi::CString,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use cudarc::nvrtc::{result, sys};
+
+/// Arithmetic rounds as it is written: the determinism contract depends on these.
+const OPTIONS: [&str; 5] =
+    ["--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--std=c++17"];
+
+/// The files, as they were when this was built.
+const FILES: [(&str, &str); 8] = [
+    ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("product.cuh", include_str!("../../cuda/product.cuh")),
+    ("elementwise.cu", include_str!("../../cuda/elementwise.cu")),
+    ("norm.cu", include_str!("../../cuda/norm.cu")),
+    ("route.cu", include_str!("../../cuda/route.cu")),
+    ("attention.cu", include_str!("../../cuda/attention.cu")),
+    ("matmul.cu", include_str!("../../cuda/matmul.cu")),
+    ("swiglu.cu", include_str!("../../cuda/swiglu.cu")),
+];
+
+/// Where code comes from and is kept.
+#[derive(Debug, Clone, Default)]
+pub struct Folders {
+    /// Compiled code is kept here.
+    pub cache: Option<PathBuf>,
+    /// Sources are read from here instead of the binary, where they are found: for work on them.
+    pub sources: Option<PathBuf>,
+}
+
+impl Folders {
+    fn file(&self, name: &str) -> String {
+        let found = self.sources.as_ref().and_then(|s| fs::read_to_string(s.join(name)).ok());
+        found.unwrap_or_else(|| {
+            let file = FILES.iter().find(|(file, _)| *file == name);
+            file.expect("a source is one of the files").1.to_owned()
+        })
+    }
+}
+
+/// A file of kernels, for one format where it depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// Value by value.
+    Elementwise,
+    /// RMS norm.
+    Norm,
+    /// Selection of routes.
+    Route,
+    /// Attention and its cache, of [`crate::kv::KvDType`] in order.
+    Attention(u8),
+    /// Products, of [`crate::dtype::DType`] in order.
+    Matmul(u8),
+    /// Gated networks, of [`crate::dtype::DType`] in order.
+    Swiglu(u8),
+}
+
+impl Source {
+    /// Every source there is.
+    pub fn all() -> Vec<Source> {
+        let mut all = vec![Source::Elementwise, Source::Norm, Source::Route];
+        all.extend((0..3).map(Source::Attention));
+        all.extend((0..5).map(Source::Matmul));
+        all.extend((0..5).map(Source::Swiglu));
+        all
+    }
+
+    /// The file's name, for people.
+    pub fn name(self) -> String {
+        match self {
+            Source::Attention(kv) => format!("{} (KV {kv})", self.file()),
+            Source::Matmul(format) | Source::Swiglu(format) => {
+                format!("{} (FORMAT {format})", self.file())
+            }
+            _ => self.file().to_owned(),
+        }
+    }
+
+    fn file(self) -> &'static str {
+        match self {
+            Source::Elementwise => "elementwise.cu",
+            Source::Norm => "norm.cu",
+            Source::Route => "route.cu",
+            Source::Attention(_) => "attention.cu",
+            Source::Matmul(_) => "matmul.cu",
+            Source::Swiglu(_) => "swiglu.cu",
+        }
+    }
+
+    fn text(self, folders: &Folders) -> String {
+        let define = match self {
+            Source::Attention(kv) => format!("#define KV {kv}\n"),
+            Source::Matmul(format) | Source::Swiglu(format) => {
+                format!("#define FORMAT {format}\n{}", folders.file("product.cuh"))
+            }
+            _ => String::new(),
+        };
+        format!("{}{define}{}", folders.file("common.cuh"), folders.file(self.file()))
+    }
+}
+
+/// Whether NVRTC is there to compile with.
+pub fn compiler_present() -> bool {
+    // SAFETY: it opens a library, whose initialisers NVIDIA answers for.
+    unsafe { sys::is_culib_present() }
+}
+
+/// The version of NVRTC, which is there.
+fn version() -> (i32, i32) {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: two integers to write to. A failure leaves 0.0, which is only a name.
+    let _ = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    (major, minor)
+}
+
+/// Compiles a source for an architecture (`sm_90a`) to the device's own code.
+pub fn compile(source: Source, arch: &str, folders: &Folders) -> Result<Vec<u8>, String> {
+    if !compiler_present() {
+        return Err("NVRTC (libnvrtc.so.13) was not found: install CUDA 13.0's NVRTC, or put its \
+                    folder on LD_LIBRARY_PATH"
+            .into());
+    }
+    let failed = |what: String| format!("{} for {arch}: {what}", source.name());
+    let text = CString::new(source.text(folders)).map_err(|e| failed(e.to_string()))?;
+    let program = result::create_program(&text, None).map_err(|e| failed(e.to_string()))?;
+    let mut options: Vec<String> = OPTIONS.iter().map(|&o| o.to_owned()).collect();
+    options.push(format!("--gpu-architecture={arch}"));
+    // SAFETY: the program was just made, lives until it is destroyed below, and the buffer has
+    // the size that NVRTC asks for.
+    unsafe {
+        let compiled = result::compile_program(program, &options)
+            .map_err(|e| {
+                let log = result::get_program_log(program).unwrap_or_default();
+                let log: Vec<u8> = log.iter().map(|&c| c as u8).take_while(|&c| c != 0).collect();
+                failed(format!("{e}\n{}", String::from_utf8_lossy(&log)))
+            })
+            .and_then(|()| {
+                let mut size = 0;
+                let done = sys::nvrtcGetCUBINSize(program, &mut size).result();
+                let mut code = vec![0u8; size];
+                done.and_then(|()| sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()).result())
+                    .map_err(|e| failed(e.to_string()))?;
+                Ok(code)
+            });
+        let _ = result::destroy_program(program);
+        compiled
+    }
+}
+
+/// The file that a source's code is kept in.
+fn kept_at(cache: &Path, source: Source, arch: &str, folders: &Folders) -> PathBuf {
+    let mut hash = blake3::Hasher::new();
+    hash.update(source.text(folders).as_bytes());
+    let (major, minor) = version();
+    hash.update(format!("\0{arch}\0{OPTIONS:?}\0{major}.{minor}").as_bytes());
+    cache.join(format!("{}.cubin", hash.finalize().to_hex()))
+}
+
+/// The code of a source: from the cache if it is there and `fresh` is not asked for, else
+/// compiled and kept. A folder that cannot be written to only costs the next start its time.
+pub fn code(source: Source, arch: &str, folders: &Folders, fresh: bool) -> Result<Vec<u8>, String> {
+    let Some(cache) = folders.cache.as_deref().filter(|_| compiler_present()) else {
+        return compile(source, arch, folders);
+    };
+    let path = kept_at(cache, source, arch, folders);
+    if !fresh && let Ok(code) = fs::read(&path) {
+        return Ok(code);
+    }
+    let code = compile(source, arch, folders)?;
+    let staged = path.with_extension(format!("{}.tmp", std::process::id()));
+    let kept = fs::create_dir_all(cache)
+        .and_then(|()| fs::write(&staged, &code))
+        .and_then(|()| fs::rename(&staged, &path));
+    if kept.is_err() {
+        let _ = fs::remove_file(&staged);
+    }
+    Ok(code)
+}
