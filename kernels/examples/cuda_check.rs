@@ -5,10 +5,10 @@
 //! exit code is 1 if anything differs. `kernels/cuda/check.sh` runs it where there is a GPU.
 
 mod cuda_check {
-    pub mod checks;
-    pub mod speed;
-    pub mod step;
-    pub mod truth;
+    pub(crate) mod checks;
+    pub(crate) mod speed;
+    pub(crate) mod step;
+    pub(crate) mod truth;
 }
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};

@@ -19,7 +19,7 @@ use super::truth::Check;
 type Done = Result<(), DeviceError>;
 
 /// All of them, or those that are named.
-pub fn all(check: &mut Check<'_>, what: &[String]) -> Done {
+pub(crate) fn all(check: &mut Check<'_>, what: &[String]) -> Done {
     let only: Vec<&str> = ["small", "products", "experts", "attention", "routes"]
         .into_iter()
         .filter(|name| what.iter().any(|w| w == name))

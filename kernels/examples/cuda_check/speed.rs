@@ -13,7 +13,7 @@ use lite_llm_kernels::{
 type Done = Result<(), DeviceError>;
 
 /// The median of several times in milliseconds, after some that do not count.
-pub fn median(cuda: &Cuda, mut work: impl FnMut() -> Done) -> Result<f32, DeviceError> {
+pub(crate) fn median(cuda: &Cuda, mut work: impl FnMut() -> Done) -> Result<f32, DeviceError> {
     let mut times = Vec::new();
     for i in 0..9 {
         let ms = cuda.time(&mut work)?;
@@ -26,7 +26,7 @@ pub fn median(cuda: &Cuda, mut work: impl FnMut() -> Done) -> Result<f32, Device
 }
 
 /// Bytes per second of a kernel that only reads 4 GiB.
-pub fn reading(cuda: &Cuda) -> Result<f64, DeviceError> {
+pub(crate) fn reading(cuda: &Cuda) -> Result<f64, DeviceError> {
     let memory = cuda.filled::<u8>(4 << 30, 0)?;
     cuda.scramble(&memory, 1)?;
     let out = cuda.filled(1, 0)?;
@@ -36,7 +36,7 @@ pub fn reading(cuda: &Cuda) -> Result<f64, DeviceError> {
     Ok(rate)
 }
 
-pub fn all(cuda: &Cuda, peak: f64) -> Done {
+pub(crate) fn all(cuda: &Cuda, peak: f64) -> Done {
     for dtype in [DType::Bf16, DType::Int8, DType::Int4, DType::F32] {
         products(cuda, dtype, peak)?;
     }
@@ -82,7 +82,7 @@ pub fn all(cuda: &Cuda, peak: f64) -> Done {
 }
 
 /// Once to load what it needs, then recorded.
-pub fn captured(cuda: &Cuda, mut work: impl FnMut() -> Done) -> Result<Graph, DeviceError> {
+pub(crate) fn captured(cuda: &Cuda, mut work: impl FnMut() -> Done) -> Result<Graph, DeviceError> {
     work()?;
     cuda.wait()?;
     cuda.capture(work)

@@ -44,7 +44,7 @@ fn weights(
     Ok(w)
 }
 
-pub fn all(cuda: &Cuda, peak: f64) -> Done {
+pub(crate) fn all(cuda: &Cuda, peak: f64) -> Done {
     for dtype in [DType::Bf16, DType::Int8, DType::Int4] {
         let up = PackedMatrix::packed_bytes(dtype, INTER, HIDDEN).expect("a size");
         let down = PackedMatrix::packed_bytes(dtype, HIDDEN, INTER).expect("a size");

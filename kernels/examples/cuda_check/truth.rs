@@ -7,30 +7,30 @@ use lite_llm_kernels::{
 };
 
 /// What was compared, and what differed.
-pub struct Check<'a> {
-    pub cpu: Cpu,
-    pub cuda: &'a Cuda,
-    pub done: usize,
-    pub wrong: Vec<String>,
+pub(crate) struct Check<'a> {
+    pub(crate) cpu: Cpu,
+    pub(crate) cuda: &'a Cuda,
+    pub(crate) done: usize,
+    pub(crate) wrong: Vec<String>,
     state: u64,
 }
 
 impl<'a> Check<'a> {
-    pub fn new(cpu: Cpu, cuda: &'a Cuda) -> Self {
+    pub(crate) fn new(cpu: Cpu, cuda: &'a Cuda) -> Self {
         Self { cpu, cuda, done: 0, wrong: Vec::new(), state: 1 }
     }
 
-    pub fn bits(&mut self) -> u32 {
+    pub(crate) fn bits(&mut self) -> u32 {
         self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         (self.state >> 33) as u32
     }
 
-    pub fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.bits() as usize) % n.max(1)
     }
 
     /// In ±size, with a few of very different magnitude.
-    pub fn values(&mut self, len: usize, size: f32) -> Vec<f32> {
+    pub(crate) fn values(&mut self, len: usize, size: f32) -> Vec<f32> {
         (0..len)
             .map(|_| {
                 let x = (self.bits() as f32 / (1u32 << 30) as f32 - 1.0) * size;
@@ -40,11 +40,11 @@ impl<'a> Check<'a> {
     }
 
     /// Room for results that would show where nothing is written.
-    pub fn poisoned(&self, len: usize) -> Result<Dev<f32>, DeviceError> {
+    pub(crate) fn poisoned(&self, len: usize) -> Result<Dev<f32>, DeviceError> {
         self.cuda.filled(len, 0xA5)
     }
 
-    pub fn same(
+    pub(crate) fn same(
         &mut self,
         name: &str,
         found: &Dev<f32>,
@@ -57,7 +57,7 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    pub fn same_words(
+    pub(crate) fn same_words(
         &mut self,
         name: &str,
         found: &Dev<u32>,
