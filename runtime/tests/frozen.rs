@@ -23,8 +23,11 @@ const ROOTS: [&str; 2] = [
     "f663a96e67951eb100369004cdbda39c591e19324494d26524a721220f394862",
 ];
 /// blake3 of the logits' bits, by address and TierSet.
-const LOGITS: [(&str, &str, &str); 3] =
-    [("@1", "all", ""), ("@2", "tier_1b", ""), ("@2", "all", "")];
+const LOGITS: [(&str, &str, &str); 3] = [
+    ("@1", "all", "1c0f56cbbf1bfb74c1277b29681f63d68c74d8233de1515bf9da75b0c135368b"),
+    ("@2", "tier_1b", "1c0f56cbbf1bfb74c1277b29681f63d68c74d8233de1515bf9da75b0c135368b"),
+    ("@2", "all", "3a231623011c99df7f5c0886483b150e80d19927273cfd04f45f905d8623c4c3"),
+];
 
 fn kept() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/checkpoint.v2")

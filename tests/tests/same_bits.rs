@@ -142,8 +142,8 @@ async fn with_any_format_of_the_cache_which_alone_changes_them() {
 /// Hashes of the demo model's logits with weights in blocks.
 const DEMO_LOGITS_IN_BLOCKS: [(DType, &str); 3] = [
     (DType::Int8, "d8847d259ec22db9f40beecb8a4f712932d13945230db9240c7d1465bd6ef884"),
-    (DType::Int6, "08921ae247b87f8939fe3a0280f1ad009c11a3fd57df455a52741bfa358de585"),
-    (DType::Int4, "378e793cf1ef3826127d6f47d383a018b72dbc42eee64e9870026a31188a5ac5"),
+    (DType::Int6, "89ebea451b57b643c1d9646feb5576aba981cc0059497386b21a0165427eadeb"),
+    (DType::Int4, "f57a3c97b17f9fc699a9f5ce76d0446353d4b90712acc932f909e409ae04baee"),
 ];
 
 #[tokio::test]
