@@ -577,7 +577,7 @@ impl<D: Device> ForwardPass<D> {
 
     /// Logits `[L, V]` of the wanted rows, chunk by chunk, after [`Progress::Logits`].
     pub fn logits(&self) -> Result<Cow<'_, [f32]>, DeviceError> {
-        Ok(self.backbone.device.read(&self.tensors.logits)?)
+        self.backbone.device.read(&self.tensors.logits)
     }
 
     /// The routes of every sparse layer, if they were to be recorded.

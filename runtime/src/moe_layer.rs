@@ -73,6 +73,9 @@ pub struct ExpertFailure {
     pub error: ExpertError,
 }
 
+/// An expert, how many calls want it, and its weights if they could be had.
+type Fetched<M> = (ExpertKey, usize, Option<Arc<GatedMlp<M>>>);
+
 /// Runs calls of any number of requests together: rows of one expert are one piece of work.
 /// Returns the experts that could not be run, by key; all other calls have their outputs.
 ///
@@ -86,7 +89,7 @@ pub fn run_experts<'a, D: Device>(
 ) -> Vec<ExpertFailure> {
     calls.sort_by_key(|call| call.key);
     let mut failures = Vec::new();
-    let mut experts: Vec<(ExpertKey, usize, Option<Arc<GatedMlp<D::Matrix>>>)> = Vec::new();
+    let mut experts: Vec<Fetched<D::Matrix>> = Vec::new();
     for same in calls.chunk_by(|a, b| a.key == b.key) {
         let key = same[0].key;
         let expert = store.fetch(key).map_err(|error| {
