@@ -238,8 +238,8 @@ pub struct ImportArgs {
     /// Weight format: f32, bf16, int8, int6 or int4 [default: the source's own].
     #[arg(long)]
     pub dtype: Option<lite_llm_kernels::dtype::DType>,
-    /// Cut the experts into tiers, in order: NAME:GROUPSxEXPERTS[:FORMAT][:kGROUPSxEXPERTS],…, for
-    /// example tier_1b:2x4:bf16,tier_10b:1x8:int4:k1x2.
+    /// Cut the experts into tiers, in order: NAME:GROUPSxEXPERTS each, then if they are not the
+    /// model's the format and the routes, for example tier_1b:2x4,tier_10b:1x8:int4:k1x2.
     #[arg(long, value_name = "CUT")]
     pub tiers: Option<String>,
     /// With --tiers: how many tiers x groups x experts a token goes to, for example 1x1x2.

@@ -11,7 +11,7 @@
 //! and drains [`Engine::poll_event`]. Several passes may be in flight, so that one waits for
 //! experts while another computes. Sequences that decode go before prompts.
 //!
-//! What goes into a pass is planned by [`crate::schedule`]; this file carries it out.
+//! What goes into a pass is planned by `schedule.rs`; this file carries it out.
 //!
 //! Invariants: every admitted sequence ends with exactly one [`Event::Ended`] or
 //! [`Event::Failed`]; what fails a sequence ends no other; after a failure the next pass begins.
