@@ -238,9 +238,14 @@ impl MoeConfig {
         each.iter().take(self.routing.k_tier as usize).fold(0, |sum, n| sum.saturating_add(*n))
     }
 
-    /// The most routes that a token can have in one layer.
-    pub fn routes_max(&self) -> usize {
-        let routes = |tier| u64::from(self.k_group(tier)) * u64::from(self.k_expert(tier));
+    /// Routes of a token within a tier that it chose.
+    pub fn routes_of(&self, tier: usize) -> u64 {
+        u64::from(self.k_group(tier)) * u64::from(self.k_expert(tier))
+    }
+
+    /// The most routes that a token can have in one layer, with tiers for which `allows` holds.
+    pub fn routes_max(&self, allows: impl Fn(usize) -> bool) -> usize {
+        let routes = |tier| if allows(tier) { self.routes_of(tier) } else { 0 };
         usize::try_from(self.largest_choice(routes)).unwrap_or(usize::MAX)
     }
 
@@ -520,7 +525,7 @@ impl MoeConfig {
                 "1 to 1048576 is expected",
             )?;
         }
-        let k = self.routes_max();
+        let k = self.routes_max(|_| true);
         require((1..=1024).contains(&k), "moe.routing.k", k, "1 to 1024 routes are expected")?;
         require(
             routing.k_tier as usize <= self.tiers.len(),

@@ -98,7 +98,8 @@ pub enum Event {
         rows: usize,
         /// Sparse layers.
         layers: usize,
-        /// Flat indices `[sparse layers, rows, K]`, in route order.
+        /// Flat indices `[sparse layers, rows, K]`, in route order; K is the most routes that a token
+        /// of this request can have, and a row with fewer ends with −1.
         experts: Vec<i32>,
     },
     /// The request ended well.
@@ -374,15 +375,15 @@ impl<D: Device> Engine<D> {
         sequence.cached += rows;
         if sequence.request.routes {
             let moe = config.moe.as_ref();
-            let experts = routes
-                .iter()
-                .flat_map(|routes| {
-                    (first_row..first_row + rows)
-                        .flat_map(|row| moe.map(|moe| routes.flat_row(row, moe)))
-                        .flatten()
-                })
-                .map(|expert| expert as i32)
-                .collect();
+            let k = moe.map_or(0, |moe| moe.routes_max(|tier| chunk.tiers.allows(tier)));
+            let mut experts = Vec::with_capacity(routes.len() * rows * k);
+            for (routes, moe) in routes.iter().zip(moe.into_iter().cycle()) {
+                for row in first_row..first_row + rows {
+                    let end = experts.len() + k;
+                    experts.extend(routes.flat_row(row, moe).map(|expert| expert as i32));
+                    experts.resize(end, -1);
+                }
+            }
             self.events.push_back(Event::Routes {
                 sequence: id,
                 first: chunk.start,

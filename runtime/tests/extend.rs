@@ -3,13 +3,9 @@
 mod grow;
 mod hf;
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::PathBuf};
 
-use grow::{checkpoint, extend, fill, finish, logits, tier_10b};
+use grow::{checkpoint, contents, extend, fill, finish, logits, routes, tier_10b};
 use lite_llm_kernels::dtype::DType;
 use lite_llm_runtime::{
     checkpoint::{
@@ -19,21 +15,6 @@ use lite_llm_runtime::{
     tier::{TIER_10B, TIER_100B, TierConfig},
 };
 use tempfile::{TempDir, tempdir};
-
-fn contents(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut folders = vec![dir.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            match path.is_dir() {
-                true => folders.push(path),
-                false => drop(found.insert(path.clone(), fs::read(path).unwrap())),
-            }
-        }
-    }
-    found
-}
 
 #[test]
 fn a_tier_is_added_by_adding_files_and_nothing_earlier_changes() {
@@ -86,7 +67,13 @@ fn a_tier_may_have_sizes_formats_and_routes_of_its_own() {
     assert_eq!(expert.bytes(), checkpoint.expert_bytes(key(1)).unwrap());
     assert_eq!(expert.bytes(), second.expert_bytes);
     assert_ne!(checkpoint.expert(key(0)).unwrap().bytes(), second.expert_bytes);
-    assert_eq!(checkpoint.config().moe.as_ref().unwrap().routes_max(), 4);
+    let moe = checkpoint.config().moe.as_ref().unwrap();
+    assert_eq!((moe.routes_max(|_| true), moe.routes_max(|tier| tier == 1)), (4, 3));
+    // A token has 4 routes in the first tier or 3 in the second: rows are as long as the longest.
+    let routes = routes(&out.display().to_string());
+    let long = routes.chunks(4).filter(|row| row.iter().all(|e| (0..8).contains(e))).count();
+    let short = routes.chunks(4).filter(|row| row[3] == -1 && row[..3].iter().all(|e| *e >= 8));
+    assert!(long > 0 && long + short.count() == 2 * 40, "{routes:?}");
 }
 
 #[test]

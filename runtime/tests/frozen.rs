@@ -9,12 +9,11 @@ mod grow;
 mod hf;
 
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
 
-use grow::{checkpoint, extend, logits, tier_10b};
+use grow::{checkpoint, contents, extend, logits, tier_10b};
 use lite_llm_runtime::checkpoint::{Checkpoint, verify::verify};
 
 /// Roots of its manifests.
@@ -33,29 +32,11 @@ fn kept() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/checkpoint.v2")
 }
 
-fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut folders = vec![dir.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            match path.is_dir() {
-                true => folders.push(path),
-                false => {
-                    let name = path.strip_prefix(dir).unwrap().to_owned();
-                    found.insert(name, fs::read(path).unwrap());
-                }
-            }
-        }
-    }
-    found
-}
-
 #[test]
 fn a_checkpoint_of_format_2_is_written_as_it_was() {
     let (_dir, out) = checkpoint();
     extend(&out, tier_10b()).unwrap();
-    let written = files(&out);
+    let written = contents(&out);
     if std::env::var_os("LITE_LLM_WRITE_BYTES").is_some() {
         for (name, bytes) in &written {
             let path = kept().join(name);
@@ -63,7 +44,7 @@ fn a_checkpoint_of_format_2_is_written_as_it_was() {
             fs::write(path, bytes).unwrap();
         }
     }
-    let kept = files(&kept());
+    let kept = contents(&kept());
     assert!(written.keys().eq(kept.keys()), "the same files");
     for (name, bytes) in &kept {
         assert!(written[name] == *bytes, "{}: this build lays it otherwise", name.display());

@@ -150,8 +150,7 @@ fn tier_gates(moe: &MoeConfig) -> u64 {
 /// What a token takes in a sparse layer at most, where an expert of a tier takes so much and a
 /// gate of one row so much.
 fn per_token(moe: &MoeConfig, expert: impl Fn(usize) -> u64, gate: u64) -> u64 {
-    let routes = |tier| u64::from(moe.k_group(tier)) * u64::from(moe.k_expert(tier));
-    let tier = |tier| routes(tier) * expert(tier) + gates_of(moe, tier) * gate;
+    let tier = |tier| moe.routes_of(tier) * expert(tier) + gates_of(moe, tier) * gate;
     tier_gates(moe) * gate + moe.largest_choice(tier)
 }
 

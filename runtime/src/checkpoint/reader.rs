@@ -326,13 +326,9 @@ impl Checkpoint {
             None => (Part::Model, Some(&self.dense.model)),
         };
         let found = shard.and_then(|shard| {
-            let mut specs = part.tensors(&self.config, self.dtype());
-            let at = specs.position(|spec| spec.name == name)?;
-            Some((
-                shard,
-                shard.sections.get(at)?,
-                part.tensors(&self.config, self.dtype()).nth(at)?,
-            ))
+            let mut specs = part.tensors(&self.config, self.dtype()).enumerate();
+            let (at, spec) = specs.find(|(_, spec)| spec.name == name)?;
+            Some((shard, shard.sections.get(at)?, spec))
         });
         found.ok_or_else(|| self.absent(format!("dense tensor {name:?}")))
     }

@@ -1,6 +1,10 @@
 //! A checkpoint that can grow, the tier that it grows by, and its answers: for tests of both.
 
+#![allow(dead_code, reason = "each test uses a part")]
+
 use std::{
+    collections::BTreeMap,
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -85,8 +89,56 @@ pub(crate) fn tier_10b() -> TierConfig {
     }
 }
 
+/// All files below a folder, by their paths within it.
+pub(crate) fn contents(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(dir).unwrap().to_owned();
+                found.insert(name, fs::read(path).unwrap());
+            }
+        }
+    }
+    found
+}
+
 /// The bits of all logits of a prompt.
 pub(crate) fn logits(location: &str, tiers: &str) -> Result<Vec<u32>, String> {
+    let mut bits = Vec::new();
+    for event in events(location, tiers, |request| request.logits = true)? {
+        if let Event::Logits { values, .. } = event {
+            bits.extend(values.iter().map(|v| v.to_bits()));
+        }
+    }
+    assert!(!bits.is_empty());
+    Ok(bits)
+}
+
+/// The experts of all 40 tokens of a prompt, `[layers, tokens, K]`.
+pub(crate) fn routes(location: &str) -> Vec<i32> {
+    let ask = |request: &mut Request| {
+        (request.routes, request.prefill_chunk, request.max_new_tokens) = (true, 40, 0);
+    };
+    let mut found = Vec::new();
+    for event in events(location, "all", ask).unwrap() {
+        if let Event::Routes { experts, .. } = event {
+            found.extend(experts);
+        }
+    }
+    found
+}
+
+/// What an engine says of a prompt of 40 tokens.
+fn events(
+    location: &str,
+    tiers: &str,
+    ask: impl FnOnce(&mut Request),
+) -> Result<Vec<Event>, String> {
     let checkpoint = Checkpoint::open(location).map_err(|e| e.to_string())?;
     let device = Arc::new(Cpu::best(2));
     let backbone = Arc::new(Backbone::load(&checkpoint, device, |_, _| {}).unwrap());
@@ -95,17 +147,15 @@ pub(crate) fn logits(location: &str, tiers: &str) -> Result<Vec<u32>, String> {
     let mut engine = Engine::new(backbone, 8 << 20).unwrap();
     let mut request = Request::greedy((0..40).map(|i| i * 7 % 64).collect(), 4);
     request.tiers = tiers.parse::<TierSet>().unwrap();
-    request.logits = true;
+    ask(&mut request);
     engine.submit(1, request).map_err(|e| e.to_string())?;
     engine.run_local(&experts);
-    let mut bits = Vec::new();
+    let mut events = Vec::new();
     while let Some(event) = engine.poll_event() {
         match event {
-            Event::Logits { values, .. } => bits.extend(values.iter().map(|v| v.to_bits())),
-            Event::Failed { reason, .. } => return Err(reason.to_string()),
-            _ => {}
+            Event::Failed { reason, .. } => return Err(reason),
+            event => events.push(event),
         }
     }
-    assert!(!bits.is_empty());
-    Ok(bits)
+    Ok(events)
 }

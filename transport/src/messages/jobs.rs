@@ -133,9 +133,9 @@ pub enum JobEventBody {
         layers: u32,
         /// How many positions.
         rows: u32,
-        /// Experts per position.
+        /// Most experts of a position.
         k: u32,
-        /// Layer after layer, row after row.
+        /// Layer after layer, row after row; −1 where a position has fewer.
         ids: Vec<i32>,
     },
     /// More of the prompt was read.
