@@ -6,14 +6,14 @@
 //!      │  ractor: Describe, Load, Status, Suspend, Dismiss            control plane
 //!      ▼
 //!    NodeActor                   the one actor that others see        (one per worker)
-//!    ├─ RouterActor ── Lane      sequences and passes, on an OS thread
+//!    ├─ LaneActor ── Lane        sequences and passes, on an OS thread
 //!    ├─ Loader                   carries assignments out
 //!    ├─ StorageActor             residence of experts (DRAM)
 //!    └─ ExpertShard × layers     the experts this node was given
 //! ```
 //!
 //! Jobs and token batches are not actor messages: they travel as frames on QUIC streams of their
-//! own ([`job`], [`links`]) into the lane's bounded inbox ([`lane`]).
+//! own ([`node::jobs`], [`links`]) into the lane's bounded inbox ([`lane`]).
 //!
 //! Invariants: no arithmetic and no file formats here; decisions are made by pure machines
 //! ([`membership`], [`placement`], and the exchange of `transport`); every wait has a deadline,
@@ -21,15 +21,12 @@
 
 pub mod control;
 pub mod coordinator;
-pub mod job;
 pub mod lane;
 pub mod links;
 pub mod local;
 pub mod membership;
 pub mod node;
 pub mod placement;
-pub mod router;
-pub mod serve;
 pub mod shard;
 pub mod storage;
 #[cfg(test)]

@@ -26,10 +26,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 use tracing::{debug, warn};
 
-use crate::{
-    lane::{LaneEvent, OUTBOX_MAX, Peer},
-    router::LaneInbox,
-};
+use crate::lane::{LaneEvent, LaneInbox, OUTBOX_MAX, Peer};
 
 /// How long all nodes of an epoch may take to connect to each other.
 pub const LINK_TIMEOUT: Duration = Duration::from_secs(15);

@@ -10,9 +10,9 @@ use lite_llm_runtime::{checkpoint::Checkpoint, store::DramStore};
 use lite_llm_transport::identity::ClusterCa;
 
 use crate::{
+    coordinator::{CoordinatorHandle, CoordinatorOptions, ServeError},
     node::Model,
     placement::PlacementPolicy,
-    serve::{CoordinatorHandle, CoordinatorOptions, ServeError},
     worker::{Worker, WorkerOptions},
 };
 

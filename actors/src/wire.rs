@@ -34,17 +34,17 @@ impl<T: messages::Wire> BytesConvertable for Wire<T> {
 
 #[cfg(test)]
 mod tests {
-    use lite_llm_transport::messages::LoadProgress;
+    use lite_llm_transport::messages::NodeAddress;
 
     use super::*;
 
     #[test]
     fn damaged_bytes_arrive_as_an_error() {
-        let value = LoadProgress { node: "w1".into(), loaded: 1, total: 2, bytes: 3 };
+        let value = NodeAddress { name: "w1".into(), address: "[::1]:7".into() };
         let bytes = Wire::new(value.clone()).into_bytes();
-        assert_eq!(Wire::<LoadProgress>::from_bytes(bytes.clone()).into_inner().unwrap(), value);
+        assert_eq!(Wire::<NodeAddress>::from_bytes(bytes.clone()).into_inner().unwrap(), value);
         for length in 0..bytes.len() {
-            let cut = Wire::<LoadProgress>::from_bytes(bytes[..length].to_vec());
+            let cut = Wire::<NodeAddress>::from_bytes(bytes[..length].to_vec());
             assert!(cut.into_inner().is_err(), "{length} of {} bytes", bytes.len());
         }
     }

@@ -23,10 +23,9 @@ use tracing::info;
 
 use crate::{
     control::ControlPlane,
-    job::serve_jobs,
+    coordinator::scope,
     links::Links,
-    node::{Model, NODES, NodeActor, NodeMessage, NodeOptions, StoreSlot},
-    serve::scope,
+    node::{Model, NODES, NodeActor, NodeMessage, NodeOptions, StoreSlot, jobs::serve_jobs},
 };
 
 /// What a worker is started with.

@@ -7,13 +7,13 @@
 use std::time::Instant;
 
 use lite_llm_kernels::{
-    cpu::{Cpu, KvArena, Tensor},
+    cpu::{Cpu, Tensor},
     device::Device,
     dtype::DType,
     kv::{KvDType, KvShape, KvSlot, PAGE_TOKENS, Query},
     matrix::{PackedMatrix, Source},
     measure,
-    ops::matmul::matmul,
+    ops::{arena::KvArena, matmul::matmul},
     rows::Rows,
     simd::Simd,
 };

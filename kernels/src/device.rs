@@ -102,10 +102,10 @@ pub trait Device: Send + Sync + 'static {
 
     /// Says which weights are probably read next. Threads that have nothing to do may fetch their
     /// beginnings toward themselves; results do not depend on it.
-    fn expect(&self, _next: &Self::Matrix) {}
+    fn prefetch(&self, _next: &Self::Matrix) {}
     /// Fetches a piece of what is expected, for a caller who has nothing else to do. Returns
     /// whether there was one.
-    fn fetch_expected(&self) -> bool {
+    fn prefetch_piece(&self) -> bool {
         false
     }
 
@@ -149,10 +149,10 @@ pub trait Device: Send + Sync + 'static {
     ) -> Result<(), DeviceError>;
     /// Limits every element to `[-limit, limit]`.
     fn clamp(&self, x: &mut Self::Tensor, limit: f32) -> Result<(), DeviceError>;
-    /// What [`Device::rope`] turns by: row r of out `[rows, head_dim]` holds the cosines, then the
+    /// The rotary table that [`Device::rope`] reads: row r of out `[rows, head_dim]` holds the cosines, then the
     /// sines of the angles `positions[r] · inv_freq` (a product in f32), times `scale` (1 unless a
     /// scaling variant says otherwise). `inv_freq` is `[head_dim / 2]`.
-    fn turns(
+    fn rotary_table(
         &self,
         positions: &[u32],
         inv_freq: &[f32],
@@ -160,8 +160,8 @@ pub trait Device: Send + Sync + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), DeviceError>;
     /// Rotary positions, half-split pairs (i, i + head_dim/2), in place on every head of every
-    /// row. `turns` is what [`Device::turns`] made for the same rows.
-    fn rope(&self, x: &mut Self::Tensor, turns: &Self::Tensor) -> Result<(), DeviceError>;
+    /// row. `table` is what [`Device::rotary_table`] made for the same rows.
+    fn rope(&self, x: &mut Self::Tensor, table: &Self::Tensor) -> Result<(), DeviceError>;
 
     /// An arena of `pages` pages of [`crate::kv::PAGE_TOKENS`] tokens each, for every layer.
     /// Memory may be taken as pages are first written.

@@ -10,6 +10,7 @@
 pub mod blocks;
 pub mod buffer;
 pub mod cpu;
+mod cpu_device;
 pub mod cuda;
 pub mod device;
 pub mod dtype;

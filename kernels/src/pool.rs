@@ -132,7 +132,7 @@ impl Pool {
     }
 
     /// Says what the next jobs probably read first; idle threads fetch some of it.
-    pub fn expect(&self, bytes: &[u8]) {
+    pub fn announce(&self, bytes: &[u8]) {
         let len = bytes.len().min(self.workers.len().max(1) * FETCH_MAX);
         let [at, end] = &self.shared.expected;
         let start = bytes.as_ptr().addr();
@@ -143,7 +143,7 @@ impl Pool {
 
     /// Fetches a piece of what is expected, for a caller who has nothing else to do. Returns
     /// whether there was one.
-    pub fn fetch_expected(&self) -> bool {
+    pub fn prefetch_piece(&self) -> bool {
         self.shared.fetch()
     }
 
@@ -381,7 +381,7 @@ mod tests {
         for _ in 0..200 {
             // Whoever read or wrote it once it is gone would be killed.
             let gone = memmap2::MmapMut::map_anon(64 << 10).unwrap();
-            pool.expect(&gone);
+            pool.announce(&gone);
             drop(gone);
             assert_eq!(count_calls(&pool, 4), vec![1; 4]);
             // Idle threads fetch now.
@@ -392,14 +392,14 @@ mod tests {
     #[test]
     fn a_caller_fetches_what_is_expected_piece_by_piece_to_its_end() {
         let pool = Pool::new(1);
-        assert!(!pool.fetch_expected(), "nothing was announced");
+        assert!(!pool.prefetch_piece(), "nothing was announced");
         for (bytes, pieces) in [(1, 1), (FETCH_STEP, 1), (5 * FETCH_STEP + 1, 6)] {
-            pool.expect(&vec![0; bytes]);
-            let fetched = (0..100).take_while(|_| pool.fetch_expected()).count();
+            pool.announce(&vec![0; bytes]);
+            let fetched = (0..100).take_while(|_| pool.prefetch_piece()).count();
             assert_eq!(fetched, pieces, "{bytes} bytes");
         }
-        pool.expect(&vec![0; 2 * FETCH_MAX]);
-        let fetched = (0..10_000).take_while(|_| pool.fetch_expected()).count();
+        pool.announce(&vec![0; 2 * FETCH_MAX]);
+        let fetched = (0..10_000).take_while(|_| pool.prefetch_piece()).count();
         assert_eq!(fetched, FETCH_MAX / FETCH_STEP, "no more than its cache holds");
     }
 

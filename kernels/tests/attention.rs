@@ -2,10 +2,10 @@
 //! down here a second time, whatever the pages, the batch, the chunks and the CPU.
 
 use lite_llm_kernels::{
-    cpu::{Cpu, KvArena, Tensor},
+    cpu::{Cpu, Tensor},
     device::Device,
     kv::{KvDType, KvShape, KvSlot, PAGE_TOKENS, Query},
-    ops::function::exp,
+    ops::{arena::KvArena, function::exp},
     simd::Simd,
 };
 

@@ -83,9 +83,9 @@ fn rms_norm_over_rows_and_over_heads() {
 /// x `[positions, …]` with every head turned by its row's position.
 fn roped(cpu: &Cpu, x: &[f32], positions: &[u32], inv_freq: &[f32], scale: f32) -> Vec<f32> {
     let mut t = tensor(cpu, x, x.len() / positions.len());
-    let mut turns = cpu.tensor(positions.len(), 2 * inv_freq.len()).unwrap();
-    cpu.turns(positions, inv_freq, scale, &mut turns).unwrap();
-    cpu.rope(&mut t, &turns).unwrap();
+    let mut table = cpu.tensor(positions.len(), 2 * inv_freq.len()).unwrap();
+    cpu.rotary_table(positions, inv_freq, scale, &mut table).unwrap();
+    cpu.rope(&mut t, &table).unwrap();
     t.as_slice().to_vec()
 }
 

@@ -248,11 +248,11 @@ impl<D: Device> Engine<D> {
         self.passes.get(&pass).map(|pass| pass.forward.routes())
     }
 
-    /// Tells the device what a pass reads when its experts are there: for a caller who has to
-    /// wait for them, and may call [`Device::fetch_expected`] meanwhile.
-    pub fn expect_next(&self, pass: PassId) {
+    /// Tells the device what a pass reads once its experts are there: for a caller who has to
+    /// wait for them, and may call [`Device::prefetch_piece`] meanwhile.
+    pub fn prefetch_next(&self, pass: PassId) {
         if let Some(pass) = self.passes.get(&pass) {
-            pass.forward.expect_next();
+            pass.forward.prefetch_next();
         }
     }
 

@@ -137,8 +137,8 @@ pub struct ForwardPass<D: Device> {
 struct Tensors<D: Device> {
     /// Residual stream `[N, H]`.
     x: D::Tensor,
-    /// Rotary turns `[N, head_dim]`.
-    turns: D::Tensor,
+    /// Rotary table `[N, head_dim]`.
+    rotary: D::Tensor,
     /// Normalised states `[N, H]`.
     normed: D::Tensor,
     /// Queries `[N, A]`.
@@ -187,11 +187,11 @@ impl<D: Device> ForwardPass<D> {
         let tensor = |cols| device.tensor(ids.len(), cols);
         let mut x = tensor(hidden)?;
         device.embed(&backbone.embed, &ids, &mut x)?;
-        let mut turns = tensor(head)?;
-        device.turns(&positions, &backbone.inv_freq, backbone.rotary_scale, &mut turns)?;
+        let mut rotary = tensor(head)?;
+        device.rotary_table(&positions, &backbone.inv_freq, backbone.rotary_scale, &mut rotary)?;
         let tensors = Tensors {
             x,
-            turns,
+            rotary,
             normed: tensor(hidden)?,
             q: tensor(attention.heads * head)?,
             k: tensor(attention.kv_heads * head)?,
@@ -299,18 +299,18 @@ impl<D: Device> ForwardPass<D> {
 
     /// Tells the device what comes after the experts that are awaited: for a caller who has to
     /// wait for them.
-    pub fn expect_next(&self) {
-        self.expect(self.layer + 1);
+    pub fn prefetch_next(&self) {
+        self.prefetch(self.layer + 1);
     }
 
     /// Says that a layer, or the logits after the last, come next.
-    fn expect(&self, layer: usize) {
+    fn prefetch(&self, layer: usize) {
         let backbone = &*self.backbone;
         let next = match backbone.layers.get(layer) {
             Some(layer) => &layer.q.weight,
             None => backbone.head.as_ref().unwrap_or(&backbone.embed),
         };
-        backbone.device.expect(next);
+        backbone.device.prefetch(next);
     }
 
     /// The chunk of a row, and the row's position in its sequence.
@@ -442,7 +442,7 @@ impl<D: Device> ForwardPass<D> {
         });
         device.project(&t.normed, projections)?;
         drop(qkv);
-        device.expect(&layer.o.weight);
+        device.prefetch(&layer.o.weight);
         let rope = trace_span!("rope_and_kv").entered();
         for (norm, x) in [(&layer.q_norm, &mut t.q), (&layer.k_norm, &mut t.k)] {
             if let Some(norm) = norm {
@@ -455,7 +455,7 @@ impl<D: Device> ForwardPass<D> {
             }
         }
         for x in [&mut t.q, &mut t.k] {
-            device.rope(x, &t.turns)?;
+            device.rope(x, &t.rotary)?;
         }
         device.kv_append(arena, self.layer, &t.k, &t.v, &self.slots)?;
         drop(rope);
@@ -495,7 +495,7 @@ impl<D: Device> ForwardPass<D> {
     pub fn combine(&mut self, parts: &[&[f32]], failed: &[FailedRoute]) -> Result<(), DeviceError> {
         assert!(self.waiting, "combine follows a dispatch");
         assert_eq!(parts.len(), self.routes.all().len(), "one output per route");
-        self.expect(self.layer + 1);
+        self.prefetch(self.layer + 1);
         let mut parts = Cow::Borrowed(parts);
         if !failed.is_empty() {
             for FailedRoute { route, reason } in failed {
@@ -542,7 +542,7 @@ impl<D: Device> ForwardPass<D> {
         let head = backbone.head.as_ref().unwrap_or(&backbone.embed);
         device.matmul(&t.normed, head, None, &mut t.logits)?;
         // The next pass begins there.
-        self.expect(0);
+        self.prefetch(0);
         let logits = device.read(&self.tensors.logits)?;
         // All of them without a way out in between: that becomes vectors.
         let finite = logits.iter().fold(true, |all, v| all & v.is_finite());

@@ -125,8 +125,8 @@ impl Device for Faulty {
         fn rms_norm_in_place(x: &mut Tensor, weight: &Vector, eps: f32);
         fn matmul(x: &Tensor, w: &Matrix, bias: Option<&Vector>, out: &mut Tensor);
         fn clamp(x: &mut Tensor, limit: f32);
-        fn turns(positions: &[u32], inv_freq: &[f32], scale: f32, out: &mut Tensor);
-        fn rope(x: &mut Tensor, turns: &Tensor);
+        fn rotary_table(positions: &[u32], inv_freq: &[f32], scale: f32, out: &mut Tensor);
+        fn rope(x: &mut Tensor, table: &Tensor);
         fn kv_append(arena: &mut Arena, layer: usize, k: &Tensor, v: &Tensor, slots: &[KvSlot]);
         fn select_rows(x: &Tensor, rows: &[u32], out: &mut Tensor);
         fn weighted_sum(parts: &[&[f32]], weights: &[f32], ends: &[u32], out: &mut Tensor);

@@ -23,13 +23,14 @@ use tokio::{
 };
 
 use crate::{
-    endpoint::IDLE_TIMEOUT,
     frame::{FrameReceiver, FrameSender, WireCounts, WireTotals},
     identity::{PeerIdentity, Role},
     pool::BufferPool,
     session::{Command, Event, HELLO_HEADER_BYTES, Hello, Session, SessionError},
 };
 
+/// Silence after which a peer is lost.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long opening a stream, or its header, may take.
 pub const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a refused peer has to read why.

@@ -28,8 +28,9 @@ use tokio::{
     time::timeout,
 };
 
+pub use crate::tls::BindError;
 use crate::{
-    connection::{CLOSE_DONE, CLOSE_REFUSED, Connection, describe, greet},
+    connection::{CLOSE_DONE, CLOSE_REFUSED, Connection, IDLE_TIMEOUT, describe, greet},
     identity::{ClusterCa, Identity, PeerIdentity, Role},
     join::{self, JOIN_TIMEOUT},
     pool::BufferPool,
@@ -37,8 +38,6 @@ use crate::{
     tls,
 };
 
-/// Silence after which a peer is lost.
-pub const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often an idle connection says that it lives.
 pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(500);
 /// How long a connection may take from its first packet to the end of the handshake.
@@ -72,28 +71,6 @@ const SOCKET_BUFFER_BYTES: usize = 16 << 20;
 const LOOPBACK_WINDOW_BYTES_MIN: u32 = 256 << 10;
 /// How long closing may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// An endpoint that could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum BindError {
-    /// The address cannot be listened on.
-    #[error("could not listen on {address}: {source}; is it in use, or not of this machine?")]
-    Socket {
-        /// The address.
-        address: SocketAddr,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The certificates cannot be used.
-    #[error("TLS cannot be set up with this identity: {0}")]
-    Tls(String),
-}
-
-impl BindError {
-    pub(crate) fn tls(error: impl fmt::Display) -> Self {
-        BindError::Tls(error.to_string())
-    }
-}
 
 /// A peer that could not be connected to.
 #[derive(Debug, thiserror::Error)]

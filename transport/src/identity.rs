@@ -11,7 +11,6 @@ use std::{
     fs::{self, OpenOptions},
     io::{self, Write},
     path::{Path, PathBuf},
-    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -23,7 +22,7 @@ use rustls_pki_types::{
     CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject,
 };
 
-use crate::{endpoint::BindError, messages::trace::hex_into, tls, token::JoinToken};
+use crate::{messages::trace::hex_into, tls, token::JoinToken};
 
 /// How long a certificate of a coordinator or a worker is valid.
 pub const NODE_VALIDITY: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -177,11 +176,6 @@ impl Identity {
     /// Name and role.
     pub fn who(&self) -> &PeerIdentity {
         &self.who
-    }
-
-    /// TLS for a TCP listener of this process: it lets in members of the cluster only.
-    pub fn tcp_server_config(&self) -> Result<Arc<rustls::ServerConfig>, BindError> {
-        tls::server_config(self, false).map(Arc::new)
     }
 
     pub(crate) fn new(

@@ -19,11 +19,11 @@ use tokio::time::timeout;
 
 use crate::{
     connection::{CLOSE_DONE, CLOSE_REFUSED, describe, greet},
-    endpoint::{self, BindError},
+    endpoint,
     identity::{ClusterCa, Identity, IdentityError, Role, checked_name, signing_request},
     messages::{decode, encode},
     session::{Hello, Session, SessionError},
-    tls,
+    tls::{self, BindError},
     token::JoinToken,
 };
 

@@ -2,7 +2,7 @@
 //!
 //! Sessions are never resumed: a resumed one would not look at the certificate's dates again.
 
-use std::sync::Arc;
+use std::{fmt, io, net::SocketAddr, sync::Arc};
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::{
@@ -14,12 +14,34 @@ use rustls::{
 };
 use rustls_pki_types::CertificateDer;
 
-use crate::{endpoint::BindError, identity::Identity};
+use crate::identity::Identity;
 
 /// Protocol of members: both sides show a certificate of the cluster.
 pub(crate) const ALPN_MEMBER: &[u8] = b"lite-llm/1";
 /// Protocol of joiners: they hold a token, and no certificate yet.
 pub(crate) const ALPN_JOIN: &[u8] = b"lite-llm-join/1";
+
+/// An endpoint that could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The address cannot be listened on.
+    #[error("could not listen on {address}: {source}; is it in use, or not of this machine?")]
+    Socket {
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The certificates cannot be used.
+    #[error("TLS cannot be set up with this identity: {0}")]
+    Tls(String),
+}
+
+impl BindError {
+    pub(crate) fn tls(error: impl fmt::Display) -> Self {
+        BindError::Tls(error.to_string())
+    }
+}
 
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
@@ -94,4 +116,11 @@ pub(crate) fn server_config(identity: &Identity, joins: bool) -> Result<ServerCo
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(config)
+}
+
+impl Identity {
+    /// TLS for a TCP listener of this process: it lets in members of the cluster only.
+    pub fn tcp_server_config(&self) -> Result<Arc<ServerConfig>, BindError> {
+        server_config(self, false).map(Arc::new)
+    }
 }

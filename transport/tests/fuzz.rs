@@ -11,9 +11,8 @@ use lite_llm_transport::{
     frame::{Frame, FrameKind, OutgoingFrame},
     messages::{
         Assignment, ClientReply, ClientRequest, ExpertBatchView, ExpertFailure, ExpertOutputs,
-        ExpertReplyView, JobEvent, JobEventBody, JobStart, LoadProgress, Message, NodeInfo,
-        OutgoingExpertBatch, OutgoingExpertOutputs, PlacementRule, TraceContext, Wire, decode,
-        encode,
+        ExpertReplyView, JobEvent, JobEventBody, JobStart, Message, NodeInfo, OutgoingExpertBatch,
+        OutgoingExpertOutputs, PlacementRule, TraceContext, Wire, decode, encode,
     },
     pool::BufferPool,
     session::Hello,
@@ -97,7 +96,6 @@ fn every_cut_and_flip_of_every_owned_message_is_survived() {
     damage_frames(&[ExpertFailure::new(1, "there is no such expert here")]);
     damage(&info());
     damage(&assignment());
-    damage(&LoadProgress { node: "w1".into(), loaded: 1, total: 2, bytes: 3 });
     damage(&JobStart { job: 1, request: request() });
     damage(&status());
 }

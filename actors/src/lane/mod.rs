@@ -14,6 +14,7 @@
 //! - Hidden states are gathered once, into the frame that leaves; outputs are combined where
 //!   they arrived.
 
+mod actor;
 mod flight;
 mod jobs;
 mod reply;
@@ -27,6 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwapOption;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
 use lite_llm_kernels::{cpu::Cpu, device::Device};
 use lite_llm_runtime::{
@@ -44,6 +46,7 @@ use lite_llm_transport::{
 use tokio::sync::mpsc;
 use tracing::{Span, debug_span};
 
+pub use self::actor::{LaneActor, LaneMessage};
 use self::{
     flight::{Flight, Split},
     jobs::{Job, Jobs},
@@ -57,16 +60,19 @@ pub const INBOX_MAX: usize = 1024;
 pub const OUTBOX_MAX: usize = 256;
 /// Events of one job that may wait for its reader; a job whose reader falls further behind ends.
 pub const JOB_EVENTS_MAX: usize = 1024;
-/// How long a lane looks for the next event before it sleeps. Waking a core that has gone to sleep
-/// takes longer than many an expert; whoever else wants the core gets it between two looks.
-const LOOK: Duration = Duration::from_millis(1);
-/// Pieces of expected weights that a lane fetches while it looks: no more than its own core's cache
-/// holds.
+/// How long a lane spins for the next event before it parks. Waking a core that has gone to sleep
+/// takes longer than many an expert; the lane yields its core each time around.
+const SPIN: Duration = Duration::from_millis(1);
+/// Pieces of the next weights that a lane prefetches while it spins: no more than its own core's
+/// cache holds.
 const PIECES_MAX: usize = 128;
 /// Longest wait of a lane that has nothing to do.
 const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// Longest wait of a lane that holds a sequence back until its reader has caught up.
 const HELD_WAIT: Duration = Duration::from_millis(5);
+
+/// Where events for a node's present lane go; empty while there is none.
+pub type LaneInbox = Arc<ArcSwapOption<Sender<LaneEvent>>>;
 
 /// What a lane is told.
 pub enum LaneEvent {
@@ -274,11 +280,11 @@ impl Lane {
         if !self.flights.is_empty() || self.served {
             let (from, device) = (Instant::now(), self.engine.backbone().device.clone());
             let mut pieces = 0;
-            while from.elapsed() < LOOK {
+            while from.elapsed() < SPIN {
                 if let Ok(event) = self.inbox.try_recv() {
                     return self.handle(event);
                 }
-                if pieces < PIECES_MAX && device.fetch_expected() {
+                if pieces < PIECES_MAX && device.prefetch_piece() {
                     pieces += 1;
                 }
                 std::thread::yield_now();
@@ -374,7 +380,7 @@ impl Lane {
         }
         self.combine_if_complete(pass);
         if self.flights.contains_key(&pass) {
-            self.engine.expect_next(pass);
+            self.engine.prefetch_next(pass);
         }
     }
 

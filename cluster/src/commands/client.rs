@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use lite_llm_actors::serve::PROMPT_BYTES_MAX;
+use lite_llm_actors::coordinator::PROMPT_BYTES_MAX;
 use lite_llm_kernels::DETERMINISM_VERSION;
 use lite_llm_transport::{
     connection::{Connection, StreamKind},

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
-use lite_llm_actors::serve::{CoordinatorHandle, CoordinatorOptions};
+use lite_llm_actors::coordinator::{CoordinatorHandle, CoordinatorOptions};
 use lite_llm_transport::{identity::ClusterCa, messages::ClusterStatus};
 
 use super::{TOKEN_FILE, bad_input, default_state, interrupted, open_model, placement};

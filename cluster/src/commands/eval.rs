@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context, Result, anyhow};
-use lite_llm_actors::job;
+use lite_llm_actors::node::jobs;
 use lite_llm_transport::messages::{JobEventBody, JobRequest, LogitsWanted, Prompt};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Deserialize;
@@ -68,7 +68,7 @@ pub(super) async fn eval(args: EvalArgs, json: bool) -> Result<()> {
     let checkpoint = open_model(Some(&args.model))?;
     let config = args.local.served(&checkpoint)?;
     for (index, prompt) in tokens.prompts.iter().enumerate() {
-        let checked = job::check(&request(&args, prompt.clone()), &config);
+        let checked = jobs::check(&request(&args, prompt.clone()), &config);
         checked.map_err(|reason| {
             bad_input(anyhow!("{}: prompt {index}: {reason}", args.tokens.display()))
         })?;

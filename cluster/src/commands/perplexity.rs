@@ -1,7 +1,7 @@
 //! `lite-llm perplexity`: how well a model predicts a text.
 
 use anyhow::{Context, Result, anyhow};
-use lite_llm_actors::job;
+use lite_llm_actors::node::jobs;
 use lite_llm_runtime::tokenizer::Tokenizer;
 use lite_llm_transport::messages::{JobEventBody, JobRequest, LogitsWanted, Prompt};
 use serde_json::json;
@@ -55,7 +55,7 @@ pub(super) async fn perplexity(args: PerplexityArgs, json: bool) -> Result<()> {
     if windows.is_empty() {
         return Err(bad_input(anyhow!("{path}: {} tokens; at least 2 are expected", ids.len())));
     }
-    job::check(&request(&args, windows[0].clone()), &config)
+    jobs::check(&request(&args, windows[0].clone()), &config)
         .map_err(|reason| bad_input(anyhow!(reason)))?;
     let cluster = args.local.cluster(checkpoint).await?;
     let mut progress = Progress::new("perplexity", Unit::Things("windows"), json);

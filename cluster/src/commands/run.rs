@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use lite_llm_actors::job;
+use lite_llm_actors::node::jobs;
 use lite_llm_runtime::{
     chat::{Conversation, Message},
     checkpoint::{self, Checkpoint},
@@ -178,7 +178,7 @@ impl SamplingArgs {
             false => text.encode(prompt),
         };
         let request = self.request(Prompt::Tokens(ids.map_err(prompt_error)?));
-        let checked = job::check(&request, config);
+        let checked = jobs::check(&request, config);
         checked.map_err(|reason| bad_input(anyhow!(reason)))?;
         Ok(request)
     }

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
-use lite_llm_actors::serve::PROMPT_BYTES_MAX;
+use lite_llm_actors::coordinator::PROMPT_BYTES_MAX;
 use lite_llm_runtime::{
     chat::{ChatTemplate, Conversation},
     prompt::Prompts,

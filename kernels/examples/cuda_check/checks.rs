@@ -117,7 +117,7 @@ fn small(check: &mut Check<'_>) -> Done {
         let positions: Vec<u32> = (0..rows as u32).map(|r| r * 977 + 5).collect();
         let inv: Vec<f32> = (0..head_dim / 2).map(|i| 1.0 / (1.0 + i as f32 * 3.7)).collect();
         let mut table = vec![0.0; rows * head_dim];
-        rope::turns(&check.cpu, &positions, &inv, 1.0, &mut table);
+        rope::rotary_table(&check.cpu, &positions, &inv, 1.0, &mut table);
         let dx = check.cuda.upload(&x)?;
         check.cuda.rope(&dx, &check.cuda.upload(&table)?, head_dim)?;
         rope::rope(&check.cpu, &mut x, head_dim, &table);

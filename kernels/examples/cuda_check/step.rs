@@ -123,7 +123,7 @@ fn step(
     }
     let embedded = cuda.upload(&table)?;
     let norm = cuda.upload(&vec![1.0f32; HIDDEN])?;
-    let turns = cuda.upload(&vec![0.5f32; batch * HEAD])?;
+    let rotary = cuda.upload(&vec![0.5f32; batch * HEAD])?;
     let (x, h, attended, logits) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?, f(VOCABULARY)?);
     let (q, k, v, scores) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?, f(EXPERTS)?);
     let records = f(row_words(dtype, HIDDEN))?;
@@ -180,8 +180,8 @@ fn step(
             if on("norms") {
                 cuda.rms_norm(&q, &norm, 1e-5, &q)?;
                 cuda.rms_norm(&k, &norm, 1e-5, &k)?;
-                cuda.rope(&q, &turns, HEAD)?;
-                cuda.rope(&k, &turns, HEAD)?;
+                cuda.rope(&q, &rotary, HEAD)?;
+                cuda.rope(&k, &rotary, HEAD)?;
             }
             if on("attention") {
                 cuda.kv_append(&kv, l, &k, &v, &slots)?;

@@ -1,6 +1,6 @@
 //! Rotary positions.
 //!
-//! Shapes: x `[rows, heads * head_dim]`, positions `[rows]`, inv_freq `[head_dim / 2]`, turns
+//! Shapes: x `[rows, heads * head_dim]`, positions `[rows]`, inv_freq `[head_dim / 2]`, table
 //! `[rows, head_dim]`: the cosines of a row's angles, then their sines.
 //! Pairs are (i, i + head_dim / 2). The angle is the f32 product position · inv_freq; its sine
 //! and cosine are computed in f64 by the pinned `libm` crate and rounded to f32.
@@ -11,7 +11,7 @@ use crate::{cpu::Cpu, ops::elementwise::for_rows, simd::vectorised};
 ///
 /// # Panics
 /// If the shapes do not fit each other.
-pub fn turns(cpu: &Cpu, positions: &[u32], inv_freq: &[f32], scale: f32, out: &mut [f32]) {
+pub fn rotary_table(cpu: &Cpu, positions: &[u32], inv_freq: &[f32], scale: f32, out: &mut [f32]) {
     let half = inv_freq.len();
     assert_eq!(out.len(), positions.len() * 2 * half, "a cosine and a sine per frequency");
     if out.is_empty() {
@@ -29,22 +29,23 @@ pub fn turns(cpu: &Cpu, positions: &[u32], inv_freq: &[f32], scale: f32, out: &m
     });
 }
 
-/// Turns every head of every row by its row of [`turns`], in place.
+/// Turns every head of every row by its row of a [`rotary_table`], in place.
 ///
 /// # Panics
 /// If the shapes do not fit each other.
-pub fn rope(cpu: &Cpu, x: &mut [f32], head_dim: usize, turns: &[f32]) {
+pub fn rope(cpu: &Cpu, x: &mut [f32], head_dim: usize, table: &[f32]) {
     if x.is_empty() {
         return;
     }
     assert!(head_dim > 0 && head_dim.is_multiple_of(2), "heads are pairs");
-    let rows = turns.len() / head_dim;
-    assert!(rows > 0 && turns.len() == rows * head_dim, "one turn per row");
+    let rows = table.len() / head_dim;
+    assert!(rows > 0 && table.len() == rows * head_dim, "one row of the table per row");
     assert!(x.len().is_multiple_of(rows * head_dim), "rows are whole heads");
     let cols = x.len() / rows;
     for_rows(cpu, x, cols, |first, x| {
-        for (row, turns) in x.chunks_exact_mut(cols).zip(turns.chunks_exact(head_dim).skip(first)) {
-            let (cos, sin) = turns.split_at(head_dim / 2);
+        for (row, angles) in x.chunks_exact_mut(cols).zip(table.chunks_exact(head_dim).skip(first))
+        {
+            let (cos, sin) = angles.split_at(head_dim / 2);
             turn_heads(cpu.simd(), row, cos, sin);
         }
     });

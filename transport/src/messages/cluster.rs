@@ -124,19 +124,6 @@ impl Assignment {
     }
 }
 
-/// How far a node is with loading.
-#[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
-pub struct LoadProgress {
-    /// The node's name.
-    pub node: String,
-    /// Experts that are there.
-    pub loaded: u32,
-    /// Experts that were assigned.
-    pub total: u32,
-    /// Bytes read.
-    pub bytes: u64,
-}
-
 /// One node, as `status` shows it.
 #[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
 pub struct NodeStatus {

@@ -19,8 +19,8 @@ pub mod jobs;
 pub mod trace;
 
 pub use cluster::{
-    Assignment, ClusterStatus, LoadProgress, NodeAddress, NodeInfo, NodeStatus,
-    PLACEMENT_HOLDERS_MAX, PLACEMENT_RULES_MAX, PlacementRule,
+    Assignment, ClusterStatus, NodeAddress, NodeInfo, NodeStatus, PLACEMENT_HOLDERS_MAX,
+    PLACEMENT_RULES_MAX, PlacementRule,
 };
 pub use experts::{
     ExpertBatch, ExpertBatchView, ExpertCall, ExpertFailure, ExpertOutputs, ExpertOutputsView,

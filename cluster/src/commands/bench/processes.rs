@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use lite_llm_actors::{
+    coordinator::{CoordinatorHandle, CoordinatorOptions},
     local::LocalCluster,
-    serve::{CoordinatorHandle, CoordinatorOptions},
 };
 use lite_llm_runtime::checkpoint::Checkpoint;
 use lite_llm_transport::identity::ClusterCa;

@@ -26,8 +26,7 @@ use tracing::{info, warn};
 
 use crate::{
     control::ControlPlane,
-    coordinator::{Coordinator, CoordinatorArguments, CoordinatorMessage},
-    job::CLIENT_EVENTS_MAX,
+    coordinator::{Coordinator, CoordinatorArguments, CoordinatorMessage, job::CLIENT_EVENTS_MAX},
     placement::PlacementPolicy,
 };
 

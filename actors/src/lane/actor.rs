@@ -1,22 +1,17 @@
-//! The router actor: it owns the lane on which a node's sequences are computed.
+//! The lane actor: it starts and stops the thread on which a node's sequences are computed.
 //!
 //! Control arrives here (begin, stop); batches and jobs go straight to the lane's bounded inbox.
 
 use std::sync::Arc;
 
-use arc_swap::ArcSwapOption;
-use crossbeam_channel::Sender;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
 
-use crate::lane::{Lane, LaneEvent, LaneHandle, LaneParts};
+use super::{Lane, LaneHandle, LaneInbox, LaneParts};
 
-/// Where events for the present lane go; empty while there is none.
-pub type LaneInbox = Arc<ArcSwapOption<Sender<LaneEvent>>>;
-
-/// What a router is told.
+/// What a lane actor is told.
 #[derive(RactorMessage)]
-pub enum RouterMessage {
+pub enum LaneMessage {
     /// Start a lane in the place of the present one.
     Begin(Box<LaneParts>, RpcReplyPort<Result<(), String>>),
     /// Stop the lane; what runs fails with this reason.
@@ -31,16 +26,16 @@ pub enum RouterMessage {
 }
 
 /// Owner of a node's lane.
-pub struct RouterActor;
+pub struct LaneActor;
 
 /// The present lane.
-pub struct RouterState {
+pub struct LaneActorState {
     inbox: LaneInbox,
     lane: Option<LaneHandle>,
     count: u64,
 }
 
-impl RouterState {
+impl LaneActorState {
     async fn stop(&mut self, reason: String) {
         self.inbox.store(None);
         if let Some(lane) = self.lane.take() {
@@ -51,9 +46,9 @@ impl RouterState {
     }
 }
 
-impl Actor for RouterActor {
-    type Msg = RouterMessage;
-    type State = RouterState;
+impl Actor for LaneActor {
+    type Msg = LaneMessage;
+    type State = LaneActorState;
     type Arguments = LaneInbox;
 
     async fn pre_start(
@@ -61,7 +56,7 @@ impl Actor for RouterActor {
         _: ActorRef<Self::Msg>,
         inbox: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        Ok(RouterState { inbox, lane: None, count: 0 })
+        Ok(LaneActorState { inbox, lane: None, count: 0 })
     }
 
     async fn handle(
@@ -71,13 +66,13 @@ impl Actor for RouterActor {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            RouterMessage::Begin(parts, reply) => {
+            LaneMessage::Begin(parts, reply) => {
                 state.stop("the cluster was rearranged; submit it again".into()).await;
                 state.count += 1;
                 let lane = state.count;
                 let gone = move |panic| {
-                    // A router that is gone needs no report.
-                    let _ = myself.cast(RouterMessage::LaneEnded { lane, panic });
+                    // An actor that is gone needs no report.
+                    let _ = myself.cast(LaneMessage::LaneEnded { lane, panic });
                 };
                 let result = Lane::spawn(*parts, gone)
                     .map_err(|error| format!("the system gives no thread for computing: {error}"));
@@ -88,14 +83,14 @@ impl Actor for RouterActor {
                 // The asker may have stopped.
                 let _ = reply.send(result);
             }
-            RouterMessage::Stop(reason) => state.stop(reason).await,
-            RouterMessage::LaneEnded { lane, panic } if lane == state.count => {
+            LaneMessage::Stop(reason) => state.stop(reason).await,
+            LaneMessage::LaneEnded { lane, panic } if lane == state.count => {
                 if let Some(panic) = panic {
                     // The node supervises this actor and decides what becomes of it.
                     return Err(format!("the lane panicked: {panic}").into());
                 }
             }
-            RouterMessage::LaneEnded { .. } => {}
+            LaneMessage::LaneEnded { .. } => {}
         }
         Ok(())
     }

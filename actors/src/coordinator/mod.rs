@@ -3,6 +3,9 @@
 //! It decides through a pure machine ([`crate::membership`]) and acts through messages. What
 //! takes time (a node that loads, a job that runs) is done beside its mailbox and reported back.
 
+mod handle;
+mod job;
+
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
@@ -23,10 +26,12 @@ use ractor_cluster::RactorMessage;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
+pub(crate) use self::handle::scope;
+pub use self::handle::{CoordinatorHandle, CoordinatorOptions, PROMPT_BYTES_MAX, ServeError};
+use self::job::Job;
 use crate::{
-    job::{self, Job},
     membership::{Command, Event, Membership, State},
-    node::{NODES, NodeMessage},
+    node::{NODES, NodeMessage, jobs},
     placement::PlacementPolicy,
     trace,
     wire::Wire,
@@ -383,7 +388,7 @@ impl CoordinatorState {
         if self.jobs.len() >= JOBS_MAX {
             return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
         }
-        job::check(&request, &self.arguments.config)?;
+        jobs::check(&request, &self.arguments.config)?;
         // The node with the fewest jobs is home; of equals, the first.
         let home = self
             .nodes

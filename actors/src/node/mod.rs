@@ -1,0 +1,247 @@
+//! The node actor: one machine's part of the cluster, and the only actor that other processes see.
+//!
+//! It owns what an epoch gave this node: a storage actor, one expert shard per layer, the lane,
+//! the links to other nodes. It answers questions and takes assignments; the work
+//! of an assignment is done beside its mailbox, so that it answers while it loads.
+//!
+//! A child that fails takes the node down: the coordinator notices, fails what it must with a
+//! clear reason, and waits for a worker.
+
+pub mod jobs;
+mod loader;
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, OnceLock, atomic::Ordering::Relaxed},
+    time::Instant,
+};
+
+use lite_llm_kernels::cpu::Cpu;
+use lite_llm_runtime::{checkpoint::Checkpoint, expert::ExpertStore, store::DramStore};
+use lite_llm_transport::{
+    messages::{Assignment, NodeInfo, NodeStatus},
+    pool::BufferPool,
+};
+use parking_lot::Mutex;
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
+use ractor_cluster::RactorClusterMessage;
+use rkyv::{Archive, Deserialize, Serialize};
+use tracing::{error, info};
+
+use self::loader::{Loader, LoaderMessage, LoaderState};
+use crate::{
+    lane::{LaneActor, LaneInbox, LaneMessage, LaneStats},
+    links::Links,
+    shard::LoadCounters,
+    wire::Wire,
+};
+
+/// Process group of the nodes, in the scope that is named after the cluster.
+pub const NODES: &str = "nodes";
+
+/// What a node is told, from this process or another.
+#[derive(RactorClusterMessage)]
+pub enum NodeMessage {
+    /// Who are you?
+    #[rpc]
+    Describe(RpcReplyPort<Wire<NodeInfo>>),
+    /// Become ready for an epoch; answered when it is, or cannot be.
+    #[rpc]
+    Load(Wire<Assignment>, RpcReplyPort<Wire<Loaded>>),
+    /// How are you?
+    #[rpc]
+    Status(RpcReplyPort<Wire<NodeStatus>>),
+    /// The cluster can no longer serve: fail what runs, with this reason.
+    Suspend(String),
+    /// Leave, for this reason.
+    Dismiss(String),
+}
+
+/// How an assignment ended.
+#[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Loaded {
+    /// Why not, if not.
+    pub error: Option<String>,
+}
+
+/// What a node works with.
+#[derive(Clone)]
+pub struct NodeOptions {
+    /// Who it says it is.
+    pub info: NodeInfo,
+    /// What computes.
+    pub device: Arc<Cpu>,
+    /// Bytes of caches of keys and values.
+    pub kv_bytes: u64,
+    /// Where the checkpoint is, if not where the coordinator says. In one process it is shared.
+    pub model: Model,
+    /// Connections to other nodes.
+    pub links: Arc<Links>,
+    /// Where the lane is found.
+    pub inbox: LaneInbox,
+    /// Buffers of frames.
+    pub buffers: BufferPool,
+    /// Where the store of its experts is found.
+    pub store: StoreSlot,
+    /// Why the node stopped by itself, if it did.
+    pub farewell: Arc<OnceLock<String>>,
+}
+
+/// Where a node's store is found; empty before its first assignment.
+pub type StoreSlot = Arc<Mutex<Option<Arc<DramStore>>>>;
+
+/// Where a node finds its model.
+#[derive(Clone)]
+pub enum Model {
+    /// Where the coordinator says.
+    AsAssigned,
+    /// In this folder.
+    Folder(PathBuf),
+    /// Here: it was opened already.
+    Open(Arc<Checkpoint>),
+}
+
+/// See the module's text.
+pub struct NodeActor;
+
+/// A node between messages.
+pub struct NodeState {
+    options: NodeOptions,
+    counters: Arc<LoadCounters>,
+    stats: Arc<LaneStats>,
+    lane: ActorRef<LaneMessage>,
+    loader: ActorRef<LoaderMessage>,
+    doing: Arc<Mutex<String>>,
+    rate: Rate,
+}
+
+/// Tokens per second between two questions.
+struct Rate {
+    at: Instant,
+    tokens: u64,
+    last: f32,
+}
+
+impl Rate {
+    fn update(&mut self, tokens: u64) -> f32 {
+        let seconds = self.at.elapsed().as_secs_f32();
+        // Questions that come in a quick row get the same answer.
+        if seconds >= 0.5 {
+            self.last = (tokens - self.tokens) as f32 / seconds;
+            (self.at, self.tokens) = (Instant::now(), tokens);
+        }
+        self.last
+    }
+}
+
+impl Actor for NodeActor {
+    type Msg = NodeMessage;
+    type State = NodeState;
+    type Arguments = NodeOptions;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        options: Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        let cell = myself.get_cell();
+        let inbox = options.inbox.clone();
+        let (lane, _) = Actor::spawn_linked(None, LaneActor, inbox, cell.clone()).await?;
+        let (counters, stats) = (Arc::default(), Arc::default());
+        let doing = Arc::new(Mutex::new("waiting for its experts".to_owned()));
+        let loader = LoaderState {
+            options: options.clone(),
+            counters: Arc::clone(&counters),
+            stats: Arc::clone(&stats),
+            lane: lane.clone(),
+            doing: Arc::clone(&doing),
+            node: cell.clone(),
+            model: None,
+            shards: BTreeMap::new(),
+        };
+        let (loader, _) = Actor::spawn_linked(None, Loader, loader, cell).await?;
+        let rate = Rate { at: Instant::now(), tokens: 0, last: 0.0 };
+        Ok(NodeState { options, counters, stats, lane, loader, doing, rate })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            NodeMessage::Describe(reply) => {
+                // Whoever asked may be gone, here and below.
+                let _ = reply.send(Wire::new(state.options.info.clone()));
+            }
+            NodeMessage::Load(assignment, reply) => match assignment.into_inner() {
+                Ok(assignment) => {
+                    state.loader.cast(LoaderMessage::Load(Box::new(assignment), reply))?;
+                }
+                Err(damaged) => {
+                    let _ = reply.send(Wire::new(Loaded { error: Some(damaged.to_string()) }));
+                }
+            },
+            NodeMessage::Status(reply) => {
+                let _ = reply.send(Wire::new(state.status()));
+            }
+            NodeMessage::Suspend(reason) => {
+                *state.doing.lock() = "waiting for the cluster".into();
+                state.lane.cast(LaneMessage::Stop(reason))?;
+            }
+            NodeMessage::Dismiss(reason) => {
+                info!(%reason, "sent away by the coordinator");
+                let _ =
+                    state.options.farewell.set(format!("sent away by the coordinator: {reason}"));
+                myself.stop(Some(reason));
+            }
+        }
+        Ok(())
+    }
+
+    async fn post_stop(
+        &self,
+        _: ActorRef<Self::Msg>,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        // Children are killed with their parent; the lane must end first.
+        let _ = state.lane.stop_and_wait(Some("the node stops".into()), None).await;
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        event: SupervisionEvent,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        if let SupervisionEvent::ActorFailed(child, reason) = event {
+            // Only the first of several reasons is kept, here and above.
+            let _ = state.options.farewell.set(format!("a part of this node failed: {reason}"));
+            error!(child = %child.get_id(), %reason, "an actor of this node failed; the node stops");
+            myself.stop(Some(reason.to_string()));
+        }
+        Ok(())
+    }
+}
+
+impl NodeState {
+    fn status(&mut self) -> NodeStatus {
+        let NodeInfo { name, address, budget_bytes, .. } = self.options.info.clone();
+        let store = self.options.store.lock().clone();
+        NodeStatus {
+            name,
+            address,
+            state: self.doing.lock().clone(),
+            experts: self.counters.total.load(Relaxed),
+            expert_bytes: store.map_or(0, |store| store.resident_bytes()),
+            budget: budget_bytes,
+            sequences: self.stats.sequences.load(Relaxed),
+            tokens_per_second: self.rate.update(self.stats.tokens.load(Relaxed)),
+            loaded: self.counters.loaded.load(Relaxed),
+            total: self.counters.total.load(Relaxed),
+        }
+    }
+}
