@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release -p lite-llm-examples --example same_bits`
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use lite_llm_actors::{
     local::{LocalCluster, LocalOptions},
@@ -27,6 +27,8 @@ async fn main() -> anyhow::Result<()> {
             kv_dtype: KvDType::F32,
             context: None,
             placement: PlacementPolicy::Balanced,
+            replicas: 1,
+            patience: Duration::from_secs(5),
         };
         let cluster = LocalCluster::start(checkpoint.clone(), &options).await?;
         let request = JobRequest {

@@ -4,7 +4,11 @@
 //! nobody is told, and behind TLS that demands a certificate of the cluster: nothing plain is
 //! ever spoken, and nobody uses it.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use lite_llm_transport::{
     connection::{RawReceiver, RawSender},
@@ -53,7 +57,9 @@ pub struct ControlError {
 impl ControlPlane {
     /// Starts it. `cookie` is a secret that all members of the cluster share.
     pub async fn start(identity: &Identity, cookie: &str) -> Result<Self, ControlError> {
-        let name = identity.who().to_string();
+        // Of two sessions with one name ractor_cluster ends one, and not always the dead one: a member
+        // that comes back has another name.
+        let name = format!("{} {}", identity.who(), unique());
         let failed = |reason: String| ControlError { name: name.clone(), reason };
         let tls = identity.tcp_server_config().map_err(|error| failed(error.to_string()))?;
         let server = NodeServer::new(
@@ -85,4 +91,12 @@ impl ControlPlane {
     pub fn stop(&self) {
         self.server.stop(None);
     }
+}
+
+/// A word that no other start of a control plane has.
+fn unique() -> String {
+    static STARTS: AtomicU64 = AtomicU64::new(0);
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (nanos, starts) = (since.as_nanos(), STARTS.fetch_add(1, Relaxed));
+    format!("{:x}-{nanos:x}-{starts:x}", std::process::id())
 }

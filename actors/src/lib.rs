@@ -3,7 +3,7 @@
 //! ```text
 //! CoordinatorHandle (door: QUIC endpoint)
 //! └─ Coordinator                 membership, placement, jobs          (one per cluster)
-//!      │  ractor: Describe, Load, Status, Suspend, Dismiss            control plane
+//!      │  ractor: Describe, Load, Serve, Vitals, Dismiss              control plane
 //!      ▼
 //!    NodeActor                   the one actor that others see        (one per worker)
 //!    ├─ LaneActor ── Lane        sequences and passes, on an OS thread
@@ -16,13 +16,15 @@
 //! own ([`node::jobs`], [`links`]) into the lane's bounded inbox ([`lane`]).
 //!
 //! Invariants: no arithmetic and no file formats here; decisions are made by pure machines
-//! ([`membership`], [`placement`], and the exchange of `transport`); every wait has a deadline,
+//! ([`cluster`], [`lane::LaneMachine`], and the exchange of `transport`); every wait has a deadline,
 //! every queue a bound; one facade actor per node is visible to others, never one per expert.
 
+pub mod cluster;
 pub mod control;
 pub mod coordinator;
 pub mod lane;
 pub mod links;
+pub mod liveness;
 pub mod local;
 pub mod membership;
 pub mod node;
@@ -33,4 +35,5 @@ pub mod storage;
 mod testing;
 pub mod trace;
 pub mod wire;
+pub mod words;
 pub mod worker;

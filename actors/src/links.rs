@@ -2,13 +2,14 @@
 //!
 //! Each ordered pair of nodes has one long-lived stream: batches go out on it, answers come back.
 //! Of two nodes the one with the higher index dials. Everything a task cannot deliver ends the
-//! connection, and a connection that ends is told to the lane at once.
+//! connection; that is told to the lane at once, and the connection is made anew, for as long as the
+//! other is a node of this cluster.
 //!
 //! Invariants: every queue has a bound; a task never waits for a lane longer than
 //! [`INBOX_TIMEOUT`]; nothing here looks at numbers.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -23,15 +24,20 @@ use lite_llm_transport::{
     messages::{ExpertBatchView, ExpertFailure, ExpertReplyView, NodeAddress},
 };
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc};
+use tokio::{
+    sync::{Notify, mpsc},
+    task::AbortHandle,
+};
 use tracing::{debug, warn};
 
-use crate::lane::{LaneEvent, LaneInbox, OUTBOX_MAX, Peer};
+use crate::lane::{LaneEvent, LaneInbox, OUTBOX_MAX};
 
-/// How long all nodes of an epoch may take to connect to each other.
-pub const LINK_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a lane may take to make room in its inbox.
 pub const INBOX_TIMEOUT: Duration = Duration::from_secs(20);
+/// Pauses between two attempts to reach a node: the first, and the longest.
+const REDIAL_PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// How long a node that is to dial may take before it counts as unreachable.
+const DIALED_WITHIN: Duration = Duration::from_secs(1);
 
 /// The connections of one node to others.
 pub struct Links {
@@ -39,17 +45,33 @@ pub struct Links {
     inbox: LaneInbox,
     connections: Mutex<HashMap<String, Connection>>,
     changed: Notify,
+    /// The tasks that keep a link to each node.
+    keepers: Mutex<HashMap<Link, AbortHandle>>,
+    /// Nodes that cannot be reached, and why.
+    down: Mutex<BTreeMap<String, String>>,
 }
 
-/// Peers whose streams are open but do not yet lead into a lane.
-pub struct LinkedPeers {
-    streams: Vec<Option<(String, FrameSender, FrameReceiver)>>,
+/// A link that is to stand.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Link {
+    index: u16,
+    name: String,
+    address: String,
+    /// This node dials; if not, it waits to be dialed.
+    dials: bool,
 }
 
 impl Links {
     /// Connections over an endpoint; what peers ask for goes to the lane of `inbox`.
     pub fn new(endpoint: Endpoint, inbox: LaneInbox) -> Arc<Self> {
-        Arc::new(Self { endpoint, inbox, connections: Mutex::default(), changed: Notify::new() })
+        Arc::new(Self {
+            endpoint,
+            inbox,
+            connections: Mutex::default(),
+            changed: Notify::new(),
+            keepers: Mutex::default(),
+            down: Mutex::default(),
+        })
     }
 
     /// Takes in connections of other nodes until the endpoint is closed.
@@ -60,6 +82,46 @@ impl Links {
                 self.clone().keep(connection);
             }
         }
+    }
+
+    /// Nodes that cannot be reached.
+    pub fn unreachable(&self) -> Vec<String> {
+        self.down.lock().keys().cloned().collect()
+    }
+
+    /// Keeps a link to each of these nodes, and to no others. The lane is to know the nodes by then.
+    pub fn keep_to(self: &Arc<Self>, nodes: &[NodeAddress], me: u16) {
+        let here = usize::from(me);
+        let others =
+            nodes.iter().enumerate().filter(|(i, node)| *i != here && !node.name.is_empty());
+        let wanted: Vec<Link> = others
+            .map(|(index, node)| Link {
+                index: index as u16,
+                name: node.name.clone(),
+                address: node.address.clone(),
+                dials: index < here,
+            })
+            .collect();
+        let mut keepers = self.keepers.lock();
+        keepers.retain(|link, keeper| {
+            let stays = wanted.contains(link);
+            if !stays {
+                keeper.abort();
+            }
+            stays
+        });
+        self.down.lock().retain(|name, _| wanted.iter().any(|link| link.name == *name));
+        for link in wanted {
+            if !keepers.contains_key(&link) {
+                let task = tokio::spawn(self.clone().keep_link(link.clone()));
+                keepers.insert(link, task.abort_handle());
+            }
+        }
+    }
+
+    /// Keeps no link any more.
+    pub fn stop(&self) {
+        self.keepers.lock().drain().for_each(|(_, keeper)| keeper.abort());
     }
 
     fn keep(self: Arc<Self>, connection: Connection) {
@@ -86,49 +148,70 @@ impl Links {
         }
     }
 
-    /// Connects to all other nodes of an epoch and opens a stream to each.
-    pub async fn connect(
-        self: &Arc<Self>,
-        nodes: &[NodeAddress],
-        me: u16,
-    ) -> Result<LinkedPeers, String> {
-        let deadline = tokio::time::Instant::now() + LINK_TIMEOUT;
-        let mut streams = Vec::with_capacity(nodes.len());
-        for (index, node) in nodes.iter().enumerate() {
-            if index == usize::from(me) {
-                streams.push(None);
-                continue;
-            }
-            let connection = if index < usize::from(me) {
-                self.dial(node).await
-            } else {
-                tokio::time::timeout_at(deadline, self.dialed_by(node)).await.map_err(|_| {
-                    let (name, address) = (&node.name, &node.address);
-                    format!("worker {name} ({address}) did not connect within {LINK_TIMEOUT:?}")
-                })
-            }?;
-            let (sender, receiver) = connection
-                .open_stream(StreamKind::Experts)
-                .await
-                .map_err(|error| error.to_string())?;
-            streams.push(Some((node.name.clone(), sender, receiver)));
+    /// Makes a link, carries frames over it, and makes it anew when it is lost.
+    async fn keep_link(self: Arc<Self>, link: Link) {
+        let (first, longest) = REDIAL_PAUSES;
+        let mut pause = first;
+        loop {
+            let reason = match self.open(&link).await {
+                Ok((connection, sender, receiver)) => {
+                    self.down.lock().remove(&link.name);
+                    pause = first;
+                    let reason = self.carry(link.index, sender, receiver).await;
+                    // A stream is lost alone where its peer broke a rule.
+                    connection.close(&reason);
+                    reason
+                }
+                Err(reason) => reason,
+            };
+            debug!(peer = %link.name, %reason, "no link");
+            self.down.lock().insert(link.name.clone(), reason);
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(longest);
         }
-        Ok(LinkedPeers { streams })
     }
 
-    async fn dial(self: &Arc<Self>, node: &NodeAddress) -> Result<Connection, String> {
-        if let Some(connection) = self.live(node) {
+    async fn open(
+        self: &Arc<Self>,
+        link: &Link,
+    ) -> Result<(Connection, FrameSender, FrameReceiver), String> {
+        let connection = match link.dials {
+            true => self.dial(link).await?,
+            false => self.dialed_by(link).await,
+        };
+        let (sender, receiver) =
+            connection.open_stream(StreamKind::Experts).await.map_err(|error| error.to_string())?;
+        Ok((connection, sender, receiver))
+    }
+
+    /// Carries frames between a stream and the lane. Returns how that ended.
+    async fn carry(&self, peer: u16, sender: FrameSender, receiver: FrameReceiver) -> String {
+        let Some(lane) = self.inbox.load_full() else {
+            return "this worker's lane has not begun".to_owned();
+        };
+        let (outbox, frames) = mpsc::channel(OUTBOX_MAX);
+        if !deliver(&lane, LaneEvent::PeerUp { peer, outbox }).await {
+            return "this worker's lane takes no events".to_owned();
+        }
+        let reason = tokio::select! {
+            reason = send_batches(sender, frames) => reason,
+            reason = read_replies(peer, receiver, &lane) => reason,
+        };
+        deliver(&lane, LaneEvent::PeerLost { peer, reason: reason.clone() }).await;
+        reason
+    }
+
+    async fn dial(self: &Arc<Self>, link: &Link) -> Result<Connection, String> {
+        if let Some(connection) = self.live(link) {
             return Ok(connection);
         }
-        let address: SocketAddr = node.address.parse().map_err(|_| {
-            format!(
-                "worker {} says that it listens on {:?}; host:port is expected",
-                node.name, node.address
-            )
+        let Link { name, address, .. } = link;
+        let address: SocketAddr = address.parse().map_err(|_| {
+            format!("worker {name} says that it listens on {address:?}; host:port is expected")
         })?;
         let connection = self
             .endpoint
-            .connect(address, &Expect::worker(&node.name))
+            .connect(address, &Expect::worker(name))
             .await
             .map_err(|error| error.to_string())?;
         self.clone().keep(connection.clone());
@@ -137,60 +220,23 @@ impl Links {
 
     /// The connection to this very node, if it stands: one of the same name that died and was
     /// started again listens on another port.
-    fn live(&self, node: &NodeAddress) -> Option<Connection> {
-        let port = node.address.parse::<SocketAddr>().ok()?.port();
-        let kept = self.connections.lock().get(&node.name).cloned()?;
+    fn live(&self, link: &Link) -> Option<Connection> {
+        let port = link.address.parse::<SocketAddr>().ok()?.port();
+        let kept = self.connections.lock().get(&link.name).cloned()?;
         (kept.close_reason().is_none() && kept.address().port() == port).then_some(kept)
     }
 
-    async fn dialed_by(&self, node: &NodeAddress) -> Connection {
+    async fn dialed_by(&self, link: &Link) -> Connection {
         loop {
             let changed = self.changed.notified();
-            if let Some(connection) = self.live(node) {
+            if let Some(connection) = self.live(link) {
                 return connection;
             }
-            changed.await;
-        }
-    }
-}
-
-impl LinkedPeers {
-    /// The peers as a lane takes them, and what is left to start once the lane is there.
-    pub fn into_peers(self) -> (Vec<Option<Peer>>, PendingReaders) {
-        let (mut peers, mut pending) = (Vec::new(), Vec::new());
-        for (index, stream) in self.streams.into_iter().enumerate() {
-            peers.push(stream.map(|(name, sender, receiver)| {
-                let (outbox, frames) = mpsc::channel(OUTBOX_MAX);
-                pending.push((index as u16, sender, receiver, frames));
-                Peer { name, outbox }
-            }));
-        }
-        (peers, PendingReaders { pending })
-    }
-}
-
-type PendingReader = (u16, FrameSender, FrameReceiver, mpsc::Receiver<OutgoingFrame>);
-
-/// Streams to peers whose tasks have not begun.
-pub struct PendingReaders {
-    pending: Vec<PendingReader>,
-}
-
-impl PendingReaders {
-    /// Starts the tasks; they end with the lane or with the connection.
-    pub fn start(self, lane: &Sender<LaneEvent>) {
-        for (peer, mut sender, receiver, mut frames) in self.pending {
-            let lost = lane.clone();
-            tokio::spawn(async move {
-                while let Some(frame) = frames.recv().await {
-                    if let Err(error) = sender.send(frame).await {
-                        let reason = how(error);
-                        deliver(&lost, LaneEvent::PeerLost { peer, reason }).await;
-                        return;
-                    }
-                }
-            });
-            tokio::spawn(read_replies(peer, receiver, lane.clone()));
+            // What nobody dials is reported as unreachable meanwhile.
+            if tokio::time::timeout(DIALED_WITHIN, changed).await.is_err() {
+                let reason = format!("it has not connected within {DIALED_WITHIN:?}");
+                self.down.lock().insert(link.name.clone(), reason);
+            }
         }
     }
 }
@@ -203,23 +249,36 @@ fn how(error: FrameError) -> String {
     }
 }
 
-async fn read_replies(peer: u16, mut receiver: FrameReceiver, lane: Sender<LaneEvent>) {
-    let reason = loop {
+/// Brings a peer's answers to the lane. Returns how the stream ended.
+async fn read_replies(peer: u16, mut receiver: FrameReceiver, lane: &Sender<LaneEvent>) -> String {
+    loop {
         let reply = match receiver.recv().await {
             Ok(Some(frame)) => ExpertReplyView::check(&frame),
-            Ok(None) => break "it closed its stream".to_owned(),
-            Err(error) => break how(error),
+            Ok(None) => return "it closed its stream".to_owned(),
+            Err(error) => return how(error),
         };
         match reply {
             Ok(reply) => {
-                if !deliver(&lane, LaneEvent::Reply { peer, reply }).await {
-                    return;
+                if !deliver(lane, LaneEvent::Reply { peer, reply }).await {
+                    return "this worker's lane takes no answers".to_owned();
                 }
             }
-            Err(error) => break error.to_string(),
+            Err(error) => return error.to_string(),
         }
-    };
-    deliver(&lane, LaneEvent::PeerLost { peer, reason }).await;
+    }
+}
+
+/// Sends a peer its batches. Returns how the stream ended.
+async fn send_batches(
+    mut sender: FrameSender,
+    mut frames: mpsc::Receiver<OutgoingFrame>,
+) -> String {
+    while let Some(frame) = frames.recv().await {
+        if let Err(error) = sender.send(frame).await {
+            return how(error);
+        }
+    }
+    "this worker's lane has ended".to_owned()
 }
 
 /// Brings a peer's batches to the lane and the answers back.

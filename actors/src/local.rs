@@ -3,6 +3,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use lite_llm_kernels::{cpu::Cpu, kv::KvDType, simd::Simd};
@@ -35,6 +36,10 @@ pub struct LocalOptions {
     pub context: Option<usize>,
     /// How experts are spread.
     pub placement: PlacementPolicy,
+    /// Nodes that hold each expert.
+    pub replicas: u16,
+    /// How long jobs and their parts wait for a node that takes the place of one that is gone.
+    pub patience: Duration,
 }
 
 /// A running local cluster.
@@ -64,6 +69,8 @@ impl LocalCluster {
             kv_dtype: options.kv_dtype,
             context: options.context,
             remote_workers: false,
+            replicas: options.replicas,
+            patience: options.patience,
         })
         .await?;
         let starts = (1..=options.workers).map(|number| {
@@ -77,6 +84,7 @@ impl LocalCluster {
                 kv_bytes: options.kv_bytes,
                 model: Model::Open(checkpoint.clone()),
                 remote: false,
+                patience: options.patience,
             })
         });
         let workers =

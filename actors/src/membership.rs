@@ -1,30 +1,85 @@
-//! Who is in the cluster and what each member is to hold: a pure machine.
+//! Who is in the cluster, what each member is to hold, and how that changes while jobs run: a pure
+//! machine.
+//!
+//! A member has a *slot*, its index in assignments; the slot stays its own until it is gone and
+//! somebody else takes it. There are two placements: the one that *serves*, which lanes use, and at
+//! most one *target*, which is being loaded while the other serves on.
 //!
 //! ```text
-//! Waiting ─(enough joined)─▶ Loading ─(all loaded)─▶ Ready
-//!    ▲                          │                      │
-//!    └───────(a member left)────┴──────────────────────┘
+//! lobby ──(enough members, or all experts held)──▶ target ──(all its holders loaded)──▶ serving
+//!                                                    ▲                                     │
+//!                 joined, lost, drained, unfit, cut ─┴─────────────────────────────────────┘
 //! ```
 //!
-//! Invariants: a slot keeps its experts when its member is replaced, so survivors reload
-//! nothing; an epoch's assignment goes to each member once; results of older epochs are ignored.
+//! Invariants: epochs grow, also past those of an earlier coordinator; a target serves when every
+//! holder has loaded it, and not before; it ends with the life of a holder; whatever is reported
+//! about another epoch, or by an earlier incarnation of a member, changes nothing; what a member
+//! serves and what it is to load fit in its budget together ([`plan`]); no state is final.
+//!
+//! What a node must do for that: at [`Command::Load`] it keeps what it was last told to serve
+//! *since it joined* and what the assignment gives it, drops all else, and then loads; at
+//! [`Command::Serve`] it uses that assignment, and drops all else. It takes them in order.
 
-use std::collections::VecDeque;
+mod cuts;
+mod facts;
+mod form;
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
 use lite_llm_runtime::config::ModelConfig;
-use lite_llm_transport::messages::{NodeAddress, NodeInfo};
+use lite_llm_transport::messages::{NodeAddress, NodeInfo, PlacementRule};
 
-use crate::placement::{Owners, PlacementPolicy, place};
+pub use self::facts::{Lost, Missing};
+use self::{cuts::Cuts, form::Held};
+use crate::{
+    placement::{DoesNotFit, Placement, PlacementPolicy, plan},
+    words,
+};
+
+/// How long a lost member may take to come back before others load its share, if all its experts
+/// have other holders.
+pub const REPAIR_DELAY: Duration = Duration::from_secs(2);
+/// How long a member that could not load is left out.
+pub const RETRY_DELAY: Duration = Duration::from_secs(10);
+/// How long a link must be down before experts move because of it, and up before they move back.
+pub const LINK_REPAIR: Duration = Duration::from_secs(1);
+/// Most slots. More than any cluster of one coordinator has members.
+pub const SLOTS_MAX: usize = 4096;
+
+/// What a worker has loaded, by its own account: the last assignment that it finished.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holding {
+    /// Its number.
+    pub epoch: u64,
+    /// Names of the nodes, by slot.
+    pub nodes: Vec<String>,
+    /// The worker's own slot.
+    pub you: u16,
+    /// Who held what.
+    pub rules: Vec<PlacementRule>,
+}
 
 /// What happens to the membership.
 #[derive(Debug, Clone)]
 pub enum Event {
     /// A node is there and can be given experts.
-    Joined(NodeInfo),
+    Joined {
+        /// Who it is.
+        info: NodeInfo,
+        /// Which life of this name: another for each time that it joins.
+        incarnation: u64,
+        /// What it has loaded, from this coordinator or an earlier one.
+        holding: Option<Holding>,
+    },
     /// A node is gone.
     Left {
         /// Its name.
         name: String,
+        /// Which of its lives ended.
+        incarnation: u64,
         /// How it was noticed.
         reason: String,
     },
@@ -37,41 +92,82 @@ pub enum Event {
         /// Why not, if not.
         result: Result<(), String>,
     },
+    /// A member has no link to another.
+    Unreachable {
+        /// Who is not reached.
+        name: String,
+        /// Who says so.
+        by: String,
+    },
+    /// A member has a link to another again.
+    Reachable {
+        /// Who is reached.
+        name: String,
+        /// Who says so.
+        by: String,
+    },
+    /// A member shows no sign of progress.
+    Suspect {
+        /// Its name.
+        name: String,
+        /// What was noticed.
+        reason: String,
+    },
+    /// It does again.
+    Recovered {
+        /// Its name.
+        name: String,
+    },
+    /// A member is to give its share away and go.
+    Drain {
+        /// Its name.
+        name: String,
+    },
+    /// Time has passed.
+    Tick,
+}
+
+/// An assignment, but for what is the same in all of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Its number.
+    pub epoch: u64,
+    /// The receiver's slot.
+    pub index: u16,
+    /// All slots; one that is vacant has an empty name and an empty address.
+    pub nodes: Vec<NodeAddress>,
+    /// Who holds what.
+    pub placement: Placement,
 }
 
 /// What the membership wants done.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
-    /// Give this node its part.
+    /// Have this node load what it lacks of an assignment; what it serves, it goes on serving.
     Load {
         /// Its name.
         name: String,
-        /// The epoch.
-        epoch: u64,
-        /// Its index among the nodes.
-        index: u16,
-        /// All nodes of the epoch.
-        nodes: Vec<NodeAddress>,
-        /// Owner of every expert.
-        owners: Owners,
+        /// What it is to hold.
+        assignment: Plan,
     },
-    /// A node that is not needed, or not wanted, is sent away.
+    /// All holders have loaded the epoch: this node is to use it now, and to drop all else.
+    Serve {
+        /// Its name.
+        name: String,
+        /// What it holds.
+        assignment: Plan,
+    },
+    /// A node is sent away: it is drained, or there is a newer one of its name.
     Dismiss {
         /// Its name.
         name: String,
+        /// Which of its lives.
+        incarnation: u64,
         /// Why.
         reason: String,
     },
-    /// All nodes of the epoch have loaded.
-    Ready {
-        /// The epoch.
-        epoch: u64,
-    },
-    /// The cluster can no longer serve; what runs must fail with this reason.
-    Suspend {
-        /// Why.
-        reason: String,
-    },
+    /// The state or the homes are others than before.
+    Changed,
 }
 
 /// What the membership is doing.
@@ -79,91 +175,132 @@ pub enum Command {
 pub enum State {
     /// For nodes.
     Waiting,
-    /// Nodes load their experts.
+    /// Nodes load their experts; before that, nothing can be served.
     Loading,
-    /// Requests can be served.
+    /// Requests are served, with all copies.
     Ready,
-    /// It cannot be served by these nodes.
+    /// Something is missing.
+    Degraded {
+        /// Whether every expert has a living holder, so that requests are served all the same.
+        complete: bool,
+    },
+    /// What these nodes have is not enough. The next to join, or a later attempt, may end this.
     Failed(String),
 }
 
 #[derive(Debug)]
 struct Member {
     info: NodeInfo,
-    loaded: bool,
+    incarnation: u64,
+    /// What it brought; of no interest once it serves.
+    held: Option<Held>,
+    /// It was told the serving epoch, and holds its share of it.
+    serves: bool,
+    /// The target that it was told last.
+    told: u64,
+    /// The target that it has loaded.
+    loaded: u64,
+    suspect: bool,
+    draining: bool,
+    /// It is to hold nothing while its links are down.
+    cut_off: bool,
+    /// Why it could not load, and until when it is left out.
+    unfit: Option<(String, Instant)>,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    member: Option<Member>,
+    /// Who had it before, and is welcome back.
+    last: Option<Lost>,
+}
+
+#[derive(Debug, Clone)]
+struct Epoch {
+    number: u64,
+    nodes: Vec<NodeAddress>,
+    placement: Placement,
+}
+
+/// How a cluster is to be.
+#[derive(Debug, Clone)]
+pub struct MembershipOptions {
+    /// The model.
+    pub config: ModelConfig,
+    /// Bytes of an expert, per tier.
+    pub expert_bytes: Vec<u64>,
+    /// Members that make the cluster whole.
+    pub workers: usize,
+    /// Holders of each expert.
+    pub copies: u16,
+    /// How experts are spread.
+    pub policy: PlacementPolicy,
 }
 
 /// See the module's text.
 #[derive(Debug)]
 pub struct Membership {
-    config: ModelConfig,
-    /// Per tier.
-    expert_bytes: Vec<u64>,
-    policy: PlacementPolicy,
-    slots: Vec<Option<Member>>,
-    owners: Option<Owners>,
+    options: MembershipOptions,
+    /// Members without slots: the cluster is not formed yet.
+    lobby: Vec<Member>,
+    formed: bool,
+    slots: Vec<Slot>,
+    /// What members hold of an earlier coordinator's epoch that cannot serve.
+    base: Option<Placement>,
+    serving: Option<Epoch>,
+    target: Option<Epoch>,
     epoch: u64,
+    cuts: Cuts,
+    repair_at: Option<Instant>,
+    refused: Option<DoesNotFit>,
     state: State,
+    homes: Vec<String>,
     commands: VecDeque<Command>,
 }
 
 impl Membership {
-    /// A cluster of `nodes` nodes for a model whose experts take `expert_bytes[tier]` each.
-    pub fn new(
-        config: ModelConfig,
-        expert_bytes: Vec<u64>,
-        nodes: usize,
-        policy: PlacementPolicy,
-    ) -> Self {
+    /// A cluster without members.
+    pub fn new(options: MembershipOptions) -> Self {
         Self {
-            config,
-            expert_bytes,
-            policy,
-            slots: (0..nodes).map(|_| None).collect(),
-            owners: None,
+            options,
+            lobby: Vec::new(),
+            formed: false,
+            slots: Vec::new(),
+            base: None,
+            serving: None,
+            target: None,
             epoch: 0,
+            cuts: Cuts::default(),
+            repair_at: None,
+            refused: None,
             state: State::Waiting,
+            homes: Vec::new(),
             commands: VecDeque::new(),
         }
     }
 
-    /// What it is doing.
-    pub fn state(&self) -> &State {
-        &self.state
-    }
-
-    /// Number of the placement.
-    pub fn epoch(&self) -> u64 {
-        self.epoch
-    }
-
-    /// The members, in order of their indices.
-    pub fn members(&self) -> impl Iterator<Item = &NodeInfo> {
-        self.slots.iter().flatten().map(|member| &member.info)
-    }
-
-    /// Whom it waits for, for people.
-    pub fn waiting_for(&self) -> Vec<String> {
-        match self.state {
-            State::Waiting => {
-                let missing = self.slots.iter().filter(|slot| slot.is_none()).count();
-                vec![format!("{missing} of {} workers to join", self.slots.len())]
-            }
-            State::Loading => {
-                let loading = self.slots.iter().flatten().filter(|member| !member.loaded);
-                loading.map(|member| format!("{} to load", member.info.name)).collect()
-            }
-            State::Ready | State::Failed(_) => Vec::new(),
-        }
-    }
-
     /// Takes note of an event.
-    pub fn handle(&mut self, event: Event) {
-        match event {
-            Event::Joined(info) => self.join(info),
-            Event::Left { name, reason } => self.leave(&name, &reason),
-            Event::Loaded { name, epoch, result } => self.loaded(&name, epoch, result),
+    pub fn handle(&mut self, now: Instant, event: Event) {
+        let mut anew = self.due(now);
+        anew |= match event {
+            Event::Joined { info, incarnation, holding } => self.join(info, incarnation, holding),
+            Event::Left { name, incarnation, reason } => {
+                self.leave(now, &name, incarnation, reason)
+            }
+            Event::Loaded { name, epoch, result } => self.loaded(now, &name, epoch, result),
+            Event::Unreachable { name, by } => self.link(now, &name, &by, false),
+            Event::Reachable { name, by } => self.link(now, &name, &by, true),
+            Event::Suspect { name, .. } => self.mark(&name, |member| member.suspect = true, false),
+            Event::Recovered { name } => self.mark(&name, |member| member.suspect = false, false),
+            Event::Drain { name } => self.mark(&name, |member| member.draining = true, true),
+            Event::Tick => false,
+        };
+        anew |= self.work_around(now);
+        while anew {
+            anew = if self.awaits(now) { self.refresh() } else { self.replan(now) };
         }
+        self.send_away();
+        self.assess();
     }
 
     /// The next thing to be done.
@@ -171,196 +308,354 @@ impl Membership {
         self.commands.pop_front()
     }
 
-    fn join(&mut self, info: NodeInfo) {
-        let dismiss = |reason: String| Command::Dismiss { name: info.name.clone(), reason };
-        if self.members().any(|member| member.name == info.name) {
-            let reason = format!("a worker named {} is here already; give --name", info.name);
-            self.commands.push_back(dismiss(reason));
-            return;
+    /// When a tick is due, if nothing happens before.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let retries = self.present().filter_map(|(_, m)| m.unfit.as_ref().map(|unfit| unfit.1));
+        retries.chain(self.repair_at).chain(self.cuts.timeout()).min()
+    }
+
+    /// Notes what time has brought. Returns whether to plan anew.
+    fn due(&mut self, now: Instant) -> bool {
+        let mut anew = self.repair_at.is_some_and(|at| at <= now);
+        for member in self.slots.iter_mut().filter_map(|slot| slot.member.as_mut()) {
+            anew |= member.unfit.take_if(|(_, until)| *until <= now).is_some();
         }
-        let Some(slot) = self.slots.iter_mut().find(|slot| slot.is_none()) else {
-            let reason = format!(
-                "this cluster has its {} workers; start the coordinator with a larger --workers",
-                self.slots.len()
-            );
-            self.commands.push_back(dismiss(reason));
-            return;
+        self.cuts.settle(now);
+        anew
+    }
+
+    fn mark(&mut self, name: &str, mark: impl Fn(&mut Member), anew: bool) -> bool {
+        let slots = self.slots.iter_mut().filter_map(|slot| slot.member.as_mut());
+        let found = slots.chain(&mut self.lobby).find(|member| member.info.name == name);
+        let known = found.is_some();
+        found.into_iter().for_each(mark);
+        known && anew
+    }
+
+    fn leave(&mut self, now: Instant, name: &str, incarnation: u64, reason: String) -> bool {
+        let gone = |m: &Member| m.info.name == name && m.incarnation == incarnation;
+        if let Some(at) = self.lobby.iter().position(gone) {
+            self.lobby.remove(at);
+            return false;
+        }
+        let Some((index, _)) = self.present().find(|(_, member)| gone(member)) else {
+            return false;
         };
-        *slot = Some(Member { info, loaded: false });
-        if self.slots.iter().all(Option::is_some) {
-            self.assign();
+        self.vacate(index, Some(reason));
+        let names =
+            |epoch: &Option<Epoch>| epoch.as_ref().is_some_and(|e| e.placement.names(index));
+        if names(&self.target) || !self.is_complete() {
+            return true;
+        }
+        if names(&self.serving) {
+            self.repair_at.get_or_insert(now + REPAIR_DELAY);
+        }
+        false
+    }
+
+    /// Takes a member out of its slot.
+    fn vacate(&mut self, index: u16, reason: Option<String>) {
+        let slot = &mut self.slots[usize::from(index)];
+        if let Some(member) = slot.member.take() {
+            self.cuts.forget(&member.info.name);
+            slot.last = Some(Lost { name: member.info.name, how: reason });
         }
     }
 
-    fn assign(&mut self) {
-        let budgets: Vec<u64> = self.members().map(|member| member.budget_bytes).collect();
-        let fits = |owners: &Owners| {
-            let held = owners.held(&self.config, &self.expert_bytes, budgets.len());
-            held.iter().zip(&budgets).all(|(held, budget)| held <= budget)
-        };
-        let owners = match self.owners.take().filter(fits) {
-            Some(owners) => Ok(owners),
-            None => place(&self.config, &self.expert_bytes, &budgets, self.policy),
-        };
-        match owners {
-            Ok(owners) => {
-                self.epoch += 1;
-                self.state = State::Loading;
-                let nodes: Vec<NodeAddress> = self
-                    .members()
-                    .map(|m| NodeAddress { name: m.name.clone(), address: m.address.clone() })
-                    .collect();
-                for (index, member) in self.slots.iter_mut().flatten().enumerate() {
-                    member.loaded = false;
-                    self.commands.push_back(Command::Load {
-                        name: member.info.name.clone(),
-                        epoch: self.epoch,
-                        index: index as u16,
-                        nodes: nodes.clone(),
-                        owners: owners.clone(),
-                    });
-                }
-                self.owners = Some(owners);
+    fn loaded(&mut self, now: Instant, name: &str, epoch: u64, result: Result<(), String>) -> bool {
+        if self.target.as_ref().is_none_or(|target| target.number != epoch) {
+            return false;
+        }
+        let members = self.slots.iter_mut().filter_map(|slot| slot.member.as_mut());
+        let mut told = members.filter(|m| m.info.name == name && m.told == epoch);
+        let Some(member) = told.next() else { return false };
+        match result {
+            Ok(()) => {
+                member.loaded = epoch;
+                self.serve_if_loaded()
             }
-            Err(error) => self.fail(error.to_string()),
+            Err(reason) => {
+                member.unfit = Some((reason, now + RETRY_DELAY));
+                true
+            }
         }
     }
 
-    fn leave(&mut self, name: &str, reason: &str) {
-        let named = |slot: &&mut Option<Member>| {
-            slot.as_ref().is_some_and(|member| member.info.name == name)
+    fn link(&mut self, now: Instant, name: &str, by: &str, up: bool) -> bool {
+        let is_member = |name: &str| self.present().any(|(_, member)| member.info.name == name);
+        if name != by && is_member(name) && is_member(by) {
+            self.cuts.report(now, name, by, up);
+        }
+        false
+    }
+
+    /// Leaves out members whose links are down, so that every other member reaches every expert;
+    /// takes them in again when their links are up. Returns whether to plan anew.
+    fn work_around(&mut self, now: Instant) -> bool {
+        let Some(serving) = &self.serving else { return false };
+        let mut anew = false;
+        for member in self.slots.iter_mut().filter_map(|slot| slot.member.as_mut()) {
+            if member.cut_off && !self.cuts.concern(&member.info.name) {
+                member.cut_off = false;
+                anew = true;
+            }
+        }
+        loop {
+            let whole: Vec<(u16, &Member)> =
+                self.present().filter(|(_, member)| !member.cut_off).collect();
+            let cut = |a: &Member, b: &Member| {
+                self.cuts.is_down_since(&a.info.name, &b.info.name, now, LINK_REPAIR)
+            };
+            let cuts_of = |member: &Member| whole.iter().filter(|(_, b)| cut(member, b)).count();
+            let lacks = |&(_, member): &(u16, &Member)| {
+                let unreached = |index: u16| {
+                    whole.iter().any(|(at, holder)| *at == index && cut(member, holder))
+                };
+                cuts_of(member) > 0
+                    && serving.placement.missing(|index| !unreached(index) && self.serves(index))
+                    && !serving.placement.missing(|index| self.serves(index))
+            };
+            if !whole.iter().any(lacks) {
+                return anew;
+            }
+            let worst = whole.iter().max_by_key(|(index, member)| (cuts_of(member), *index));
+            let Some(index) = worst.map(|(index, _)| usize::from(*index)) else { return anew };
+            let worst = self.slots[index].member.as_mut().expect("it is present");
+            worst.cut_off = true;
+            anew = true;
+        }
+    }
+
+    /// Whether a lost member is still to be waited for: nothing moves meanwhile.
+    fn awaits(&self, now: Instant) -> bool {
+        let Some(serving) = &self.serving else { return false };
+        let vacant = |index: u16| self.slots[usize::from(index)].member.is_none();
+        self.repair_at.is_some_and(|at| now < at)
+            && self.is_complete()
+            && (0..self.slots.len() as u16).any(|i| vacant(i) && serving.placement.names(i))
+    }
+
+    /// Lets those serve who came back with what they are to serve, and gives up a target that
+    /// cannot be loaded any more. Nothing is left to be planned.
+    fn refresh(&mut self) -> bool {
+        let member =
+            |index: u16| self.slots.get(usize::from(index)).and_then(|slot| slot.member.as_ref());
+        let lives = |target: &Epoch| {
+            let here =
+                |index| member(index).is_some_and(|m| m.told == target.number && m.unfit.is_none());
+            (0..target.nodes.len() as u16).all(|i| here(i) || !target.placement.names(i))
         };
-        let Some(slot) = self.slots.iter_mut().find(named) else { return };
-        *slot = None;
-        // Also after a failure: the next to join may bring what was missing.
-        self.state = State::Waiting;
-        self.commands.push_back(Command::Suspend { reason: gone(name, reason) });
+        if !self.target.as_ref().is_some_and(lives) {
+            self.target = None;
+        }
+        let Some(serving) = &self.serving else { return false };
+        let back = |(index, member): (u16, &Member)| {
+            !member.serves && self.has(index, member, &serving.placement)
+        };
+        if self.target.is_none() && self.present().any(back) {
+            self.epoch += 1;
+            let placement = serving.placement.clone();
+            self.target = Some(Epoch { number: self.epoch, nodes: self.nodes(), placement });
+            self.serve();
+        }
+        false
     }
 
-    fn loaded(&mut self, name: &str, epoch: u64, result: Result<(), String>) {
-        if epoch != self.epoch || self.state != State::Loading {
-            return;
+    /// Makes a target of what there is. Returns whether it serves already, so that the next one
+    /// can be made.
+    fn replan(&mut self, now: Instant) -> bool {
+        let waited = self.repair_at.take_if(|at| *at <= now).is_some();
+        if !self.formed {
+            if !self.form(waited) {
+                // Who held something comes back one after the other.
+                let enough = self.lobby.len() >= self.options.workers;
+                let until = self.repair_at.unwrap_or(now + REPAIR_DELAY);
+                self.repair_at = Some(until).filter(|_| enough);
+                return false;
+            }
+            if self.serving.is_some() {
+                self.repair_at = Some(now + REPAIR_DELAY);
+                return true;
+            }
         }
-        if let Err(reason) = result {
-            self.fail(format!("worker {name} could not load its experts: {reason}"));
-            return;
-        }
-        for member in self.slots.iter_mut().flatten() {
-            member.loaded |= member.info.name == name;
-        }
-        if self.slots.iter().flatten().all(|member| member.loaded) {
-            self.state = State::Ready;
-            self.commands.push_back(Command::Ready { epoch });
+        self.repair_at = None;
+        let old = self.serving.as_ref().map(|epoch| &epoch.placement).or(self.base.as_ref());
+        match self.planned(old) {
+            Ok(placement) => {
+                self.refused = None;
+                self.aim(placement)
+            }
+            Err(refused) => {
+                self.target = None;
+                self.refused = Some(refused);
+                self.make_room()
+            }
         }
     }
 
-    fn fail(&mut self, reason: String) {
-        self.state = State::Failed(reason.clone());
-        self.commands.push_back(Command::Suspend { reason });
+    /// A plan without those who are to hold nothing, or, if that does not fit, with them.
+    fn planned(&self, old: Option<&Placement>) -> Result<Placement, DoesNotFit> {
+        let MembershipOptions { config, expert_bytes, copies, policy, .. } = &self.options;
+        let with = |cut_off: bool, draining: bool| {
+            let budget = |slot: &Slot| {
+                let member = slot.member.as_ref().filter(|member| {
+                    member.unfit.is_none()
+                        && (cut_off || !member.cut_off)
+                        && (draining || !member.draining)
+                });
+                member.map(|member| member.info.budget_bytes)
+            };
+            let budgets: Vec<Option<u64>> = self.slots.iter().map(budget).collect();
+            plan(config, expert_bytes, old, &budgets, *copies, *policy)
+        };
+        with(false, false).or_else(|_| with(true, false)).or_else(|_| with(true, true))
+    }
+
+    /// Makes a placement the target, unless it is, or serves. Returns whether it serves now.
+    fn aim(&mut self, placement: Placement) -> bool {
+        let nodes = self.nodes();
+        let same = |epoch: &Epoch| {
+            let listed = |(index, _): (u16, &Member)| {
+                epoch.nodes.get(usize::from(index)) == nodes.get(usize::from(index))
+            };
+            epoch.placement == placement && self.present().all(listed)
+        };
+        if self.serving.as_ref().is_some_and(same) && self.present().all(|(_, m)| m.serves) {
+            self.target = None;
+            return false;
+        }
+        if let Some(target) = self.target.as_ref().filter(|target| same(target))
+            && self.present().all(|(_, member)| member.told == target.number)
+        {
+            return false;
+        }
+        self.epoch += 1;
+        let target = Epoch { number: self.epoch, nodes, placement };
+        if self.present().all(|(index, member)| self.has(index, member, &target.placement)) {
+            self.target = Some(target);
+            self.serve();
+            return true;
+        }
+        for (index, slot) in (0u16..).zip(&mut self.slots) {
+            let Some(member) = &mut slot.member else { continue };
+            member.told = target.number;
+            let (name, assignment) = (member.info.name.clone(), target.plan(index));
+            self.commands.push_back(Command::Load { name, assignment });
+        }
+        self.target = Some(target);
+        false
+    }
+
+    /// Whether a member is known to hold all that a placement gives it.
+    fn has(&self, index: u16, member: &Member, placement: &Placement) -> bool {
+        let serving = self.serving.as_ref().filter(|_| member.serves).map(|epoch| &epoch.placement);
+        serving.is_some_and(|serving| serving.covers(index, placement, index))
+            || member.held.as_ref().is_some_and(|held| held.covers(placement, index))
+            || !placement.names(index)
+    }
+
+    /// Some expert has no living holder, and the others have no room, for they hold what others
+    /// hold, too: gives up copies. Returns whether that made room.
+    fn make_room(&mut self) -> bool {
+        let old = self.serving.as_ref().map(|epoch| &epoch.placement).or(self.base.as_ref());
+        let here = |index: u16| {
+            let slot = self.slots.get(usize::from(index));
+            slot.and_then(|slot| slot.member.as_ref())
+                .is_some_and(|m| m.unfit.is_none() && (self.serving.is_none() || m.serves))
+        };
+        let thin = old.filter(|old| old.missing(here)).map(|old| old.thinned(here));
+        let Some(thin) = thin.filter(|thin| Some(thin) != old) else { return false };
+        if self.planned(Some(&thin)).is_err() {
+            return false;
+        }
+        if self.serving.is_none() {
+            self.base = Some(thin);
+            return true;
+        }
+        self.epoch += 1;
+        self.target = Some(Epoch { number: self.epoch, nodes: self.nodes(), placement: thin });
+        self.serve();
+        true
+    }
+
+    /// The target serves if all its holders have loaded it. Returns whether it does.
+    fn serve_if_loaded(&mut self) -> bool {
+        let Some(target) = &self.target else { return false };
+        let loaded = |index: u16| {
+            let slot = self.slots.get(usize::from(index));
+            slot.and_then(|slot| slot.member.as_ref()).is_some_and(|m| m.loaded == target.number)
+        };
+        let ready = (0..target.nodes.len() as u16)
+            .all(|index| loaded(index) || !target.placement.names(index));
+        if ready {
+            self.serve();
+        }
+        ready
+    }
+
+    /// Makes the target serve, for those who know of it and have it.
+    fn serve(&mut self) {
+        let Some(target) = self.target.take() else { return };
+        let has: Vec<bool> = (0u16..)
+            .zip(&self.slots)
+            .map(|(index, slot)| {
+                slot.member.as_ref().is_some_and(|member| {
+                    let listed = target.nodes.get(usize::from(index)) == Some(&address(member));
+                    let loaded = member.loaded == target.number;
+                    listed && (loaded || self.has(index, member, &target.placement))
+                })
+            })
+            .collect();
+        for ((index, slot), has) in (0u16..).zip(&mut self.slots).zip(has) {
+            let Some(member) = &mut slot.member else { continue };
+            member.serves = has;
+            if has {
+                member.held = None;
+                let (name, assignment) = (member.info.name.clone(), target.plan(index));
+                self.commands.push_back(Command::Serve { name, assignment });
+            }
+        }
+        self.base = None;
+        self.serving = Some(target);
+    }
+
+    /// Dismisses who is drained and holds nothing that others need.
+    fn send_away(&mut self) {
+        let mut drained: Vec<Member> = self.lobby.extract_if(.., |m| m.draining).collect();
+        let free = |index: u16| {
+            let epochs = [&self.serving, &self.target];
+            !epochs.into_iter().flatten().any(|epoch| epoch.placement.names(index))
+        };
+        let gone: Vec<u16> = self
+            .present()
+            .filter(|(index, member)| member.draining && self.is_complete() && free(*index))
+            .map(|(index, _)| index)
+            .collect();
+        for index in gone {
+            let slot = &mut self.slots[usize::from(index)];
+            drained.extend(slot.member.take());
+            slot.last = None;
+        }
+        for Member { info, incarnation, .. } in drained {
+            self.cuts.forget(&info.name);
+            let (reason, name) = (words::drained(&info.name), info.name);
+            self.commands.push_back(Command::Dismiss { name, incarnation, reason });
+        }
     }
 }
 
-/// What a loss means for a job, for people.
-pub fn gone(worker: &str, how: &str) -> String {
-    format!(
-        "worker {worker} is gone ({how}); its experts are missing: submit again when a worker has \
-         taken its place"
-    )
+impl Epoch {
+    fn plan(&self, index: u16) -> Plan {
+        let (nodes, placement) = (self.nodes.clone(), self.placement.clone());
+        Plan { epoch: self.number, index, nodes, placement }
+    }
+}
+
+fn address(member: &Member) -> NodeAddress {
+    NodeAddress { name: member.info.name.clone(), address: member.info.address.clone() }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::tiny_model;
-
-    fn info(name: &str, budget: u64) -> NodeInfo {
-        NodeInfo {
-            name: name.into(),
-            address: format!("{name}:1"),
-            release: String::new(),
-            protocol: 1,
-            determinism: 1,
-            budget_bytes: budget,
-            threads: 1,
-            pid: 1,
-        }
-    }
-
-    fn drain(m: &mut Membership) -> Vec<Command> {
-        std::iter::from_fn(|| m.poll_command()).collect()
-    }
-
-    fn loads(commands: &[Command]) -> Vec<(String, u64, Owners)> {
-        commands
-            .iter()
-            .filter_map(|c| match c {
-                Command::Load { name, epoch, owners, .. } => {
-                    Some((name.clone(), *epoch, owners.clone()))
-                }
-                _ => None,
-            })
-            .collect()
-    }
-
-    fn loaded(name: &str, epoch: u64) -> Event {
-        Event::Loaded { name: name.into(), epoch, result: Ok(()) }
-    }
-
-    fn ready() -> Membership {
-        let mut m = Membership::new(tiny_model(2, 8), vec![10], 2, PlacementPolicy::Balanced);
-        m.handle(Event::Joined(info("a", 1000)));
-        m.handle(Event::Joined(info("b", 1000)));
-        m.handle(loaded("a", 1));
-        m.handle(loaded("b", 1));
-        m
-    }
-
-    #[test]
-    fn it_waits_then_loads_then_is_ready() {
-        let mut m = Membership::new(tiny_model(2, 8), vec![10], 2, PlacementPolicy::Balanced);
-        assert_eq!(m.waiting_for(), ["2 of 2 workers to join"]);
-        m.handle(Event::Joined(info("a", 1000)));
-        assert!(drain(&mut m).is_empty());
-        m.handle(Event::Joined(info("b", 1000)));
-        assert_eq!(loads(&drain(&mut m)).len(), 2);
-        m.handle(loaded("a", 1));
-        m.handle(loaded("b", 0));
-        assert_eq!(m.waiting_for(), ["b to load"], "a report of another epoch counts for nothing");
-        m.handle(loaded("b", 1));
-        assert_eq!(drain(&mut m), [Command::Ready { epoch: 1 }]);
-    }
-
-    #[test]
-    fn a_replacement_gets_the_experts_of_the_lost_and_survivors_keep_theirs() {
-        let mut m = ready();
-        let before = loads(&drain(&mut m));
-        m.handle(Event::Left { name: "a".into(), reason: "idle".into() });
-        assert!(
-            matches!(&drain(&mut m)[..], [Command::Suspend { reason }] if reason.contains("a is gone"))
-        );
-        assert_eq!(*m.state(), State::Waiting);
-        m.handle(Event::Joined(info("c", 1000)));
-        let after = loads(&drain(&mut m));
-        assert_eq!(after[0].0, "c");
-        assert_eq!(after[0].1, 2);
-        assert_eq!(after[0].2, before[0].2);
-    }
-
-    #[test]
-    fn one_too_many_and_one_twice_are_sent_away() {
-        let mut m = ready();
-        drain(&mut m);
-        m.handle(Event::Joined(info("c", 1)));
-        m.handle(Event::Joined(info("a", 1)));
-        let commands = drain(&mut m);
-        assert!(commands.iter().all(|c| matches!(c, Command::Dismiss { .. })), "{commands:?}");
-        assert_eq!(*m.state(), State::Ready);
-    }
-
-    #[test]
-    fn a_model_that_does_not_fit_says_so() {
-        let mut m = Membership::new(tiny_model(2, 8), vec![10], 1, PlacementPolicy::Balanced);
-        m.handle(Event::Joined(info("a", 100)));
-        assert!(matches!(m.state(), State::Failed(reason) if reason.contains("160 bytes")));
-    }
-}
+mod campaign;
+#[cfg(test)]
+mod tests;

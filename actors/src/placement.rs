@@ -1,17 +1,18 @@
-//! Which node owns which expert.
+//! Which nodes hold which expert.
 //!
-//! A pure function of the model, the nodes' budgets and the policy. A placement is a few rules over
-//! ranges of (tier, group), however many experts there are; every expert has exactly one owner.
-//! Placement never changes a result, only where work is done.
+//! A placement is a few rules over ranges of (tier, group), however many experts there are. Each
+//! expert has as many holders as copies were asked for; where nodes or budgets allow fewer, a
+//! holder is named twice, and counts once. Placement never changes a result, only where work is
+//! done. [`plan`] makes one from what was before and from who is there.
+
+mod plan;
 
 use std::ops::Range;
 
-use lite_llm_runtime::{
-    config::{ModelConfig, MoeConfig},
-    expert::ExpertKey,
-    random::{Purpose, random_u64},
-};
+use lite_llm_runtime::{config::ModelConfig, expert::ExpertKey};
 use lite_llm_transport::messages::PlacementRule;
+
+pub use self::plan::{COPIES_MAX, DoesNotFit, plan};
 
 /// How experts are spread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,29 +25,13 @@ pub enum PlacementPolicy {
     Random(u64),
 }
 
-/// Longest turn of owners. A tier of more experts is spread to within this share of it, which
-/// matters where budgets are all but full.
-const TURN_MAX: u64 = 4096;
-
-/// The experts do not fit.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the experts take {needed} bytes ({experts}), the nodes give {budget} \
-     ({nodes} nodes); add workers or raise --dram"
-)]
-pub struct DoesNotFit {
-    needed: u64,
-    experts: String,
-    budget: u64,
-    nodes: usize,
-}
-
-/// Owners of a model's experts, as indices of nodes.
+/// Holders of a model's experts, as indices of nodes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Owners {
+pub struct Placement {
     rules: Vec<PlacementRule>,
     /// Per layer: how many sparse layers come before it.
     ordinals: Vec<u64>,
+    sparse_layers: u64,
     experts_per_group: Vec<u32>,
 }
 
@@ -55,15 +40,16 @@ pub struct Owners {
 #[error("the coordinator's placement {0}")]
 pub struct BadPlacement(String);
 
-impl Owners {
+impl Placement {
     /// Takes rules that place every group of every tier that is here.
     pub fn new(config: &ModelConfig, rules: Vec<PlacementRule>) -> Result<Self, BadPlacement> {
         let tiers = config.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
         let mut ranges: Vec<Vec<Range<u32>>> = vec![Vec::new(); tiers.len()];
         for rule in &rules {
             let range = rule.first_group..rule.end_group;
+            let turns = rule.holders.len().checked_rem(usize::from(rule.copies)) == Some(0);
             match ranges.get_mut(usize::from(rule.tier)) {
-                Some(of_tier) if !range.is_empty() && !rule.holders.is_empty() => {
+                Some(of_tier) if turns && !range.is_empty() && !rule.holders.is_empty() => {
                     of_tier.push(range);
                 }
                 _ => return Err(BadPlacement(format!("has a rule for nothing: {rule:?}"))),
@@ -107,7 +93,7 @@ impl Owners {
             ordinal += u64::from(sparse.next_if_eq(&layer).is_some());
         }
         let experts_per_group = tiers.iter().map(|t| t.experts_per_group).collect();
-        Ok(Self { rules, ordinals, experts_per_group })
+        Ok(Self { rules, ordinals, sparse_layers: ordinal, experts_per_group })
     }
 
     /// The rules, as they travel.
@@ -115,11 +101,12 @@ impl Owners {
         &self.rules
     }
 
-    /// Who computes an expert of the model.
+    /// Who computes an expert of the model: the first is asked first. A node is named twice where
+    /// holders are fewer than copies.
     ///
     /// # Panics
     /// If the model has no such expert.
-    pub fn owner(&self, key: ExpertKey) -> u16 {
+    pub fn holders(&self, key: ExpertKey) -> &[u16] {
         let placed = |rule: &&PlacementRule| {
             rule.tier == key.tier && (rule.first_group..rule.end_group).contains(&key.group)
         };
@@ -128,26 +115,130 @@ impl Owners {
         let groups = u64::from(rule.end_group - rule.first_group);
         let group = self.ordinals[usize::from(key.layer)] * groups
             + u64::from(key.group - rule.first_group);
-        let turns = rule.holders.len() as u64 / u64::from(rule.copies);
-        let turn = (group * per_group + u64::from(key.expert)) % turns;
-        rule.holders[(turn * u64::from(rule.copies)) as usize]
+        let copies = usize::from(rule.copies);
+        let turns = rule.holders.len() / copies;
+        let turn = (group * per_group + u64::from(key.expert)) % turns as u64;
+        &rule.holders[turn as usize * copies..][..copies]
     }
 
-    /// Bytes that each of so many nodes owns, with experts of `bytes[tier]` each.
-    pub fn held(&self, config: &ModelConfig, bytes: &[u64], nodes: usize) -> Vec<u64> {
-        let mut held = vec![0; nodes];
-        let layers = config.sparse_layers().count() as u64;
-        for rule in &self.rules {
-            let tier = usize::from(rule.tier);
-            let groups = u64::from(rule.end_group - rule.first_group);
-            let experts = layers * groups * u64::from(self.experts_per_group[tier]);
-            let turns = rule.holders.len() as u64 / u64::from(rule.copies);
-            for (turn, holders) in (0..).zip(rule.holders.chunks(usize::from(rule.copies))) {
-                held[usize::from(holders[0])] += in_turn(experts, turns, turn) * bytes[tier];
+    /// Whether a node is to hold an expert of the model.
+    pub fn holds(&self, node: u16, key: ExpertKey) -> bool {
+        self.holders(key).contains(&node)
+    }
+
+    /// Bytes that each of so many nodes holds, with experts of `bytes[tier]` each.
+    pub fn held(&self, _: &ModelConfig, bytes: &[u64], nodes: usize) -> Vec<u64> {
+        let mut held = vec![0u64; nodes];
+        for (rule, experts, holders) in self.turns() {
+            let part = experts.saturating_mul(bytes[usize::from(rule.tier)]);
+            for node in distinct(holders) {
+                if let Some(held) = held.get_mut(usize::from(node)) {
+                    *held = held.saturating_add(part);
+                }
             }
         }
         held
     }
+
+    /// Whether some expert has no holder for which `alive` holds.
+    pub fn missing(&self, alive: impl Fn(u16) -> bool) -> bool {
+        self.without_holder(alive) > 0
+    }
+
+    /// How many experts have no holder for which `alive` holds.
+    pub fn without_holder(&self, alive: impl Fn(u16) -> bool) -> u64 {
+        let lost = self.turns().filter(|(_, _, holders)| !holders.iter().any(|node| alive(*node)));
+        lost.fold(0, |sum, (_, experts, _)| sum.saturating_add(experts))
+    }
+
+    /// Fewest holders, of those for which `alive` holds, that an expert has; the most that can be
+    /// said where there are no experts.
+    pub fn copies(&self, alive: impl Fn(u16) -> bool) -> usize {
+        let living = |holders: &[u16]| distinct(holders).filter(|node| alive(*node)).count();
+        let counts = self.turns().map(|(_, _, holders)| living(holders));
+        counts.min().unwrap_or(usize::MAX)
+    }
+
+    /// Whether a node holds anything.
+    pub fn names(&self, node: u16) -> bool {
+        self.turns().any(|(_, _, holders)| holders.contains(&node))
+    }
+
+    /// How many nodes there must be for every index to name one.
+    pub fn nodes(&self) -> usize {
+        let all = self.rules.iter().flat_map(|rule| &rule.holders);
+        all.max().map_or(0, |node| usize::from(*node) + 1)
+    }
+
+    /// The same with one holder of each expert only, of those for which `alive` holds, as evenly as
+    /// a glance allows. An expert without such a holder keeps its first.
+    pub fn thinned(&self, alive: impl Fn(u16) -> bool) -> Self {
+        let mut load = vec![0u64; self.nodes()];
+        let mut thin = |rule: &PlacementRule| {
+            let one = |holders: &[u16]| {
+                let living = distinct(holders).filter(|node| alive(*node));
+                let least = living.min_by_key(|node| load[usize::from(*node)]);
+                let kept = least.unwrap_or(holders[0]);
+                load[usize::from(kept)] += 1;
+                kept
+            };
+            let holders = rule.holders.chunks(usize::from(rule.copies)).map(one).collect();
+            PlacementRule { copies: 1, holders, ..rule.clone() }
+        };
+        Self { rules: self.rules.iter().map(&mut thin).collect(), ..self.clone() }
+    }
+
+    /// Whether all that `other` gives to its node `theirs` is held by the node `ours` of this one.
+    /// Placements whose rules are cut differently are not compared: it is said to lack something.
+    pub fn covers(&self, ours: u16, other: &Placement, theirs: u16) -> bool {
+        other.rules.iter().all(|rule| {
+            let range = |r: &PlacementRule| (r.tier, r.first_group, r.end_group);
+            let Some(own) = self.rules.iter().find(|own| range(own) == range(rule)) else {
+                return !rule.holders.contains(&theirs);
+            };
+            let chunks = |rule: &PlacementRule| rule.holders.len() / usize::from(rule.copies);
+            let (own_turns, turns) = (chunks(own), chunks(rule));
+            let both = lcm(own_turns as u64, turns as u64).min(other.experts(rule));
+            // Turns of one plan divide each other; others are too many to look at.
+            both <= COMPARED_MAX
+                && (0..both as usize).all(|i| {
+                    !holders_of(rule, i % turns).contains(&theirs)
+                        || holders_of(own, i % own_turns).contains(&ours)
+                })
+        })
+    }
+
+    /// Experts that a rule places.
+    fn experts(&self, rule: &PlacementRule) -> u64 {
+        let groups = u64::from(rule.end_group - rule.first_group);
+        self.sparse_layers * groups * u64::from(self.experts_per_group[usize::from(rule.tier)])
+    }
+
+    /// Every entry of every rule's turn that has experts: the rule, their number, their holders.
+    fn turns(&self) -> impl Iterator<Item = (&PlacementRule, u64, &[u16])> {
+        self.rules.iter().flat_map(|rule| {
+            let experts = self.experts(rule);
+            let turns = (rule.holders.len() / usize::from(rule.copies)) as u64;
+            let entries = (0..).zip(rule.holders.chunks(usize::from(rule.copies)));
+            let counted =
+                entries.map(move |(turn, holders)| (rule, in_turn(experts, turns, turn), holders));
+            counted.filter(|(_, experts, _)| *experts > 0)
+        })
+    }
+}
+
+/// Longest common turn of two placements that is compared.
+const COMPARED_MAX: u64 = 1 << 20;
+
+/// Each node once. There are few.
+fn distinct(holders: &[u16]) -> impl Iterator<Item = u16> {
+    let first = |(at, node): &(usize, &u16)| !holders[..*at].contains(node);
+    holders.iter().enumerate().filter(first).map(|(_, node)| *node)
+}
+
+fn holders_of(rule: &PlacementRule, turn: usize) -> &[u16] {
+    let copies = usize::from(rule.copies);
+    &rule.holders[turn * copies..][..copies]
 }
 
 /// How many of the numbers below `count` are `turn` modulo `turns`.
@@ -155,186 +246,18 @@ fn in_turn(count: u64, turns: u64, turn: u64) -> u64 {
     count / turns + u64::from(turn < count % turns)
 }
 
-/// Spreads a model's experts, `bytes[tier]` each, over nodes with these budgets in bytes.
-pub fn place(
-    config: &ModelConfig,
-    bytes: &[u64],
-    budgets: &[u64],
-    policy: PlacementPolicy,
-) -> Result<Owners, DoesNotFit> {
-    let layers = config.sparse_layers().count() as u64;
-    let mut left = budgets.to_vec();
-    let mut rules = Vec::new();
-    let moe = config.moe.as_ref();
-    for (tier, of_tier) in moe.iter().flat_map(|moe| moe.tiers.iter().enumerate()) {
-        if of_tier.absent || layers == 0 {
-            continue;
-        }
-        let experts = layers * u64::from(of_tier.groups) * u64::from(of_tier.experts_per_group);
-        let room: Vec<u64> = left.iter().map(|left| left / bytes[tier].max(1)).collect();
-        let turn = share(experts, &room)
-            .and_then(|shares| turn(experts, &shares, &room))
-            .ok_or_else(|| does_not_fit(config, bytes, budgets))?;
-        let holders = match policy {
-            PlacementPolicy::Balanced => turn,
-            PlacementPolicy::Random(seed) => shuffled(turn, seed, tier as u64),
-        };
-        for (at, &node) in (0..).zip(&holders) {
-            left[usize::from(node)] -= in_turn(experts, holders.len() as u64, at) * bytes[tier];
-        }
-        let (tier, end_group) = (tier as u16, of_tier.groups);
-        rules.push(PlacementRule { tier, first_group: 0, end_group, copies: 1, holders });
+fn lcm(a: u64, b: u64) -> u64 {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
     }
-    Ok(Owners::new(config, rules).expect("a rule was made for every tier"))
-}
-
-fn does_not_fit(config: &ModelConfig, bytes: &[u64], budgets: &[u64]) -> DoesNotFit {
-    let layers = config.sparse_layers().count() as u64;
-    let tiers = config.moe.as_ref().map_or(&[][..], |moe: &MoeConfig| &moe.tiers);
-    let here = tiers.iter().zip(bytes).filter(|(tier, _)| !tier.absent);
-    let count = |groups: u32, experts: u32| layers * u64::from(groups) * u64::from(experts);
-    let each: Vec<(u64, u64)> =
-        here.map(|(t, bytes)| (count(t.groups, t.experts_per_group), *bytes)).collect();
-    let words = each.iter().map(|(experts, bytes)| format!("{experts} of {bytes} bytes each"));
-    DoesNotFit {
-        needed: each.iter().map(|(experts, bytes)| experts * bytes).sum(),
-        experts: words.collect::<Vec<_>>().join(", "),
-        budget: budgets.iter().sum(),
-        nodes: budgets.len(),
-    }
-}
-
-/// Cuts a number of experts into shares that are as even as the nodes' room allows.
-fn share(experts: u64, room: &[u64]) -> Option<Vec<u64>> {
-    let mut shares = vec![0; room.len()];
-    let mut nodes: Vec<usize> = (0..room.len()).collect();
-    nodes.sort_by_key(|&node| room[node]);
-    let mut left = experts;
-    for (at, &node) in nodes.iter().enumerate() {
-        // Those with less room went first: who is left shares what is left.
-        let even = left.div_ceil((nodes.len() - at) as u64);
-        shares[node] = even.min(room[node]);
-        left -= shares[node];
-    }
-    (left == 0).then_some(shares)
-}
-
-/// The order in which experts go to nodes, by turns: every node in turn where shares are even,
-/// else as often as its share says, evenly spread. `None` if no turn keeps within the room.
-fn turn(experts: u64, shares: &[u64], room: &[u64]) -> Option<Vec<u16>> {
-    let fits = |turn: &[u16]| {
-        let mut held = vec![0; room.len()];
-        for (at, &node) in (0..).zip(turn) {
-            held[usize::from(node)] += in_turn(experts, turn.len() as u64, at);
-        }
-        held.iter().zip(room).all(|(held, room)| held <= room)
-    };
-    let nodes: Vec<u16> = (0..room.len() as u16).collect();
-    if fits(&nodes) {
-        return Some(nodes);
-    }
-    let turns = experts.min(TURN_MAX);
-    // Slots of a turn per node. Where experts are more than slots, the remainders decide.
-    let mut slots: Vec<u64> = shares
-        .iter()
-        .map(|share| (u128::from(*share) * u128::from(turns) / u128::from(experts)) as u64)
-        .collect();
-    while slots.iter().sum::<u64>() < turns {
-        let owed = |node: &usize| {
-            let (share, slots) = (u128::from(shares[*node]), u128::from(slots[*node]));
-            (share * u128::from(turns)).saturating_sub(slots * u128::from(experts))
-        };
-        let most = (0..shares.len()).rev().max_by_key(owed)?;
-        slots[most] += 1;
-    }
-    // Each slot goes to the node that is furthest behind its part.
-    let mut taken = vec![0u64; slots.len()];
-    let mut order = Vec::with_capacity(turns as usize);
-    for at in 1..=turns {
-        let behind = |node: &usize| {
-            i128::from(slots[*node]) * i128::from(at) - i128::from(taken[*node]) * i128::from(turns)
-        };
-        let open = (0..slots.len()).rev().filter(|&node| taken[node] < slots[node]);
-        let next = open.max_by_key(behind)?;
-        taken[next] += 1;
-        order.push(next as u16);
-    }
-    fits(&order).then_some(order)
-}
-
-/// A turn in another order. One that is short is repeated first, so that there is an order to have.
-fn shuffled(turn: Vec<u16>, seed: u64, tier: u64) -> Vec<u16> {
-    let mut turn = turn.repeat((64 / turn.len()).max(1));
-    for last in (1..turn.len()).rev() {
-        let draw = random_u64(seed, Purpose::Placement, tier << 32 | last as u64);
-        turn.swap(last, (draw % (last as u64 + 1)) as usize);
-    }
-    turn
+    a / x * b
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::tiny_model;
-
-    fn counts(config: &ModelConfig, owners: &Owners, nodes: usize) -> Vec<u64> {
-        let mut counts = vec![0; nodes];
-        config.expert_keys().for_each(|key| counts[usize::from(owners.owner(key))] += 1);
-        let tiers = owners.experts_per_group.len();
-        assert_eq!(
-            counts,
-            owners.held(config, &vec![1; tiers], nodes),
-            "held counts as owner says"
-        );
-        counts
-    }
-
-    #[test]
-    fn every_expert_has_one_owner_and_loads_are_even() {
-        let config = tiny_model(3, 8);
-        let owners = place(&config, &[10], &[1000, 1000, 1000], PlacementPolicy::Balanced).unwrap();
-        assert_eq!(counts(&config, &owners, 3), [8, 8, 8]);
-        assert_eq!(owners.rules().len(), 1);
-    }
-
-    #[test]
-    fn budgets_are_kept_to_the_last_byte() {
-        let config = tiny_model(3, 8);
-        for budgets in [[45, 200, 10], [40, 190, 10], [0, 240, 0], [80, 80, 80]] {
-            let policy = PlacementPolicy::Balanced;
-            let owners = place(&config, &[10], &budgets, policy).unwrap();
-            let counts = counts(&config, &owners, 3);
-            let kept = counts.iter().zip(&budgets).all(|(n, budget)| n * 10 <= *budget);
-            assert!(kept && counts.iter().sum::<u64>() == 24, "{budgets:?} {counts:?}");
-        }
-        let error = place(&config, &[10], &[100, 139], PlacementPolicy::Balanced).unwrap_err();
-        assert!(error.to_string().contains("240 bytes (24 of 10 bytes each), the nodes give 239"));
-        assert!(place(&config, &[10], &[], PlacementPolicy::Balanced).is_err());
-    }
-
-    #[test]
-    fn a_placement_is_small_however_many_experts_there_are() {
-        let mut config = tiny_model(16, 1 << 10);
-        if let Some(moe) = &mut config.moe {
-            moe.tiers[0].groups = 1 << 20;
-        }
-        let experts = 16u64 << 30;
-        let even = place(&config, &[1], &[experts, experts], PlacementPolicy::Balanced).unwrap();
-        assert_eq!(even.rules()[0].holders, [0, 1]);
-        let uneven = [experts / 4, experts];
-        let owners = place(&config, &[1], &uneven, PlacementPolicy::Balanced).unwrap();
-        assert!(owners.rules()[0].holders.len() <= TURN_MAX as usize);
-        let held = owners.held(&config, &[1], 2);
-        assert!(held[0] <= experts / 4 && held[0] + held[1] == experts, "{held:?}");
-    }
-
-    #[test]
-    fn seeds_give_different_placements() {
-        let config = tiny_model(3, 8);
-        let with = |seed| place(&config, &[1], &[99, 99], PlacementPolicy::Random(seed)).unwrap();
-        assert_ne!(with(1), with(2));
-        assert_eq!(with(1), with(1));
-    }
 
     #[test]
     fn rules_that_leave_a_group_out_or_place_it_twice_are_refused() {
@@ -349,13 +272,46 @@ mod tests {
             copies: 1,
             holders: vec![0, 1],
         };
-        let with = |rules: &[(u32, u32)]| Owners::new(&config, rules.iter().map(rule).collect());
+        let with = |rules: &[(u32, u32)]| Placement::new(&config, rules.iter().map(rule).collect());
         assert!(with(&[(1, 3), (0, 1)]).is_ok());
         for bad in [&[(0, 2)][..], &[(0, 2), (1, 3)], &[(1, 3)], &[(0, 4)], &[(0, 3), (0, 0)], &[]]
         {
             assert!(with(bad).is_err(), "{bad:?}");
         }
         let other = PlacementRule { tier: 1, ..rule(&(0, 3)) };
-        assert!(Owners::new(&config, vec![rule(&(0, 3)), other]).is_err());
+        assert!(Placement::new(&config, vec![rule(&(0, 3)), other]).is_err());
+        for copies in [0, 3] {
+            let torn = PlacementRule { copies, ..rule(&(0, 3)) };
+            assert!(Placement::new(&config, vec![torn]).is_err(), "{copies} copies of 2 holders");
+        }
+    }
+
+    fn placed(layers: usize, experts: u32, copies: u16, holders: &[u16]) -> Placement {
+        let holders = holders.to_vec();
+        let rule = PlacementRule { tier: 0, first_group: 0, end_group: 1, copies, holders };
+        Placement::new(&tiny_model(layers, experts), vec![rule]).unwrap()
+    }
+
+    #[test]
+    fn a_holder_that_is_named_twice_counts_once() {
+        let config = tiny_model(1, 4);
+        let placement = placed(1, 4, 2, &[0, 0, 1, 2]);
+        assert_eq!(placement.held(&config, &[10], 3), [20, 20, 20]);
+        assert_eq!(placement.copies(|_| true), 1);
+        assert!(placement.missing(|node| node != 0));
+        assert!(!placement.missing(|node| node != 1), "the other copy is alive");
+        assert_eq!(placement.without_holder(|node| node == 1), 2);
+        let key = ExpertKey { layer: 0, tier: 0, group: 0, expert: 3 };
+        assert_eq!(placement.holders(key), [1, 2]);
+        assert!(placement.holds(2, key) && !placement.holds(0, key));
+    }
+
+    #[test]
+    fn shares_of_turns_of_different_length_are_compared() {
+        let (short, long) = (placed(2, 6, 1, &[0, 1]), placed(2, 6, 1, &[0, 1, 0, 2, 0, 1]));
+        assert!(short.covers(1, &long, 2) && short.covers(1, &long, 1));
+        assert!(!long.covers(1, &short, 1) && long.covers(0, &short, 0));
+        assert!(!short.covers(0, &long, 2));
+        assert!(long.covers(1, &short, 7), "who is given nothing lacks nothing");
     }
 }

@@ -1,11 +1,15 @@
-//! The expert shard actor: the experts of one layer that this node was given.
+//! The expert shard actor: which experts of one layer this node holds.
 //!
-//! It owns their lifetime: it has them fetched when it starts, says when all are resident, and
-//! lets them go when it stops. Their arithmetic runs on the node's lane.
+//! It owns their lifetime: it has them fetched when they are assigned, says when all are resident,
+//! and lets them go when they are assigned no more, or when it stops. Their arithmetic runs on the
+//! node's lane.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering::Relaxed},
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
 };
 
 use lite_llm_runtime::expert::ExpertKey;
@@ -26,15 +30,15 @@ pub struct LoadCounters {
 /// What a shard is told.
 #[derive(RactorMessage)]
 pub enum ShardMessage {
-    /// Answers when all experts are resident, or why they cannot be.
-    Load(RpcReplyPort<Result<(), String>>),
+    /// Fetch what of this is not here; answered when all are resident, or why they cannot be.
+    Load(BTreeSet<ExpertKey>, RpcReplyPort<Result<(), String>>),
+    /// Let everything go but this; answered when that is done.
+    Keep(BTreeSet<ExpertKey>, RpcReplyPort<()>),
 }
 
 /// What a shard is made of.
 pub struct ShardArguments {
-    /// Its experts.
-    pub keys: Vec<ExpertKey>,
-    /// Where they come from.
+    /// Where its experts come from.
     pub storage: ActorRef<StorageMessage>,
     /// Where it counts.
     pub counters: Arc<LoadCounters>,
@@ -43,9 +47,55 @@ pub struct ShardArguments {
 /// The experts of one layer on one node.
 pub struct ExpertShard;
 
+/// A shard between messages.
+pub struct ShardState {
+    arguments: ShardArguments,
+    /// Experts that are resident.
+    held: BTreeSet<ExpertKey>,
+}
+
+impl ShardState {
+    async fn load(&mut self, keys: BTreeSet<ExpertKey>) -> Result<(), String> {
+        let missing = keys.into_iter().filter(|key| !self.held.contains(key));
+        let fetches = missing.map(|key| {
+            let storage = self.arguments.storage.clone();
+            let counters = self.arguments.counters.clone();
+            async move {
+                let fetched = ractor::call!(storage, |reply| StorageMessage::Fetch { key, reply });
+                fetched
+                    .map_err(|error| format!("the storage actor is gone: {error}"))?
+                    .map_err(|error| error.to_string())?;
+                counters.loaded.fetch_add(1, Relaxed);
+                Ok::<ExpertKey, String>(key)
+            }
+        });
+        // All are waited for, so that it is known what is here.
+        let fetched = futures::future::join_all(fetches).await;
+        let mut result = Ok(());
+        for fetched in fetched {
+            match fetched {
+                Ok(key) => drop(self.held.insert(key)),
+                Err(error) => result = Err(error),
+            }
+        }
+        result
+    }
+
+    async fn keep(&mut self, keys: &BTreeSet<ExpertKey>) {
+        let gone: Vec<ExpertKey> = self.held.difference(keys).copied().collect();
+        self.held.retain(|key| keys.contains(key));
+        self.arguments.counters.loaded.fetch_sub(gone.len() as u32, Relaxed);
+        if !gone.is_empty() {
+            // A storage actor that is gone has let everything go.
+            let storage = &self.arguments.storage;
+            let _ = ractor::call!(storage, |reply| StorageMessage::Release(gone, reply));
+        }
+    }
+}
+
 impl Actor for ExpertShard {
     type Msg = ShardMessage;
-    type State = ShardArguments;
+    type State = ShardState;
     type Arguments = ShardArguments;
 
     async fn pre_start(
@@ -53,31 +103,27 @@ impl Actor for ExpertShard {
         _: ActorRef<Self::Msg>,
         arguments: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        Ok(arguments)
+        Ok(ShardState { arguments, held: BTreeSet::new() })
     }
 
     async fn handle(
         &self,
         _: ActorRef<Self::Msg>,
-        ShardMessage::Load(reply): Self::Msg,
+        message: Self::Msg,
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        let fetches = state.keys.iter().map(|&key| {
-            let (storage, counters) = (state.storage.clone(), state.counters.clone());
-            async move {
-                let fetched = ractor::call!(storage, |reply| StorageMessage::Fetch { key, reply });
-                fetched
-                    .map_err(|error| format!("the storage actor is gone: {error}"))?
-                    .map_err(|error| error.to_string())?;
-                counters.loaded.fetch_add(1, Relaxed);
-                Ok::<(), String>(())
+        match message {
+            ShardMessage::Load(keys, reply) => {
+                let result = state.load(keys).await;
+                // The asker may have given up.
+                let _ = reply.send(result);
             }
-        });
-        // All are waited for, so that what is let go afterwards is all that there is.
-        let fetched: Vec<Result<(), String>> = futures::future::join_all(fetches).await;
-        let result = fetched.into_iter().collect();
-        // The asker may have given up.
-        let _ = reply.send(result);
+            ShardMessage::Keep(keys, reply) => {
+                state.keep(&keys).await;
+                // As above.
+                let _ = reply.send(());
+            }
+        }
         Ok(())
     }
 
@@ -86,8 +132,7 @@ impl Actor for ExpertShard {
         _: ActorRef<Self::Msg>,
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        // A storage actor that is gone has let everything go.
-        let _ = state.storage.cast(StorageMessage::Release(std::mem::take(&mut state.keys)));
+        state.keep(&BTreeSet::new()).await;
         Ok(())
     }
 }

@@ -4,7 +4,10 @@
 //! blocking threads, at most as many at a time as the node computes with, never on the actor's own
 //! task.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use lite_llm_runtime::{
     checkpoint::Checkpoint,
@@ -14,6 +17,10 @@ use lite_llm_runtime::{
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
 use tokio::sync::Semaphore;
+
+/// How often, and how long in all, room is waited for that experts take which were let go.
+const LEAVING_WAIT: Duration = Duration::from_millis(20);
+const LEAVING_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// What a storage actor is told.
 #[derive(RactorMessage)]
@@ -25,8 +32,8 @@ pub enum StorageMessage {
         /// Answered once it is resident, or cannot be.
         reply: RpcReplyPort<Result<u64, StoreError>>,
     },
-    /// Lets experts go.
-    Release(Vec<ExpertKey>),
+    /// Lets experts go; answered when that is done.
+    Release(Vec<ExpertKey>, RpcReplyPort<()>),
 }
 
 /// The DRAM residence.
@@ -74,16 +81,33 @@ impl Actor for StorageActor {
                 let reads = state.reads.clone();
                 tokio::spawn(async move {
                     let Ok(_permit) = reads.acquire_owned().await else { return };
-                    let load = move || store.load(&checkpoint, key);
-                    let result = tokio::task::spawn_blocking(load).await.unwrap_or_else(|error| {
-                        Err(StoreError::Unreadable { key, reason: error.to_string() })
-                    });
+                    let began = Instant::now();
+                    let result = loop {
+                        let (store, checkpoint) = (store.clone(), checkpoint.clone());
+                        let load = move || store.load(&checkpoint, key);
+                        let loaded = tokio::task::spawn_blocking(load).await;
+                        match loaded {
+                            // What was let go is still computed with, for a moment.
+                            Ok(Err(StoreError::OverBudget { .. }))
+                                if began.elapsed() < LEAVING_WAIT_MAX =>
+                            {
+                                tokio::time::sleep(LEAVING_WAIT).await;
+                            }
+                            Ok(result) => break result,
+                            Err(error) => {
+                                let reason = error.to_string();
+                                break Err(StoreError::Unreadable { key, reason });
+                            }
+                        }
+                    };
                     // The asker may have stopped.
                     let _ = reply.send(result);
                 });
             }
-            StorageMessage::Release(keys) => {
+            StorageMessage::Release(keys, reply) => {
                 keys.into_iter().for_each(|key| state.store.remove(key));
+                // As above.
+                let _ = reply.send(());
             }
         }
         Ok(())

@@ -1,8 +1,11 @@
 //! A worker: it joins a cluster, shows its node actor, and serves until it is sent away.
+//!
+//! A coordinator that is lost is waited for; the node, its experts and its links outlive it.
 
 use std::{
     net::SocketAddr,
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
@@ -12,21 +15,28 @@ use lite_llm_transport::{
     PROTOCOL_VERSION, RELEASE,
     connection::{Connection, StreamKind},
     endpoint::{Endpoint, Expect, Options},
-    identity::Role,
+    identity::{Identity, Role},
     join::join,
-    messages::NodeInfo,
+    messages::{Assignment, NodeInfo},
     session::Hello,
     token::JoinToken,
 };
+use parking_lot::Mutex;
 use ractor::{Actor, ActorRef, pg};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     control::ControlPlane,
     coordinator::scope,
+    lane::{LaneInbox, LaneLimits},
     links::Links,
     node::{Model, NODES, NodeActor, NodeMessage, NodeOptions, StoreSlot, jobs::serve_jobs},
 };
+
+/// How long a worker waits for a coordinator that is gone, if it is not told.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Pauses between two attempts to reach a coordinator: the first, and the longest.
+const RECONNECT_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
 /// What a worker is started with.
 pub struct WorkerOptions {
@@ -48,6 +58,8 @@ pub struct WorkerOptions {
     pub model: Model,
     /// Whether the coordinator is another process; if not, it is an actor of this one.
     pub remote: bool,
+    /// How long it waits for a coordinator that is gone, and its requests for experts that are.
+    pub patience: Duration,
 }
 
 /// Why a worker did not start or ended.
@@ -66,9 +78,78 @@ pub struct Worker {
     ended: tokio::task::JoinHandle<()>,
     farewell: Arc<OnceLock<String>>,
     store: StoreSlot,
+    links: Arc<Links>,
+    home: Home,
+    session: Session,
+}
+
+/// How the coordinator is reached.
+struct Home {
     endpoint: Endpoint,
+    identity: Identity,
+    coordinator: SocketAddr,
+    cookie: String,
+    remote: bool,
+    patience: Duration,
+    inbox: LaneInbox,
+    /// See [`NodeOptions::serving`].
+    serving: Arc<Mutex<Option<Assignment>>>,
+}
+
+/// What stands while the coordinator is there.
+struct Session {
     connection: Connection,
     control: Option<ControlPlane>,
+}
+
+impl Home {
+    /// Connects to the coordinator and takes its jobs.
+    async fn connect(&self) -> Result<Session, WorkerError> {
+        let expect = Expect::coordinator();
+        let connection = self.endpoint.connect(self.coordinator, &expect).await.map_err(failed)?;
+        // Nothing that an earlier coordinator, or this one before, said counts on.
+        *self.serving.lock() = None;
+        tokio::spawn(serve_jobs(connection.clone(), self.inbox.clone()));
+        Ok(Session { connection, control: None })
+    }
+
+    /// Opens the control plane, on which the coordinator finds the node.
+    async fn control(&self, session: &mut Session) -> Result<(), WorkerError> {
+        if self.remote {
+            let control =
+                ControlPlane::start(&self.identity, &self.cookie).await.map_err(failed)?;
+            let stream = session.connection.open_raw(StreamKind::Control).await.map_err(failed)?;
+            control.connect(&session.connection.peer().to_string(), stream, false);
+            session.control = Some(control);
+        }
+        Ok(())
+    }
+
+    /// Connects again, for as long as the worker is patient.
+    async fn reconnect(&self, lost: &str) -> Result<Session, WorkerError> {
+        let patience = self.patience;
+        let deadline = tokio::time::Instant::now() + patience;
+        let (mut pause, longest) = RECONNECT_PAUSES;
+        loop {
+            let again = async {
+                let mut session = self.connect().await?;
+                self.control(&mut session).await?;
+                Ok(session)
+            };
+            let error: WorkerError = match again.await {
+                Ok(session) => return Ok(session),
+                Err(error) => error,
+            };
+            if tokio::time::Instant::now() + pause > deadline {
+                return Err(WorkerError(format!(
+                    "lost the coordinator: {lost}; it did not come back within {patience:?} \
+                     (--patience): {error}"
+                )));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(longest);
+        }
+    }
 }
 
 impl Worker {
@@ -83,10 +164,19 @@ impl Worker {
         if address.ip().is_unspecified() {
             address.set_ip(local_address(coordinator).map_err(failed)?.ip());
         }
-        let connection =
-            endpoint.connect(coordinator, &Expect::coordinator()).await.map_err(failed)?;
-        let inbox = Arc::new(ArcSwapOption::empty());
+        let inbox: LaneInbox = Arc::new(ArcSwapOption::empty());
         let links = Links::new(endpoint.clone(), inbox.clone());
+        let home = Home {
+            endpoint: endpoint.clone(),
+            identity,
+            coordinator,
+            cookie: token.control_cookie(),
+            remote: options.remote,
+            patience: options.patience,
+            inbox: inbox.clone(),
+            serving: Arc::default(),
+        };
+        let mut session = home.connect().await?;
         let info = NodeInfo {
             name: name.clone(),
             address: address.to_string(),
@@ -97,7 +187,6 @@ impl Worker {
             threads: device.pool().threads() as u32,
             pid: std::process::id(),
         };
-        let buffers = endpoint.pool().clone();
         let (farewell, store) = (Arc::new(OnceLock::new()), StoreSlot::default());
         let node = NodeOptions {
             info,
@@ -105,27 +194,20 @@ impl Worker {
             kv_bytes: options.kv_bytes,
             model: options.model,
             links: links.clone(),
-            inbox: inbox.clone(),
-            buffers,
+            inbox,
+            buffers: endpoint.pool().clone(),
             store: store.clone(),
             farewell: farewell.clone(),
+            holding: Arc::default(),
+            serving: home.serving.clone(),
+            limits: LaneLimits { patience: options.patience, ..LaneLimits::default() },
         };
         let (node, ended) = Actor::spawn(None, NodeActor, node).await.map_err(failed)?;
-        tokio::spawn(links.accept());
-        tokio::spawn(serve_jobs(connection.clone(), inbox));
+        tokio::spawn(links.clone().accept());
         pg::join_scoped(scope(&token), NODES.into(), vec![node.get_cell()]);
-        let control = match options.remote {
-            true => {
-                let cookie = token.control_cookie();
-                let control = ControlPlane::start(&identity, &cookie).await.map_err(failed)?;
-                let stream = connection.open_raw(StreamKind::Control).await.map_err(failed)?;
-                control.connect(&connection.peer().to_string(), stream, false);
-                Some(control)
-            }
-            false => None,
-        };
+        home.control(&mut session).await?;
         info!(worker = %name, %address, %coordinator, "joined");
-        Ok(Self { name, node, ended, farewell, store, endpoint, connection, control })
+        Ok(Self { name, node, ended, farewell, store, links, home, session })
     }
 
     /// Its name in the cluster.
@@ -138,26 +220,44 @@ impl Worker {
         self.store.lock().clone()
     }
 
-    /// Serves until the coordinator is gone or sends it away, or the node stopped; says why.
-    /// [`Worker::stop`] is still to be called.
+    /// Serves until the coordinator is gone for good or sends it away, or the node stopped; says
+    /// why. [`Worker::stop`] is still to be called.
     pub async fn run(&mut self) -> WorkerError {
-        let reason = tokio::select! {
-            lost = self.connection.closed() => format!("lost the coordinator: {}", lost.reason),
-            _ = &mut self.ended => match self.farewell.get() {
-                Some(reason) => reason.clone(),
-                None => "the node stopped".to_owned(),
-            },
-        };
-        WorkerError(reason)
+        loop {
+            let again = async {
+                let lost = self.session.connection.closed().await.reason;
+                warn!(worker = %self.name, reason = %lost, "lost the coordinator; trying again");
+                self.home.reconnect(&lost).await
+            };
+            let session = tokio::select! {
+                biased;
+                _ = &mut self.ended => {
+                    let farewell = self.farewell.get().cloned();
+                    return WorkerError(farewell.unwrap_or_else(|| "the node stopped".to_owned()));
+                }
+                session = again => session,
+            };
+            match session {
+                Ok(session) => {
+                    let before = std::mem::replace(&mut self.session, session);
+                    if let Some(control) = before.control {
+                        control.stop();
+                    }
+                    info!(worker = %self.name, "the coordinator is back");
+                }
+                Err(error) => return error,
+            }
+        }
     }
 
     /// Leaves the cluster.
     pub async fn stop(self) {
+        self.links.stop();
         let _ = self.node.stop_and_wait(None, None).await;
-        if let Some(control) = &self.control {
+        if let Some(control) = &self.session.control {
             control.stop();
         }
-        self.endpoint.close("the worker stops").await;
+        self.home.endpoint.close("the worker stops").await;
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
-use crate::size::Size;
+use crate::{size::Size, time::Time};
 
 /// Serve sparse mixture-of-experts models from many machines, with the same bits on any of them.
 #[derive(Debug, Parser)]
@@ -61,6 +61,8 @@ pub enum Command {
     Submit(SubmitArgs),
     /// Show a cluster's nodes and load.
     Status(ClientArgs),
+    /// Move a worker's work and experts to others, and let it go.
+    Drain(DrainArgs),
     /// Measure this machine and this program.
     Bench(BenchArgs),
     /// Show what this machine has, and what is missing.
@@ -90,6 +92,9 @@ pub struct LocalArgs {
     /// Workers in this process.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub workers: u16,
+    /// Workers that hold each expert. Never changes a result.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub replicas: u16,
     /// Spread experts at random, by this seed. Never changes a result.
     #[arg(long, value_name = "SEED")]
     pub random_placement: Option<u64>,
@@ -336,6 +341,12 @@ pub struct CoordinatorArgs {
     /// Workers that make the cluster whole.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=65535))]
     pub workers: u16,
+    /// Workers that hold each expert: with 2 or more, one can be lost without a pause.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub replicas: u16,
+    /// How long jobs wait for a worker when none can serve them.
+    #[arg(long, value_name = "TIME", default_value = "60s")]
+    pub patience: Time,
     /// Where the cluster's authority is kept and the join token is written.
     #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
     pub state: Option<PathBuf>,
@@ -366,6 +377,9 @@ pub struct WorkerArgs {
     /// Name in the cluster [default: made from the process].
     #[arg(long)]
     pub name: Option<String>,
+    /// How long to wait for a coordinator that is gone, and for experts whose worker is.
+    #[arg(long, value_name = "TIME", default_value = "60s")]
+    pub patience: Time,
     /// Where other workers connect (QUIC, UDP); port 0 takes any [default: any port of the address
     /// from which the coordinator is reached].
     #[arg(long, value_name = "ADDR")]
@@ -390,6 +404,19 @@ pub struct ClientArgs {
     /// The join token that the coordinator wrote [default: the one of this machine's coordinator].
     #[arg(long, value_name = "FILE")]
     pub token: Option<PathBuf>,
+    /// How long to try again when the coordinator is lost; jobs go on where they were.
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub retry: Time,
+}
+
+/// `drain`.
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// Name of the worker.
+    pub name: String,
+    /// Where.
+    #[command(flatten)]
+    pub client: ClientArgs,
 }
 
 /// `submit`.

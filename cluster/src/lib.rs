@@ -15,5 +15,6 @@ mod machine;
 mod progress;
 mod size;
 pub mod telemetry;
+mod time;
 
 pub use commands::run_command;

@@ -55,6 +55,10 @@ impl Device for Cpu {
         self.pool().prefetch_piece()
     }
 
+    fn progress(&self) -> u64 {
+        self.pool().progress()
+    }
+
     fn embed(
         &self,
         table: &PackedMatrix,

@@ -109,6 +109,11 @@ pub trait Device: Send + Sync + 'static {
         false
     }
 
+    /// Operations that have ended so far: it stands still while the device is stuck or idle.
+    fn progress(&self) -> u64 {
+        0
+    }
+
     /// `out[r, :] = table[ids[r], :]`. `table` is `[vocabulary, cols]`.
     fn embed(
         &self,

@@ -10,7 +10,7 @@
 //!   computes its inner tasks itself;
 //! - `run` allocates nothing;
 //! - an idle worker spins for at most [`SPIN`] and then sleeps; while it spins it may fetch what
-//!   was announced with [`Pool::expect`], as may the caller between two jobs.
+//!   was announced with [`Pool::announce`], as may the caller between two jobs.
 
 use std::{
     any::Any,
@@ -82,6 +82,8 @@ struct Shared {
     /// What is expected to be read next and has not been fetched: first byte and end. Only ever
     /// fetched, never read, so nothing is lost if the two do not match for a moment.
     expected: [AtomicUsize; 2],
+    /// Jobs that have ended.
+    jobs: AtomicU64,
 }
 
 // SAFETY: `job` is written only while the state is closed and nobody has joined, by the one
@@ -113,6 +115,7 @@ impl Pool {
             wake_caller: Condvar::new(),
             panicked: Mutex::new(None),
             expected: [const { AtomicUsize::new(0) }; 2],
+            jobs: AtomicU64::new(0),
         });
         let workers = (1..threads)
             .map(|i| {
@@ -129,6 +132,11 @@ impl Pool {
     /// Threads, the caller among them.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Jobs that have ended so far: it stands still where the threads are stuck or idle.
+    pub fn progress(&self) -> u64 {
+        self.shared.jobs.load(Relaxed)
     }
 
     /// Says what the next jobs probably read first; idle threads fetch some of it.
@@ -154,6 +162,7 @@ impl Pool {
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         if tasks <= 1 || self.workers.is_empty() || IN_TASK.get() {
             (0..tasks).for_each(task);
+            self.shared.jobs.fetch_add(1, Relaxed);
             return;
         }
         let _turn = lock(&self.turn);
@@ -172,6 +181,7 @@ impl Pool {
         }
         shared.claim(Job { task, tasks });
         shared.finish();
+        shared.jobs.fetch_add(1, Relaxed);
         let payload = lock(&shared.panicked).take();
         if let Some(payload) = payload {
             panic::resume_unwind(payload);

@@ -401,7 +401,9 @@ impl<D: Device> Engine<D> {
             self.events.push_back(Event::Prefilled { sequence: id, done, total });
         }
         let at_end = sequence.cached == sequence.tokens.len();
-        if at_end && sequence.generated() < sequence.request.max_new_tokens && !sequence.cancelled {
+        // One that goes on elsewhere may be at its end already.
+        let over = sequence.end(config).is_some();
+        if at_end && !over && sequence.generated() < sequence.request.max_new_tokens {
             let last = &logits[logits.len() - config.vocab..];
             let token = sample(last, &sequence.request.sampling, sequence.tokens.len() as u64);
             let index = sequence.generated();

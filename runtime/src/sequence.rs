@@ -16,7 +16,10 @@ use crate::{
 pub struct Request {
     /// Token ids, at least one.
     pub prompt: Vec<u32>,
-    /// Tokens to generate at most.
+    /// Tokens that were generated before, elsewhere: they are read like the prompt, and what comes
+    /// after them has the bits that it would have had there.
+    pub generated: Vec<u32>,
+    /// Tokens to generate at most, those before among them.
     pub max_new_tokens: usize,
     /// How they are chosen.
     pub sampling: Sampling,
@@ -39,6 +42,7 @@ impl Request {
     pub fn greedy(prompt: Vec<u32>, max_new_tokens: usize) -> Self {
         Self {
             prompt,
+            generated: Vec::new(),
             max_new_tokens,
             sampling: Sampling::GREEDY,
             tiers: TierSet::All,
@@ -62,9 +66,13 @@ impl Request {
             return Err(RequestError::PromptTooLong { tokens: self.prompt.len(), context });
         }
         let vocab = config.vocab;
-        if let Some(position) = self.prompt.iter().position(|&id| id as usize >= vocab) {
-            let id = self.prompt[position];
+        let tokens = self.prompt.iter().chain(&self.generated);
+        if let Some((position, &id)) = tokens.enumerate().find(|(_, id)| **id as usize >= vocab) {
             return Err(RequestError::UnknownToken { id, position, vocab });
+        }
+        let (tokens, most) = (self.generated.len(), self.max_new_tokens);
+        if tokens > most || self.prompt.len() + tokens > context {
+            return Err(RequestError::GeneratedTooMuch { tokens, most: most.min(context) });
         }
         self.sampling.check()?;
         let tiers = config.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
@@ -88,6 +96,14 @@ pub enum RequestError {
         tokens: usize,
         /// Positions that the model was made for.
         context: usize,
+    },
+    /// It claims to have generated more than it may.
+    #[error("{tokens} tokens are said to be generated already; at most {most} may be")]
+    GeneratedTooMuch {
+        /// How many.
+        tokens: usize,
+        /// The limit.
+        most: usize,
     },
     /// A token that the model does not know.
     #[error("token {id} at position {position}: this model's vocabulary has {vocab} tokens")]
@@ -162,7 +178,7 @@ impl Sequence {
     /// Admits a request that a model can serve.
     pub(crate) fn new(request: Request, config: &ModelConfig) -> Result<Self, RequestError> {
         let tiers = Arc::new(request.check(config)?);
-        let tokens = request.prompt.clone();
+        let tokens = [&request.prompt[..], &request.generated].concat();
         Ok(Self {
             request,
             tiers,

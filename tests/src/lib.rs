@@ -165,6 +165,10 @@ pub struct Setup {
     pub simd: Simd,
     /// How experts are spread.
     pub placement: PlacementPolicy,
+    /// Nodes that hold each expert.
+    pub replicas: u16,
+    /// How long parts of a job wait for a node that is gone.
+    pub patience: Duration,
     /// How keys and values are kept: it does change bits.
     pub kv_dtype: KvDType,
     /// Positions with which the model is served; of a model whose rotary table depends on it, it
@@ -179,6 +183,8 @@ impl Default for Setup {
             threads: 1,
             simd: Simd::best(),
             placement: PlacementPolicy::Balanced,
+            replicas: 1,
+            patience: Duration::from_secs(5),
             kv_dtype: KvDType::F32,
             context: None,
         }
@@ -197,6 +203,8 @@ impl Setup {
             kv_dtype: self.kv_dtype,
             context: self.context,
             placement: self.placement,
+            replicas: self.replicas,
+            patience: self.patience,
         };
         tokio::time::timeout(PATIENCE, LocalCluster::start(checkpoint.clone(), &options))
             .await
@@ -295,7 +303,9 @@ async fn collect(mut events: mpsc::Receiver<JobEvent>) -> Result<Outcome, String
             }
             JobEventBody::Progress { .. } | JobEventBody::Text(_) => {}
             JobEventBody::Done { .. } => return Ok(outcome),
-            JobEventBody::Failed { reason } => return Err(reason),
+            JobEventBody::Failed { reason } | JobEventBody::NotTaken { reason } => {
+                return Err(reason);
+            }
         }
     }
     Err("the job's events ended without a last one".into())

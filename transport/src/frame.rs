@@ -49,14 +49,25 @@ pub enum FrameKind {
     ClientReply = 6,
     /// A [`messages::JobStart`].
     JobStart = 7,
+    /// A [`messages::JobContinue`].
+    JobContinue = 8,
 }
 
 impl FrameKind {
     fn from_wire(kind: u16) -> Option<Self> {
         use FrameKind::*;
-        [ExpertBatch, ExpertOutputs, ExpertFailure, JobEvent, ClientRequest, ClientReply, JobStart]
-            .into_iter()
-            .find(|known| *known as u16 == kind)
+        let mut known = [
+            ExpertBatch,
+            ExpertOutputs,
+            ExpertFailure,
+            JobEvent,
+            ClientRequest,
+            ClientReply,
+            JobStart,
+            JobContinue,
+        ]
+        .into_iter();
+        known.find(|known| *known as u16 == kind)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Who may come in is decided by certificates, in `transport`; a worker's control stream is led
 //! to ractor_cluster, a client's requests to the coordinator actor.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
 use lite_llm_runtime::{
@@ -16,7 +16,9 @@ use lite_llm_transport::{
     endpoint::{Endpoint, Options},
     frame::{FrameReceiver, FrameSender},
     identity::{ClusterCa, Role},
-    messages::{ClientReply, ClientRequest, ClusterStatus, JobEvent, JobRequest, Prompt},
+    messages::{
+        ClientReply, ClientRequest, ClusterStatus, JobContinue, JobEvent, JobRequest, Prompt,
+    },
     session::Hello,
     token::JoinToken,
 };
@@ -26,7 +28,9 @@ use tracing::{info, warn};
 
 use crate::{
     control::ControlPlane,
-    coordinator::{Coordinator, CoordinatorArguments, CoordinatorMessage, job::CLIENT_EVENTS_MAX},
+    coordinator::{
+        Coordinator, CoordinatorArguments, CoordinatorMessage, Submission, job::CLIENT_EVENTS_MAX,
+    },
     placement::PlacementPolicy,
 };
 
@@ -51,6 +55,10 @@ pub struct CoordinatorOptions {
     pub context: Option<usize>,
     /// Whether workers are other processes; if not, they are actors of this one.
     pub remote_workers: bool,
+    /// Workers that hold each expert.
+    pub replicas: u16,
+    /// How long jobs wait for a worker when none can serve them.
+    pub patience: Duration,
 }
 
 /// Why a coordinator did not start, or a request to it failed.
@@ -110,9 +118,11 @@ impl CoordinatorHandle {
             tokenizer: prompts.as_ref().map(|prompts| Arc::new(prompts.tokenizer().clone())),
             expert_bytes,
             workers,
+            replicas: options.replicas,
             placement,
             kv_dtype: options.kv_dtype,
             config,
+            patience: options.patience,
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
         let handle = Self { actor, endpoint, token, control, prompts, address };
@@ -141,15 +151,25 @@ impl CoordinatorHandle {
     /// Submits a job. Returns its number and its events; dropping them cancels it.
     pub async fn submit(
         &self,
+        request: JobRequest,
+    ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
+        self.submit_for(None, request, Vec::new()).await
+    }
+
+    /// The same for a client, of a job that may have been begun.
+    async fn submit_for(
+        &self,
+        client: Option<String>,
         mut request: JobRequest,
+        generated: Vec<u32>,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
         request.prompt = match request.prompt {
             Prompt::Tokens(ids) => Prompt::Tokens(ids),
             text => Prompt::Tokens(self.encode(text).await?),
         };
         let (events, receiver) = mpsc::channel(CLIENT_EVENTS_MAX);
-        let request = Box::new(request);
-        let submit = |reply| CoordinatorMessage::Submit(request, events, reply);
+        let submission = Box::new(Submission { request, generated, client, events });
+        let submit = |reply| CoordinatorMessage::Submit(submission, reply);
         let job = ractor::call!(self.actor, submit).map_err(failed)?.map_err(ServeError)?;
         Ok((job, receiver))
     }
@@ -180,12 +200,19 @@ impl CoordinatorHandle {
     /// Ends a job.
     pub fn cancel(&self, job: u64) {
         // A coordinator that is gone has no jobs.
-        let _ = self.actor.cast(CoordinatorMessage::Cancel(job));
+        let _ = self.actor.cast(CoordinatorMessage::Cancel { job, client: None });
     }
 
     /// How the cluster is.
     pub async fn status(&self) -> Result<ClusterStatus, ServeError> {
-        ractor::call!(self.actor, CoordinatorMessage::Status).map_err(failed)
+        ractor::call!(self.actor, CoordinatorMessage::Describe).map_err(failed)
+    }
+
+    /// Moves a worker's work and experts away, and lets it go when that is done.
+    pub async fn drain(&self, name: String) -> Result<(), ServeError> {
+        ractor::call!(self.actor, |reply| CoordinatorMessage::Drain(name, reply))
+            .map_err(failed)?
+            .map_err(ServeError)
     }
 
     /// Ends it: workers and clients are told.
@@ -224,13 +251,19 @@ impl CoordinatorHandle {
         while let Some(stream) = connection.accept_stream().await {
             if stream.kind == StreamKind::Client {
                 let (sender, receiver) = stream.into_frames();
-                tokio::spawn(self.clone().serve_request(sender, receiver));
+                let client = connection.peer().name.clone();
+                tokio::spawn(self.clone().serve_request(client, sender, receiver));
             }
         }
     }
 
     /// Answers the requests of one stream, one after the other.
-    async fn serve_request(self, mut sender: FrameSender, mut receiver: FrameReceiver) {
+    async fn serve_request(
+        self,
+        client: String,
+        mut sender: FrameSender,
+        mut receiver: FrameReceiver,
+    ) {
         while let Ok(Some(frame)) = receiver.recv().await {
             let answered = match frame.decode::<ClientRequest>() {
                 Ok(ClientRequest::Status) => {
@@ -241,10 +274,24 @@ impl CoordinatorHandle {
                     sender.send_message(&reply).await
                 }
                 Ok(ClientRequest::Cancel(job)) => {
-                    self.cancel(job);
+                    let client = Some(client.clone());
+                    let _ = self.actor.cast(CoordinatorMessage::Cancel { job, client });
                     Ok(())
                 }
-                Ok(ClientRequest::Submit(request)) => self.run_job(request, &mut sender).await,
+                Ok(ClientRequest::Submit(request)) => {
+                    self.run_job(&client, request, Vec::new(), &mut sender).await
+                }
+                Ok(ClientRequest::Continue(job)) => {
+                    let JobContinue { request, generated, .. } = *job;
+                    self.run_job(&client, request, generated, &mut sender).await
+                }
+                Ok(ClientRequest::Drain(name)) => {
+                    let reply = match self.drain(name).await {
+                        Ok(()) => ClientReply::Noted,
+                        Err(error) => ClientReply::Refused { reason: error.to_string() },
+                    };
+                    sender.send_message(&reply).await
+                }
                 Err(error) => {
                     sender.send_message(&ClientReply::Refused { reason: error.to_string() }).await
                 }
@@ -257,10 +304,13 @@ impl CoordinatorHandle {
 
     async fn run_job(
         &self,
+        client: &str,
         request: JobRequest,
+        generated: Vec<u32>,
         sender: &mut FrameSender,
     ) -> Result<(), lite_llm_transport::frame::SendError> {
-        let (job, mut events) = match self.submit(request).await {
+        let submitted = self.submit_for(Some(client.to_owned()), request, generated).await;
+        let (job, mut events) = match submitted {
             Ok(accepted) => accepted,
             Err(error) => {
                 return sender

@@ -1,118 +1,241 @@
-//! A job at the coordinator: it goes to its home node on a stream of its own, and what comes back
-//! goes to its reader.
+//! A job at the coordinator: it goes to a home node on a stream of its own, and what comes back goes
+//! to its reader. A home that is lost is replaced: the job goes on elsewhere from its prompt and its
+//! tokens so far, with the bits that it would have had.
 //!
-//! Invariants: a job's reader gets exactly one last event, whatever fails; a reader that goes
-//! away cancels its job; a reader that is slow slows its own job only (each job has its own
-//! stream and its own bounded queue).
+//! Invariants: a job's reader gets exactly one last event, and no token twice, whatever fails
+//! ([`JobProgress`] sees to that); a reader that goes away cancels its job; a reader that is slow
+//! slows its own job only (each job has its own stream and its own bounded queue).
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use lite_llm_runtime::tokenizer::Tokenizer;
+use lite_llm_runtime::tokenizer::{DecodeStream, Tokenizer};
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
-    messages::{JobEvent, JobEventBody, JobStart, Prompt},
+    frame::{FrameReceiver, FrameSender},
+    messages::{JobContinue, JobEvent, JobEventBody, JobRequest, JobStart, Prompt},
 };
-use tokio::sync::{mpsc, watch};
+use ractor::ActorRef;
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep, timeout_at},
+};
+use tracing::debug;
 
-use crate::membership::gone;
+use super::{
+    CoordinatorMessage,
+    progress::{JobProgress, Next, Take},
+};
+use crate::words::gone;
 
 /// Events of one job that may wait for a client.
 pub(super) const CLIENT_EVENTS_MAX: usize = 64;
+/// Pause before a job is offered again, when a node did not take it.
+const OFFER_PAUSE: Duration = Duration::from_millis(100);
+
+/// Where a job is to run.
+#[derive(Debug, Clone)]
+pub struct JobHome {
+    /// The node's name.
+    pub(super) name: String,
+    /// The connection to it.
+    pub(super) connection: Connection,
+    /// Turns to a reason when its jobs are to go elsewhere.
+    pub(super) leave: watch::Receiver<Option<String>>,
+}
 
 /// A job at the coordinator.
 pub(super) struct Job {
-    pub(super) start: JobStart,
-    pub(super) home: Connection,
+    pub(super) id: u64,
+    pub(super) request: JobRequest,
+    pub(super) progress: JobProgress,
+    pub(super) coordinator: ActorRef<CoordinatorMessage>,
     pub(super) events: mpsc::Sender<JobEvent>,
-    /// Turns to a reason when the cluster can no longer serve.
-    pub(super) suspended: watch::Receiver<Option<String>>,
     pub(super) cancelled: watch::Receiver<bool>,
     pub(super) tokenizer: Option<Arc<Tokenizer>>,
+    /// How long it waits for a node that takes it.
+    pub(super) patience: Duration,
+}
+
+/// How an attempt ended.
+enum Attempt {
+    /// The reader was told, or is gone.
+    Ended,
+    /// Somebody wants it to end.
+    Cancelled,
+    /// The home is lost, or its jobs are to go elsewhere.
+    Lost(String),
+    /// The home did not begin.
+    NotTaken(String),
 }
 
 impl Job {
-    /// Brings the job to its home node and its events to its reader.
+    /// Brings the job to its end, at as many homes as it takes.
     pub(super) async fn run(mut self) {
-        let job = self.start.job;
-        let trace = self.start.request.trace;
-        if let Some(reason) = self.pump().await {
-            let body = JobEventBody::Failed { reason };
+        let mut text = self.text();
+        let mut offered_until = Instant::now() + self.patience;
+        let last = loop {
+            let home = match self.home(offered_until).await {
+                Ok(Some(home)) => home,
+                Ok(None) => break self.progress.cancel(),
+                Err(reason) => break self.progress.fail(reason),
+            };
+            let attempt = self.progress.attempt();
+            debug!(job = self.id, home = %home.name, attempt, "a job goes to its home");
+            match self.attempt(&home, &mut text).await {
+                Attempt::Ended => return,
+                Attempt::Cancelled => break self.progress.cancel(),
+                Attempt::Lost(reason) => {
+                    debug!(job = self.id, %reason, "a job loses its home");
+                    match self.progress.lost() {
+                        Next::Again(_) => offered_until = Instant::now() + self.patience,
+                        Next::GiveUp(last) => break Some(last),
+                        Next::Ended => return,
+                    }
+                }
+                Attempt::NotTaken(reason) if Instant::now() >= offered_until => {
+                    let reason =
+                        format!("no worker took the job within {:?}: {reason}", self.patience);
+                    break self.progress.fail(reason);
+                }
+                Attempt::NotTaken(_) => sleep(OFFER_PAUSE).await,
+            }
+        };
+        if let Some(last) = last {
             // A reader that is gone needs no last event.
-            let _ = self.events.send(JobEvent { job, trace, body }).await;
+            let _ = self.pass(last, &mut text).await;
         }
     }
 
-    /// Returns why the job failed, unless its reader was told how it ended or is gone.
-    async fn pump(&mut self) -> Option<String> {
-        let connection = self.home.clone();
-        let gone = |error: &dyn std::fmt::Display| {
-            let lost = connection.close_reason();
-            let how = lost.map_or_else(|| error.to_string(), |lost| lost.reason);
-            Some(gone(&connection.peer().name, &how))
-        };
-        let (mut sender, mut receiver) = match self.home.open_stream(StreamKind::Job).await {
-            Ok(stream) => stream,
-            Err(error) => return gone(&error),
-        };
-        if let Err(error) = sender.send_message(&self.start).await {
-            return gone(&error);
-        }
-        let mut text = self.tokenizer.as_ref().map(|tokenizer| match &self.start.request.prompt {
+    /// The text of what comes, after what has come.
+    fn text(&self) -> Option<DecodeStream> {
+        let tokenizer = self.tokenizer.as_ref()?;
+        let mut text = match &self.request.prompt {
             Prompt::Tokens(prompt) => tokenizer.stream_after(prompt),
             Prompt::Text(_) | Prompt::Chat(_) => tokenizer.stream(),
-        });
-        let mut generated = 0u32;
+        };
+        for &id in self.progress.generated() {
+            text.push(id);
+        }
+        Some(text)
+    }
+
+    /// Where it is to run; nothing if it was cancelled meanwhile.
+    async fn home(&mut self, until: Instant) -> Result<Option<JobHome>, String> {
+        let job = self.id;
+        let asked = self.coordinator.call(|reply| CoordinatorMessage::Home { job, reply }, None);
+        let patience = self.patience;
+        tokio::select! {
+            home = timeout_at(until, asked) => match home {
+                Ok(Ok(ractor::rpc::CallResult::Success(home))) => Ok(Some(home)),
+                Ok(_) => Err("the coordinator stops".to_owned()),
+                Err(_) => {
+                    let words = CoordinatorMessage::WhyNot;
+                    let why = ractor::call!(self.coordinator, words).unwrap_or_default();
+                    Err(format!("no worker could take the job within {patience:?}: {why}"))
+                }
+            },
+            () = cancelled(&mut self.cancelled) => Ok(None),
+        }
+    }
+
+    /// Runs it at one home.
+    async fn attempt(&mut self, home: &JobHome, text: &mut Option<DecodeStream>) -> Attempt {
+        let connection = &home.connection;
+        let lost = |error: &dyn std::fmt::Display| {
+            let lost = connection.close_reason();
+            let how = lost.map_or_else(|| error.to_string(), |lost| lost.reason);
+            Attempt::Lost(gone(&home.name, &how))
+        };
+        let mut leave = home.leave.clone();
+        let streams = tokio::select! {
+            streams = self.begin(connection) => streams,
+            reason = left(&mut leave) => return Attempt::Lost(reason),
+        };
+        let (_sender, mut receiver) = match streams {
+            Ok(streams) => streams,
+            Err(error) => return lost(&error),
+        };
         loop {
             let frame = tokio::select! {
                 frame = receiver.recv() => frame,
-                reason = suspended(&mut self.suspended) => return Some(reason),
-                () = cancelled(&mut self.cancelled) => {
-                    // The home node sees the stream end and stops; so does the reader.
-                    let reason = lite_llm_transport::messages::EndReason::Cancelled;
-                    let body = JobEventBody::Done { reason, generated };
-                    let (job, trace) = (self.start.job, self.start.request.trace);
-                    let _ = self.events.send(JobEvent { job, trace, body }).await;
-                    return None;
-                }
+                reason = left(&mut leave) => return Attempt::Lost(reason),
+                // The home node sees the stream end and stops.
+                () = cancelled(&mut self.cancelled) => return Attempt::Cancelled,
             };
-            let mut event = match frame {
+            let event = match frame {
                 Ok(Some(frame)) => match frame.decode::<JobEvent>() {
                     Ok(event) => event,
-                    Err(error) => return gone(&error),
+                    Err(error) => return lost(&error),
                 },
-                Ok(None) => {
-                    let reason = "its home node ended this job without a word: it is stopping, or \
-                                  the job's events were not read fast enough; submit it again";
-                    return Some(reason.to_owned());
-                }
-                Err(error) => return gone(&error),
+                Ok(None) => return lost(&"it is stopping"),
+                Err(error) => return lost(&error),
             };
-            if let JobEventBody::Token { id, text: piece, .. } = &mut event.body {
-                generated += 1;
-                *piece = text.as_mut().map(|text| text.push(*id)).filter(|piece| !piece.is_empty());
+            if let JobEventBody::NotTaken { reason } = event.body {
+                return Attempt::NotTaken(reason);
             }
-            let last = event.body.is_last();
-            if last && let Some(text) = text.as_mut().map(|t| t.finish()).filter(|t| !t.is_empty())
-            {
-                // What the last tokens left open, and no further token will complete.
-                let (job, trace) = (event.job, event.trace);
-                let rest = JobEvent { job, trace, body: JobEventBody::Text(text) };
-                if self.events.send(rest).await.is_err() {
-                    return None;
+            let (body, last) = match self.progress.take(self.progress.attempt(), event.body) {
+                Take::Drop => continue,
+                Take::Violation(reason) => {
+                    connection.close(&reason);
+                    return lost(&reason);
                 }
-            }
-            // A reader that is gone drops its end; dropping the stream tells the home node.
-            if self.events.send(event).await.is_err() || last {
-                return None;
+                Take::Pass(body) => (body, false),
+                Take::Last(body) => (body, true),
+            };
+            // A reader that is gone drops its end; dropping the stream tells the home.
+            if self.pass(body, text).await.is_err() || last {
+                return Attempt::Ended;
             }
         }
     }
+
+    /// Opens a stream to a home and says what is to be done.
+    async fn begin(&self, connection: &Connection) -> Result<(FrameSender, FrameReceiver), String> {
+        let (mut sender, receiver) =
+            connection.open_stream(StreamKind::Job).await.map_err(|error| error.to_string())?;
+        let (job, request) = (self.id, self.request.clone());
+        let sent = match self.progress.generated() {
+            [] => sender.send_message(&JobStart { job, request }).await,
+            generated => {
+                let generated = generated.to_vec();
+                sender.send_message(&JobContinue { job, request, generated }).await
+            }
+        };
+        sent.map_err(|error| error.to_string())?;
+        Ok((sender, receiver))
+    }
+
+    /// Gives an event to the reader, with its text. An error if the reader is gone.
+    async fn pass(
+        &self,
+        mut body: JobEventBody,
+        text: &mut Option<DecodeStream>,
+    ) -> Result<(), Gone> {
+        if let JobEventBody::Token { id, text: piece, .. } = &mut body {
+            *piece = text.as_mut().map(|text| text.push(*id)).filter(|piece| !piece.is_empty());
+        }
+        if body.is_last()
+            && let Some(text) = text.as_mut().map(DecodeStream::finish).filter(|t| !t.is_empty())
+        {
+            // What the last tokens left open, and no further token will complete.
+            self.tell(JobEventBody::Text(text)).await?;
+        }
+        self.tell(body).await
+    }
+
+    async fn tell(&self, body: JobEventBody) -> Result<(), Gone> {
+        let event = JobEvent { job: self.id, trace: self.request.trace, body };
+        self.events.send(event).await.map_err(|_| Gone)
+    }
 }
 
-async fn suspended(watch: &mut watch::Receiver<Option<String>>) -> String {
+/// The reader of a job is gone.
+struct Gone;
+
+async fn left(watch: &mut watch::Receiver<Option<String>>) -> String {
     match watch.wait_for(Option::is_some).await {
         Ok(reason) => reason.clone().unwrap_or_default(),
-        Err(_) => "the coordinator stops".into(),
+        Err(_) => "it left the cluster".into(),
     }
 }
 

@@ -1,22 +1,27 @@
 //! The coordinator actor: it owns membership, placement and the jobs of a cluster.
 //!
-//! It decides through a pure machine ([`crate::membership`]) and acts through messages. What
-//! takes time (a node that loads, a job that runs) is done beside its mailbox and reported back.
+//! It decides through pure machines ([`crate::cluster`], and one `JobProgress` per job) and acts
+//! through messages. What takes time (a node that loads, a job that runs) is done beside its mailbox
+//! and reported back.
 
 mod handle;
 mod job;
+pub mod progress;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    hash::{BuildHasher, RandomState},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use lite_llm_kernels::kv::KvDType;
 use lite_llm_runtime::{checkpoint::Checkpoint, config::ModelConfig, tokenizer::Tokenizer};
 use lite_llm_transport::{
     connection::Connection,
-    messages::{Assignment, ClusterStatus, JobEvent, JobRequest, JobStart, NodeInfo, NodeStatus},
+    messages::{
+        Assignment, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeStatus, NodeVitals, Prompt,
+    },
 };
 use ractor::{
     Actor, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent,
@@ -27,20 +32,26 @@ use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 pub(crate) use self::handle::scope;
-pub use self::handle::{CoordinatorHandle, CoordinatorOptions, PROMPT_BYTES_MAX, ServeError};
-use self::job::Job;
+pub use self::{
+    handle::{CoordinatorHandle, CoordinatorOptions, PROMPT_BYTES_MAX, ServeError},
+    job::JobHome,
+};
+use self::{job::Job, progress::JobProgress};
 use crate::{
-    membership::{Command, Event, Membership, State},
-    node::{NODES, NodeMessage, jobs},
+    cluster::{Cluster, Command, Event, Vitals},
+    liveness,
+    membership::{Holding, MembershipOptions, Plan, State},
+    node::{Loaded, NODES, NodeMessage, jobs},
     placement::PlacementPolicy,
     trace,
     wire::Wire,
+    words,
 };
 
-/// How long a node may take to answer a question.
+/// How long a node may take to say who it is.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often nodes are asked how they are.
-pub const POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// How often the clocks of the machines are looked at.
+pub const TICK_INTERVAL: Duration = Duration::from_millis(50);
 /// Jobs that may run or wait at the nodes.
 pub const JOBS_MAX: usize = 4096;
 
@@ -52,30 +63,49 @@ pub enum CoordinatorMessage {
     /// A worker's connection has ended.
     Disconnected(Connection, String),
     /// A node answered who it is.
-    Described(ActorRef<NodeMessage>, NodeInfo),
-    /// A node finished an assignment.
-    Loaded {
-        /// Its name.
-        name: String,
-        /// The epoch.
-        epoch: u64,
-        /// How it went.
-        result: Result<(), String>,
-    },
+    Described(ActorRef<NodeMessage>, NodeReport),
+    /// Something happened to the cluster.
+    Cluster(Event),
+    /// A node answered how it is.
+    Status(String, NodeStatus),
     /// Run a job; its events go to the channel.
-    Submit(Box<JobRequest>, mpsc::Sender<JobEvent>, RpcReplyPort<Result<u64, String>>),
-    /// End a job.
-    Cancel(u64),
+    Submit(Box<Submission>, RpcReplyPort<Result<u64, String>>),
+    /// End a job, for whoever submitted it.
+    Cancel {
+        /// The job.
+        job: u64,
+        /// Who asks; nobody if it is this process.
+        client: Option<String>,
+    },
+    /// A job wants a node to run at.
+    Home {
+        /// The job.
+        job: u64,
+        /// Answered as soon as there is one.
+        reply: RpcReplyPort<JobHome>,
+    },
+    /// Why no node can take a job, for people.
+    WhyNot(RpcReplyPort<String>),
     /// A job ended.
     Ended(u64),
     /// How is the cluster?
-    Status(RpcReplyPort<ClusterStatus>),
-    /// Ask the nodes how they are.
-    Poll,
-    /// A node answered how it is.
-    Polled(NodeStatus),
+    Describe(RpcReplyPort<ClusterStatus>),
+    /// Move a node's work and experts away, and let it go.
+    Drain(String, RpcReplyPort<Result<(), String>>),
     /// Answered when the cluster is ready or has failed.
     WaitReady(RpcReplyPort<Result<(), String>>),
+}
+
+/// A job as it is submitted.
+pub struct Submission {
+    /// The job; its prompt is token ids by now.
+    pub request: JobRequest,
+    /// What of it was generated and read before.
+    pub generated: Vec<u32>,
+    /// Who submits it; nobody if it is this process.
+    pub client: Option<String>,
+    /// Where its events go.
+    pub events: mpsc::Sender<JobEvent>,
 }
 
 /// What a coordinator is made of.
@@ -90,12 +120,16 @@ pub struct CoordinatorArguments {
     pub expert_bytes: Vec<u64>,
     /// Workers that make the cluster whole.
     pub workers: usize,
+    /// Workers that hold each expert.
+    pub replicas: u16,
     /// How experts are spread.
     pub placement: PlacementPolicy,
     /// How all nodes keep keys and values.
     pub kv_dtype: KvDType,
     /// What the model is, with the context that all nodes serve it with.
     pub config: ModelConfig,
+    /// How long jobs wait for a node.
+    pub patience: Duration,
 }
 
 /// See the module's text.
@@ -103,29 +137,34 @@ pub struct Coordinator;
 
 struct Node {
     actor: ActorRef<NodeMessage>,
-    jobs: usize,
-    status: Option<NodeStatus>,
+    status: NodeStatus,
+    /// Turns to a reason when its jobs are to go elsewhere.
+    leave: watch::Sender<Option<String>>,
 }
 
 struct RunningJob {
-    home: String,
+    client: Option<String>,
     cancel: watch::Sender<bool>,
+    /// It waits for a node.
+    wants: Option<RpcReplyPort<JobHome>>,
+    /// The job's own span.
+    _span: tracing::Span,
 }
 
 /// A coordinator between messages.
 pub struct CoordinatorState {
     arguments: CoordinatorArguments,
-    membership: Membership,
+    cluster: Cluster,
     connections: HashMap<String, Connection>,
-    /// Nodes that described themselves, by name.
+    /// Nodes that described themselves and whose connection stands, by name.
     nodes: BTreeMap<String, Node>,
     names: HashMap<ActorId, String>,
-    /// Nodes whose actor is here and whose connection is not yet.
-    infos: HashMap<String, NodeInfo>,
     jobs: HashMap<u64, RunningJob>,
-    next_job: u64,
+    /// Makes the numbers of jobs, which nobody can guess.
+    numbers: RandomState,
+    jobs_begun: u64,
     jobs_done: u64,
-    suspend: watch::Sender<Option<String>>,
+    was_ready: bool,
     waiting: Vec<RpcReplyPort<Result<(), String>>>,
 }
 
@@ -139,22 +178,26 @@ impl Actor for Coordinator {
         myself: ActorRef<Self::Msg>,
         arguments: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        let config = arguments.config.clone();
-        let (expert_bytes, workers) = (arguments.expert_bytes.clone(), arguments.workers);
-        let policy = arguments.placement;
+        let cluster = Cluster::new(MembershipOptions {
+            config: arguments.config.clone(),
+            expert_bytes: arguments.expert_bytes.clone(),
+            workers: arguments.workers,
+            copies: arguments.replicas,
+            policy: arguments.placement,
+        });
         pg::monitor_scope(arguments.cluster.clone(), myself.get_cell());
-        myself.send_interval(POLL_INTERVAL, || CoordinatorMessage::Poll);
+        myself.send_interval(TICK_INTERVAL, || CoordinatorMessage::Cluster(Event::Tick));
         Ok(CoordinatorState {
-            membership: Membership::new(config, expert_bytes, workers, policy),
+            cluster,
             arguments,
             connections: HashMap::new(),
             nodes: BTreeMap::new(),
             names: HashMap::new(),
-            infos: HashMap::new(),
             jobs: HashMap::new(),
-            next_job: 1,
+            numbers: RandomState::new(),
+            jobs_begun: 0,
             jobs_done: 0,
-            suspend: watch::Sender::new(None),
+            was_ready: false,
             waiting: Vec::new(),
         })
     }
@@ -165,37 +208,54 @@ impl Actor for Coordinator {
         message: Self::Msg,
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
+        let now = Instant::now();
         match message {
-            CoordinatorMessage::Connected(connection) => state.connected(connection),
+            CoordinatorMessage::Connected(connection) => state.connected(now, connection),
             CoordinatorMessage::Disconnected(connection, reason) => {
-                state.disconnected(&connection, reason);
+                state.disconnected(now, &connection, &reason);
             }
-            CoordinatorMessage::Described(actor, info) => state.described(actor, info),
-            CoordinatorMessage::Loaded { name, epoch, result } => {
-                state.membership.handle(Event::Loaded { name, epoch, result });
+            CoordinatorMessage::Described(actor, report) => state.described(now, actor, report),
+            CoordinatorMessage::Cluster(event) => state.cluster.handle(now, event),
+            CoordinatorMessage::Status(name, status) => {
+                if let Some(node) = state.nodes.get_mut(&name) {
+                    node.status = status;
+                }
             }
-            CoordinatorMessage::Submit(request, events, reply) => {
+            CoordinatorMessage::Submit(submission, reply) => {
                 // Whoever asked may be gone, here and below.
-                let _ = reply.send(state.submit(&myself, *request, events));
+                let _ = reply.send(state.submit(&myself, *submission));
             }
-            CoordinatorMessage::Cancel(job) => {
-                if let Some(job) = state.jobs.get(&job) {
+            CoordinatorMessage::Cancel { job, client } => {
+                if let Some(job) = state.jobs.get(&job)
+                    && (client.is_none() || job.client == client)
+                {
                     job.cancel.send_replace(true);
                 }
             }
-            CoordinatorMessage::Ended(job) => state.ended(job),
-            CoordinatorMessage::Status(reply) => {
+            CoordinatorMessage::Home { job, reply } => {
+                if let Some(running) = state.jobs.get_mut(&job) {
+                    running.wants = Some(reply);
+                    state.cluster.handle(now, Event::Wants { job });
+                }
+            }
+            CoordinatorMessage::WhyNot(reply) => {
+                let _ = reply.send(words::waiting_for(&state.cluster.missing()).join(", "));
+            }
+            CoordinatorMessage::Ended(job) => {
+                state.cluster.handle(now, Event::Left { job });
+                if state.jobs.remove(&job).is_some() {
+                    state.jobs_done += 1;
+                }
+            }
+            CoordinatorMessage::Describe(reply) => {
                 let _ = reply.send(state.status());
             }
-            CoordinatorMessage::Poll => state.poll(&myself),
-            CoordinatorMessage::Polled(status) => {
-                if let Some(node) = state.nodes.get_mut(&status.name) {
-                    node.status = Some(status);
-                }
+            CoordinatorMessage::Drain(name, reply) => {
+                let _ = reply.send(state.drain(now, name));
             }
             CoordinatorMessage::WaitReady(reply) => state.waiting.push(reply),
         }
-        state.carry_out(&myself);
+        state.carry_out(&myself, now);
         Ok(())
     }
 
@@ -205,6 +265,7 @@ impl Actor for Coordinator {
         event: SupervisionEvent,
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
+        let now = Instant::now();
         match event {
             SupervisionEvent::ProcessGroupChanged(GroupChangeMessage::Join(_, group, cells))
                 if group == NODES =>
@@ -218,13 +279,13 @@ impl Actor for Coordinator {
             {
                 for cell in cells {
                     if let Some(name) = state.names.remove(&cell.get_id()) {
-                        state.left(&name, "it stopped");
+                        state.gone(now, &name, "it stopped");
                     }
                 }
             }
             _ => {}
         }
-        state.carry_out(&myself);
+        state.carry_out(&myself, now);
         Ok(())
     }
 }
@@ -237,7 +298,7 @@ fn describe(myself: &ActorRef<CoordinatorMessage>, actor: ActorRef<NodeMessage>)
         let answer = ractor::call_t!(actor, NodeMessage::Describe, timeout);
         match answer.map(Wire::into_inner) {
             // A coordinator that is gone needs no answer, here and below.
-            Ok(Ok(info)) => drop(myself.cast(CoordinatorMessage::Described(actor, info))),
+            Ok(Ok(report)) => drop(myself.cast(CoordinatorMessage::Described(actor, report))),
             Ok(Err(error)) => warn!(%error, "a node introduced itself with damaged data"),
             Err(error) => warn!(%error, "a node did not say who it is"),
         }
@@ -245,36 +306,30 @@ fn describe(myself: &ActorRef<CoordinatorMessage>, actor: ActorRef<NodeMessage>)
 }
 
 impl CoordinatorState {
-    fn connected(&mut self, connection: Connection) {
+    fn connected(&mut self, now: Instant, connection: Connection) {
         let name = connection.peer().name.clone();
-        match self.connections.get(&name).map(Connection::close_reason) {
-            None => {}
-            Some(None) => {
-                connection.close(&format!("a worker named {name} is here already; give --name"));
-                return;
-            }
-            // Its end was not reported yet.
-            Some(Some(lost)) => self.left(&name, &lost.reason),
+        if let Some(before) = self.connections.insert(name.clone(), connection) {
+            before.close("this worker has connected again");
+            self.gone(now, &name, "it has connected again");
         }
-        self.connections.insert(name.clone(), connection);
-        self.join_if_complete(&name);
     }
 
-    fn disconnected(&mut self, connection: &Connection, reason: String) {
+    fn disconnected(&mut self, now: Instant, connection: &Connection, reason: &str) {
         let name = &connection.peer().name;
         if self.connections.get(name).is_some_and(|kept| kept.is_same(connection)) {
             self.connections.remove(name);
-            self.left(&name.clone(), &reason);
+            self.gone(now, &name.clone(), reason);
         }
     }
 
-    fn described(&mut self, actor: ActorRef<NodeMessage>, info: NodeInfo) {
+    fn described(&mut self, now: Instant, actor: ActorRef<NodeMessage>, report: NodeReport) {
+        let NodeReport { info, holding } = report;
         let name = info.name.clone();
-        if self.nodes.contains_key(&name) {
-            let reason = format!("a worker named {name} is here already; give --name");
-            let _ = actor.cast(NodeMessage::Dismiss(reason));
+        // Its control plane comes through its connection: one that is lost already comes again.
+        if !self.connections.contains_key(&name) {
             return;
         }
+        self.gone(now, &name, "it has connected again");
         info!(worker = %name, address = %info.address, "worker is here");
         self.names.insert(actor.get_id(), name.clone());
         let status = NodeStatus {
@@ -289,206 +344,225 @@ impl CoordinatorState {
             loaded: 0,
             total: 0,
         };
-        self.nodes.insert(name.clone(), Node { actor, jobs: 0, status: Some(status) });
-        self.infos.insert(name.clone(), info);
-        self.join_if_complete(&name);
+        let node = Node { actor, status, leave: watch::Sender::new(None) };
+        self.nodes.insert(name, node);
+        let same = holding.filter(|held| held.checkpoint == self.arguments.checkpoint.id());
+        let holding = same.map(|held| Holding {
+            epoch: held.epoch,
+            nodes: held.nodes.into_iter().map(|node| node.name).collect(),
+            you: held.you,
+            rules: held.placement,
+        });
+        self.cluster.handle(now, Event::Here { info, holding });
     }
 
-    /// A node is a member when both its actor and its connection are here.
-    fn join_if_complete(&mut self, name: &str) {
-        if !self.connections.contains_key(name) || !self.nodes.contains_key(name) {
-            return;
-        }
-        if let Some(info) = self.infos.remove(name) {
-            self.membership.handle(Event::Joined(info));
-        }
+    /// A node is gone, if it was here.
+    fn gone(&mut self, now: Instant, name: &str, reason: &str) {
+        self.forget(name, reason);
+        let (name, reason) = (name.to_owned(), reason.to_owned());
+        self.cluster.handle(now, Event::Gone { name, reason });
     }
 
-    fn left(&mut self, name: &str, reason: &str) {
-        self.infos.remove(name);
-        if self.nodes.remove(name).is_some() {
-            warn!(worker = %name, %reason, "worker is gone");
-        }
-        self.names.retain(|_, other| other != name);
-        self.membership.handle(Event::Left { name: name.to_owned(), reason: reason.to_owned() });
-    }
-
-    /// Does what the membership wants done.
-    fn carry_out(&mut self, myself: &ActorRef<CoordinatorMessage>) {
-        while let Some(command) = self.membership.poll_command() {
+    /// Does what the cluster wants done.
+    fn carry_out(&mut self, myself: &ActorRef<CoordinatorMessage>, now: Instant) {
+        while let Some(command) = self.cluster.poll_command() {
             match command {
-                Command::Load { name, epoch, index, nodes, owners } => {
-                    let assignment = self.assignment(epoch, index, nodes, owners);
+                Command::Ask { name, incarnation } => self.ask(myself, name, incarnation),
+                Command::Assign { name, incarnation, plan, serves } => {
+                    self.assign(myself, name, incarnation, plan, serves);
+                }
+                Command::Suspects { name, suspects } => {
                     if let Some(node) = self.nodes.get(&name) {
-                        load(myself, node.actor.clone(), name, assignment);
+                        // A node that is gone needs no telling, here and below.
+                        let _ = node.actor.cast(NodeMessage::Suspects(Wire::new(suspects)));
                     }
+                }
+                Command::Leave { name, reason } => {
+                    if let Some(node) = self.nodes.get_mut(&name) {
+                        info!(worker = %name, %reason, "its jobs go elsewhere");
+                        // Who comes later gets a watch of its own.
+                        let left = std::mem::replace(&mut node.leave, watch::Sender::new(None));
+                        left.send_replace(Some(reason));
+                    }
+                }
+                Command::Home { job, name } => self.home(now, job, &name),
+                Command::Close { name, reason } => {
+                    if let Some(connection) = self.connections.remove(&name) {
+                        connection.close(&reason);
+                    }
+                    self.forget(&name, &reason);
                 }
                 Command::Dismiss { name, reason } => {
-                    warn!(worker = %name, %reason, "sending a worker away");
-                    if let Some(node) = self.nodes.remove(&name) {
-                        self.names.retain(|_, other| *other != name);
+                    info!(worker = %name, %reason, "sending a worker away");
+                    if let Some(node) = self.nodes.get(&name) {
                         let _ = node.actor.cast(NodeMessage::Dismiss(reason));
-                    }
-                }
-                Command::Ready { epoch } => {
-                    info!(epoch, "the cluster is ready");
-                    self.suspend = watch::Sender::new(None);
-                }
-                Command::Suspend { reason } => {
-                    info!(%reason, "the cluster cannot serve");
-                    self.suspend.send_replace(Some(reason.clone()));
-                    for node in self.nodes.values() {
-                        let _ = node.actor.cast(NodeMessage::Suspend(reason.clone()));
                     }
                 }
             }
         }
-        let outcome = match self.membership.state() {
-            State::Ready => Ok(()),
+        let ready = *self.cluster.state() == State::Ready;
+        if ready && !self.was_ready {
+            info!(epoch = self.cluster.epoch(), "the cluster is ready");
+        }
+        self.was_ready = ready;
+        let outcome = match self.cluster.state() {
+            State::Ready | State::Degraded { complete: true } => Ok(()),
             State::Failed(reason) => Err(reason.clone()),
-            State::Waiting | State::Loading => return,
+            State::Waiting | State::Loading | State::Degraded { .. } => return,
         };
         self.waiting.drain(..).for_each(|reply| drop(reply.send(outcome.clone())));
     }
 
-    fn assignment(
+    /// Lets go of what belonged to a node that is gone.
+    fn forget(&mut self, name: &str, reason: &str) {
+        if let Some(node) = self.nodes.remove(name) {
+            warn!(worker = %name, %reason, "worker is gone");
+            node.leave.send_replace(Some(words::gone(name, reason)));
+            self.names.retain(|_, other| other != name);
+        }
+    }
+
+    fn ask(&self, myself: &ActorRef<CoordinatorMessage>, name: String, incarnation: u64) {
+        let Some(node) = self.nodes.get(&name) else { return };
+        let (myself, actor) = (myself.clone(), node.actor.clone());
+        tokio::spawn(async move {
+            let timeout = liveness::LOST_AFTER.as_millis() as u64;
+            let answer = ractor::call_t!(actor, NodeMessage::Vitals, timeout);
+            let vitals = answer.ok().and_then(|answer| answer.into_inner().ok());
+            let vitals = vitals.map(|NodeVitals { status, busy, progress, unreachable }| {
+                let _ = myself.cast(CoordinatorMessage::Status(name.clone(), status));
+                Vitals { busy, progress, unreachable }
+            });
+            let event = Event::Vitals { name, incarnation, vitals };
+            let _ = myself.cast(CoordinatorMessage::Cluster(event));
+        });
+    }
+
+    /// Gives a node an assignment and reports how it went.
+    fn assign(
         &self,
-        epoch: u64,
-        index: u16,
-        nodes: Vec<lite_llm_transport::messages::NodeAddress>,
-        owners: crate::placement::Owners,
-    ) -> Assignment {
+        myself: &ActorRef<CoordinatorMessage>,
+        name: String,
+        incarnation: u64,
+        plan: Plan,
+        serves: bool,
+    ) {
+        let Some(node) = self.nodes.get(&name) else { return };
         let checkpoint = &self.arguments.checkpoint;
-        Assignment {
+        let epoch = plan.epoch;
+        let assignment = Assignment {
             epoch,
             checkpoint: checkpoint.id(),
             model_path: checkpoint.address(),
-            placement: owners.rules().to_vec(),
-            nodes,
-            you: index,
+            placement: plan.placement.rules().to_vec(),
+            nodes: plan.nodes,
+            you: plan.index,
             kv_dtype: self.arguments.kv_dtype.name().into(),
             context: self.arguments.config.context as u64,
-        }
+        };
+        // Sent here and now, so that a node gets its assignments in order.
+        let (sender, answer) = tokio::sync::oneshot::channel();
+        let message = if serves { NodeMessage::Serve } else { NodeMessage::Load };
+        let sent = node.actor.cast(message(Wire::new(assignment), sender.into()));
+        let myself = myself.clone();
+        tokio::spawn(async move {
+            // Loading takes as long as it takes; a node that dies meanwhile drops the sender.
+            let result = match (sent, answer.await.map(Wire::into_inner)) {
+                (Ok(()), Ok(Ok(Loaded { error }))) => error.map_or(Ok(()), Err),
+                (Ok(()), Ok(Err(error))) => Err(error.to_string()),
+                (Ok(()), Err(_)) => Err("it ended before it answered".to_owned()),
+                (Err(error), _) => Err(error.to_string()),
+            };
+            let event = Event::Assigned { name, incarnation, epoch, serves, result };
+            let _ = myself.cast(CoordinatorMessage::Cluster(event));
+        });
+    }
+
+    /// Tells a job where it is to run.
+    fn home(&mut self, now: Instant, job: u64, name: &str) {
+        let reply = self.jobs.get_mut(&job).and_then(|job| job.wants.take());
+        let node = self.nodes.get(name).zip(self.connections.get(name));
+        let (Some(reply), Some((node, connection))) = (reply, node) else {
+            return self.cluster.handle(now, Event::Left { job });
+        };
+        let (name, leave) = (name.to_owned(), node.leave.subscribe());
+        // A job that was cancelled meanwhile has ended, which it reports.
+        let _ = reply.send(JobHome { name, connection: connection.clone(), leave });
     }
 
     fn submit(
         &mut self,
         myself: &ActorRef<CoordinatorMessage>,
-        mut request: JobRequest,
-        events: mpsc::Sender<JobEvent>,
+        submission: Submission,
     ) -> Result<u64, String> {
-        match self.membership.state() {
-            State::Ready => {}
-            State::Failed(reason) => return Err(reason.clone()),
-            State::Waiting | State::Loading => {
-                let waiting = self.membership.waiting_for().join(", ");
-                return Err(format!("the cluster is not ready: it waits for {waiting}"));
-            }
-        }
+        let Submission { mut request, generated, client, events } = submission;
         if self.jobs.len() >= JOBS_MAX {
             return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
         }
         jobs::check(&request, &self.arguments.config)?;
-        // The node with the fewest jobs is home; of equals, the first.
-        let home = self
-            .nodes
-            .iter()
-            .filter(|(name, _)| self.connections.contains_key(*name))
-            .min_by_key(|(_, node)| node.jobs)
-            .map(|(name, _)| name.clone())
-            .ok_or("no worker is here")?;
-        let job = self.next_job;
-        self.next_job += 1;
-        let span = tracing::debug_span!("job", job, home = %home);
+        self.jobs_begun += 1;
+        let id = self.numbers.hash_one(self.jobs_begun);
+        let span = tracing::debug_span!("job", job = id);
         trace::adopt(&span, request.trace);
         let context = trace::context_of(&span);
         if context.is_valid() {
             request.trace = context;
         }
-        if let Some(node) = self.nodes.get_mut(&home) {
-            node.jobs += 1;
-        }
+        let prompt = match &request.prompt {
+            Prompt::Tokens(prompt) => prompt.len(),
+            Prompt::Text(_) | Prompt::Chat(_) => 0,
+        };
         let (cancel, cancelled) = watch::channel(false);
-        let running = Job {
-            start: JobStart { job, request },
-            home: self.connections[&home].clone(),
+        let job = Job {
+            id,
+            progress: JobProgress::new(prompt)
+                .with_tokens_max(request.max_new_tokens)
+                .after(generated),
+            request,
+            coordinator: myself.clone(),
             events,
-            suspended: self.suspend.subscribe(),
             cancelled,
             tokenizer: self.arguments.tokenizer.clone(),
+            patience: self.arguments.patience,
         };
-        self.jobs.insert(job, RunningJob { home, cancel });
+        self.jobs.insert(id, RunningJob { client, cancel, wants: None, _span: span });
         let myself = myself.clone();
         tokio::spawn(async move {
-            running.run().await;
-            drop(span);
-            let _ = myself.cast(CoordinatorMessage::Ended(job));
+            job.run().await;
+            let _ = myself.cast(CoordinatorMessage::Ended(id));
         });
-        Ok(job)
+        Ok(id)
     }
 
-    fn ended(&mut self, job: u64) {
-        if let Some(job) = self.jobs.remove(&job) {
-            self.jobs_done += 1;
-            if let Some(node) = self.nodes.get_mut(&job.home) {
-                node.jobs = node.jobs.saturating_sub(1);
-            }
+    fn drain(&mut self, now: Instant, name: String) -> Result<(), String> {
+        if !self.nodes.contains_key(&name) {
+            let here: Vec<&str> = self.nodes.keys().map(String::as_str).collect();
+            return Err(format!("no worker is named {name}; here are: {}", here.join(", ")));
         }
-    }
-
-    fn poll(&self, myself: &ActorRef<CoordinatorMessage>) {
-        for node in self.nodes.values() {
-            let (myself, actor) = (myself.clone(), node.actor.clone());
-            tokio::spawn(async move {
-                let timeout = ANSWER_TIMEOUT.as_millis() as u64;
-                // A node that does not answer is noticed by its connection.
-                let answer = ractor::call_t!(actor, NodeMessage::Status, timeout);
-                if let Ok(Ok(status)) = answer.map(Wire::into_inner) {
-                    let _ = myself.cast(CoordinatorMessage::Polled(status));
-                }
-            });
-        }
+        self.cluster.handle(now, Event::Drain { name });
+        Ok(())
     }
 
     fn status(&self) -> ClusterStatus {
         let checkpoint = &self.arguments.checkpoint;
-        let nodes: Vec<NodeStatus> =
-            self.nodes.values().filter_map(|node| node.status.clone()).collect();
+        let status = |(name, node): (&String, &Node)| {
+            let mut status = node.status.clone();
+            if let Some(trouble) = self.cluster.trouble(name) {
+                status.state = trouble;
+            }
+            status
+        };
+        let nodes: Vec<NodeStatus> = self.nodes.iter().map(status).collect();
         ClusterStatus {
             model: checkpoint.location(),
             checkpoint: checkpoint.id().iter().map(|byte| format!("{byte:02x}")).collect(),
-            epoch: self.membership.epoch(),
-            state: match self.membership.state() {
-                State::Waiting => "waiting for workers".into(),
-                State::Loading => "loading".into(),
-                State::Ready => "ready".into(),
-                State::Failed(reason) => format!("failed: {reason}"),
-            },
-            waiting_for: self.membership.waiting_for(),
+            epoch: self.cluster.epoch(),
+            state: words::state(self.cluster.state()),
+            waiting_for: words::waiting_for(&self.cluster.missing()),
             jobs_running: self.jobs.len() as u32,
             jobs_done: self.jobs_done,
             tokens_per_second: nodes.iter().map(|node| node.tokens_per_second).sum(),
             nodes,
         }
     }
-}
-
-/// Gives a node its part and reports how it went.
-fn load(
-    myself: &ActorRef<CoordinatorMessage>,
-    actor: ActorRef<NodeMessage>,
-    name: String,
-    assignment: Assignment,
-) {
-    let (myself, epoch) = (myself.clone(), assignment.epoch);
-    tokio::spawn(async move {
-        // Loading takes as long as it takes; a node that dies meanwhile ends the call.
-        let answer = ractor::call!(actor, |reply| NodeMessage::Load(Wire::new(assignment), reply));
-        let result = match answer.map(Wire::into_inner) {
-            Ok(Ok(loaded)) => loaded.error.map_or(Ok(()), Err),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        let _ = myself.cast(CoordinatorMessage::Loaded { name, epoch, result });
-    });
 }

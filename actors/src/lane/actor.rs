@@ -4,18 +4,17 @@
 
 use std::sync::Arc;
 
+use lite_llm_kernels::cpu::Cpu;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
 
-use super::{Lane, LaneHandle, LaneInbox, LaneParts};
+use super::{Lane, LaneHandle, LaneInbox, LaneParts, LaneStats};
 
 /// What a lane actor is told.
 #[derive(RactorMessage)]
 pub enum LaneMessage {
     /// Start a lane in the place of the present one.
-    Begin(Box<LaneParts>, RpcReplyPort<Result<(), String>>),
-    /// Stop the lane; what runs fails with this reason.
-    Stop(String),
+    Begin(Box<LaneParts<Cpu>>, Arc<LaneStats>, RpcReplyPort<Result<(), String>>),
     /// The lane's thread ended, with its panic if any.
     LaneEnded {
         /// Which lane.
@@ -36,12 +35,12 @@ pub struct LaneActorState {
 }
 
 impl LaneActorState {
-    async fn stop(&mut self, reason: String) {
+    async fn stop(&mut self) {
         self.inbox.store(None);
         if let Some(lane) = self.lane.take() {
             // Joining a thread blocks, so it is not done here. A lane that cannot be joined has
             // panicked, which its own report tells.
-            let _ = tokio::task::spawn_blocking(move || lane.stop(&reason)).await;
+            let _ = tokio::task::spawn_blocking(move || lane.stop()).await;
         }
     }
 }
@@ -66,15 +65,15 @@ impl Actor for LaneActor {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            LaneMessage::Begin(parts, reply) => {
-                state.stop("the cluster was rearranged; submit it again".into()).await;
+            LaneMessage::Begin(parts, stats, reply) => {
+                state.stop().await;
                 state.count += 1;
                 let lane = state.count;
                 let gone = move |panic| {
                     // An actor that is gone needs no report.
                     let _ = myself.cast(LaneMessage::LaneEnded { lane, panic });
                 };
-                let result = Lane::spawn(*parts, gone)
+                let result = Lane::spawn(*parts, stats, gone)
                     .map_err(|error| format!("the system gives no thread for computing: {error}"));
                 let result = result.map(|lane| {
                     state.inbox.store(Some(Arc::new(lane.inbox().clone())));
@@ -83,7 +82,6 @@ impl Actor for LaneActor {
                 // The asker may have stopped.
                 let _ = reply.send(result);
             }
-            LaneMessage::Stop(reason) => state.stop(reason).await,
             LaneMessage::LaneEnded { lane, panic } if lane == state.count => {
                 if let Some(panic) = panic {
                     // The node supervises this actor and decides what becomes of it.
@@ -100,7 +98,7 @@ impl Actor for LaneActor {
         _: ActorRef<Self::Msg>,
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        state.stop("the node stops".into()).await;
+        state.stop().await;
         Ok(())
     }
 }

@@ -1,13 +1,20 @@
-//! One dispatch of a pass: which of its calls are where, and what came back.
+//! One dispatch of a pass: where each of its calls is computed, what came back, and what must be
+//! asked of somebody else.
+//!
+//! Invariants: every route of the dispatch is, at any time, to be run here, owed by one batch,
+//! waiting for a holder, done, or failed for good; an output is taken from one place only; a holder
+//! that could not answer is not asked again before something has changed.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::{Duration, Instant},
+};
 
 use lite_llm_runtime::{
-    config::ModelConfig,
-    expert::ExpertKey,
+    expert::{ExpertKey, StoreError},
     forward::{Dispatch, FailedRoute},
-    moe_layer::{ExpertCall, ExpertFailure},
-    routing::{Route, Routes},
+    moe_layer::{ExpertCall, ExpertError, ExpertFailure},
+    routing::Route,
 };
 use lite_llm_transport::{
     frame::OutgoingFrame,
@@ -17,50 +24,90 @@ use lite_llm_transport::{
     pool::BufferPool,
 };
 
-use crate::placement::Owners;
+use super::peers::Peers;
+
+/// How often a holder that would not answer is asked again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
+/// How long holders are asked again that are here and do not have their experts.
+const REFUSED_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Where the output of a route is.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Part {
-    /// Row of the outputs that were computed here.
+    /// Row of the outputs that are computed here.
     Here(u32),
     /// Row of the reply to a batch.
     There { batch: u64, row: u32 },
+    /// Nobody can be asked at present: see its trouble.
+    Waiting,
+    /// It will not come: see its trouble.
+    Failed,
 }
 
 /// A batch that was sent.
 struct Sent {
     peer: u16,
-    calls: u32,
+    /// Route of each call.
+    routes: Vec<u32>,
     outputs: Option<ExpertOutputsView>,
-    complete: bool,
-    /// Why none of it was computed.
-    failed: Option<String>,
+}
+
+/// What went wrong with a route.
+struct Trouble {
+    /// Nodes that could not answer.
+    tried: Vec<u16>,
+    /// Why the last of them could not, naming it.
+    reason: String,
+    /// When the first could not.
+    since: Instant,
+    /// Until when others, or the same again, are asked.
+    until: Instant,
+    retry: Instant,
+}
+
+/// How a node failed to answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Failing {
+    /// It is gone, or cannot be reached: somebody will take its place.
+    Gone,
+    /// It is here, and does not have the experts yet, or no more.
+    Refused,
+    /// It has the experts, and they cannot be run.
+    Broken,
 }
 
 /// What a pass waits for.
-#[derive(Default)]
 pub(super) struct Flight {
     width: usize,
     /// One entry per route of the dispatch.
     parts: Vec<Part>,
     /// Outputs computed here, `[calls, width]`.
     here: Vec<f32>,
-    /// Experts that could not be run here, and why.
-    failed_here: Vec<(ExpertKey, String)>,
+    /// Routes, and their rows, whose outputs are the last of `here` and have not been computed.
+    pending: Vec<(u32, u32)>,
     sent: HashMap<u64, Sent>,
+    /// Batches that have not been answered.
+    owing: usize,
+    troubles: BTreeMap<u32, Trouble>,
 }
 
-/// What splitting a dispatch needs to know.
-pub(super) struct Split<'a> {
-    pub(super) config: &'a ModelConfig,
-    pub(super) owners: &'a Owners,
-    /// Index of this node.
-    pub(super) here: u16,
+/// What placing a dispatch's calls takes beside the dispatch.
+pub(super) struct Way<'a> {
+    pub(super) peers: &'a Peers,
+    pub(super) next_id: &'a mut u64,
+    pub(super) trace: TraceContext,
+    pub(super) buffers: &'a BufferPool,
+    pub(super) now: Instant,
+    /// How long a call may wait for a holder.
+    pub(super) patience: Duration,
 }
 
 /// A frame for a peer, with the number of its batch.
-type Outgoing = (u64, u16, OutgoingFrame);
+pub(super) struct Outgoing {
+    pub(super) id: u64,
+    pub(super) peer: u16,
+    pub(super) frame: OutgoingFrame,
+}
 
 /// A batch for one peer, as it grows.
 #[derive(Default)]
@@ -72,101 +119,145 @@ struct Batch {
     routes: Vec<u32>,
 }
 
-impl Split<'_> {
-    /// Splits a dispatch by owner and writes a frame for each other node that owns a part. `here`
-    /// is memory for the outputs that are computed here: see [`Flight::into_memory`].
-    pub(super) fn split(
-        &self,
-        dispatch: &Dispatch<'_>,
-        next_id: &mut u64,
-        trace: TraceContext,
-        buffers: &BufferPool,
-        mut here: Vec<f32>,
-    ) -> Result<(Flight, Vec<Outgoing>), String> {
-        let width = self.config.hidden;
-        let mut flight = Flight { width, ..Flight::default() };
-        let mut frames = Vec::new();
-        let mut batches: BTreeMap<u16, Batch> = BTreeMap::new();
-        let mut calls_here = 0;
-        for (index, (row, route)) in (0u32..).zip(dispatch.routes.with_rows()) {
-            let owner = self.owners.owner(route.key);
-            if owner == self.here {
-                flight.parts.push(Part::Here(calls_here));
-                calls_here += 1;
-                continue;
-            }
-            let batch = batches.entry(owner).or_default();
-            batch.push(index, row as u32, route);
-            flight.parts.push(Part::There { batch: 0, row: 0 });
-            if batch.calls.len() as u32 == calls_max(width as u32) {
-                let batch = batches.remove(&owner).unwrap_or_default();
-                frames.extend(flight.send(batch, owner, dispatch, next_id, trace, buffers));
-            }
-        }
-        for (owner, batch) in batches {
-            frames.extend(flight.send(batch, owner, dispatch, next_id, trace, buffers));
-        }
-        here.resize(calls_here as usize * width, 0.0);
-        flight.here = here;
-        Ok((flight, frames))
-    }
-}
-
 impl Batch {
-    fn push(&mut self, index: u32, row: u32, route: &Route) {
+    fn push(&mut self, index: u32, row: u32, key: ExpertKey) {
         // Rows come in order, so a row that is sent already is the last one.
         if self.rows.last() != Some(&row) {
             self.rows.push(row);
         }
         self.calls.push(messages::ExpertCall {
             row: self.rows.len() as u32 - 1,
-            tier: route.key.tier,
-            group: route.key.group,
-            expert: route.key.expert,
+            tier: key.tier,
+            group: key.group,
+            expert: key.expert,
         });
         self.routes.push(index);
     }
 }
 
 impl Flight {
+    /// A flight of a dispatch with calls of this width. `here` is memory for the outputs that are
+    /// computed here: see [`Flight::into_memory`].
+    pub(super) fn new(width: usize, mut here: Vec<f32>) -> Self {
+        here.clear();
+        Self {
+            width,
+            parts: Vec::new(),
+            here,
+            pending: Vec::new(),
+            sent: HashMap::new(),
+            owing: 0,
+            troubles: BTreeMap::new(),
+        }
+    }
+
+    /// Says for every call of a dispatch where it is computed, and writes the frames that leave.
+    pub(super) fn place(&mut self, dispatch: &Dispatch<'_>, way: &mut Way<'_>) -> Vec<Outgoing> {
+        self.parts = vec![Part::Waiting; dispatch.routes.all().len()];
+        let all = (0u32..).zip(dispatch.routes.with_rows());
+        self.place_some(all.map(|(index, (row, route))| (index, row as u32, *route)), dispatch, way)
+    }
+
+    /// The same for these routes, in ascending order, after others could not answer.
+    pub(super) fn place_again(
+        &mut self,
+        routes: &[u32],
+        dispatch: &Dispatch<'_>,
+        way: &mut Way<'_>,
+    ) -> Vec<Outgoing> {
+        let ends = dispatch.routes.ends();
+        let row = |route: u32| ends.partition_point(|&end| end <= route) as u32;
+        let all = dispatch.routes.all();
+        let some = routes.iter().map(|&route| (route, row(route), all[route as usize]));
+        self.place_some(some, dispatch, way)
+    }
+
+    fn place_some(
+        &mut self,
+        routes: impl Iterator<Item = (u32, u32, Route)>,
+        dispatch: &Dispatch<'_>,
+        way: &mut Way<'_>,
+    ) -> Vec<Outgoing> {
+        let mut outgoing = Vec::new();
+        let mut batches: BTreeMap<u16, Batch> = BTreeMap::new();
+        let mut rows_here = (self.here.len() / self.width) as u32;
+        for (index, row, route) in routes {
+            let tried = self.troubles.get(&index).map_or(&[][..], |trouble| &trouble.tried);
+            let Some(holder) = way.peers.holder(route.key, tried) else {
+                self.wait(index, route.key, way);
+                continue;
+            };
+            if holder == way.peers.me() {
+                self.parts[index as usize] = Part::Here(rows_here);
+                self.pending.push((index, row));
+                rows_here += 1;
+                continue;
+            }
+            let batch = batches.entry(holder).or_default();
+            batch.push(index, row, route.key);
+            if batch.calls.len() as u32 == calls_max(self.width as u32) {
+                let batch = batches.remove(&holder).unwrap_or_default();
+                outgoing.extend(self.send(batch, holder, dispatch, way));
+            }
+        }
+        for (holder, batch) in batches {
+            outgoing.extend(self.send(batch, holder, dispatch, way));
+        }
+        self.here.resize(rows_here as usize * self.width, 0.0);
+        outgoing
+    }
+
+    /// Notes that nobody can be asked for a route at present.
+    fn wait(&mut self, index: u32, key: ExpertKey, way: &Way<'_>) {
+        self.parts[index as usize] = Part::Waiting;
+        let retry = way.now + RETRY_INTERVAL;
+        let trouble = self.troubles.entry(index).or_insert_with(|| Trouble {
+            tried: Vec::new(),
+            reason: way.peers.nobody(key),
+            since: way.now,
+            until: way.now + way.patience,
+            retry,
+        });
+        trouble.retry = retry;
+    }
+
     fn send(
         &mut self,
         batch: Batch,
         peer: u16,
         dispatch: &Dispatch<'_>,
-        next_id: &mut u64,
-        trace: TraceContext,
-        buffers: &BufferPool,
+        way: &mut Way<'_>,
     ) -> Option<Outgoing> {
-        let id = *next_id;
-        *next_id += 1;
+        let id = *way.next_id;
+        *way.next_id += 1;
         let Batch { rows, calls, routes } = batch;
-        for (row, &route) in (0u32..).zip(&routes) {
-            self.parts[route as usize] = Part::There { batch: id, row };
-        }
-        let count = calls.len() as u32;
         let head = ExpertBatch {
             id,
-            trace,
+            trace: way.trace,
             layer: dispatch.layer as u16,
             width: self.width as u32,
             rows: rows.len() as u32,
             calls,
         };
-        let mut sent = Sent { peer, calls: count, outputs: None, complete: false, failed: None };
-        let mut frame = match OutgoingExpertBatch::new(head, buffers) {
+        let mut frame = match OutgoingExpertBatch::new(head, way.buffers) {
             Ok(frame) => frame,
             Err(error) => {
-                (sent.complete, sent.failed) = (true, Some(error.to_string()));
-                self.sent.insert(id, sent);
+                for route in routes {
+                    self.trouble(route, peer, &error.to_string(), Failing::Broken, way);
+                    self.parts[route as usize] = Part::Failed;
+                }
                 return None;
             }
         };
         for (out, &row) in frame.rows_mut().chunks_exact_mut(self.width).zip(&rows) {
             out.copy_from_slice(&dispatch.hidden[row as usize * self.width..][..self.width]);
         }
-        self.sent.insert(id, sent);
-        Some((id, peer, frame.finish()))
+        for (row, &route) in (0u32..).zip(&routes) {
+            self.parts[route as usize] = Part::There { batch: id, row };
+        }
+        self.sent.insert(id, Sent { peer, routes, outputs: None });
+        self.owing += 1;
+        Some(Outgoing { id, peer, frame: frame.finish() })
     }
 
     /// The memory of the outputs that were computed here, for the next flight.
@@ -175,27 +266,50 @@ impl Flight {
     }
 
     /// Whether some calls are to be run here.
-    pub(super) fn has_local(&self) -> bool {
-        !self.here.is_empty()
+    pub(super) fn has_pending(&self) -> bool {
+        !self.pending.is_empty()
     }
 
     /// The calls that are to be run here.
-    pub(super) fn local_calls<'a>(
+    pub(super) fn pending_calls<'a>(
         &'a mut self,
         dispatch: &'a Dispatch<'_>,
     ) -> impl Iterator<Item = ExpertCall<'a>> {
         let width = self.width;
-        let ours = dispatch
-            .routes
-            .with_rows()
-            .zip(&self.parts)
-            .filter(|(_, part)| matches!(part, Part::Here(_)));
-        ours.zip(self.here.chunks_exact_mut(width)).map(move |(((row, route), _), output)| {
-            ExpertCall { key: route.key, row: &dispatch.hidden[row * width..][..width], output }
+        let first = self.here.len() - self.pending.len() * width;
+        let outputs = self.here[first..].chunks_exact_mut(width);
+        self.pending.iter().zip(outputs).map(move |(&(route, row), output)| ExpertCall {
+            key: dispatch.routes.all()[route as usize].key,
+            row: &dispatch.hidden[row as usize * width..][..width],
+            output,
         })
     }
 
-    /// Takes the outputs of a batch.
+    /// Notes that they were run, but for these experts. Returns the routes to be placed again.
+    pub(super) fn ran(
+        &mut self,
+        failures: &[ExpertFailure],
+        routes: &[Route],
+        way: &Way<'_>,
+    ) -> Vec<u32> {
+        let pending = std::mem::take(&mut self.pending);
+        if failures.is_empty() {
+            return Vec::new();
+        }
+        let mut again = Vec::new();
+        for (route, _) in pending {
+            let key = routes[route as usize].key;
+            let Some(failure) = failures.iter().find(|failure| failure.key == key) else {
+                continue;
+            };
+            let how = failing(&failure.error);
+            self.trouble(route, way.peers.me(), &failure.error.to_string(), how, way);
+            again.push(route);
+        }
+        again
+    }
+
+    /// Takes the outputs of a batch, or says what is wrong with them.
     pub(super) fn take(
         &mut self,
         id: u64,
@@ -204,76 +318,136 @@ impl Flight {
     ) -> Result<(), String> {
         let Some(sent) = self.sent.get_mut(&id) else { return Ok(()) };
         let (rows, width) = (view.head().rows, view.head().width as usize);
-        if sent.peer != peer || rows != sent.calls || width != self.width {
+        let calls = sent.routes.len();
+        if sent.peer != peer || rows as usize != calls || width != self.width {
             return Err(format!(
-                "it sent {rows} outputs of width {width}; {} of width {} are expected",
-                sent.calls, self.width
+                "it sent {rows} outputs of width {width}; {calls} of width {} are expected",
+                self.width
             ));
         }
         sent.outputs = Some(view);
         Ok(())
     }
 
-    /// Notes that the exchange is done with a batch.
-    pub(super) fn complete(&mut self, id: u64) {
-        if let Some(sent) = self.sent.get_mut(&id) {
-            sent.complete = true;
+    /// Notes that a batch was answered. Returns the routes whose experts the answer names as
+    /// failed: they are to be placed again.
+    pub(super) fn complete(&mut self, id: u64, routes: &[Route], way: &Way<'_>) -> Vec<u32> {
+        self.owing -= 1;
+        let mut again = Vec::new();
+        let Some(sent) = self.sent.get(&id) else { return again };
+        let failed = sent.outputs.as_ref().map_or(&[][..], ExpertOutputsView::failed).to_vec();
+        if failed.is_empty() {
+            return again;
         }
-    }
-
-    /// Notes that nothing of a batch will come, for a reason that names its node.
-    pub(super) fn fail(&mut self, id: u64, reason: String) {
-        if let Some(sent) = self.sent.get_mut(&id) {
-            (sent.complete, sent.failed) = (true, Some(reason));
+        let (peer, called) = (sent.peer, sent.routes.clone());
+        for route in called {
+            let key = routes[route as usize].key;
+            let ours = |f: &&messages::FailedExpert| {
+                (f.tier, f.group, f.expert) == (key.tier, key.group, key.expert)
+            };
+            if let Some(failed) = failed.iter().find(ours) {
+                let how = if failed.is_absent() { Failing::Refused } else { Failing::Broken };
+                self.trouble(route, peer, &way.peers.refused(peer, failed.why()), how, way);
+                again.push(route);
+            }
         }
+        again
     }
 
-    /// Notes the experts that could not be run here.
-    pub(super) fn fail_here(&mut self, failures: &[ExpertFailure]) {
-        let named = |failure: &ExpertFailure| (failure.key, failure.error.to_string());
-        self.failed_here.extend(failures.iter().map(named));
+    /// Notes that nothing of a batch will come, for a reason that names its node. Returns its
+    /// routes: they are to be placed again.
+    pub(super) fn fail(&mut self, id: u64, reason: &str, how: Failing, way: &Way<'_>) -> Vec<u32> {
+        let Some(sent) = self.sent.remove(&id) else { return Vec::new() };
+        self.owing -= 1;
+        for &route in &sent.routes {
+            self.trouble(route, sent.peer, reason, how, way);
+        }
+        sent.routes
     }
 
-    /// Whether some outputs will not come.
-    pub(super) fn has_failures(&self) -> bool {
-        let failed = |sent: &Sent| {
-            sent.failed.is_some() || sent.outputs.as_ref().is_some_and(|v| !v.failed().is_empty())
+    fn trouble(&mut self, route: u32, node: u16, reason: &str, how: Failing, way: &Way<'_>) {
+        let now = way.now;
+        self.parts[route as usize] = Part::Waiting;
+        let trouble = self.troubles.entry(route).or_insert_with(|| Trouble {
+            tried: Vec::new(),
+            reason: String::new(),
+            since: now,
+            until: now,
+            retry: now,
+        });
+        trouble.tried.push(node);
+        trouble.reason = reason.to_owned();
+        trouble.retry = now + RETRY_INTERVAL;
+        trouble.until = match how {
+            Failing::Gone => trouble.since + way.patience,
+            Failing::Refused => trouble.since + REFUSED_WAIT_MAX.min(way.patience),
+            Failing::Broken => now,
         };
-        !self.failed_here.is_empty() || self.sent.values().any(failed)
     }
 
-    /// The routes of the dispatch whose outputs will not come. `refused` says that a node could not
-    /// run an expert.
-    pub(super) fn failed_routes(
-        &self,
-        routes: &Routes,
-        refused: impl Fn(u16, &str) -> String,
-    ) -> Vec<FailedRoute> {
-        let reason = |key: ExpertKey, part: &Part| match *part {
-            Part::Here(_) => {
-                let failed = self.failed_here.iter().find(|(failed, _)| *failed == key);
-                failed.map(|(_, reason)| reason.clone())
+    /// Routes that wait, to be placed again because something has changed.
+    pub(super) fn waiting(&mut self) -> Vec<u32> {
+        let parts = &self.parts;
+        let waiting = |route: &u32| parts[*route as usize] == Part::Waiting;
+        let mut again = Vec::new();
+        for (route, trouble) in self.troubles.iter_mut().filter(|(route, _)| waiting(route)) {
+            trouble.tried.clear();
+            again.push(*route);
+        }
+        again
+    }
+
+    /// Gives up what has waited long enough; returns routes whose holders are to be asked again.
+    pub(super) fn expire(&mut self, now: Instant) -> Vec<u32> {
+        let mut again = Vec::new();
+        for (&route, trouble) in &mut self.troubles {
+            let part = &mut self.parts[route as usize];
+            if *part != Part::Waiting {
+                continue;
             }
-            Part::There { batch, .. } => {
-                let sent = self.sent.get(&batch)?;
-                let ours = (key.tier, key.group, key.expert);
-                let failed = sent.outputs.iter().flat_map(ExpertOutputsView::failed);
-                let mut failed = failed.filter(|f| (f.tier, f.group, f.expert) == ours);
-                let expert = failed.next().map(|failed| refused(sent.peer, &failed.reason));
-                sent.failed.clone().or(expert)
+            if trouble.until <= now {
+                *part = Part::Failed;
+            } else if trouble.retry <= now {
+                trouble.tried.clear();
+                again.push(route);
             }
+        }
+        again
+    }
+
+    /// When [`Flight::expire`] is to be called at the latest.
+    pub(super) fn wakes_at(&self) -> Option<Instant> {
+        let waiting = |(route, _): &(&u32, &Trouble)| self.parts[**route as usize] == Part::Waiting;
+        self.troubles.iter().filter(waiting).map(|(_, t)| t.until.min(t.retry)).min()
+    }
+
+    /// Batches that a node owes although every one of their calls could be had from somebody else.
+    pub(super) fn avoidable(&self, peer: u16, routes: &[Route], peers: &Peers) -> Vec<u64> {
+        let elsewhere = |&route: &u32| {
+            let mut tried = vec![peer];
+            tried.extend(self.troubles.get(&route).iter().flat_map(|trouble| &trouble.tried));
+            peers.has_sound_holder(routes[route as usize].key, &tried)
         };
-        let parts = routes.all().iter().zip(&self.parts).enumerate();
-        parts
-            .filter_map(|(route, (Route { key, .. }, part))| {
-                reason(*key, part).map(|reason| FailedRoute { route, reason })
-            })
-            .collect()
+        let owed = self.sent.iter().filter(|(_, s)| s.peer == peer && s.outputs.is_none());
+        owed.filter(|(_, sent)| sent.routes.iter().all(elsewhere)).map(|(&id, _)| id).collect()
     }
 
     /// Whether every output is there, or known not to come.
     pub(super) fn is_complete(&self) -> bool {
-        self.sent.values().all(|sent| sent.complete)
+        let waiting = |route: &u32| self.parts[*route as usize] == Part::Waiting;
+        self.owing == 0 && self.pending.is_empty() && !self.troubles.keys().any(waiting)
+    }
+
+    /// The routes of the dispatch whose outputs will not come.
+    pub(super) fn failed_routes(&self) -> Vec<FailedRoute> {
+        let failed = self.troubles.iter();
+        let failed = failed.filter(|(route, _)| self.parts[**route as usize] == Part::Failed);
+        failed
+            .map(|(&route, trouble)| FailedRoute {
+                route: route as usize,
+                reason: trouble.reason.clone(),
+            })
+            .collect()
     }
 
     /// The output of every route, in order, where it lies; nothing where it did not come.
@@ -284,7 +458,16 @@ impl Flight {
                 let sent = self.sent.get(&batch).and_then(|sent| sent.outputs.as_ref());
                 sent.map_or(&[][..], |outputs| outputs.row(row as usize))
             }
+            Part::Waiting | Part::Failed => &[],
         };
         self.parts.iter().map(part).collect()
+    }
+}
+
+/// What it means that an expert could not be run here.
+pub(super) fn failing(error: &ExpertError) -> Failing {
+    match error {
+        ExpertError::Store(StoreError::NotHere { .. }) => Failing::Refused,
+        ExpertError::Store(_) | ExpertError::Device { .. } => Failing::Broken,
     }
 }

@@ -3,13 +3,17 @@
 //! Invariant: a job's last event is sent exactly once; a reader that does not keep up loses its
 //! job, never the lane's time.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+};
 
 use lite_llm_runtime::{engine::Event, sequence};
 use lite_llm_transport::messages::{EndReason, JobEvent, JobEventBody, TraceContext};
 use tokio::sync::mpsc;
 use tracing::Span;
 
+use super::Ticket;
 use crate::trace;
 
 /// Bytes of logits in one event at most (but at least one row).
@@ -23,6 +27,9 @@ pub(super) struct Job {
     vocab: usize,
     /// Its events are large, so it is held back while many wait.
     logits: bool,
+    held: bool,
+    /// Why it ended, where its reader could not be told.
+    epitaph: Arc<OnceLock<String>>,
     _span: Span,
 }
 
@@ -32,18 +39,19 @@ impl Job {
         vocab: usize,
         logits: bool,
         events: mpsc::Sender<JobEvent>,
+        epitaph: Arc<OnceLock<String>>,
         span: Span,
     ) -> Self {
-        Self { id, events, trace: trace::context_of(&span), vocab, logits, _span: span }
-    }
-
-    pub(super) fn id(&self) -> u64 {
-        self.id
-    }
-
-    /// Ends it with a reason.
-    pub(super) fn fail(self, reason: &str) {
-        self.end(JobEventBody::Failed { reason: reason.to_owned() });
+        Self {
+            id,
+            events,
+            trace: trace::context_of(&span),
+            vocab,
+            logits,
+            held: false,
+            epitaph,
+            _span: span,
+        }
     }
 
     fn end(self, body: JobEventBody) {
@@ -52,30 +60,33 @@ impl Job {
     }
 
     /// Whether its reader is so far behind that it is to generate no more for now.
-    fn is_held(&self) -> bool {
-        self.logits && self.events.capacity() < self.events.max_capacity() / 2
+    fn is_behind(&self) -> bool {
+        self.events.capacity() < self.events.max_capacity() / 2
     }
 }
 
 /// See the module's text.
 #[derive(Default)]
 pub(super) struct Jobs {
-    jobs: HashMap<u64, Job>,
+    jobs: HashMap<Ticket, Job>,
 }
 
 impl Jobs {
-    pub(super) fn insert(&mut self, job: Job) {
-        self.jobs.insert(job.id, job);
+    pub(super) fn insert(&mut self, ticket: Ticket, job: Job) {
+        self.jobs.insert(ticket, job);
     }
 
-    /// Jobs with large events, each with whether it is to be held back.
-    pub(super) fn backlogs(&self) -> impl Iterator<Item = (u64, bool)> {
-        self.jobs.values().filter(|job| job.logits).map(|job| (job.id, job.is_held()))
+    /// Jobs that are to be held back from now on, or no more.
+    pub(super) fn backlogs(&mut self) -> impl Iterator<Item = (Ticket, bool)> {
+        self.jobs.iter_mut().filter(|(_, job)| job.logits).filter_map(|(&ticket, job)| {
+            let held = job.is_behind();
+            (std::mem::replace(&mut job.held, held) != held).then_some((ticket, held))
+        })
     }
 
     /// Whether some job is held back.
     pub(super) fn any_held(&self) -> bool {
-        self.jobs.values().any(Job::is_held)
+        self.jobs.values().any(|job| job.held)
     }
 
     /// Passes an engine's event on. Returns a job whose reader does not keep up.
@@ -118,16 +129,16 @@ impl Jobs {
         }
     }
 
-    pub(super) fn fail(&mut self, job: u64, reason: &str) {
-        self.last(job, JobEventBody::Failed { reason: reason.to_owned() });
+    fn fail(&mut self, ticket: Ticket, reason: &str) {
+        self.last(ticket, JobEventBody::Failed { reason: reason.to_owned() });
     }
 
-    pub(super) fn fail_all(&mut self, reason: &str) {
-        let all: Vec<u64> = self.jobs.keys().copied().collect();
-        all.into_iter().for_each(|job| self.fail(job, reason));
+    /// Gives a job back: it did not begin, and another node may take it.
+    pub(super) fn not_taken(&mut self, ticket: Ticket, reason: String) {
+        self.last(ticket, JobEventBody::NotTaken { reason });
     }
 
-    fn logits(&mut self, sequence: u64, first: usize, values: &[f32]) -> Option<u64> {
+    fn logits(&mut self, sequence: Ticket, first: usize, values: &[f32]) -> Option<u64> {
         let width = self.jobs.get(&sequence)?.vocab;
         let rows = (LOGITS_BYTES_MAX / (4 * width)).max(1);
         for (part, values) in values.chunks(rows * width).enumerate() {
@@ -144,24 +155,29 @@ impl Jobs {
         None
     }
 
-    fn send(&mut self, id: u64, body: JobEventBody) -> Option<u64> {
+    fn send(&mut self, id: Ticket, body: JobEventBody) -> Option<u64> {
         let job = self.jobs.get(&id)?;
-        match job.events.try_send(JobEvent { job: id, trace: job.trace, body }) {
+        match job.events.try_send(JobEvent { job: job.id, trace: job.trace, body }) {
             Ok(()) => None,
             Err(mpsc::error::TrySendError::Closed(_)) => {
                 self.jobs.remove(&id);
                 Some(id)
             }
             Err(mpsc::error::TrySendError::Full(_)) => {
-                // Dropping the sender after its queue is read ends the reader's stream, and the
-                // reader sees a job that ended without its last event.
-                self.jobs.remove(&id);
+                // The reader reads what waits, then finds the reason.
+                if let Some(job) = self.jobs.remove(&id) {
+                    let reason = format!(
+                        "{} events of this job were not read: read them faster, or submit it again",
+                        job.events.max_capacity()
+                    );
+                    let _ = job.epitaph.set(reason);
+                }
                 Some(id)
             }
         }
     }
 
-    fn last(&mut self, id: u64, body: JobEventBody) {
+    fn last(&mut self, id: Ticket, body: JobEventBody) {
         if let Some(job) = self.jobs.remove(&id) {
             job.end(body);
         }

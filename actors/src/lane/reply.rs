@@ -11,7 +11,7 @@ use lite_llm_transport::{
 };
 use tracing::Span;
 
-use super::RemoteBatch;
+use super::flight::{Failing, failing};
 use crate::trace;
 
 /// An answer in the making.
@@ -28,8 +28,8 @@ fn key(layer: u16, call: &messages::ExpertCall) -> ExpertKey {
 
 impl Reply {
     /// Reserves an answer's frame, or says why there will be none.
-    pub(super) fn reserve(batch: &RemoteBatch, width: usize, buffers: &BufferPool) -> Self {
-        let head = batch.view.head();
+    pub(super) fn reserve(view: &ExpertBatchView, width: usize, buffers: &BufferPool) -> Self {
+        let head = view.head();
         let span = trace::remote_span("expert shard", head.trace, head.layer, head.calls.len());
         if head.width as usize != width {
             let found = head.width;
@@ -85,11 +85,13 @@ impl Reply {
         let called = |failure: &&ExpertFailure| {
             head.calls.iter().any(|call| key(head.layer, call) == failure.key)
         };
-        let named = |ExpertFailure { key, error }: &ExpertFailure| FailedExpert {
-            tier: key.tier,
-            group: key.group,
-            expert: key.expert,
-            reason: error.to_string(),
+        let named = |failure: &ExpertFailure| {
+            let ExpertKey { tier, group, expert, .. } = failure.key;
+            let failed = FailedExpert { tier, group, expert, reason: failure.error.to_string() };
+            match failing(&failure.error) {
+                Failing::Refused => failed.absent(),
+                Failing::Gone | Failing::Broken => failed,
+            }
         };
         let failed: Vec<FailedExpert> = failures.iter().filter(called).map(named).collect();
         if failed.is_empty() {

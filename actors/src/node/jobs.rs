@@ -3,11 +3,19 @@
 //! Invariants: a job that was taken gets exactly one last event, unless its stream is lost; a stream
 //! that ends cancels its job.
 
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
+
 use lite_llm_runtime::{config::ModelConfig, sampler::Sampling, sequence::Request, tier::TierSet};
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
-    frame::{FrameReceiver, FrameSender},
-    messages::{JobEvent, JobEventBody, JobRequest, JobStart, LogitsWanted, Prompt},
+    frame::{Frame, FrameKind, FrameReceiver, FrameSender},
+    messages::{
+        JobContinue, JobEvent, JobEventBody, JobRequest, JobStart, LogitsWanted, MessageError,
+        Prompt,
+    },
 };
 use tokio::sync::mpsc;
 use tracing::{Instrument, Span, debug, debug_span};
@@ -17,6 +25,9 @@ use crate::{
     links::deliver,
     trace,
 };
+
+/// Tickets given out by this process: see [`lane::Ticket`].
+static TICKETS: AtomicU64 = AtomicU64::new(0);
 
 /// Serves the job streams that a coordinator opens to a node, until the connection ends.
 pub async fn serve_jobs(connection: Connection, inbox: LaneInbox) {
@@ -30,11 +41,11 @@ pub async fn serve_jobs(connection: Connection, inbox: LaneInbox) {
 
 async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: LaneInbox) {
     let start = match receiver.recv().await {
-        Ok(Some(frame)) => frame.decode::<JobStart>().map_err(|error| error.to_string()),
+        Ok(Some(frame)) => job_of(&frame).map_err(|error| error.to_string()),
         Ok(None) => return,
         Err(error) => Err(error.to_string()),
     };
-    let JobStart { job, request } = match start {
+    let JobContinue { job, request, generated } = match start {
         Ok(start) => start,
         Err(error) => {
             debug!(%error, "a job stream brought no job");
@@ -45,19 +56,24 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
     let span = debug_span!("node", job);
     trace::adopt(&span, trace);
     let (events, mut queue) = mpsc::channel(JOB_EVENTS_MAX);
+    let (ticket, epitaph) = (TICKETS.fetch_add(1, Relaxed), Arc::new(OnceLock::new()));
     let lane = inbox.load_full();
-    let refused = match (engine_request(request, &span), &lane) {
-        (Err(reason), _) => Some(reason),
-        (Ok(_), None) => Some("this worker has no experts loaded at present".into()),
+    let refused = match (engine_request(request, generated, &span), &lane) {
+        (Err(reason), _) => Some(JobEventBody::Failed { reason }),
+        (Ok(_), None) => {
+            let reason = "this worker has no experts loaded at present".into();
+            Some(JobEventBody::NotTaken { reason })
+        }
         (Ok(request), Some(lane)) => {
-            let start = lane::JobStart { job, request, events, span: span.clone() };
+            let (epitaph, span) = (epitaph.clone(), span.clone());
+            let start = lane::JobStart { job, ticket, request, events, epitaph, span };
             let taken = deliver(lane, LaneEvent::Start(Box::new(start))).await;
-            (!taken).then(|| "this worker is busy or stopping; submit it again".into())
+            let reason = "this worker is busy or stopping".to_owned();
+            (!taken).then_some(JobEventBody::NotTaken { reason })
         }
     };
-    if let Some(reason) = refused {
-        let event = JobEvent { job, trace, body: JobEventBody::Failed { reason } };
-        if sender.send_message(&event).await.is_ok() {
+    if let Some(body) = refused {
+        if sender.send_message(&JobEvent { job, trace, body }).await.is_ok() {
             // The coordinator hangs up when it has read the last event.
             let _ = sender.finish().await;
         }
@@ -66,6 +82,12 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
     let pump = async {
         while let Some(event) = queue.recv().await {
             if sender.send_message(&event).await.is_err() {
+                return;
+            }
+        }
+        if let Some(reason) = epitaph.get() {
+            let body = JobEventBody::Failed { reason: reason.clone() };
+            if sender.send_message(&JobEvent { job, trace, body }).await.is_err() {
                 return;
             }
         }
@@ -79,7 +101,18 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
     }
     if let Some(lane) = lane {
         // The lane ignores jobs that have ended; a lane that is gone has ended them all.
-        deliver(&lane, LaneEvent::Cancel(job)).await;
+        deliver(&lane, LaneEvent::Cancel(ticket)).await;
+    }
+}
+
+/// The job that a stream brings, from its beginning or from where it was elsewhere.
+fn job_of(frame: &Frame) -> Result<JobContinue, MessageError> {
+    match frame.kind() {
+        FrameKind::JobContinue => frame.decode(),
+        _ => {
+            let JobStart { job, request } = frame.decode()?;
+            Ok(JobContinue { job, request, generated: Vec::new() })
+        }
     }
 }
 
@@ -89,18 +122,23 @@ pub fn check(request: &JobRequest, config: &ModelConfig) -> Result<(), String> {
     if !matches!(request.prompt, Prompt::Tokens(_)) {
         return Ok(());
     }
-    let request = engine_request(request.clone(), &Span::none())?;
+    let request = engine_request(request.clone(), Vec::new(), &Span::none())?;
     request.check(config).map(drop).map_err(|error| error.to_string())
 }
 
 /// A job as the engine takes it.
-fn engine_request(request: JobRequest, span: &Span) -> Result<Request, String> {
+fn engine_request(
+    request: JobRequest,
+    generated: Vec<u32>,
+    span: &Span,
+) -> Result<Request, String> {
     let Prompt::Tokens(prompt) = request.prompt else {
         return Err("a home node takes token ids, not text".into());
     };
     let tiers: TierSet = request.tiers.parse().map_err(|error| format!("tiers: {error}"))?;
     Ok(Request {
         prompt,
+        generated,
         max_new_tokens: request.max_new_tokens as usize,
         sampling: Sampling {
             temperature: request.temperature,

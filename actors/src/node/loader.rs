@@ -1,7 +1,7 @@
 //! The actor that carries a node's assignments out, one after the other, beside the node's mailbox.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, atomic::Ordering::Relaxed},
 };
@@ -16,9 +16,10 @@ use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
 
 use crate::{
-    lane::{LaneMessage, LaneParts, LaneStats},
+    lane::{Arrangement, LaneEvent, LaneMessage, LaneParts, LaneStats},
+    links::deliver,
     node::{Loaded, Model, NodeOptions},
-    placement::Owners,
+    placement::Placement,
     shard::{ExpertShard, LoadCounters, ShardArguments, ShardMessage},
     storage::{StorageActor, StorageArguments, StorageMessage},
     wire::Wire,
@@ -30,8 +31,10 @@ pub(super) struct Loader;
 /// What it is told.
 #[derive(RactorMessage)]
 pub(super) enum LoaderMessage {
-    /// Carry this out; answered when it is done.
+    /// Have what this gives; answered when it is here.
     Load(Box<Assignment>, RpcReplyPort<Wire<Loaded>>),
+    /// Compute by this from now on; answered when that is so.
+    Serve(Box<Assignment>, RpcReplyPort<Wire<Loaded>>),
 }
 
 /// An open model on this node.
@@ -54,8 +57,8 @@ pub(super) struct LoaderState {
     /// The node, which supervises what is started here.
     pub(super) node: ActorCell,
     pub(super) model: Option<OpenModel>,
-    /// Per layer: the keys and the shard that holds them.
-    pub(super) shards: BTreeMap<u16, (Vec<ExpertKey>, ActorRef<ShardMessage>)>,
+    /// By layer.
+    pub(super) shards: BTreeMap<u16, ActorRef<ShardMessage>>,
 }
 
 impl Actor for Loader {
@@ -74,14 +77,16 @@ impl Actor for Loader {
     async fn handle(
         &self,
         _: ActorRef<Self::Msg>,
-        LoaderMessage::Load(assignment, reply): Self::Msg,
+        message: Self::Msg,
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        let result = state.load(*assignment).await;
-        *state.doing.lock() = match &result {
-            Ok(()) => "ready".into(),
-            Err(reason) => format!("failed: {reason}"),
+        let (result, reply) = match message {
+            LoaderMessage::Load(assignment, reply) => (state.load(*assignment).await, reply),
+            LoaderMessage::Serve(assignment, reply) => (state.serve(*assignment).await, reply),
         };
+        if let Err(reason) = &result {
+            *state.doing.lock() = format!("failed: {reason}");
+        }
         // The coordinator may be gone; it will ask again when it is back.
         let _ = reply.send(Wire::new(Loaded { error: result.err() }));
         Ok(())
@@ -89,40 +94,121 @@ impl Actor for Loader {
 }
 
 impl LoaderState {
+    /// Has what an assignment gives this node, beside what it serves.
     async fn load(&mut self, assignment: Assignment) -> Result<(), String> {
-        // Links first: whoever waits for this node sees it while it loads.
-        let links = self.options.links.connect(&assignment.nodes, assignment.you);
-        let (peers, readers) = links.await?.into_peers();
-        *self.doing.lock() = "opening the model".into();
-        let model = self.open(&assignment).await?;
-        *self.doing.lock() = "loading experts".into();
-        assignment.check().map_err(|error| error.to_string())?;
-        let config = model.checkpoint.config();
-        let owners = Owners::new(config, assignment.placement).map_err(|e| e.to_string())?;
-        self.load_experts(&model, &owners, assignment.you).await?;
-        let engine = {
-            let (backbone, kv_bytes) = (model.backbone.clone(), self.options.kv_bytes);
-            let kv_dtype: KvDType = assignment.kv_dtype.parse().map_err(|error| {
-                format!("the coordinator assigned a cache that this release lacks: {error}")
-            })?;
-            Engine::with_cache(backbone, kv_bytes, kv_dtype).map_err(|error| error.to_string())?
-        };
+        let (model, placement) = self.prepare(&assignment).await?;
+        let wanted = wanted(&model, &placement, assignment.you);
+        let mut keep = wanted.clone();
+        let serving = self.options.serving.lock().clone();
+        if let Some(serving) = serving {
+            let (model, placement) = self.prepare(&serving).await?;
+            for (layer, keys) in self::wanted(&model, &placement, serving.you) {
+                keep.entry(layer).or_default().extend(keys);
+            }
+        }
+        self.keep(&keep).await?;
+        let total = wanted.values().map(BTreeSet::len).sum::<usize>() as u32;
+        self.counters.total.store(total, Relaxed);
+        let mut loads = Vec::new();
+        for (layer, keys) in wanted {
+            let shard = self.shard(&model, layer).await?;
+            loads.push(async move {
+                ractor::call!(shard, |reply| ShardMessage::Load(keys, reply))
+                    .map_err(|error| format!("the shard of layer {layer} is gone: {error}"))?
+            });
+        }
+        let loaded = futures::future::join_all(loads).await;
+        loaded.into_iter().collect::<Result<(), String>>()?;
+        *self.options.holding.lock() = Some(assignment);
+        if self.options.inbox.load().is_none() {
+            *self.doing.lock() = "waiting for the cluster".into();
+        }
+        Ok(())
+    }
+
+    /// Computes by an assignment from now on, and lets go what it does not give this node.
+    async fn serve(&mut self, assignment: Assignment) -> Result<(), String> {
+        self.load(assignment.clone()).await?;
+        let (model, placement) = self.prepare(&assignment).await?;
+        let keep = wanted(&model, &placement, assignment.you);
+        let names = assignment.nodes.iter().map(|node| node.name.clone()).collect();
+        let arrangement = Arrangement { placement: Arc::new(placement), me: assignment.you, names };
+        match self.options.inbox.load_full() {
+            Some(lane) => {
+                if !deliver(&lane, LaneEvent::Rearrange(arrangement)).await {
+                    return Err("this worker's lane takes no events".into());
+                }
+            }
+            None => self.begin(&model, &assignment, arrangement).await?,
+        }
+        self.options.links.keep_to(&assignment.nodes, assignment.you);
+        *self.options.serving.lock() = Some(assignment);
+        self.keep(&keep).await?;
+        *self.doing.lock() = "ready".into();
+        Ok(())
+    }
+
+    /// Lets go of all experts but these.
+    async fn keep(&self, keep: &BTreeMap<u16, BTreeSet<ExpertKey>>) -> Result<(), String> {
+        for (layer, shard) in &self.shards {
+            let keys = keep.get(layer).cloned().unwrap_or_default();
+            ractor::call!(shard, |reply| ShardMessage::Keep(keys, reply))
+                .map_err(|error| format!("the shard of layer {layer} is gone: {error}"))?;
+        }
+        Ok(())
+    }
+
+    /// Starts the lane.
+    async fn begin(
+        &self,
+        model: &OpenModel,
+        assignment: &Assignment,
+        arrangement: Arrangement,
+    ) -> Result<(), String> {
+        let (backbone, kv_bytes) = (model.backbone.clone(), self.options.kv_bytes);
+        let kv_dtype: KvDType = assignment.kv_dtype.parse().map_err(|error| {
+            format!("the coordinator assigned a cache that this release lacks: {error}")
+        })?;
+        let engine =
+            Engine::with_cache(backbone, kv_bytes, kv_dtype).map_err(|error| error.to_string())?;
         let parts = LaneParts {
             engine,
             store: model.store.clone(),
-            owners: Arc::new(owners),
-            index: assignment.you,
-            peers,
+            arrangement,
             buffers: self.options.buffers.clone(),
-            stats: self.stats.clone(),
+            limits: self.options.limits,
         };
-        ractor::call!(self.lane, |reply| LaneMessage::Begin(Box::new(parts), reply))
-            .map_err(|error| format!("the lane actor is gone: {error}"))??;
-        match self.options.inbox.load_full() {
-            Some(lane) => readers.start(&lane),
-            None => return Err("the lane ended as soon as it began".into()),
+        let begin = |reply| LaneMessage::Begin(Box::new(parts), self.stats.clone(), reply);
+        ractor::call!(self.lane, begin)
+            .map_err(|error| format!("the lane actor is gone: {error}"))?
+    }
+
+    /// The model of an assignment, open, and who holds which of its experts.
+    async fn prepare(&mut self, assignment: &Assignment) -> Result<(OpenModel, Placement), String> {
+        let model = self.open(assignment).await?;
+        assignment.check().map_err(|error| error.to_string())?;
+        let rules = assignment.placement.clone();
+        let placement =
+            Placement::new(model.checkpoint.config(), rules).map_err(|error| error.to_string())?;
+        Ok((model, placement))
+    }
+
+    /// The shard of a layer.
+    async fn shard(
+        &mut self,
+        model: &OpenModel,
+        layer: u16,
+    ) -> Result<ActorRef<ShardMessage>, String> {
+        if let Some(shard) = self.shards.get(&layer) {
+            return Ok(shard.clone());
         }
-        Ok(())
+        let arguments =
+            ShardArguments { storage: model.storage.clone(), counters: self.counters.clone() };
+        let (shard, _) = Actor::spawn_linked(None, ExpertShard, arguments, self.node.clone())
+            .await
+            .map_err(|error| error.to_string())?;
+        self.shards.insert(layer, shard.clone());
+        Ok(shard)
     }
 
     /// Opens the checkpoint and loads the backbone, unless that was done for an earlier epoch.
@@ -140,6 +226,9 @@ impl LoaderState {
                 ));
             }
             return Ok(model.clone());
+        }
+        if self.options.inbox.load().is_none() {
+            *self.doing.lock() = "opening the model".into();
         }
         let (source, device) = (self.options.model.clone(), self.options.device.clone());
         let (id, path) = (assignment.checkpoint, assignment.model_path.clone());
@@ -172,7 +261,7 @@ impl LoaderState {
         *self.options.store.lock() = Some(store.clone());
         let model = OpenModel { checkpoint, backbone, store, storage };
         // Shards of another checkpoint hold other experts, though under equal keys.
-        for (_, shard) in std::mem::take(&mut self.shards).into_values() {
+        for shard in std::mem::take(&mut self.shards).into_values() {
             let _ = shard.stop_and_wait(None, None).await;
         }
         if let Some(old) = self.model.replace(model.clone()) {
@@ -180,62 +269,20 @@ impl LoaderState {
         }
         Ok(model)
     }
+}
 
-    /// Brings the shards in line with an assignment: those whose experts stay are left alone.
-    async fn load_experts(
-        &mut self,
-        model: &OpenModel,
-        owners: &Owners,
-        you: u16,
-    ) -> Result<(), String> {
-        let mut wanted: BTreeMap<u16, Vec<ExpertKey>> = BTreeMap::new();
-        for key in model.checkpoint.config().expert_keys().filter(|&key| owners.owner(key) == you) {
-            wanted.entry(key.layer).or_default().push(key);
-        }
-        let total = wanted.values().map(Vec::len).sum::<usize>() as u32;
-        let stale: Vec<u16> = self
-            .shards
-            .iter()
-            .filter(|(layer, (keys, _))| wanted.get(layer) != Some(keys))
-            .map(|(layer, _)| *layer)
-            .collect();
-        for layer in stale {
-            if let Some((_, shard)) = self.shards.remove(&layer) {
-                // It stops in its own time; its storage lets go what it held before it fetches.
-                let _ = shard.stop_and_wait(None, None).await;
-            }
-        }
-        self.counters.total.store(total, Relaxed);
-        let kept: usize = self.shards.values().map(|(keys, _)| keys.len()).sum();
-        self.counters.loaded.store(kept as u32, Relaxed);
-        let mut loads = Vec::new();
-        for (layer, keys) in wanted {
-            if self.shards.contains_key(&layer) {
-                continue;
-            }
-            let arguments = ShardArguments {
-                keys: keys.clone(),
-                storage: model.storage.clone(),
-                counters: self.counters.clone(),
-            };
-            let (shard, _) = Actor::spawn_linked(None, ExpertShard, arguments, self.node.clone())
-                .await
-                .map_err(|error| error.to_string())?;
-            self.shards.insert(layer, (keys, shard.clone()));
-            loads.push(async move {
-                ractor::call!(shard, ShardMessage::Load)
-                    .map_err(|error| format!("the shard of layer {layer} is gone: {error}"))?
-            });
-        }
-        let result = futures::future::try_join_all(loads).await.map(|_| ());
-        if result.is_err() {
-            // What was fetched is let go, so that the next assignment begins afresh.
-            for (_, shard) in std::mem::take(&mut self.shards).into_values() {
-                shard.stop(None);
-            }
-        }
-        result
+/// The experts that a placement gives a node, by layer.
+fn wanted(
+    model: &OpenModel,
+    placement: &Placement,
+    you: u16,
+) -> BTreeMap<u16, BTreeSet<ExpertKey>> {
+    let mut wanted: BTreeMap<u16, BTreeSet<ExpertKey>> = BTreeMap::new();
+    let keys = model.checkpoint.config().expert_keys();
+    for key in keys.filter(|&key| placement.holds(you, key)) {
+        wanted.entry(key.layer).or_default().insert(key);
     }
+    wanted
 }
 
 /// A folder with the number of the manifest that the coordinator's `DIR@N` ends with: the folder may

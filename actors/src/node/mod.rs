@@ -17,10 +17,10 @@ use std::{
     time::Instant,
 };
 
-use lite_llm_kernels::cpu::Cpu;
+use lite_llm_kernels::{cpu::Cpu, device::Device};
 use lite_llm_runtime::{checkpoint::Checkpoint, expert::ExpertStore, store::DramStore};
 use lite_llm_transport::{
-    messages::{Assignment, NodeInfo, NodeStatus},
+    messages::{Assignment, NodeInfo, NodeReport, NodeStatus, NodeVitals},
     pool::BufferPool,
 };
 use parking_lot::Mutex;
@@ -31,7 +31,7 @@ use tracing::{error, info};
 
 use self::loader::{Loader, LoaderMessage, LoaderState};
 use crate::{
-    lane::{LaneActor, LaneInbox, LaneMessage, LaneStats},
+    lane::{LaneActor, LaneEvent, LaneInbox, LaneLimits, LaneMessage, LaneStats},
     links::Links,
     shard::LoadCounters,
     wire::Wire,
@@ -45,15 +45,18 @@ pub const NODES: &str = "nodes";
 pub enum NodeMessage {
     /// Who are you?
     #[rpc]
-    Describe(RpcReplyPort<Wire<NodeInfo>>),
-    /// Become ready for an epoch; answered when it is, or cannot be.
+    Describe(RpcReplyPort<Wire<NodeReport>>),
+    /// Load what this gives you, beside what you hold; answered when it is here, or cannot be.
     #[rpc]
     Load(Wire<Assignment>, RpcReplyPort<Wire<Loaded>>),
+    /// Compute by this from now on; answered when that is so, or cannot be.
+    #[rpc]
+    Serve(Wire<Assignment>, RpcReplyPort<Wire<Loaded>>),
     /// How are you?
     #[rpc]
-    Status(RpcReplyPort<Wire<NodeStatus>>),
-    /// The cluster can no longer serve: fail what runs, with this reason.
-    Suspend(String),
+    Vitals(RpcReplyPort<Wire<NodeVitals>>),
+    /// These nodes have shown no sign of progress lately; others have.
+    Suspects(Wire<Vec<String>>),
     /// Leave, for this reason.
     Dismiss(String),
 }
@@ -86,6 +89,12 @@ pub struct NodeOptions {
     pub store: StoreSlot,
     /// Why the node stopped by itself, if it did.
     pub farewell: Arc<OnceLock<String>>,
+    /// The assignment whose experts are here.
+    pub holding: Arc<Mutex<Option<Assignment>>>,
+    /// The assignment that is computed by, since the coordinator was last joined.
+    pub serving: Arc<Mutex<Option<Assignment>>>,
+    /// How long the lane waits for others.
+    pub limits: LaneLimits,
 }
 
 /// Where a node's store is found; empty before its first assignment.
@@ -174,22 +183,25 @@ impl Actor for NodeActor {
         match message {
             NodeMessage::Describe(reply) => {
                 // Whoever asked may be gone, here and below.
-                let _ = reply.send(Wire::new(state.options.info.clone()));
+                let (info, holding) = (state.options.info.clone(), state.options.holding.lock());
+                let _ = reply.send(Wire::new(NodeReport { info, holding: holding.clone() }));
             }
-            NodeMessage::Load(assignment, reply) => match assignment.into_inner() {
-                Ok(assignment) => {
-                    state.loader.cast(LoaderMessage::Load(Box::new(assignment), reply))?;
-                }
-                Err(damaged) => {
-                    let _ = reply.send(Wire::new(Loaded { error: Some(damaged.to_string()) }));
-                }
-            },
-            NodeMessage::Status(reply) => {
-                let _ = reply.send(Wire::new(state.status()));
+            NodeMessage::Load(assignment, reply) => {
+                state.assigned(assignment, reply, LoaderMessage::Load)?;
             }
-            NodeMessage::Suspend(reason) => {
-                *state.doing.lock() = "waiting for the cluster".into();
-                state.lane.cast(LaneMessage::Stop(reason))?;
+            NodeMessage::Serve(assignment, reply) => {
+                state.assigned(assignment, reply, LoaderMessage::Serve)?;
+            }
+            NodeMessage::Vitals(reply) => {
+                let _ = reply.send(Wire::new(state.vitals()));
+            }
+            NodeMessage::Suspects(names) => {
+                if let (Ok(names), Some(lane)) =
+                    (names.into_inner(), state.options.inbox.load_full())
+                {
+                    // A lane that is full makes no progress, and hears of it with the next change.
+                    let _ = lane.try_send(LaneEvent::Suspects(names));
+                }
             }
             NodeMessage::Dismiss(reason) => {
                 info!(%reason, "sent away by the coordinator");
@@ -228,6 +240,33 @@ impl Actor for NodeActor {
 }
 
 impl NodeState {
+    /// Hands an assignment to the loader.
+    fn assigned(
+        &self,
+        assignment: Wire<Assignment>,
+        reply: RpcReplyPort<Wire<Loaded>>,
+        message: fn(Box<Assignment>, RpcReplyPort<Wire<Loaded>>) -> LoaderMessage,
+    ) -> Result<(), ActorProcessingErr> {
+        match assignment.into_inner() {
+            Ok(assignment) => self.loader.cast(message(Box::new(assignment), reply))?,
+            Err(damaged) => {
+                // Whoever asked may be gone.
+                let _ = reply.send(Wire::new(Loaded { error: Some(damaged.to_string()) }));
+            }
+        }
+        Ok(())
+    }
+
+    fn vitals(&mut self) -> NodeVitals {
+        let device = self.options.device.progress();
+        NodeVitals {
+            status: self.status(),
+            busy: self.stats.busy.load(Relaxed),
+            progress: device.wrapping_add(self.stats.rounds.load(Relaxed)),
+            unreachable: self.options.links.unreachable(),
+        }
+    }
+
     fn status(&mut self) -> NodeStatus {
         let NodeInfo { name, address, budget_bytes, .. } = self.options.info.clone();
         let store = self.options.store.lock().clone();

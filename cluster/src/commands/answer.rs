@@ -60,6 +60,11 @@ impl Answer {
         }
     }
 
+    /// The tokens so far.
+    pub(super) fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
     fn show(&mut self, text: &str) {
         if self.stream {
             output::show(format_args!("{text}"));
@@ -94,7 +99,9 @@ impl Answer {
                 self.end = Some(format!("{reason:?}"));
                 Ok(true)
             }
-            JobEventBody::Failed { reason } => bail!("{reason}"),
+            JobEventBody::Failed { reason } | JobEventBody::NotTaken { reason } => {
+                bail!("{reason}")
+            }
             JobEventBody::Text(text) => Ok(self.piece(&text)),
             JobEventBody::Logits { .. }
             | JobEventBody::Routes { .. }

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -14,7 +15,7 @@ use lite_llm_transport::{
     frame::{FrameReceiver, FrameSender},
     identity::Role,
     join::join,
-    messages::{ClientReply, ClientRequest, ClusterStatus, JobRequest},
+    messages::{ClientReply, ClientRequest, ClusterStatus, JobContinue, JobRequest},
     session::Hello,
     token::JoinToken,
 };
@@ -22,18 +23,18 @@ use serde::Deserialize;
 use serde_json::json;
 use tracing::debug_span;
 
-use super::{
-    answer::Answer, bad_input, coordinator_addresses, first_that_answers, read_token,
-    run::read_prompt,
-};
+use super::{answer::Answer, bad_input, coordinator_addresses, read_token, run::read_prompt};
 use crate::{
-    cli::{ChatArgs, ClientArgs, SamplingArgs, Seed, SubmitArgs},
+    cli::{ChatArgs, ClientArgs, DrainArgs, SamplingArgs, Seed, SubmitArgs},
     size::Size,
     telemetry,
 };
 
 /// How long the coordinator may take to answer a question.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pause between two attempts to connect.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(250);
 
 /// A connection to a coordinator.
 struct Client {
@@ -45,8 +46,14 @@ impl Client {
     async fn connect(args: &ClientArgs) -> Result<Self> {
         let token = read_token(args.token.as_ref())?;
         let addresses = coordinator_addresses(args.coordinator.as_ref(), &token).await?;
-        first_that_answers(&addresses, async |address| Self::connect_to(address, &token).await)
-            .await
+        let mut last = anyhow::anyhow!("the coordinator has no address");
+        for address in addresses {
+            match Self::connect_to(address, &token).await {
+                Ok(client) => return Ok(client),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
     }
 
     async fn connect_to(address: SocketAddr, token: &JoinToken) -> Result<Self> {
@@ -76,9 +83,15 @@ impl Client {
         }
     }
 
+    /// Runs a job from its beginning, or goes on where its answer is.
     async fn run(&self, request: JobRequest, answer: &mut Answer) -> Result<()> {
+        let generated = answer.ids().to_vec();
+        let request = match generated.is_empty() {
+            true => ClientRequest::Submit(request),
+            false => ClientRequest::Continue(JobContinue { job: 0, request, generated }.into()),
+        };
         // The sender stays open: its end would tell the coordinator that nobody listens.
-        let (_sender, mut receiver) = self.ask(&ClientRequest::Submit(request)).await?;
+        let (_sender, mut receiver) = self.ask(&request).await?;
         loop {
             match next(&mut receiver).await? {
                 ClientReply::Accepted { .. } => {}
@@ -88,8 +101,67 @@ impl Client {
                     }
                 }
                 ClientReply::Refused { reason } => bail!("{reason}"),
-                ClientReply::Status(_) => bail!("the coordinator answered another question"),
+                ClientReply::Status(_) | ClientReply::Noted => {
+                    bail!("the coordinator answered another question")
+                }
             }
+        }
+    }
+
+    /// Whether its connection stands.
+    fn is_live(&self) -> bool {
+        self.connection.close_reason().is_none()
+    }
+}
+
+/// A connection to a coordinator that is made anew when it is lost.
+struct Reconnecting {
+    args: ClientArgs,
+    client: tokio::sync::Mutex<Option<Arc<Client>>>,
+}
+
+impl Reconnecting {
+    fn new(args: &ClientArgs) -> Self {
+        Self { args: args.clone(), client: tokio::sync::Mutex::default() }
+    }
+
+    /// The connection that stands, or a new one, within `--retry` if the first was lost.
+    async fn client(&self) -> Result<Arc<Client>> {
+        let mut kept = self.client.lock().await;
+        let lost = match &*kept {
+            Some(client) if client.is_live() => return Ok(client.clone()),
+            lost => lost.is_some(),
+        };
+        let limit = if lost { self.args.retry.0 } else { Duration::ZERO };
+        let deadline = Instant::now() + limit;
+        loop {
+            match Client::connect(&self.args).await {
+                Ok(client) => {
+                    let client = Arc::new(client);
+                    *kept = Some(client.clone());
+                    return Ok(client);
+                }
+                Err(error) if Instant::now() + RECONNECT_PAUSE >= deadline => return Err(error),
+                Err(_) => tokio::time::sleep(RECONNECT_PAUSE).await,
+            }
+        }
+    }
+
+    /// Runs a job. Where the connection is lost the job goes on over another, with the same bits:
+    /// it is its prompt, its seed and its tokens so far.
+    async fn run(&self, request: JobRequest, answer: &mut Answer) -> Result<()> {
+        loop {
+            let client = self.client().await?;
+            match client.run(request.clone(), answer).await {
+                Err(_) if !client.is_live() && !self.args.retry.0.is_zero() => {}
+                ended => return ended,
+            }
+        }
+    }
+
+    async fn close(self) {
+        if let Some(client) = self.client.into_inner() {
+            client.endpoint.close("done").await;
         }
     }
 }
@@ -124,7 +196,8 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     args.sampling.check()?;
     if let Some(prompt) = &args.prompt {
         let prompt = read_prompt(prompt, PROMPT_BYTES_MAX).await?;
-        let client = Client::connect(&args.client).await?;
+        let client = Reconnecting::new(&args.client);
+        client.client().await?;
         args.sampling.tell_seed();
         let mut request = args.sampling.request(args.sampling.remote_prompt(&prompt));
         let span = debug_span!("submit");
@@ -132,12 +205,13 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
         let mut answer = Answer::begin(&prompt, &args.sampling, json, Instant::now());
         client.run(request, &mut answer).await?;
         answer.finish()?;
-        client.endpoint.close("done").await;
+        client.close().await;
         return Ok(());
     }
     let jobs = read_jobs(&args)?;
     let count = jobs.len();
-    let client = std::sync::Arc::new(Client::connect(&args.client).await?);
+    let client = Arc::new(Reconnecting::new(&args.client));
+    client.client().await?;
     let mut running = tokio::task::JoinSet::new();
     let mut next = jobs.into_iter().enumerate();
     let mut failed = 0;
@@ -164,7 +238,9 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
             }
         }
     }
-    client.endpoint.close("done").await;
+    if let Ok(client) = Arc::try_unwrap(client) {
+        client.close().await;
+    }
     if failed > 0 {
         bail!("{failed} of {count} jobs failed; their lines say why");
     }
@@ -244,6 +320,22 @@ pub(super) async fn status(args: ClientArgs, json: bool) -> Result<()> {
             node.tokens_per_second
         );
     }
+    Ok(())
+}
+
+/// Asks the coordinator to move a worker's work away and to let it go.
+pub(super) async fn drain(args: DrainArgs) -> Result<()> {
+    let client = Client::connect(&args.client).await?;
+    let (_sender, mut receiver) = client.ask(&ClientRequest::Drain(args.name.clone())).await?;
+    match tokio::time::timeout(ANSWER_TIMEOUT, next(&mut receiver)).await?? {
+        ClientReply::Noted => {
+            let name = &args.name;
+            say!("{name} gets no more jobs and leaves when others hold its experts");
+        }
+        ClientReply::Refused { reason } => bail!("{reason}"),
+        _ => bail!("the coordinator answered another question than was asked"),
+    }
+    client.endpoint.close("done").await;
     Ok(())
 }
 

@@ -41,6 +41,8 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
         kv_dtype: args.kv_dtype,
         context: args.context,
         remote_workers: true,
+        replicas: args.replicas,
+        patience: args.patience.0,
     };
     let coordinator = CoordinatorHandle::start(options).await?;
     let address = args.advertise.unwrap_or(coordinator.address());

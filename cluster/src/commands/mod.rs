@@ -40,6 +40,8 @@ const READER_LEFT: u8 = 141;
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the last spans of a command that ended may take to be sent.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the nodes of one process wait for each other's experts: none of them comes back.
+const LOCAL_PATIENCE: Duration = Duration::from_secs(5);
 /// Stack of the thread that performs the command: as the system gives a main thread.
 const COMMAND_STACK_BYTES: usize = 8 << 20;
 
@@ -181,6 +183,7 @@ async fn perform(command: Command, json: bool) -> Result<()> {
         Command::Tokenize(args) => tokenize::tokenize(args, json).await,
         Command::Submit(args) => client::submit(args, json).await,
         Command::Status(args) => client::status(args, json).await,
+        Command::Drain(args) => client::drain(args).await,
         Command::Bench(args) => bench::bench(args, json).await,
         Command::Doctor => doctor::doctor(json),
     }
@@ -277,6 +280,8 @@ impl LocalArgs {
             kv_dtype: self.kv_dtype,
             context: self.context,
             placement: placement(self.random_placement),
+            replicas: self.replicas,
+            patience: LOCAL_PATIENCE,
         };
         // What fails here is what was given: a damaged model, too little memory for it.
         LocalCluster::start(checkpoint, &options).await.map_err(bad_input)

@@ -223,7 +223,9 @@ pub(super) async fn drain(
     while let Some(event) = events.recv().await {
         match event.body {
             JobEventBody::Done { .. } => return Ok(()),
-            JobEventBody::Failed { reason } => bail!("{reason}"),
+            JobEventBody::Failed { reason } | JobEventBody::NotTaken { reason } => {
+                bail!("{reason}")
+            }
             other => each(other)?,
         }
     }

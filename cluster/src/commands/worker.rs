@@ -37,6 +37,7 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
             kv_bytes: args.compute.kv.0,
             model: args.model.clone().map_or(Model::AsAssigned, Model::Folder),
             remote: true,
+            patience: args.patience.0,
         };
         let worker = Worker::start(options).await?;
         Ok((worker, coordinator))

@@ -27,7 +27,29 @@ pub struct NodeInfo {
     pub pid: u32,
 }
 
-/// Where a node of an epoch is reached.
+/// A node introduces itself to a coordinator that it may have outlived.
+#[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct NodeReport {
+    /// Who it is.
+    pub info: NodeInfo,
+    /// The assignment whose experts it holds, of this coordinator or of one before.
+    pub holding: Option<Assignment>,
+}
+
+/// How a node is, asked several times a second.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub struct NodeVitals {
+    /// What `status` shows.
+    pub status: NodeStatus,
+    /// Its lane has something to compute.
+    pub busy: bool,
+    /// Moves while its lane computes.
+    pub progress: u64,
+    /// Nodes of its epoch that it cannot reach.
+    pub unreachable: Vec<String>,
+}
+
+/// Where a node of an epoch is reached; both are empty where nobody is.
 #[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct NodeAddress {
     /// Its name.

@@ -114,6 +114,26 @@ pub struct FailedExpert {
     pub reason: String,
 }
 
+/// How the reason of an expert begins that its node does not hold at present (since protocol 3).
+const ABSENT: &str = "absent: ";
+
+impl FailedExpert {
+    /// The same, of a node that does not hold the expert: another may, or this one again soon.
+    pub fn absent(self) -> Self {
+        Self { reason: format!("{ABSENT}{}", self.reason), ..self }
+    }
+
+    /// Whether the node does not hold the expert; if not, it could not run it.
+    pub fn is_absent(&self) -> bool {
+        self.reason.starts_with(ABSENT)
+    }
+
+    /// Why it was not run, for people.
+    pub fn why(&self) -> &str {
+        self.reason.strip_prefix(ABSENT).unwrap_or(&self.reason)
+    }
+}
+
 /// A batch that was not computed.
 #[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct ExpertFailure {

@@ -159,12 +159,18 @@ pub enum JobEventBody {
     },
     /// Text that the tokens before it left open, when no further token completes it.
     Text(String),
+    /// Its home did not begin with it; another node may. Never sent to clients.
+    NotTaken {
+        /// Why.
+        reason: String,
+    },
 }
 
 impl JobEventBody {
     /// Whether nothing follows.
     pub fn is_last(&self) -> bool {
-        matches!(self, JobEventBody::Done { .. } | JobEventBody::Failed { .. })
+        use JobEventBody::{Done, Failed, NotTaken};
+        matches!(self, Done { .. } | Failed { .. } | NotTaken { .. })
     }
 
     /// Whether there are as many numbers as the shape says.
@@ -196,6 +202,10 @@ pub enum ClientRequest {
     Status,
     /// End this job.
     Cancel(u64),
+    /// Run the rest of this: a connection was lost after these tokens.
+    Continue(Box<JobContinue>),
+    /// Move a worker's work and experts away, and let it go.
+    Drain(String),
 }
 
 /// The coordinator answers a client.
@@ -215,6 +225,8 @@ pub enum ClientReply {
         /// Why, and what to do.
         reason: String,
     },
+    /// What was asked is being done.
+    Noted,
 }
 
 /// The coordinator gives a job to its home node.
@@ -224,4 +236,15 @@ pub struct JobStart {
     pub job: u64,
     /// The job; its prompt is token ids by now.
     pub request: JobRequest,
+}
+
+/// A job that was begun elsewhere goes on at another home node.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub struct JobContinue {
+    /// Number of the job.
+    pub job: u64,
+    /// The job.
+    pub request: JobRequest,
+    /// What it has generated.
+    pub generated: Vec<u32>,
 }

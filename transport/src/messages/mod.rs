@@ -19,16 +19,16 @@ pub mod jobs;
 pub mod trace;
 
 pub use cluster::{
-    Assignment, ClusterStatus, NodeAddress, NodeInfo, NodeStatus, PLACEMENT_HOLDERS_MAX,
-    PLACEMENT_RULES_MAX, PlacementRule,
+    Assignment, ClusterStatus, NodeAddress, NodeInfo, NodeReport, NodeStatus, NodeVitals,
+    PLACEMENT_HOLDERS_MAX, PLACEMENT_RULES_MAX, PlacementRule,
 };
 pub use experts::{
     ExpertBatch, ExpertBatchView, ExpertCall, ExpertFailure, ExpertOutputs, ExpertOutputsView,
     ExpertReplyView, FailedExpert, OutgoingExpertBatch, OutgoingExpertOutputs,
 };
 pub use jobs::{
-    ClientReply, ClientRequest, EndReason, JobEvent, JobEventBody, JobRequest, JobStart,
-    LogitsWanted, Prompt,
+    ClientReply, ClientRequest, EndReason, JobContinue, JobEvent, JobEventBody, JobRequest,
+    JobStart, LogitsWanted, Prompt,
 };
 pub use trace::TraceContext;
 
@@ -130,6 +130,9 @@ impl Message for ClientRequest {
 }
 impl Message for JobStart {
     const KIND: FrameKind = FrameKind::JobStart;
+}
+impl Message for JobContinue {
+    const KIND: FrameKind = FrameKind::JobContinue;
 }
 impl Message for ClientReply {
     const KIND: FrameKind = FrameKind::ClientReply;

@@ -342,7 +342,9 @@ async fn request_of_cluster(cluster: &Cluster, prompt: &[u32], work: &Work) -> R
         match event.body {
             JobEventBody::Token { id, .. } => timeline.push(id),
             JobEventBody::Done { .. } => return Ok(timeline),
-            JobEventBody::Failed { reason } => bail!("the cluster: {reason}"),
+            JobEventBody::Failed { reason } | JobEventBody::NotTaken { reason } => {
+                bail!("the cluster: {reason}")
+            }
             JobEventBody::Progress { .. }
             | JobEventBody::Text(_)
             | JobEventBody::Logits { .. }

@@ -23,7 +23,7 @@ use tokio::{
 
 use crate::{
     cli::BenchModelArgs,
-    commands::{TOKEN_FILE, bad_input, placement},
+    commands::{LOCAL_PATIENCE, TOKEN_FILE, bad_input, placement},
 };
 
 /// How long workers may take to load and join.
@@ -94,6 +94,8 @@ impl Processes {
             kv_dtype: local.kv_dtype,
             context: local.context,
             remote_workers: true,
+            replicas: local.replicas,
+            patience: LOCAL_PATIENCE,
         })
         .await?;
         let folder = tempfile::tempdir().context("a folder for the join token")?;

@@ -1,0 +1,599 @@
+//! What a lane does and when: a pure machine around the engine.
+//!
+//! Events come in, commands go out, time is an argument, and computing is a command:
+//! [`Command::Compute`] says that there is something to compute, and whoever carries it out calls
+//! [`LaneMachine::compute`]. So a thread can drive it, and a simulation in virtual time.
+//!
+//! Invariants:
+//! - A dispatch ends exactly once: combined, or failed as a whole by the device. Outputs that do not
+//!   come, each with a reason that names its expert or node, fail the rows that they were for.
+//! - A call whose holder is lost, refuses or is suspected goes to another holder; if there is none it
+//!   waits for one, [`LaneLimits::patience`] at most. What was computed is kept.
+//! - Who computes an expert never changes a result: all holders have the same weights.
+//! - An expert that cannot be run here is named in the answers to the batches that call it; all their
+//!   other calls are answered.
+//! - Hidden states are gathered once, into the frame that leaves; outputs are combined where they
+//!   arrived.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use lite_llm_kernels::device::Device;
+use lite_llm_runtime::{
+    engine::{self, Engine, PassId, Step},
+    expert::ExpertStore,
+    moe_layer::{ExpertCall, run_experts},
+    routing::Route,
+    sequence::{Request, RequestError},
+};
+use lite_llm_transport::{
+    exchange::{self, Exchange, ExchangeError, IN_FLIGHT_DISPATCHES_MAX},
+    frame::OutgoingFrame,
+    messages::{ExpertBatchView, ExpertFailure, ExpertReplyView},
+    pool::BufferPool,
+};
+use tracing::debug_span;
+
+use super::{
+    flight::{Failing, Flight, Outgoing, Way},
+    peers::Peers,
+    reply::Reply,
+};
+use crate::{placement::Placement, trace};
+
+/// Bytes of hidden states of other nodes that may wait to be computed with.
+pub const BATCH_BYTES_MAX: usize = 256 << 20;
+
+/// What a lane is told. `R` is where the answer to a batch goes.
+pub enum Event<R> {
+    /// A request is at home here, under a number that was not used before.
+    Start {
+        /// The number.
+        sequence: u64,
+        /// What is asked.
+        request: Request,
+    },
+    /// A request is no longer wanted.
+    Cancel(u64),
+    /// The reader of a request has fallen behind, or has caught up.
+    Hold {
+        /// The request.
+        sequence: u64,
+        /// Whether it is to generate no more for now.
+        held: bool,
+    },
+    /// Another node wants experts run.
+    Batch {
+        /// What it wants.
+        view: ExpertBatchView,
+        /// Where the answer goes.
+        reply: R,
+    },
+    /// Another node has run experts.
+    Reply {
+        /// Its index.
+        peer: u16,
+        /// What it says.
+        reply: ExpertReplyView,
+    },
+    /// Batches can be sent to another node.
+    PeerUp {
+        /// Its index.
+        peer: u16,
+    },
+    /// Batches can no longer be sent to another node, and what it owes will not come.
+    PeerLost {
+        /// Its index.
+        peer: u16,
+        /// How it was noticed.
+        reason: String,
+    },
+    /// A batch was not sent.
+    Undelivered {
+        /// Its number.
+        id: u64,
+        /// Whom it was for.
+        peer: u16,
+        /// Why.
+        reason: String,
+    },
+    /// These nodes have shown no sign of progress lately; others have.
+    Suspects(Vec<String>),
+    /// Experts are held by others from now on.
+    Rearrange(Arrangement),
+    /// Time went by.
+    Tick,
+}
+
+/// Who holds what.
+#[derive(Clone)]
+pub struct Arrangement {
+    /// Holders of every expert.
+    pub placement: Arc<Placement>,
+    /// This node's index.
+    pub me: u16,
+    /// Names of all nodes by index; empty where nobody is.
+    pub names: Vec<String>,
+}
+
+/// What a lane wants done.
+pub enum Command<R> {
+    /// Send this batch to a node; [`Event::Undelivered`] if that is not possible.
+    Send {
+        /// The batch's number.
+        id: u64,
+        /// The node's index.
+        peer: u16,
+        /// The batch.
+        frame: OutgoingFrame,
+    },
+    /// Send this answer where its batch came from.
+    Answer {
+        /// Where that is.
+        reply: R,
+        /// The answer.
+        frame: OutgoingFrame,
+    },
+    /// Tell the request's reader.
+    Publish(engine::Event),
+    /// A request cannot be at home here at present; another node may take it.
+    NotTaken {
+        /// The request.
+        sequence: u64,
+        /// Why.
+        reason: String,
+    },
+    /// There is something to compute: call [`LaneMachine::compute`].
+    Compute,
+}
+
+/// How long a lane waits for others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LaneLimits {
+    /// For the answer to a batch.
+    pub answer: Duration,
+    /// For a node that takes the place of one that is gone.
+    pub patience: Duration,
+}
+
+impl Default for LaneLimits {
+    fn default() -> Self {
+        Self { answer: exchange::DISPATCH_TIMEOUT, patience: Duration::from_secs(60) }
+    }
+}
+
+/// What a lane machine is made of.
+pub struct LaneParts<D: Device> {
+    /// The sequences' engine.
+    pub engine: Engine<D>,
+    /// The experts of this node.
+    pub store: Arc<dyn ExpertStore<D::Matrix>>,
+    /// Who holds what.
+    pub arrangement: Arrangement,
+    /// Buffers of frames.
+    pub buffers: BufferPool,
+    /// How long it waits.
+    pub limits: LaneLimits,
+}
+
+/// A batch of another node.
+pub(super) struct RemoteBatch<R> {
+    pub(super) view: ExpertBatchView,
+    pub(super) reply: R,
+}
+
+/// See the module's text.
+pub struct LaneMachine<D: Device, R> {
+    engine: Engine<D>,
+    store: Arc<dyn ExpertStore<D::Matrix>>,
+    peers: Peers,
+    buffers: BufferPool,
+    limits: LaneLimits,
+    exchange: Exchange,
+    flights: BTreeMap<PassId, Flight>,
+    /// Memory of flights that have ended: a layer of a long prompt fills many pages, and getting
+    /// them from the system each time would cost more than it seems.
+    spare: Vec<Vec<f32>>,
+    /// Which pass an exchange's dispatch belongs to.
+    dispatches: HashMap<u64, PassId>,
+    next_dispatch: u64,
+    batches: Vec<RemoteBatch<R>>,
+    batch_bytes: usize,
+    commands: VecDeque<Command<R>>,
+    /// The engine can go no further until something happens.
+    idle: bool,
+    /// [`Command::Compute`] was given out and not carried out yet.
+    computing: bool,
+}
+
+impl<D: Device, R> LaneMachine<D, R> {
+    /// A lane without sequences, none of whose peers can be reached yet.
+    pub fn new(parts: LaneParts<D>) -> Self {
+        let LaneParts { engine, store, arrangement, buffers, limits } = parts;
+        let Arrangement { placement, me, names } = arrangement;
+        Self {
+            engine,
+            store,
+            peers: Peers::new(placement, me, &names),
+            buffers,
+            limits,
+            exchange: Exchange::new(limits.answer, IN_FLIGHT_DISPATCHES_MAX),
+            flights: BTreeMap::new(),
+            spare: Vec::new(),
+            dispatches: HashMap::new(),
+            next_dispatch: 0,
+            batches: Vec::new(),
+            batch_bytes: 0,
+            commands: VecDeque::new(),
+            idle: true,
+            computing: false,
+        }
+    }
+
+    /// The model's engine.
+    pub fn engine(&self) -> &Engine<D> {
+        &self.engine
+    }
+
+    /// Whether some pass waits for its experts.
+    pub fn is_waiting(&self) -> bool {
+        !self.flights.is_empty()
+    }
+
+    /// Something happened.
+    pub fn handle(&mut self, now: Instant, event: Event<R>) {
+        match event {
+            Event::Start { sequence, request } => self.start(sequence, request),
+            Event::Cancel(sequence) => {
+                self.engine.cancel(sequence);
+                self.idle = false;
+            }
+            Event::Hold { sequence, held } => {
+                self.engine.hold(sequence, held);
+                self.idle &= held;
+            }
+            Event::Batch { view, reply } => self.batch(view, reply),
+            Event::Reply { peer, reply } => self.reply(now, peer, reply),
+            Event::PeerUp { peer } => {
+                self.peers.up(peer);
+                self.retry(now);
+            }
+            Event::PeerLost { peer, reason } => self.peer_lost(now, peer, reason),
+            Event::Undelivered { id, peer, reason } => {
+                self.exchange.handle(now, exchange::Event::Refused { id, peer, reason });
+            }
+            Event::Suspects(names) => self.suspects(now, &names),
+            Event::Rearrange(arrangement) => self.rearrange(now, arrangement),
+            Event::Tick => self.tick(now),
+        }
+        self.settle(now);
+        self.publish();
+    }
+
+    /// What is to be done next, if anything.
+    pub fn poll_command(&mut self) -> Option<Command<R>> {
+        if let Some(command) = self.commands.pop_front() {
+            return Some(command);
+        }
+        let work = !self.idle
+            || !self.batches.is_empty()
+            || self.flights.values().any(Flight::has_pending);
+        if !work || self.computing {
+            return None;
+        }
+        self.computing = true;
+        Some(Command::Compute)
+    }
+
+    /// When to call [`Self::handle`] with [`Event::Tick`] at the latest.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let flights = self.flights.values().filter_map(Flight::wakes_at);
+        flights.chain(self.exchange.poll_timeout()).min()
+    }
+
+    /// Computes one piece of work: all expert calls that are here, of this node's passes and of
+    /// other nodes together; or one step of the engine.
+    pub fn compute(&mut self, now: Instant) {
+        self.computing = false;
+        if !self.batches.is_empty() || self.flights.values().any(Flight::has_pending) {
+            self.run_calls(now);
+        } else {
+            match self.engine.step() {
+                Step::Idle => self.idle = true,
+                Step::Advanced => {}
+                Step::Dispatch(pass) => self.dispatch(now, pass),
+            }
+        }
+        self.settle(now);
+        self.publish();
+    }
+
+    fn start(&mut self, sequence: u64, request: Request) {
+        match self.engine.submit(sequence, request) {
+            Ok(()) => self.idle = false,
+            Err(error @ RequestError::QueueFull { .. }) => {
+                let reason = error.to_string();
+                self.commands.push_back(Command::NotTaken { sequence, reason });
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                let failed = engine::Event::Failed { sequence, reason };
+                self.commands.push_back(Command::Publish(failed));
+            }
+        }
+    }
+
+    fn batch(&mut self, view: ExpertBatchView, reply: R) {
+        let bytes = size_of_val(view.hidden());
+        if self.batch_bytes + bytes > BATCH_BYTES_MAX && !self.batches.is_empty() {
+            let waiting = self.batch_bytes;
+            let reason = format!("batches of {waiting} bytes wait for it already");
+            let failure = ExpertFailure::new(view.head().id, reason);
+            if let Ok(frame) = OutgoingFrame::message(&failure) {
+                self.commands.push_back(Command::Answer { reply, frame });
+            }
+            return;
+        }
+        self.batch_bytes += bytes;
+        self.batches.push(RemoteBatch { view, reply });
+    }
+
+    fn peer_lost(&mut self, now: Instant, peer: u16, reason: String) {
+        self.peers.lost(peer, reason.clone());
+        self.exchange.handle(now, exchange::Event::PeerLost { peer, reason });
+    }
+
+    fn rearrange(&mut self, now: Instant, arrangement: Arrangement) {
+        let Arrangement { placement, me, names } = arrangement;
+        for peer in self.peers.rearrange(placement, me, &names) {
+            let reason = "it left the cluster".to_owned();
+            self.exchange.handle(now, exchange::Event::PeerLost { peer, reason });
+        }
+        self.retry(now);
+    }
+
+    /// Sends on what suspects owe, where somebody else can compute it.
+    fn suspects(&mut self, now: Instant, names: &[String]) {
+        let new = self.peers.suspect(names);
+        for (&pass, flight) in &self.flights {
+            let Some(routes) = self.engine.routes(pass) else { continue };
+            for &peer in &new {
+                for id in flight.avoidable(peer, routes.all(), &self.peers) {
+                    let reason = "it shows no sign of progress".to_owned();
+                    self.exchange.handle(now, exchange::Event::Refused { id, peer, reason });
+                }
+            }
+        }
+        self.retry(now);
+    }
+
+    fn tick(&mut self, now: Instant) {
+        if self.exchange.poll_timeout().is_some_and(|at| at <= now) {
+            self.exchange.handle(now, exchange::Event::Tick);
+        }
+        let passes: Vec<PassId> = self.flights.keys().copied().collect();
+        for pass in passes {
+            let again = self.flights.get_mut(&pass).map_or_else(Vec::new, |f| f.expire(now));
+            self.place_again(now, pass, &again);
+            self.combine_if_complete(pass);
+        }
+    }
+
+    /// Places what waits for a holder, because somebody new can be asked.
+    fn retry(&mut self, now: Instant) {
+        let passes: Vec<PassId> = self.flights.keys().copied().collect();
+        for pass in passes {
+            let again = self.flights.get_mut(&pass).map_or_else(Vec::new, Flight::waiting);
+            self.place_again(now, pass, &again);
+        }
+    }
+
+    /// Sends a pass's expert calls where they belong.
+    fn dispatch(&mut self, now: Instant, pass: PassId) {
+        let width = self.engine.backbone().config.hidden;
+        let flight = Flight::new(width, self.spare.pop().unwrap_or_default());
+        self.flights.insert(pass, flight);
+        self.place(now, pass, None);
+        self.combine_if_complete(pass);
+        if self.flights.get(&pass).is_some_and(|flight| !flight.has_pending()) {
+            self.engine.prefetch_next(pass);
+        }
+    }
+
+    fn place_again(&mut self, now: Instant, pass: PassId, routes: &[u32]) {
+        if !routes.is_empty() {
+            self.place(now, pass, Some(routes));
+        }
+    }
+
+    /// Places all calls of a pass's dispatch, or those of these routes.
+    fn place(&mut self, now: Instant, pass: PassId, routes: Option<&[u32]>) {
+        let span = debug_span!(
+            parent: &self.engine.span(pass), "dispatch", remote = tracing::field::Empty
+        );
+        let dispatch = match self.engine.dispatch(pass) {
+            Ok(dispatch) => dispatch,
+            Err(error) => {
+                let reason = error.to_string();
+                return self.fail(pass, &reason);
+            }
+        };
+        let Some(flight) = self.flights.get_mut(&pass) else { return };
+        let mut way = Way {
+            peers: &self.peers,
+            next_id: &mut self.next_dispatch,
+            trace: trace::context_of(&span),
+            buffers: &self.buffers,
+            now,
+            patience: self.limits.patience,
+        };
+        let outgoing = match routes {
+            None => flight.place(&dispatch, &mut way),
+            Some(routes) => flight.place_again(routes, &dispatch, &mut way),
+        };
+        span.record("remote", outgoing.len());
+        for Outgoing { id, peer, frame } in outgoing {
+            self.dispatches.insert(id, pass);
+            self.exchange.handle(now, exchange::Event::Dispatched { id, peers: vec![peer] });
+            self.commands.push_back(Command::Send { id, peer, frame });
+        }
+    }
+
+    /// Runs the expert calls of passes that belong here, and all that other nodes sent.
+    fn run_calls(&mut self, now: Instant) {
+        let batches = std::mem::take(&mut self.batches);
+        self.batch_bytes = 0;
+        let backbone = self.engine.backbone().clone();
+        let width = backbone.config.hidden;
+        let mut replies: Vec<Reply> = Vec::with_capacity(batches.len());
+        for batch in &batches {
+            replies.push(Reply::reserve(&batch.view, width, &self.buffers));
+        }
+        let with_calls: Vec<PassId> = self
+            .flights
+            .iter()
+            .filter_map(|(&pass, flight)| flight.has_pending().then_some(pass))
+            .collect();
+        let dispatches: Vec<_> =
+            with_calls.iter().map(|&pass| (pass, self.engine.dispatch(pass))).collect();
+        let mut calls: Vec<ExpertCall<'_>> = Vec::new();
+        let (mut unreadable, mut layer) = (Vec::new(), None);
+        let flights = self.flights.values_mut().filter(|flight| flight.has_pending());
+        for (flight, (pass, dispatch)) in flights.zip(&dispatches) {
+            match dispatch {
+                Ok(dispatch) => calls.extend(flight.pending_calls(dispatch)),
+                Err(error) => unreadable.push((*pass, error.to_string())),
+            }
+            layer = layer.or(Some(*pass));
+        }
+        for (batch, reply) in batches.iter().zip(&mut replies) {
+            calls.extend(reply.calls(&batch.view, width));
+        }
+        let failures = {
+            let _span =
+                layer.map(|pass| debug_span!(parent: &self.engine.span(pass), "experts").entered());
+            match calls.is_empty() {
+                true => Vec::new(),
+                false => run_experts(&*backbone.device, &*self.store, calls),
+            }
+        };
+        drop(dispatches);
+        for (batch, reply) in batches.into_iter().zip(replies) {
+            if let Some(frame) = reply.finish(&batch.view, &failures, &self.buffers) {
+                self.commands.push_back(Command::Answer { reply: batch.reply, frame });
+            }
+        }
+        for (pass, reason) in unreadable {
+            self.fail(pass, &reason);
+        }
+        for pass in with_calls {
+            let again = self
+                .with_flight(now, pass, |flight, routes, way| flight.ran(&failures, routes, way));
+            self.place_again(now, pass, &again);
+            self.combine_if_complete(pass);
+            if self.flights.contains_key(&pass) {
+                self.engine.prefetch_next(pass);
+            }
+        }
+    }
+
+    /// Does something with a pass's flight, if both exist.
+    fn with_flight<T: Default>(
+        &mut self,
+        now: Instant,
+        pass: PassId,
+        act: impl FnOnce(&mut Flight, &[Route], &Way<'_>) -> T,
+    ) -> T {
+        let (Some(flight), Some(routes)) = (self.flights.get_mut(&pass), self.engine.routes(pass))
+        else {
+            return T::default();
+        };
+        let way = Way {
+            peers: &self.peers,
+            next_id: &mut self.next_dispatch,
+            trace: Default::default(),
+            buffers: &self.buffers,
+            now,
+            patience: self.limits.patience,
+        };
+        act(flight, routes.all(), &way)
+    }
+
+    fn reply(&mut self, now: Instant, peer: u16, reply: ExpertReplyView) {
+        let id = reply.id();
+        let Some(pass) = self.dispatches.get(&id) else { return };
+        let event = match (reply, self.flights.get_mut(pass)) {
+            (ExpertReplyView::Failure(failure), _) => {
+                exchange::Event::Refused { id, peer, reason: failure.reason }
+            }
+            // The pass failed meanwhile; the exchange is still to know that this is over.
+            (ExpertReplyView::Outputs(_), None) => exchange::Event::Replied { id, peer },
+            (ExpertReplyView::Outputs(view), Some(flight)) => match flight.take(id, peer, view) {
+                Ok(()) => exchange::Event::Replied { id, peer },
+                Err(reason) => exchange::Event::Refused { id, peer, reason },
+            },
+        };
+        self.exchange.handle(now, event);
+    }
+
+    /// Carries out what the exchange decided.
+    fn settle(&mut self, now: Instant) {
+        while let Some(command) = self.exchange.poll_command() {
+            let (id, failed) = match command {
+                exchange::Command::Complete { id } => (id, None),
+                exchange::Command::Fail { id, error } => (id, Some(error)),
+            };
+            let Some(pass) = self.dispatches.remove(&id) else { continue };
+            let again = self.with_flight(now, pass, |flight, routes, way| match &failed {
+                None => flight.complete(id, routes, way),
+                Some(error) => {
+                    let (reason, how) = describe(error, way.peers);
+                    flight.fail(id, &reason, how, way)
+                }
+            });
+            self.place_again(now, pass, &again);
+            self.combine_if_complete(pass);
+        }
+    }
+
+    fn combine_if_complete(&mut self, pass: PassId) {
+        if self.flights.get(&pass).is_some_and(Flight::is_complete)
+            && let Some(flight) = self.flights.remove(&pass)
+        {
+            self.engine.combine(pass, &flight.parts(), &flight.failed_routes());
+            self.idle = false;
+            // At most as many as there are passes at the same time.
+            self.spare.push(flight.into_memory());
+        }
+    }
+
+    fn fail(&mut self, pass: PassId, reason: &str) {
+        self.flights.remove(&pass);
+        self.engine.fail(pass, reason);
+        self.idle = false;
+    }
+
+    fn publish(&mut self) {
+        while let Some(event) = self.engine.poll_event() {
+            self.commands.push_back(Command::Publish(event));
+        }
+    }
+}
+
+/// Why a batch failed, with names instead of numbers, and what that means for others.
+fn describe(error: &ExchangeError, peers: &Peers) -> (String, Failing) {
+    match error {
+        ExchangeError::Lost { peer, reason, .. } => (peers.gone(*peer, reason), Failing::Gone),
+        ExchangeError::Refused { peer, reason, .. } => {
+            (peers.refused(*peer, reason), Failing::Refused)
+        }
+        ExchangeError::TimedOut { peers: owing, waited, .. } => {
+            let peer = owing.first().copied().unwrap_or(u16::MAX);
+            (peers.slow(peer, *waited), Failing::Refused)
+        }
+        ExchangeError::Overloaded { .. } => (error.to_string(), Failing::Refused),
+    }
+}
