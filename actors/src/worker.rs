@@ -27,7 +27,7 @@ use tracing::{info, warn};
 
 use crate::{
     control::ControlPlane,
-    coordinator::scope,
+    coordinator::{REPLACED, scope},
     lane::{LaneInbox, LaneLimits},
     links::Links,
     node::{Model, NODES, NodeActor, NodeMessage, NodeOptions, StoreSlot, jobs::serve_jobs},
@@ -226,6 +226,10 @@ impl Worker {
         loop {
             let again = async {
                 let lost = self.session.connection.closed().await.reason;
+                if lost.contains(REPLACED) {
+                    // Two that take the name from each other would go on for ever.
+                    return Err(WorkerError(format!("sent away by the coordinator: {REPLACED}")));
+                }
                 warn!(worker = %self.name, reason = %lost, "lost the coordinator; trying again");
                 self.home.reconnect(&lost).await
             };

@@ -1,82 +1,160 @@
-//! Members that are lost, as a user sees it: within five seconds whoever waits is told who is
-//! gone, and with a replacement the same jobs give the same text again.
+//! Members that are lost, as a user sees it: the cluster goes on, and every job has the text that it
+//! would have had.
 
 mod process;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use process::{Cluster, PATIENCE, alone};
+use process::{Cluster, PATIENCE, Process, alone};
 
-/// How long a loss may stay unnoticed.
-const NOTICED_WITHIN: Duration = Duration::from_secs(5);
+/// Jobs that run at the same time, and tokens of each.
+const JOBS: usize = 12;
+const TOKENS: usize = 600;
+/// How long a loss may hold a job up.
+const GOES_ON_WITHIN: Duration = Duration::from_secs(30);
 
-/// Ends a worker in the middle of a job that is at home at `a` and needs experts of `a` and `b`.
-fn lose(lost: &str, signal: &str) {
+/// Jobs that go on for long, from one file: all of them the same job.
+fn jobs(cluster: &Cluster) -> Process {
+    let file = cluster.state.path().join("jobs.jsonl");
+    let job = format!("{{\"prompt\": \"ls - list\", \"max_tokens\": {TOKENS}, \"seed\": 7}}\n");
+    std::fs::write(&file, job.repeat(JOBS)).unwrap();
+    cluster.submit(&["--ignore-eos", "--file", file.to_str().unwrap()])
+}
+
+/// The one text of such jobs, once they have ended.
+#[track_caller]
+fn text(jobs: Process) -> String {
+    let ended = jobs.ends_within(PATIENCE);
+    ended.expect(0, &[]);
+    let lines: Vec<serde_json::Value> =
+        ended.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), JOBS);
+    for line in &lines {
+        assert_eq!(
+            line["ids"].as_array().unwrap().len(),
+            TOKENS,
+            "a token was lost, or came twice"
+        );
+        assert_eq!(line["text"], lines[0]["text"]);
+    }
+    lines[0]["text"].as_str().unwrap().to_owned()
+}
+
+/// Ends a worker in the middle of a job; the job goes on. Returns the cluster and what was lost.
+#[track_caller]
+fn lose(lost: &str, signal: &str, more: &[&str]) -> (Cluster, Process) {
+    let mut cluster = Cluster::ready_with(&["a", "b"], &[], more);
+    let before = text(jobs(&cluster));
+    let jobs = jobs(&cluster);
+    // Both homes have jobs, and each needs experts of the other.
+    cluster.is_running(4);
+    let worker = cluster.take(lost);
+    worker.signal(signal);
+    let begun = Instant::now();
+    assert_eq!(text(jobs), before, "another worker, another text");
+    let took = begun.elapsed();
+    assert!(took < GOES_ON_WITHIN, "it took {took:?} after the loss");
+    (cluster, worker)
+}
+
+#[test]
+fn a_killed_worker_costs_a_pause_and_its_experts_are_loaded_by_others() {
+    let _alone = alone();
+    let (mut cluster, _) = lose("b", "KILL", &[]);
+    cluster.is_ready(&["a"]);
+    // One of the same name, at once, has its place again.
+    cluster.join("b");
+    cluster.is_ready(&["a", "b"]);
+    text(jobs(&cluster));
+}
+
+#[test]
+fn a_killed_home_costs_its_jobs_a_pause() {
+    let _alone = alone();
+    lose("a", "KILL", &[]);
+}
+
+#[test]
+fn with_replicas_the_other_holder_serves_at_once() {
+    let _alone = alone();
+    lose("b", "KILL", &["--replicas", "2"]);
+}
+
+#[test]
+fn a_stopped_worker_is_taken_in_again_when_it_goes_on() {
+    let _alone = alone();
+    let (mut cluster, lost) = lose("b", "STOP", &[]);
+    lost.signal("CONT");
+    cluster.is_ready(&["a", "b"]);
+    text(jobs(&cluster));
+}
+
+#[test]
+fn workers_wait_for_their_coordinator_and_load_nothing_again() {
+    let _alone = alone();
     let mut cluster = Cluster::ready(&["a", "b"], &[]);
     let before = cluster.text();
-    let job = cluster.long_job();
-    let said = cluster.coordinator.out().len();
-    cluster.workers.iter().find(|(name, _)| name == lost).unwrap().1.signal(signal);
-    let ended = job.ends_within(NOTICED_WITHIN);
-    ended.one_error(
-        1,
-        &[&format!("worker {lost} is gone ("), "its experts are missing", "submit again"],
-    );
-    // The answer broke off in the middle of a line; the error does not continue it.
-    assert!(ended.out.ends_with('\n'), "{ended:#?}");
-
-    // The coordinator may notice a moment after the worker that waited for the lost one.
-    cluster.coordinator.wait_until("the coordinator's own notice", |coordinator| {
-        coordinator.out()[said..].contains("1 of 2 workers to join")
-    });
-    let refused = cluster.submit(&["hi"]).ends_within(PATIENCE);
-    refused.one_error(1, &["not ready", "1 of 2 workers to join"]);
-    cluster.join("c");
-    let mut names = ["a", "b", "c"].to_vec();
-    names.retain(|name| *name != lost);
-    cluster.is_ready(&names);
-    assert_eq!(cluster.text(), before, "another worker, another text");
-
-    // One that was only stopped learns that it is out, and ends.
-    let lost = cluster.take(lost);
-    if signal == "STOP" {
-        lost.signal("CONT");
-        lost.ends_within(NOTICED_WITHIN).one_error(1, &["lost the coordinator"]);
-    }
-}
-
-#[test]
-fn a_killed_worker_fails_its_jobs_by_name_and_a_replacement_gives_the_same_text() {
-    let _alone = alone();
-    lose("b", "KILL");
-}
-
-#[test]
-fn a_killed_home_of_a_job_is_noticed_alike() {
-    let _alone = alone();
-    lose("a", "KILL");
-}
-
-#[test]
-fn a_stopped_worker_is_noticed_as_a_killed_one() {
-    let _alone = alone();
-    lose("b", "STOP");
-}
-
-#[test]
-fn a_killed_coordinator_ends_its_workers_and_clients() {
-    let _alone = alone();
-    let mut cluster = Cluster::ready(&["a", "b"], &[]);
-    let job = cluster.long_job();
+    let running = jobs(&cluster);
+    cluster.is_running(1);
+    let loaded = cluster.status()["nodes"].clone();
     cluster.coordinator.signal("KILL");
-    for name in ["a", "b"] {
-        cluster
-            .take(name)
-            .ends_within(NOTICED_WITHIN)
-            .one_error(1, &["lost the coordinator", "did not answer"]);
+    cluster.start_coordinator_again();
+    cluster.is_ready(&["a", "b"]);
+    // The client connects again and goes on where it was.
+    text(running);
+    assert_eq!(cluster.text(), before);
+    let again = cluster.status()["nodes"].clone();
+    for (was, is) in loaded.as_array().unwrap().iter().zip(again.as_array().unwrap()) {
+        assert_eq!((&was["name"], &was["experts"]), (&is["name"], &is["experts"]));
     }
-    job.ends_within(NOTICED_WITHIN).one_error(1, &["coordinator"]);
+}
+
+#[test]
+fn a_coordinator_that_does_not_come_back_is_waited_for_so_long_and_no_longer() {
+    let _alone = alone();
+    let mut cluster = Cluster::waiting(1, &[]);
     let token = cluster.token();
-    process::run(&["status", "--token", &token])
-        .one_error(1, &["no coordinator answered", "is it running"]);
+    let args = ["worker", "--token", &token, "--name", "a", "--threads", "1", "--dram", "1GiB"];
+    let worker = Process::start(&[&args[..], &["--patience", "1s"]].concat());
+    cluster.is_ready(&["a"]);
+    let mut job = cluster.submit(&["--max-tokens", "1000", "--ignore-eos", "--retry", "1s", "ls"]);
+    job.wait_until("an answer", |job| !job.out().trim().is_empty());
+    cluster.coordinator.signal("KILL");
+    worker
+        .ends_within(GOES_ON_WITHIN)
+        .expect(1, &["lost the coordinator", "did not come back within 1s"]);
+    job.ends_within(GOES_ON_WITHIN).one_error(1, &["no coordinator answered", "is it running"]);
+}
+
+#[test]
+fn a_drained_worker_gives_its_work_away_and_ends() {
+    let _alone = alone();
+    let cluster = Cluster::ready(&["a", "b"], &[]);
+    let before = text(jobs(&cluster));
+    let running = jobs(&cluster);
+    cluster.is_running(4);
+    let token = cluster.token();
+    process::run(&["drain", "a", "--token", &token]).expect(0, &[]);
+    assert_eq!(text(running), before);
+    let mut cluster = cluster;
+    cluster.take("a").ends_within(PATIENCE).one_error(1, &["drained"]);
+    assert_eq!(text(jobs(&cluster)), before);
+    process::run(&["drain", "a", "--token", &token]).one_error(1, &["no worker is named a", "b"]);
+}
+
+#[test]
+fn a_worker_that_joins_gets_its_share_while_jobs_run() {
+    let _alone = alone();
+    let mut cluster = Cluster::ready(&["a"], &[]);
+    let before = text(jobs(&cluster));
+    let running = jobs(&cluster);
+    cluster.join("b");
+    cluster.is_ready(&["a", "b"]);
+    assert_eq!(text(running), before);
+    let nodes = cluster.status()["nodes"].clone();
+    let experts: Vec<u64> =
+        nodes.as_array().unwrap().iter().map(|node| node["experts"].as_u64().unwrap()).collect();
+    assert_eq!(experts.len(), 2);
+    assert!(experts[0].abs_diff(experts[1]) <= 1, "{experts:?}");
+    assert_eq!(text(jobs(&cluster)), before);
 }

@@ -52,6 +52,9 @@ use crate::{
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the clocks of the machines are looked at.
 pub const TICK_INTERVAL: Duration = Duration::from_millis(50);
+/// What a worker is told whose name another has.
+pub(crate) const REPLACED: &str =
+    "another worker of this name has joined; give one of them another --name";
 /// Jobs that may run or wait at the nodes.
 pub const JOBS_MAX: usize = 4096;
 
@@ -309,7 +312,7 @@ impl CoordinatorState {
     fn connected(&mut self, now: Instant, connection: Connection) {
         let name = connection.peer().name.clone();
         if let Some(before) = self.connections.insert(name.clone(), connection) {
-            before.close("this worker has connected again");
+            before.close(REPLACED);
             self.gone(now, &name, "it has connected again");
         }
     }

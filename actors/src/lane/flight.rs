@@ -6,7 +6,7 @@
 //! that could not answer is not asked again before something has changed.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
@@ -85,7 +85,7 @@ pub(super) struct Flight {
     here: Vec<f32>,
     /// Routes, and their rows, whose outputs are the last of `here` and have not been computed.
     pending: Vec<(u32, u32)>,
-    sent: HashMap<u64, Sent>,
+    sent: BTreeMap<u64, Sent>,
     /// Batches that have not been answered.
     owing: usize,
     troubles: BTreeMap<u32, Trouble>,
@@ -145,7 +145,7 @@ impl Flight {
             parts: Vec::new(),
             here,
             pending: Vec::new(),
-            sent: HashMap::new(),
+            sent: BTreeMap::new(),
             owing: 0,
             troubles: BTreeMap::new(),
         }

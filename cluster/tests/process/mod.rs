@@ -228,29 +228,77 @@ pub(crate) struct Cluster {
     /// The coordinator's state, with the join token.
     pub(crate) state: tempfile::TempDir,
     more: Vec<String>,
+    /// The coordinator's own arguments.
+    arguments: Vec<String>,
 }
 
 impl Cluster {
     /// Starts a coordinator that waits for `workers` workers; all processes get `more` arguments.
     pub(crate) fn waiting(workers: usize, more: &[&str]) -> Self {
+        Self::waiting_with(workers, more, &[])
+    }
+
+    /// The same; `own` are arguments of the coordinator alone.
+    pub(crate) fn waiting_with(workers: usize, more: &[&str], own: &[&str]) -> Self {
         let state = tempfile::tempdir().unwrap();
         let (model, workers) = (demo_model(), workers.to_string());
         let mut args = vec!["coordinator", "--listen", "127.0.0.1:0", "--workers", &workers];
         args.extend(["--model", model.to_str().unwrap()]);
         args.extend(["--state", state.path().to_str().unwrap()]);
         args.extend(more);
+        args.extend(own);
         let mut coordinator = Process::start(&args);
         coordinator.says("waiting for workers");
-        let more = more.iter().map(|&word| word.to_owned()).collect();
-        Self { coordinator, workers: Vec::new(), state, more }
+        let owned = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+        let arguments = owned(&args);
+        Self { coordinator, workers: Vec::new(), state, more: owned(more), arguments }
     }
 
     /// Starts a coordinator and workers of these names, ready to serve.
     pub(crate) fn ready(names: &[&str], more: &[&str]) -> Self {
-        let mut cluster = Self::waiting(names.len(), more);
+        Self::ready_with(names, more, &[])
+    }
+
+    /// The same; `own` are arguments of the coordinator alone.
+    pub(crate) fn ready_with(names: &[&str], more: &[&str], own: &[&str]) -> Self {
+        let mut cluster = Self::waiting_with(names.len(), more, own);
         names.iter().for_each(|name| cluster.join(name));
         cluster.is_ready(names);
         cluster
+    }
+
+    /// Starts a coordinator in the place of one that was killed, at its address.
+    pub(crate) fn start_coordinator_again(&mut self) {
+        let said = self.coordinator.out();
+        let address = said.split_whitespace().nth(2).unwrap().trim_end_matches(',').to_owned();
+        let mut arguments = self.arguments.clone();
+        let listen = arguments.iter().position(|word| word == "127.0.0.1:0").unwrap();
+        arguments[listen] = address;
+        self.coordinator = Process::start(&arguments);
+    }
+
+    /// The cluster's status.
+    #[track_caller]
+    pub(crate) fn status(&self) -> serde_json::Value {
+        let token = self.token();
+        let ended = run(&["status", "--json", "--token", &token]);
+        ended.expect(0, &[]);
+        serde_json::from_str(&ended.out).unwrap()
+    }
+
+    /// Waits until so many jobs run.
+    #[track_caller]
+    pub(crate) fn is_running(&self, jobs: usize) {
+        let begun = Instant::now();
+        loop {
+            let status = self.status();
+            let nodes = status["nodes"].as_array().unwrap();
+            let here: u64 = nodes.iter().map(|node| node["sequences"].as_u64().unwrap()).sum();
+            if here as usize >= jobs {
+                return;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{status:#}");
+        }
     }
 
     /// Where the join token is.
@@ -276,7 +324,10 @@ impl Cluster {
     /// Waits until these workers serve.
     #[track_caller]
     pub(crate) fn is_ready(&mut self, names: &[&str]) {
-        self.coordinator.says(&format!("ready: {}", names.join(", ")));
+        let ready = format!("ready: {}", names.join(", "));
+        self.coordinator.wait_until(&ready, |coordinator| {
+            coordinator.out().lines().last().is_some_and(|line| line == ready)
+        });
     }
 
     /// Takes a worker out of the list.
