@@ -230,7 +230,7 @@ impl Liveness {
                 self.commands.push_back(Command::Ask { name, incarnation });
             }
         }
-        lost.iter().for_each(|name| drop(self.members.remove(name)));
+        self.members.retain(|name, _| !lost.contains(name));
     }
 }
 

@@ -18,7 +18,9 @@
 //!
 //! What a node must do for that: at [`Command::Load`] it keeps what it was last told to serve
 //! *since it joined* and what the assignment gives it, drops all else, and then loads; at
-//! [`Command::Serve`] it uses that assignment, and drops all else. It takes them in order.
+//! [`Command::Serve`] it uses that assignment, and drops all else. It takes them in order, and may
+//! be told to serve an epoch that it was never told to load, if it holds its share: so a target is
+//! given up for what serves.
 
 mod cuts;
 mod facts;
@@ -48,6 +50,9 @@ pub const RETRY_DELAY: Duration = Duration::from_secs(10);
 pub const LINK_REPAIR: Duration = Duration::from_secs(1);
 /// Most slots. More than any cluster of one coordinator has members.
 pub const SLOTS_MAX: usize = 4096;
+
+/// Plans, one from the outcome of the other, that an event may cause.
+const PLANS_MAX: usize = 64;
 
 /// What a worker has loaded, by its own account: the last assignment that it finished.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -296,9 +301,14 @@ impl Membership {
             Event::Tick => false,
         };
         anew |= self.work_around(now);
-        while anew {
+        // Plans come to rest; should they not, the coordinator must.
+        for _ in 0..PLANS_MAX {
+            if !anew {
+                break;
+            }
             anew = if self.awaits(now) { self.refresh() } else { self.replan(now) };
         }
+        debug_assert!(!anew, "plans follow plans without end");
         self.send_away();
         self.assess();
     }
@@ -438,27 +448,45 @@ impl Membership {
     /// Lets those serve who came back with what they are to serve, and gives up a target that
     /// cannot be loaded any more. Nothing is left to be planned.
     fn refresh(&mut self) -> bool {
-        let member =
-            |index: u16| self.slots.get(usize::from(index)).and_then(|slot| slot.member.as_ref());
-        let lives = |target: &Epoch| {
-            let here =
-                |index| member(index).is_some_and(|m| m.told == target.number && m.unfit.is_none());
-            (0..target.nodes.len() as u16).all(|i| here(i) || !target.placement.names(i))
-        };
-        if !self.target.as_ref().is_some_and(lives) {
-            self.target = None;
+        if !self.target_lives() {
+            self.abandon();
         }
         let Some(serving) = &self.serving else { return false };
         let back = |(index, member): (u16, &Member)| {
             !member.serves && self.has(index, member, &serving.placement)
         };
         if self.target.is_none() && self.present().any(back) {
-            self.epoch += 1;
-            let placement = serving.placement.clone();
-            self.target = Some(Epoch { number: self.epoch, nodes: self.nodes(), placement });
-            self.serve();
+            self.serve_again();
         }
         false
+    }
+
+    /// Gives the target up for what serves, under a new number: who was told of it drops what it
+    /// has loaded of it.
+    fn abandon(&mut self) {
+        if self.target.take().is_some() {
+            self.serve_again();
+        }
+    }
+
+    /// Has what serves served by who is there now and holds its share of it.
+    fn serve_again(&mut self) {
+        let Some(serving) = &self.serving else { return };
+        self.epoch += 1;
+        let placement = serving.placement.clone();
+        self.target = Some(Epoch { number: self.epoch, nodes: self.nodes(), placement });
+        self.serve();
+    }
+
+    /// Whether all holders of the target are there, were told of it, and may still load it.
+    fn target_lives(&self) -> bool {
+        let Some(target) = &self.target else { return false };
+        let lives = |index: u16| {
+            let slot = self.slots.get(usize::from(index));
+            let member = slot.and_then(|slot| slot.member.as_ref());
+            member.is_some_and(|m| m.told == target.number && m.unfit.is_none())
+        };
+        (0..target.nodes.len() as u16).all(|i| lives(i) || !target.placement.names(i))
     }
 
     /// Makes a target of what there is. Returns whether it serves already, so that the next one
@@ -486,7 +514,7 @@ impl Membership {
                 self.aim(placement)
             }
             Err(refused) => {
-                self.target = None;
+                self.abandon();
                 self.refused = Some(refused);
                 self.make_room()
             }
@@ -521,7 +549,7 @@ impl Membership {
             epoch.placement == placement && self.present().all(listed)
         };
         if self.serving.as_ref().is_some_and(same) && self.present().all(|(_, m)| m.serves) {
-            self.target = None;
+            self.abandon();
             return false;
         }
         if let Some(target) = self.target.as_ref().filter(|target| same(target))
@@ -539,6 +567,8 @@ impl Membership {
         for (index, slot) in (0u16..).zip(&mut self.slots) {
             let Some(member) = &mut slot.member else { continue };
             member.told = target.number;
+            // It drops what it brought and is not to hold.
+            member.held = None;
             let (name, assignment) = (member.info.name.clone(), target.plan(index));
             self.commands.push_back(Command::Load { name, assignment });
         }
@@ -593,19 +623,22 @@ impl Membership {
         ready
     }
 
-    /// Makes the target serve, for those who know of it and have it.
+    /// Makes the target serve, for those who have their share of it: also for those who came since
+    /// it was made, who have none, so that they drop what they served before.
     fn serve(&mut self) {
-        let Some(target) = self.target.take() else { return };
-        let has: Vec<bool> = (0u16..)
-            .zip(&self.slots)
-            .map(|(index, slot)| {
-                slot.member.as_ref().is_some_and(|member| {
-                    let listed = target.nodes.get(usize::from(index)) == Some(&address(member));
-                    let loaded = member.loaded == target.number;
-                    listed && (loaded || self.has(index, member, &target.placement))
-                })
+        let Some(mut target) = self.target.take() else { return };
+        target.nodes = self.nodes();
+        let has = |(index, slot): (u16, &Slot)| {
+            slot.member.as_ref().is_some_and(|member| {
+                member.loaded == target.number || self.has(index, member, &target.placement)
             })
-            .collect();
+        };
+        let has: Vec<bool> = (0u16..).zip(&self.slots).map(has).collect();
+        if target.number < self.epoch {
+            // Who came since knows of greater numbers.
+            self.epoch += 1;
+            target.number = self.epoch;
+        }
         for ((index, slot), has) in (0u16..).zip(&mut self.slots).zip(has) {
             let Some(member) = &mut slot.member else { continue };
             member.serves = has;

@@ -130,7 +130,9 @@ async fn a_missing_expert_fails_the_requests_that_route_to_it_alone() {
     assert!((1..OTHERS).contains(&users), "{users} requests use it");
     let key = ExpertKey::from_flat(moe, layers[layer], flat).unwrap();
     for workers in [1, 2] {
-        let cluster = Setup { workers, ..Setup::default() }.start(&checkpoint).await;
+        // So long is waited for somebody who has it.
+        let patience = std::time::Duration::from_secs(1);
+        let cluster = Setup { workers, patience, ..Setup::default() }.start(&checkpoint).await;
         cluster.stores().iter().for_each(|store| store.remove(key));
         for round in 0..2 {
             let requests = healthy.iter().map(|(request, ..)| request.clone()).collect();

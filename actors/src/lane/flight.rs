@@ -28,8 +28,6 @@ use super::peers::Peers;
 
 /// How often a holder that would not answer is asked again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
-/// How long holders are asked again that are here and do not have their experts.
-const REFUSED_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Where the output of a route is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,10 +66,9 @@ struct Trouble {
 /// How a node failed to answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Failing {
-    /// It is gone, or cannot be reached: somebody will take its place.
-    Gone,
-    /// It is here, and does not have the experts yet, or no more.
-    Refused,
+    /// It is gone, cannot be reached, or does not have the experts yet, or no more: somebody will
+    /// take its place, or this node will hear who has.
+    Absent,
     /// It has the experts, and they cannot be run.
     Broken,
 }
@@ -346,7 +343,7 @@ impl Flight {
                 (f.tier, f.group, f.expert) == (key.tier, key.group, key.expert)
             };
             if let Some(failed) = failed.iter().find(ours) {
-                let how = if failed.is_absent() { Failing::Refused } else { Failing::Broken };
+                let how = if failed.is_absent() { Failing::Absent } else { Failing::Broken };
                 self.trouble(route, peer, &way.peers.refused(peer, failed.why()), how, way);
                 again.push(route);
             }
@@ -379,8 +376,7 @@ impl Flight {
         trouble.reason = reason.to_owned();
         trouble.retry = now + RETRY_INTERVAL;
         trouble.until = match how {
-            Failing::Gone => trouble.since + way.patience,
-            Failing::Refused => trouble.since + REFUSED_WAIT_MAX.min(way.patience),
+            Failing::Absent => trouble.since + way.patience,
             Failing::Broken => now,
         };
     }
@@ -467,7 +463,7 @@ impl Flight {
 /// What it means that an expert could not be run here.
 pub(super) fn failing(error: &ExpertError) -> Failing {
     match error {
-        ExpertError::Store(StoreError::NotHere { .. }) => Failing::Refused,
+        ExpertError::Store(StoreError::NotHere { .. }) => Failing::Absent,
         ExpertError::Store(_) | ExpertError::Device { .. } => Failing::Broken,
     }
 }

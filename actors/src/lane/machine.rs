@@ -32,7 +32,7 @@ use lite_llm_runtime::{
 use lite_llm_transport::{
     exchange::{self, Exchange, ExchangeError, IN_FLIGHT_DISPATCHES_MAX},
     frame::OutgoingFrame,
-    messages::{ExpertBatchView, ExpertFailure, ExpertReplyView},
+    messages::{ExpertBatchView, ExpertFailure, ExpertReplyView, NodeAddress},
     pool::BufferPool,
 };
 use tracing::debug_span;
@@ -115,8 +115,8 @@ pub struct Arrangement {
     pub placement: Arc<Placement>,
     /// This node's index.
     pub me: u16,
-    /// Names of all nodes by index; empty where nobody is.
-    pub names: Vec<String>,
+    /// All nodes by index; empty where nobody is.
+    pub nodes: Vec<NodeAddress>,
 }
 
 /// What a lane wants done.
@@ -213,11 +213,10 @@ impl<D: Device, R> LaneMachine<D, R> {
     /// A lane without sequences, none of whose peers can be reached yet.
     pub fn new(parts: LaneParts<D>) -> Self {
         let LaneParts { engine, store, arrangement, buffers, limits } = parts;
-        let Arrangement { placement, me, names } = arrangement;
         Self {
             engine,
             store,
-            peers: Peers::new(placement, me, &names),
+            peers: Peers::new(arrangement),
             buffers,
             limits,
             exchange: Exchange::new(limits.answer, IN_FLIGHT_DISPATCHES_MAX),
@@ -347,8 +346,7 @@ impl<D: Device, R> LaneMachine<D, R> {
     }
 
     fn rearrange(&mut self, now: Instant, arrangement: Arrangement) {
-        let Arrangement { placement, me, names } = arrangement;
-        for peer in self.peers.rearrange(placement, me, &names) {
+        for peer in self.peers.rearrange(arrangement) {
             let reason = "it left the cluster".to_owned();
             self.exchange.handle(now, exchange::Event::PeerLost { peer, reason });
         }
@@ -550,8 +548,8 @@ impl<D: Device, R> LaneMachine<D, R> {
             let again = self.with_flight(now, pass, |flight, routes, way| match &failed {
                 None => flight.complete(id, routes, way),
                 Some(error) => {
-                    let (reason, how) = describe(error, way.peers);
-                    flight.fail(id, &reason, how, way)
+                    let reason = describe(error, way.peers);
+                    flight.fail(id, &reason, Failing::Absent, way)
                 }
             });
             self.place_again(now, pass, &again);
@@ -583,17 +581,14 @@ impl<D: Device, R> LaneMachine<D, R> {
     }
 }
 
-/// Why a batch failed, with names instead of numbers, and what that means for others.
-fn describe(error: &ExchangeError, peers: &Peers) -> (String, Failing) {
+/// Why a batch failed, with names instead of numbers.
+fn describe(error: &ExchangeError, peers: &Peers) -> String {
     match error {
-        ExchangeError::Lost { peer, reason, .. } => (peers.gone(*peer, reason), Failing::Gone),
-        ExchangeError::Refused { peer, reason, .. } => {
-            (peers.refused(*peer, reason), Failing::Refused)
-        }
+        ExchangeError::Lost { peer, reason, .. } => peers.gone(*peer, reason),
+        ExchangeError::Refused { peer, reason, .. } => peers.refused(*peer, reason),
         ExchangeError::TimedOut { peers: owing, waited, .. } => {
-            let peer = owing.first().copied().unwrap_or(u16::MAX);
-            (peers.slow(peer, *waited), Failing::Refused)
+            peers.slow(owing.first().copied().unwrap_or(u16::MAX), *waited)
         }
-        ExchangeError::Overloaded { .. } => (error.to_string(), Failing::Refused),
+        ExchangeError::Overloaded { .. } => error.to_string(),
     }
 }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use lite_llm_runtime::expert::ExpertKey;
+use lite_llm_transport::messages::NodeAddress;
 
+use super::machine::Arrangement;
 use crate::{placement::Placement, words::gone};
 
 /// One other node.
@@ -11,6 +13,8 @@ use crate::{placement::Placement, words::gone};
 struct Peer {
     /// Empty where nobody is.
     name: String,
+    /// One that was started again listens elsewhere, and knows of nothing that the other owed.
+    address: String,
     /// Batches can be sent to it.
     up: bool,
     /// It has shown no sign of progress lately.
@@ -27,9 +31,10 @@ pub(super) struct Peers {
 }
 
 impl Peers {
-    pub(super) fn new(placement: Arc<Placement>, me: u16, names: &[String]) -> Self {
-        let peer = |name: &String| Peer { name: name.clone(), ..Peer::default() };
-        Self { placement, me, peers: names.iter().map(peer).collect() }
+    pub(super) fn new(arrangement: Arrangement) -> Self {
+        let Arrangement { placement, me, nodes } = arrangement;
+        let peer = |NodeAddress { name, address }| Peer { name, address, ..Peer::default() };
+        Self { placement, me, peers: nodes.into_iter().map(peer).collect() }
     }
 
     /// Index of this node.
@@ -38,17 +43,14 @@ impl Peers {
     }
 
     /// Takes another placement. Returns the indices at which another node is now.
-    pub(super) fn rearrange(
-        &mut self,
-        placement: Arc<Placement>,
-        me: u16,
-        names: &[String],
-    ) -> Vec<u16> {
-        let before = std::mem::replace(self, Self::new(placement, me, names));
+    pub(super) fn rearrange(&mut self, arrangement: Arrangement) -> Vec<u16> {
+        let before = std::mem::replace(self, Self::new(arrangement));
         let mut others = Vec::new();
         for (index, old) in (0u16..).zip(before.peers) {
             match self.peers.get_mut(usize::from(index)) {
-                Some(peer) if peer.name == old.name => *peer = old,
+                Some(peer) if (&peer.name, &peer.address) == (&old.name, &old.address) => {
+                    *peer = old;
+                }
                 _ => others.push(index),
             }
         }

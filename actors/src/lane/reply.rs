@@ -89,8 +89,8 @@ impl Reply {
             let ExpertKey { tier, group, expert, .. } = failure.key;
             let failed = FailedExpert { tier, group, expert, reason: failure.error.to_string() };
             match failing(&failure.error) {
-                Failing::Refused => failed.absent(),
-                Failing::Gone | Failing::Broken => failed,
+                Failing::Absent => failed.absent(),
+                Failing::Broken => failed,
             }
         };
         let failed: Vec<FailedExpert> = failures.iter().filter(called).map(named).collect();

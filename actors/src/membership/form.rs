@@ -59,7 +59,7 @@ impl Membership {
             return true;
         }
         // A target that ends an outage is not given up for a newcomer: that gets its share next.
-        let waits = self.target.is_some() && !self.is_complete();
+        let waits = self.target_lives() && !self.is_complete();
         let Some(index) = self.seat(member) else { return false };
         self.resume(index);
         !waits || self.is_complete()
@@ -80,8 +80,7 @@ impl Membership {
         if !same {
             let (name, reason) = (info.name.clone(), words::replaced(&info.name));
             let incarnation = before.incarnation;
-            let dismiss = Command::Dismiss { name, incarnation, reason };
-            self.commands.push_back(dismiss);
+            self.commands.push_back(Command::Dismiss { name, incarnation, reason });
         }
         match (index, waiting) {
             (Some(index), _) => self.vacate(index, None),

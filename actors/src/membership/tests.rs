@@ -209,7 +209,7 @@ fn a_lost_member_is_replaced_at_once_if_nobody_else_holds_its_experts() {
     // Its successor does not put off the end of the outage.
     assert!(c.join("c", 1).loads().is_empty());
     c.loaded("a", told[0].1.epoch);
-    assert_eq!((c.state(), c.homes()), (State::Ready, vec!["a"]));
+    assert_eq!((c.state(), c.homes(), c.share("c")), (State::Ready, vec!["a", "c"], 0));
     c.load_all();
     assert_eq!((c.homes(), c.share("a"), c.share("c")), (vec!["a", "c"], 8, 8));
 }
@@ -333,9 +333,11 @@ fn who_cannot_load_is_left_out_for_a_while_and_nothing_is_final() {
 fn the_death_of_a_holder_ends_a_target() {
     let mut c = ready(&["a", "b"], 1);
     let told = c.join("c", 1).loads();
-    let again = c.leave("c", 1).take();
-    assert!(!again.iter().any(|command| matches!(command, Command::Serve { .. })));
-    let epoch = told[0].1.epoch;
+    let before = c.membership.serving().cloned();
+    let (again, epoch) = (c.leave("c", 1).serves(), told[0].1.epoch);
+    // What serves is served on, under a number that ends what was loaded for the target.
+    assert!(again.len() == 2 && again.iter().all(|(_, plan)| plan.epoch > epoch));
+    assert_eq!(c.membership.serving(), before.as_ref());
     c.loaded("a", epoch).loaded("b", epoch).loaded("c", epoch);
     assert!(c.serves().is_empty());
     assert_eq!((c.state(), c.homes()), (State::Ready, vec!["a", "b"]));

@@ -131,8 +131,8 @@ impl LoaderState {
         self.load(assignment.clone()).await?;
         let (model, placement) = self.prepare(&assignment).await?;
         let keep = wanted(&model, &placement, assignment.you);
-        let names = assignment.nodes.iter().map(|node| node.name.clone()).collect();
-        let arrangement = Arrangement { placement: Arc::new(placement), me: assignment.you, names };
+        let (me, nodes) = (assignment.you, assignment.nodes.clone());
+        let arrangement = Arrangement { placement: Arc::new(placement), me, nodes };
         match self.options.inbox.load_full() {
             Some(lane) => {
                 if !deliver(&lane, LaneEvent::Rearrange(arrangement)).await {

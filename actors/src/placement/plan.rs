@@ -101,6 +101,13 @@ fn does_not_fit(config: &ModelConfig, bytes: &[u64], members: &[Option<u64>]) ->
     }
 }
 
+/// How somebody may be first once less, and somebody else once more.
+struct Chain {
+    to: usize,
+    /// Slots, each with who is to become its first.
+    firsts: Vec<(usize, u16)>,
+}
+
 /// A tier's turn, as it becomes.
 struct Tier {
     tier: u16,
@@ -154,8 +161,8 @@ impl Tier {
         let mut nodes: Vec<usize> = (0..firsts.len()).filter(|&n| self.count[n] > 0).collect();
         loop {
             nodes.sort_by_key(|&node| Reverse(firsts[node]));
-            let chains = nodes.iter().find_map(|&node| self.chain(node, &firsts));
-            let Some((from, to, chain)) = chains else { return };
+            let chains = nodes.iter().find_map(|&node| Some((node, self.chain(node, &firsts)?)));
+            let Some((from, Chain { to, firsts: chain })) = chains else { return };
             for (slot, first) in chain {
                 let holders = &mut self.slots[slot];
                 let at = holders.iter().position(|holder| *holder == first).expect("it holds it");
@@ -166,9 +173,8 @@ impl Tier {
         }
     }
 
-    /// Slots, each with who is to become first of it, from a member to another that is first at
-    /// least two times less.
-    fn chain(&self, from: usize, firsts: &[u64]) -> Option<(usize, usize, Vec<(usize, u16)>)> {
+    /// A chain of slots from a member to another that is first at least two times less.
+    fn chain(&self, from: usize, firsts: &[u64]) -> Option<Chain> {
         // Per member that was reached: through which slot, and from whom.
         let mut reached: Vec<Option<(usize, usize)>> = vec![None; firsts.len()];
         let mut at = vec![from];
@@ -197,7 +203,7 @@ impl Tier {
             chain.push((slot, node as u16));
             node = before;
         }
-        Some((from, to, chain))
+        Some(Chain { to, firsts: chain })
     }
 
     /// The turn as it travels. One that repeats itself after one round of the members may be cut

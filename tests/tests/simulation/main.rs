@@ -33,8 +33,10 @@ use world::{Defect, Model, World};
 
 /// Histories of a run that nobody asked to be longer.
 const HISTORIES: u64 = 300;
+/// Histories within which a defect that was put in on purpose is to be found.
+const DEFECTS_WITHIN: u64 = 2000;
 /// Virtual time after the last fault in which the cluster is to be whole again.
-const SETTLES_WITHIN: Duration = Duration::from_secs(60);
+const SETTLES_WITHIN: Duration = Duration::from_secs(20);
 
 fn model() -> Arc<Model> {
     let folder = tempfile::tempdir().unwrap();
@@ -55,7 +57,8 @@ fn model() -> Arc<Model> {
         let prompt: Vec<u32> = (0..2 + 5 * n % 17).map(|i| (i * 31 + n * 7) % 256).collect();
         let mut request = Request::greedy(prompt, 3 + (n as usize * 5) % 14);
         if n % 2 == 1 {
-            let sampling = Sampling { temperature: 0.9, top_p: 0.9, seed: n.into(), ..Sampling::GREEDY };
+            let sampling =
+                Sampling { temperature: 0.9, top_p: 0.9, seed: n.into(), ..Sampling::GREEDY };
             request = Request { sampling, prefill_chunk: 3, ..request };
         }
         let mut engine = Engine::new(backbone.clone(), 1 << 22).unwrap();
@@ -100,38 +103,47 @@ fn every_job_ends_once_with_its_own_tokens_and_the_cluster_is_whole_again() {
     let histories = number("LITE_LLM_HISTORIES").unwrap_or(HISTORIES);
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let (next, begun) = (AtomicU64::new(0), Instant::now());
-    let results: Vec<(u64, BTreeMap<&str, u64>, Vec<(u64, String)>)> = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads)
-            .map(|_| {
-                scope.spawn(|| {
-                    let (mut events, mut injected, mut wrong) = (0, BTreeMap::new(), Vec::new());
-                    loop {
-                        let seed = next.fetch_add(1, Relaxed);
-                        if seed >= histories || wrong.len() > 3 {
-                            return (events, injected, wrong);
+    let results: Vec<(u64, BTreeMap<&str, u64>, Vec<(u64, String)>)> =
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let (mut events, mut injected, mut wrong) =
+                            (0, BTreeMap::new(), Vec::new());
+                        loop {
+                            let seed = next.fetch_add(1, Relaxed);
+                            if seed >= histories || wrong.len() > 3 {
+                                return (events, injected, wrong);
+                            }
+                            let world = history(&model, seed, None);
+                            events += world.events;
+                            for (name, count) in &world.injected {
+                                *injected.entry(*name).or_default() += count;
+                            }
+                            wrong.extend(world.wrong.map(|what| (seed, what)));
                         }
-                        let world = history(&model, seed, None);
-                        events += world.events;
-                        for (name, count) in &world.injected {
-                            *injected.entry(*name).or_default() += count;
-                        }
-                        wrong.extend(world.wrong.map(|what| (seed, what)));
-                    }
+                    })
                 })
-            })
-            .collect();
-        workers.into_iter().map(|worker| worker.join().unwrap()).collect()
-    });
+                .collect();
+            workers.into_iter().map(|worker| worker.join().unwrap()).collect()
+        });
     let mut injected: BTreeMap<&str, u64> = BTreeMap::new();
     let events: u64 = results.iter().map(|(events, ..)| events).sum();
     for (name, count) in results.iter().flat_map(|(_, injected, _)| injected) {
         *injected.entry(name).or_default() += count;
     }
     let took = begun.elapsed();
-    println!("{histories} histories (seeds 0..{histories}), {events} events, {took:?}: {injected:?}");
+    println!(
+        "{histories} histories (seeds 0..{histories}), {events} events, {took:?}: {injected:?}"
+    );
     let mut wrong: Vec<_> = results.into_iter().flat_map(|(.., wrong)| wrong).collect();
     wrong.sort();
-    assert!(wrong.is_empty(), "{} wrong, first of them: {:#?}", wrong.len(), &wrong[..wrong.len().min(3)]);
+    assert!(
+        wrong.is_empty(),
+        "{} wrong, first of them: {:#?}",
+        wrong.len(),
+        &wrong[..wrong.len().min(3)]
+    );
 }
 
 #[test]
@@ -147,13 +159,13 @@ fn one_seed_is_one_history() {
 fn defects_put_in_on_purpose_are_found() {
     let model = model();
     for defect in [
-        Defect::LostFrame,
+        Defect::LostResend,
         Defect::TokenTwice,
-        Defect::LoadedEarly,
+        Defect::StaleEpoch,
         Defect::ReplicaDiffers,
         Defect::EndTwice,
     ] {
-        let found = (0..200).find_map(|seed| {
+        let found = (0..DEFECTS_WITHIN).find_map(|seed| {
             history(&model, seed, Some(defect)).wrong.map(|what| (seed + 1, what))
         });
         let Some((histories, what)) = found else { panic!("{defect:?} was not found") };

@@ -20,6 +20,8 @@ pub(crate) struct Connection {
     arrives: [Duration; 2],
     /// Since when nothing gets through.
     pub(crate) silent: Option<Duration>,
+    /// An end has died: a process that is started in its place knows nothing of the connection.
+    pub(crate) dead: bool,
 }
 
 /// Connections, and the state of the links under them.
@@ -34,7 +36,7 @@ pub(crate) struct Network {
 impl Network {
     pub(crate) fn open(&mut self, a: Process, b: Process, now: Duration) -> Conn {
         self.next += 1;
-        let connection = Connection { ends: [a, b], arrives: [now; 2], silent: None };
+        let connection = Connection { ends: [a, b], arrives: [now; 2], silent: None, dead: false };
         self.connections.insert(self.next, connection);
         self.next
     }

@@ -50,12 +50,12 @@ pub(crate) struct Model {
 /// A defect put in on purpose, to see that it is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Defect {
-    /// A frame between lanes is lost, and nothing else.
-    LostFrame,
+    /// A lane does not hear that a peer is lost, and sends nothing again.
+    LostResend,
     /// A home repeats a token under the next number.
     TokenTwice,
-    /// A node says that it has loaded before it has.
-    LoadedEarly,
+    /// What a node loaded of an earlier epoch counts for the latest.
+    StaleEpoch,
     /// A replica computes something else.
     ReplicaDiffers,
     /// A reader is told the end twice.
@@ -116,40 +116,96 @@ impl ExpertStore for Held {
 /// What goes over a connection.
 enum Message {
     /// A worker is there.
-    Hello { info: NodeInfo, holding: Option<Holding> },
-    Ask { incarnation: u64 },
-    Vitals { incarnation: u64, vitals: Vitals },
-    Assign { incarnation: u64, plan: Plan, serves: bool },
-    Assigned { incarnation: u64, epoch: u64, serves: bool },
+    Hello {
+        info: NodeInfo,
+        holding: Option<Holding>,
+    },
+    Ask {
+        incarnation: u64,
+    },
+    Vitals {
+        incarnation: u64,
+        vitals: Vitals,
+    },
+    Assign {
+        incarnation: u64,
+        plan: Plan,
+        serves: bool,
+    },
+    Assigned {
+        incarnation: u64,
+        epoch: u64,
+        serves: bool,
+    },
     Suspects(Vec<String>),
     Dismiss,
-    Job { stream: u64, job: usize, generated: Vec<u32> },
+    Job {
+        stream: u64,
+        job: usize,
+        generated: Vec<u32>,
+    },
     /// The stream of a job is closed.
-    EndJob { stream: u64 },
-    JobEvent { stream: u64, body: JobEventBody },
+    EndJob {
+        stream: u64,
+    },
+    JobEvent {
+        stream: u64,
+        body: JobEventBody,
+    },
     Batch(Frame),
     Reply(Frame),
 }
 
 /// What happens at a time.
 enum What {
-    Arrives { conn: Conn, to: Process, life: u64, message: Message },
+    Arrives {
+        conn: Conn,
+        to: Process,
+        life: u64,
+        message: Message,
+    },
     /// A connection may have been silent for too long.
-    Idle { conn: Conn, since: Duration },
+    Idle {
+        conn: Conn,
+        since: Duration,
+    },
     /// A process is told that its connection is gone.
-    Lost { conn: Conn, to: Process, life: u64 },
+    Lost {
+        conn: Conn,
+        to: Process,
+        life: u64,
+    },
     /// A lane's computation ends.
-    Computed { node: Process, life: u64 },
+    Computed {
+        node: Process,
+        life: u64,
+    },
     /// A machine's deadline.
-    Tick { process: Process, life: u64 },
+    Tick {
+        process: Process,
+        life: u64,
+    },
     /// A worker tries to reach the coordinator.
-    Reconnect { node: Process, life: u64 },
+    Reconnect {
+        node: Process,
+        life: u64,
+    },
     /// A worker tries to reach another.
-    Dial { node: Process, life: u64, peer: u16 },
+    Dial {
+        node: Process,
+        life: u64,
+        peer: u16,
+    },
     /// A node's loader goes on.
-    Load { node: Process, life: u64 },
+    Load {
+        node: Process,
+        life: u64,
+    },
     /// A job is offered again.
-    Offer { job: usize, attempt: u32 },
+    Offer {
+        job: usize,
+        attempt: u32,
+    },
     Start(Process),
     Kill(Process),
     Freeze(Process, Duration),
@@ -248,6 +304,8 @@ pub(crate) struct World {
     queue: BinaryHeap<Reverse<Queued>>,
     numbers: u64,
     network: Network,
+    /// What cannot get through, by connection and receiver.
+    held: BTreeMap<(Conn, Process), VecDeque<(u64, Message)>>,
     /// Lives of processes; the last is the coordinator.
     lives: Vec<u64>,
     alive: Vec<bool>,
@@ -277,10 +335,8 @@ impl World {
         let workers = 2 + dice.below(3) as usize;
         let copies = 1 + dice.below(2) as u16;
         let config = &model.backbone.config;
-        let all: u64 = config
-            .expert_keys()
-            .map(|key| model.expert_bytes[usize::from(key.tier)])
-            .sum();
+        let all: u64 =
+            config.expert_keys().map(|key| model.expert_bytes[usize::from(key.tier)]).sum();
         // Room for all at one worker, or just enough that nobody can be missed.
         let budget = match dice.chance(70) {
             true => all,
@@ -295,6 +351,7 @@ impl World {
             queue: BinaryHeap::new(),
             numbers: 0,
             network: Network::default(),
+            held: BTreeMap::new(),
             lives: vec![0; processes],
             alive: vec![false; processes],
             frozen: vec![None; processes],
@@ -347,7 +404,11 @@ impl World {
                 0 => {
                     self.after(at, What::Kill(process));
                     self.after(at + lasts, What::Start(process));
-                    if process == self.head_process() { "coordinator killed" } else { "worker killed" }
+                    if process == self.head_process() {
+                        "coordinator killed"
+                    } else {
+                        "worker killed"
+                    }
                 }
                 1 => {
                     self.after(at, What::Freeze(process, at + lasts));
@@ -438,7 +499,8 @@ impl World {
                 return;
             }
             let Some(Reverse(Queued { at, what, .. })) = self.queue.pop() else {
-                return self.fail("nothing will ever happen".to_owned());
+                let complaints = self.complaints();
+                return self.fail(format!("nothing will ever happen: {complaints}"));
             };
             if at > limit {
                 let complaints = self.complaints();
@@ -517,6 +579,7 @@ impl World {
             What::Mend(from, to) => {
                 self.network.mend(from, to);
                 self.look_at_silence();
+                self.release(from, to);
             }
             What::Slow(node, factor) => {
                 if let Some(node) = &mut self.nodes[node] {
@@ -548,7 +611,7 @@ impl World {
             .map(|(&conn, connection)| (conn, connection.ends, connection.silent))
             .collect();
         for (conn, [a, b], before) in conns {
-            let silent = self.is_silent(a, b);
+            let silent = self.network.connections[&conn].dead || self.is_silent(a, b);
             if silent && before.is_none() {
                 let since = self.now;
                 self.network.connections.get_mut(&conn).unwrap().silent = Some(since);
@@ -562,6 +625,7 @@ impl World {
     /// Ends a connection; both ends are told.
     fn close(&mut self, conn: Conn) {
         let Some(connection) = self.network.connections.remove(&conn) else { return };
+        self.held.retain(|(held, _), _| *held != conn);
         for to in connection.ends {
             let life = self.lives[to];
             self.after(self.now, What::Lost { conn, to, life });
@@ -580,11 +644,33 @@ impl World {
 
     fn arrives(&mut self, conn: Conn, to: Process, life: u64, message: Message) {
         let Some(from) = self.network.other(conn, to) else { return };
-        if self.network.is_cut(from, to) {
-            // It is sent again until it gets through, or the connection is lost.
-            let again = self.now + Duration::from_millis(20);
-            return self.after(again, What::Arrives { conn, to, life, message });
+        let held = self.held.entry((conn, to)).or_default();
+        if self.network.is_cut(from, to) || !held.is_empty() {
+            // It is sent again until it gets through, in order, or the connection is lost.
+            return held.push_back((life, message));
         }
+        self.hears(conn, to, message);
+    }
+
+    /// What was held back on a link that is mended arrives.
+    fn release(&mut self, from: Process, to: Process) {
+        if self.network.is_cut(from, to) {
+            return;
+        }
+        let conns: Vec<Conn> = self
+            .held
+            .keys()
+            .filter(|(conn, end)| *end == to && self.network.other(*conn, to) == Some(from))
+            .map(|(conn, _)| *conn)
+            .collect();
+        for conn in conns {
+            for (life, message) in self.held.remove(&(conn, to)).into_iter().flatten() {
+                self.after(self.now, What::Arrives { conn, to, life, message });
+            }
+        }
+    }
+
+    fn hears(&mut self, conn: Conn, to: Process, message: Message) {
         match to == self.head_process() {
             true => self.head_hears(conn, message),
             false => self.node_hears(to, conn, message),
@@ -623,7 +709,9 @@ impl World {
             for &peer in &down {
                 node.up.remove(&peer);
                 let reason = "the link is gone".to_owned();
-                if let Some(lane) = &mut node.lane {
+                if let Some(lane) = &mut node.lane
+                    && self.defect != Some(Defect::LostResend)
+                {
                     lane.handle(now, lane::Event::PeerLost { peer, reason });
                 }
             }
@@ -669,8 +757,7 @@ impl World {
             }
         } else {
             let wrong = self.defect == Some(Defect::ReplicaDiffers) && process == 0;
-            let held =
-                Held { all: self.model.store.clone(), here: Mutex::default(), wrong };
+            let held = Held { all: self.model.store.clone(), here: Mutex::default(), wrong };
             self.nodes[process] = Some(Node {
                 lane: None,
                 held: Arc::new(held),
@@ -702,6 +789,9 @@ impl World {
         }
         self.alive[process] = false;
         self.frozen[process] = None;
+        for connection in self.network.connections.values_mut() {
+            connection.dead |= connection.ends.contains(&process);
+        }
         match process == self.head_process() {
             true => self.head = None,
             false => self.nodes[process] = None,
@@ -741,32 +831,29 @@ impl World {
         let now = self.instant();
         let Some(head) = &mut self.head else { return };
         let name = head.workers.iter().find(|(_, c)| **c == conn).map(|(name, _)| name.clone());
-        let event = match message {
-            Message::Hello { info, holding } => {
-                let before = head.workers.insert(info.name.clone(), conn);
-                let event = Event::Here { info, holding };
-                if let Some(before) = before.filter(|before| *before != conn) {
-                    self.leave_conn(before);
-                    self.close(before);
+        let event =
+            match message {
+                Message::Hello { info, holding } => {
+                    let before = head.workers.insert(info.name.clone(), conn);
+                    let event = Event::Here { info, holding };
+                    if let Some(before) = before.filter(|before| *before != conn) {
+                        self.leave_conn(before);
+                        self.close(before);
+                    }
+                    Some(event)
                 }
-                Some(event)
-            }
-            Message::Vitals { incarnation, vitals } => {
-                name.map(|name| Event::Vitals { name, incarnation, vitals: Some(vitals) })
-            }
-            Message::Assigned { incarnation, epoch, serves } => name.map(|name| Event::Assigned {
-                name,
-                incarnation,
-                epoch,
-                serves,
-                result: Ok(()),
-            }),
-            Message::JobEvent { stream, body } => {
-                self.job_event(conn, stream, body);
-                None
-            }
-            _ => None,
-        };
+                Message::Vitals { incarnation, vitals } => {
+                    name.map(|name| Event::Vitals { name, incarnation, vitals: Some(vitals) })
+                }
+                Message::Assigned { incarnation, epoch, serves } => name.map(|name| {
+                    Event::Assigned { name, incarnation, epoch, serves, result: Ok(()) }
+                }),
+                Message::JobEvent { stream, body } => {
+                    self.job_event(conn, stream, body);
+                    None
+                }
+                _ => None,
+            };
         if let (Some(event), Some(head)) = (event, &mut self.head) {
             head.cluster.handle(now, event);
         }
@@ -904,9 +991,7 @@ impl World {
     }
 
     fn job_event(&mut self, conn: Conn, stream: u64, body: JobEventBody) {
-        let at = |job: &Job| {
-            matches!(job.place, Place::At { conn: c, stream: s, .. } if (c, s) == (conn, stream))
-        };
+        let at = |job: &Job| matches!(job.place, Place::At { conn: c, stream: s, .. } if (c, s) == (conn, stream));
         let Some(job) = self.jobs.iter().position(at) else { return };
         if let JobEventBody::NotTaken { .. } = body {
             self.jobs[job].place = Place::Nowhere;
@@ -1055,7 +1140,8 @@ impl World {
                     Some(lane) => lane.handle(now, lane::Event::Batch { view, reply: conn }),
                     None => {
                         let id = view.head().id;
-                        let failure = lite_llm_transport::messages::ExpertFailure::new(id, "no lane");
+                        let failure =
+                            lite_llm_transport::messages::ExpertFailure::new(id, "no lane");
                         let frame = OutgoingFrame::message(&failure).unwrap();
                         let frame = self.copied(&frame);
                         self.send(conn, process, Message::Reply(frame));
@@ -1131,19 +1217,24 @@ impl World {
         node.loading = false;
         let Some((conn, incarnation, plan, serves)) = node.assignments.pop_front() else { return };
         let config = &self.model.backbone.config;
-        let early = defect == Some(Defect::LoadedEarly);
         {
             let mut here = node.held.here.lock().unwrap();
             let keys = config.expert_keys().filter(|key| plan.placement.holds(plan.index, *key));
-            here.extend(keys.filter(|key| !early || key.expert % 2 == 0));
+            here.extend(keys);
         }
         node.holding = Some(plan.clone());
-        let epoch = plan.epoch;
+        let mut epoch = plan.epoch;
+        if let Some(Defect::StaleEpoch) = defect
+            && let Some((.., later, false)) = node.assignments.back()
+        {
+            epoch = later.epoch;
+            node.assignments.clear();
+        }
         if serves && node.head == Some(conn) {
             let arrangement = Arrangement {
                 placement: Arc::new(plan.placement.clone()),
                 me: plan.index,
-                names: plan.nodes.iter().map(|node| node.name.clone()).collect(),
+                nodes: plan.nodes.clone(),
             };
             match &mut node.lane {
                 Some(lane) => lane.handle(now, lane::Event::Rearrange(arrangement)),
@@ -1161,11 +1252,7 @@ impl World {
                     }));
                 }
             }
-            node.held
-                .here
-                .lock()
-                .unwrap()
-                .retain(|key| plan.placement.holds(plan.index, *key));
+            node.held.here.lock().unwrap().retain(|key| plan.placement.holds(plan.index, *key));
             self.relink(process, plan);
         }
         if self.nodes[process].as_ref().is_some_and(|node| node.head == Some(conn)) {
@@ -1190,7 +1277,7 @@ impl World {
         node.up.retain(|index, conn| {
             let other = plan.nodes.get(usize::from(*index)).filter(|node| !node.name.is_empty());
             let to = other.map(|node| Self::process(&node.name));
-            same(index) || to.is_some_and(|to| links.get(&to) == Some(conn))
+            same(index) && to.is_some_and(|to| links.get(&to) == Some(conn))
         });
         for (peer, other) in (0u16..).zip(&plan.nodes) {
             if peer != plan.index && !other.name.is_empty() {
@@ -1234,7 +1321,8 @@ impl World {
                 self.node_does(process);
             }
             None => {
-                let pause = self.dice.between(Duration::from_millis(50), Duration::from_millis(500));
+                let pause =
+                    self.dice.between(Duration::from_millis(50), Duration::from_millis(500));
                 self.after(self.now + pause, What::Dial { node: process, life, peer });
             }
         }
@@ -1251,10 +1339,6 @@ impl World {
             match command {
                 lane::Command::Send { id, peer, frame } => match node.up.get(&peer).copied() {
                     Some(conn) => {
-                        if self.defect == Some(Defect::LostFrame) && self.defects_left > 0 {
-                            self.defects_left -= 1;
-                            continue;
-                        }
                         let frame = self.copied(&frame);
                         self.send(conn, process, Message::Batch(frame));
                     }

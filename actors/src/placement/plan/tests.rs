@@ -289,3 +289,20 @@ fn check(
         assert!(shrunk || union[node] <= budget, "seed {seed}: node {node} needs {}", union[node]);
     }
 }
+
+#[test]
+fn firsts_are_even_after_losses_and_joins_too() {
+    let config = tiny_model(6, 10);
+    let mut members = some(&[10_000; 4]);
+    let mut old = plan(&config, &[10], None, &members, 2, BALANCED).unwrap();
+    for (node, budget) in [(1, None), (1, Some(10_000)), (0, None), (3, None), (0, Some(10_000))] {
+        members[node] = budget;
+        old = plan(&config, &[10], Some(&old), &members, 2, BALANCED).unwrap();
+        let mut firsts = [0; 4];
+        config.expert_keys().for_each(|key| firsts[usize::from(old.holders(key)[0])] += 1);
+        let present = (0..4).filter(|&node| members[node].is_some());
+        let counts: Vec<u64> = present.map(|node| firsts[node]).collect();
+        let (most, least) = (counts.iter().max().unwrap(), counts.iter().min().unwrap());
+        assert!(most - least <= 1, "{counts:?}");
+    }
+}
