@@ -54,7 +54,7 @@ pub(crate) enum Defect {
     LostResend,
     /// A home repeats a token under the next number.
     TokenTwice,
-    /// What a node loaded of an earlier epoch counts for the latest.
+    /// A node that was told to serve an epoch goes back to the one before.
     StaleEpoch,
     /// A replica computes something else.
     ReplicaDiffers,
@@ -1223,12 +1223,14 @@ impl World {
             here.extend(keys);
         }
         node.holding = Some(plan.clone());
-        let mut epoch = plan.epoch;
-        if let Some(Defect::StaleEpoch) = defect
-            && let Some((.., later, false)) = node.assignments.back()
+        let epoch = plan.epoch;
+        if defect == Some(Defect::StaleEpoch)
+            && serves
+            && self.defects_left > 0
+            && let Some(before) = node.serving.clone().filter(|before| before.epoch < epoch)
         {
-            epoch = later.epoch;
-            node.assignments.clear();
+            self.defects_left -= 1;
+            node.assignments.push_back((conn, incarnation, before, true));
         }
         if serves && node.head == Some(conn) {
             let arrangement = Arrangement {
