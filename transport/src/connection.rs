@@ -13,7 +13,12 @@
 //! Invariants: a peer that opens what it may not is disconnected; a stream whose header is late is
 //! dropped and holds up no other; the connection lives as long as a handle or a frame stream of it.
 
-use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use quinn::{ConnectionError, VarInt};
 pub use quinn::{RecvStream as RawReceiver, SendStream as RawSender};
@@ -24,7 +29,7 @@ use tokio::{
 
 use crate::{
     frame::{FrameReceiver, FrameSender, WireCounts, WireTotals},
-    identity::{PeerIdentity, Role},
+    identity::{PeerCertificate, PeerIdentity, Role},
     pool::BufferPool,
     session::{Command, Event, HELLO_HEADER_BYTES, Hello, Session, SessionError},
 };
@@ -44,6 +49,11 @@ const STREAM_MARK: [u8; 3] = *b"LLS";
 pub(crate) const CLOSE_DONE: VarInt = VarInt::from_u32(0);
 pub(crate) const CLOSE_REFUSED: VarInt = VarInt::from_u32(1);
 pub(crate) const CLOSE_VIOLATION: VarInt = VarInt::from_u32(2);
+/// There is no room; the reason says when to come again. See [`busy_in`].
+pub(crate) const CLOSE_BUSY: VarInt = VarInt::from_u32(3);
+pub(crate) const CLOSE_REVOKED: VarInt = VarInt::from_u32(4);
+
+const BUSY_REASON: &str = "busy, come again in ms: ";
 
 /// What a stream carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -138,6 +148,7 @@ struct Inner {
     quic: quinn::Connection,
     us: PeerIdentity,
     peer: PeerIdentity,
+    certificate: PeerCertificate,
     hello: Hello,
     pool: BufferPool,
     counts: Arc<WireCounts>,
@@ -172,6 +183,19 @@ impl AcceptedStream {
     }
 }
 
+/// A connection that does not live for being known here.
+pub(crate) struct WeakConnection(Weak<Inner>);
+
+impl WeakConnection {
+    pub(crate) fn upgrade(&self) -> Option<Connection> {
+        self.0.upgrade().map(|inner| Connection { inner })
+    }
+
+    pub(crate) fn is_live(&self) -> bool {
+        self.upgrade().is_some_and(|connection| connection.inner.quic.close_reason().is_none())
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
         self.quic.close(CLOSE_DONE, b"no longer needed");
@@ -188,19 +212,29 @@ impl Connection {
     pub(crate) fn new(
         quic: quinn::Connection,
         us: PeerIdentity,
-        peer: PeerIdentity,
+        (peer, certificate): (PeerIdentity, PeerCertificate),
         hello: Hello,
         pool: BufferPool,
     ) -> Self {
         let (opened, streams) = mpsc::channel(STREAMS_WAITING_MAX);
         tokio::spawn(accept_streams(quic.clone(), us.role, peer.clone(), opened));
         let (counts, streams) = (Arc::default(), Mutex::new(streams));
-        Self { inner: Arc::new(Inner { quic, us, peer, hello, pool, counts, streams }) }
+        let inner = Inner { quic, us, peer, certificate, hello, pool, counts, streams };
+        Self { inner: Arc::new(inner) }
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakConnection {
+        WeakConnection(Arc::downgrade(&self.inner))
     }
 
     /// Who is at the other end.
     pub fn peer(&self) -> &PeerIdentity {
         &self.inner.peer
+    }
+
+    /// The certificate that the other end showed.
+    pub fn certificate(&self) -> &PeerCertificate {
+        &self.inner.certificate
     }
 
     /// What the other end runs.
@@ -292,6 +326,10 @@ impl Connection {
         self.inner.quic.close(CLOSE_DONE, reason.as_bytes());
     }
 
+    pub(crate) fn close_with(&self, code: VarInt, reason: &str) {
+        self.inner.quic.close(code, reason.as_bytes());
+    }
+
     fn frames(&self, send: RawSender, recv: RawReceiver) -> (FrameSender, FrameReceiver) {
         let pool = self.inner.pool.clone();
         (FrameSender::new(send, self.clone()), FrameReceiver::new(recv, self.clone(), pool))
@@ -337,6 +375,39 @@ async fn accept_streams(
                 }
             }
         });
+    }
+}
+
+/// The other side has no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Full {
+    /// When to come again, if it said so.
+    pub(crate) retry_after: Option<Duration>,
+}
+
+/// The reason of a close with [`CLOSE_BUSY`].
+pub(crate) fn busy_reason(retry_after: Duration) -> String {
+    format!("{BUSY_REASON}{}", retry_after.as_millis())
+}
+
+/// Whether a connection ended for want of room.
+///
+/// Before TLS is done there are no reasons: then a refusal is the answer of a full room, and an
+/// error of the application that of one in which others needed the place.
+pub(crate) fn busy_in(error: &ConnectionError) -> Option<Full> {
+    match error {
+        ConnectionError::ApplicationClosed(close) if close.error_code == CLOSE_BUSY => {
+            let reason = String::from_utf8_lossy(&close.reason);
+            let millis = reason.strip_prefix(BUSY_REASON).and_then(|digits| digits.parse().ok());
+            Some(Full { retry_after: millis.map(Duration::from_millis) })
+        }
+        // CONNECTION_REFUSED and APPLICATION_ERROR (RFC 9000, 20.1).
+        ConnectionError::ConnectionClosed(close)
+            if matches!(u64::from(close.error_code), 0x02 | 0x0c) =>
+        {
+            Some(Full { retry_after: None })
+        }
+        _ => None,
     }
 }
 
@@ -449,7 +520,7 @@ fn alert(code: u64) -> Option<&'static str> {
         48 => Some("it belongs to another cluster; join this one with its token"),
         51 => Some("it does not belong to this cluster; join it with its token"),
         116 => Some("there is none; join this cluster with its token"),
-        120 => Some("the two have no protocol in common"),
+        120 => Some("the two have no protocol in common; install the same release on both"),
         _ => None,
     }
 }

@@ -18,7 +18,9 @@ compile_error!(
     "activations are read in place as little-endian f32: big-endian hosts are not supported"
 );
 
+mod admission;
 pub mod connection;
+pub mod door;
 pub mod endpoint;
 pub mod exchange;
 pub mod frame;
@@ -26,8 +28,18 @@ pub mod identity;
 pub mod join;
 pub mod measure;
 pub mod messages;
+pub mod moment;
+pub mod patience;
+mod peers;
 pub mod pool;
+mod random;
+mod refusals;
+pub mod revocation;
+pub mod secrets;
 pub mod session;
+pub mod socket;
+pub mod state;
+pub mod throttle;
 mod tls;
 pub mod token;
 

@@ -163,13 +163,16 @@ async fn without_a_certificate_nothing_is_served() {
 async fn the_join_protocol_serves_nothing_but_joining() {
     let ca = authority();
     let head = coordinator(&ca);
-    let why = intrude(&head, b"lite-llm-join/1", None).await;
+    let why = intrude(&head, b"lite-llm-join/2", None).await;
     assert!(why.contains("closed") || why.contains("joiner"), "{why}");
     refused(&head, &["joiner"]).await;
     // A worker does not serve joins at all.
     let w1 = worker(&ca, "w1");
-    intrude(&w1, b"lite-llm-join/1", None).await;
+    intrude(&w1, b"lite-llm-join/2", None).await;
     refused(&w1, &[]).await;
+    // A joiner of an earlier release is told so.
+    let why = intrude(&head, b"lite-llm-join/1", None).await;
+    assert!(why.contains("install the same release"), "{why}");
 }
 
 #[tokio::test]
@@ -286,18 +289,23 @@ async fn a_role_opens_only_its_own_streams() {
 }
 
 #[tokio::test]
-async fn a_token_lets_workers_and_clients_join_and_nobody_else() {
+async fn a_token_makes_its_role_and_no_other() {
     let ca = authority();
     let head = coordinator(&ca);
     let address = head.local_addr().unwrap();
-    let token = ca.join_token(address.to_string());
     for (role, name) in [(Role::Worker, "w7"), (Role::Client, "c7")] {
+        let token = ca.join_token(role, "").unwrap();
         let joining = join(address, &token, role, name, Hello::new(1));
         let identity = joining.await.unwrap();
         assert_eq!((identity.who().role, identity.who().name.as_str()), (role, name));
+        // Only nodes are given what nodes share.
+        let shared = ca.identity(Role::Coordinator, "head").unwrap().control_cookie();
+        assert_eq!(identity.control_cookie(), shared.filter(|_| role == Role::Worker));
         connect(&identity, &head, Hello::new(1)).await.unwrap();
         assert_eq!(soon("accept", head.accept()).await.unwrap().peer(), identity.who());
     }
+    assert!(ca.join_token(Role::Coordinator, "").is_err());
+    let token = ca.join_token(Role::Worker, "").unwrap();
     let joining = join(address, &token, Role::Coordinator, "evil", Hello::new(1));
     let error = joining.await.unwrap_err();
     assert!(error.to_string().contains("not as \"coordinator\""), "{error}");
@@ -316,8 +324,8 @@ async fn a_wrong_secret_is_refused_on_both_sides() {
     let folder = tempfile::tempdir().unwrap();
     // The right certificate with another cluster's secret.
     let (mine, theirs) = (folder.path().join("mine"), folder.path().join("theirs"));
-    ca.join_token("").write(&mine).unwrap();
-    authority().join_token("").write(&theirs).unwrap();
+    ca.join_token(Role::Worker, "").unwrap().write(&mine).unwrap();
+    authority().join_token(Role::Worker, "").unwrap().write(&theirs).unwrap();
     let line = |path, name: &str| {
         let text = std::fs::read_to_string(path).unwrap();
         text.lines().find(|line| line.starts_with(name)).unwrap().to_owned()
@@ -339,7 +347,7 @@ async fn a_token_of_another_cluster_is_noticed_by_the_joiner() {
     let (ca, other) = (authority(), authority());
     let head = coordinator(&ca);
     let address = head.local_addr().unwrap();
-    let token = other.join_token("");
+    let token = other.join_token(Role::Worker, "").unwrap();
     let joining = join(address, &token, Role::Worker, "w1", Hello::new(1));
     let error = joining.await.unwrap_err();
     assert!(matches!(error, JoinError::OtherCluster { .. }), "{error}");
@@ -351,7 +359,7 @@ async fn a_joiner_of_another_version_is_told_so() {
     let ca = authority();
     let head = coordinator(&ca);
     let address = head.local_addr().unwrap();
-    let token = ca.join_token("");
+    let token = ca.join_token(Role::Worker, "").unwrap();
     let newer = Hello { protocol: 3, ..Hello::new(1) };
     let joining = join(address, &token, Role::Worker, "w1", newer);
     let error = joining.await.unwrap_err().to_string();
@@ -364,7 +372,7 @@ async fn nobody_there_is_an_error_within_its_deadline() {
     let ca = authority();
     let socket = std::net::UdpSocket::bind(loopback()).unwrap();
     let address = socket.local_addr().unwrap();
-    let (token, started) = (ca.join_token(""), Instant::now());
+    let (token, started) = (ca.join_token(Role::Worker, "").unwrap(), Instant::now());
     let joining = join(address, &token, Role::Worker, "w1", Hello::new(1));
     let error = joining.await.unwrap_err().to_string();
     assert!(error.contains("is it running"), "{error}");
