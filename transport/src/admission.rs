@@ -22,7 +22,8 @@ use tokio::{
 
 use crate::{
     connection::{
-        CLOSE_BUSY, CLOSE_REFUSED, CLOSE_REVOKED, Connection, busy_reason, describe, greet,
+        CLOSE_BUSY, CLOSE_REFUSED, CLOSE_REVOKED, Connection, StreamKind, busy_reason, describe,
+        greet,
     },
     door::{Busy, Door, Entered, Room, Ticket},
     endpoint::Options,
@@ -241,6 +242,13 @@ impl Admission {
         quic: quinn::Connection,
         (peer, certificate): (PeerIdentity, PeerCertificate),
     ) -> Result<Option<Connection>, String> {
+        let us = self.who.role;
+        if !StreamKind::any_between(peer.role, us) {
+            let reason =
+                format!("a {} has no business with a {us}; ask the coordinator", peer.role);
+            quic.close(CLOSE_REFUSED, reason.as_bytes());
+            return Err(reason);
+        }
         self.refresh();
         if let Some(reason) = self.peers.refuses(&peer, &certificate) {
             quic.close(CLOSE_REVOKED, reason.as_bytes());

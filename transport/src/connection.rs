@@ -75,6 +75,13 @@ impl StreamKind {
         [Control, Experts, Job, Client].into_iter().find(|known| *known as u8 == kind)
     }
 
+    /// Whether two roles have anything to say to each other.
+    pub(crate) fn any_between(one: Role, other: Role) -> bool {
+        use StreamKind::*;
+        let between = |kind: Self| kind.allowed(one, other) || kind.allowed(other, one);
+        [Control, Experts, Job, Client].into_iter().any(between)
+    }
+
     /// Whether a peer of one role may open such a stream to the other.
     pub fn allowed(self, opener: Role, acceptor: Role) -> bool {
         use Role::*;
@@ -430,7 +437,10 @@ pub(crate) async fn greet(
                     let _: Result<(), _> = quinn::SendStream::finish(&mut send);
                     let _ = timeout(REFUSAL_LINGER, quic.closed()).await;
                 }
-                quic.close(CLOSE_REFUSED, error.to_string().as_bytes());
+                // Closing once more would hide why the peer closed.
+                if quic.close_reason().is_none() {
+                    quic.close(CLOSE_REFUSED, error.to_string().as_bytes());
+                }
                 return Err(error);
             }
             Some(Command::Send(hello)) => {

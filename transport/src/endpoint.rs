@@ -48,7 +48,20 @@ const NO_NAME: &str = "its certificate names no node of a cluster";
 /// A peer that could not be connected to.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// Nobody there, or not whom we want.
+    /// Nobody there.
+    #[error(
+        "could not connect to {peer} at {address}: {reason}; is it running, and is the address \
+         right?"
+    )]
+    Silent {
+        /// Whom we want.
+        peer: String,
+        /// Where.
+        address: SocketAddr,
+        /// For how long nothing came.
+        reason: String,
+    },
+    /// Not whom we want, or it does not want us.
     #[error("could not connect to {peer} at {address}: {reason}")]
     Failed {
         /// Whom we want.
@@ -84,6 +97,17 @@ pub enum ConnectError {
     /// Another release.
     #[error(transparent)]
     Session(#[from] SessionError),
+}
+
+impl ConnectError {
+    fn hint(&self) -> Hint {
+        match self {
+            ConnectError::Busy { retry_after, .. } => Hint::Busy(*retry_after),
+            ConnectError::Silent { .. } => Hint::Silence,
+            ConnectError::Session(SessionError::TimedOut { .. }) => Hint::Silence,
+            _ => Hint::Final,
+        }
+    }
 }
 
 /// Whom we want to reach.
@@ -259,21 +283,31 @@ impl Endpoint {
         address: SocketAddr,
         expect: &Expect,
     ) -> Result<Connection, ConnectError> {
-        self.connect_within(BUSY_PATIENCE, address, expect).await
+        let now = tokio::time::Instant::now().into_std();
+        self.connect_with(Patience::with_the_busy(now, BUSY_PATIENCE), address, expect).await
     }
 
-    /// Like [`Self::connect`], with another patience: after it no further try is begun.
+    /// Like [`Self::connect`], with another patience, after which no further try is begun. Silence
+    /// is tried twice.
     pub async fn connect_within(
         &self,
         patience: Duration,
         address: SocketAddr,
         expect: &Expect,
     ) -> Result<Connection, ConnectError> {
-        let mut patience = Patience::new(tokio::time::Instant::now().into_std(), patience);
+        let now = tokio::time::Instant::now().into_std();
+        self.connect_with(Patience::new(now, patience), address, expect).await
+    }
+
+    async fn connect_with(
+        &self,
+        mut patience: Patience,
+        address: SocketAddr,
+        expect: &Expect,
+    ) -> Result<Connection, ConnectError> {
         loop {
             match self.connect_once(address, expect).await {
-                Err(ConnectError::Busy { retry_after, .. })
-                    if patience.try_again(Hint::Busy(retry_after)).await => {}
+                Err(error) if patience.try_again(error.hint()).await => {}
                 ended => return ended,
             }
         }
@@ -285,10 +319,16 @@ impl Endpoint {
         expect: &Expect,
     ) -> Result<Connection, ConnectError> {
         let failed = |reason| ConnectError::Failed { peer: expect.to_string(), address, reason };
-        let busy = |error: &ConnectionError| {
-            let full = busy_in(error)?;
-            let (peer, retry_after) = (expect.to_string(), full.retry_after);
-            Some(ConnectError::Busy { peer, address, retry_after })
+        let silent = |reason| ConnectError::Silent { peer: expect.to_string(), address, reason };
+        let ended = |error: &ConnectionError| match (busy_in(error), error) {
+            (Some(full), _) => {
+                let (peer, retry_after) = (expect.to_string(), full.retry_after);
+                Some(ConnectError::Busy { peer, address, retry_after })
+            }
+            (None, ConnectionError::TimedOut) => {
+                Some(silent(format!("nothing answered for {IDLE_TIMEOUT:?}")))
+            }
+            _ => None,
         };
         let config = client_config(self.inner.tls.clone(), address);
         let connecting = async {
@@ -297,12 +337,9 @@ impl Endpoint {
                 .quic
                 .connect_with(config, address, &expect.domain())
                 .map_err(|error| failed(error.to_string()))?;
-            let quic = connecting.await.map_err(|error| match error {
-                ConnectionError::TimedOut => failed(format!(
-                    "nothing answered for {IDLE_TIMEOUT:?}; is it running, and is the address right?"
-                )),
-                error => busy(&error).unwrap_or_else(|| failed(describe(&error))),
-            })?;
+            let quic = connecting
+                .await
+                .map_err(|error| ended(&error).unwrap_or_else(|| failed(describe(&error))))?;
             let (found, certificate) =
                 certified(&quic).ok_or_else(|| failed(NO_NAME.to_owned()))?;
             if !expect.fits(&found) {
@@ -317,7 +354,7 @@ impl Endpoint {
             welcome(&quic, found.role);
             let session = Session::new(who.role, &found, options.hello.clone());
             let hello = greet(&quic, true, session).await.map_err(|error| {
-                let told = quic.close_reason().and_then(|ended| busy(&ended));
+                let told = quic.close_reason().and_then(|reason| ended(&reason));
                 told.unwrap_or_else(|| error.into())
             })?;
             let (us, pool) = (who.clone(), options.pool.clone());
@@ -327,7 +364,7 @@ impl Endpoint {
         };
         timeout(CONNECT_TIMEOUT, connecting)
             .await
-            .unwrap_or_else(|_| Err(failed(format!("no answer within {CONNECT_TIMEOUT:?}"))))
+            .unwrap_or_else(|_| Err(silent(format!("no answer within {CONNECT_TIMEOUT:?}"))))
     }
 
     /// Replaces the list of revoked names: peers whose certificates it refuses get no connection,

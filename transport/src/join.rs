@@ -113,9 +113,9 @@ impl JoinError {
     fn hint(&self) -> Hint {
         match self {
             JoinError::Busy { retry_after, .. } => Hint::Busy(*retry_after),
-            JoinError::Unreachable { silent: true, .. } | JoinError::TimedOut { .. } => {
-                Hint::Silence
-            }
+            JoinError::Unreachable { silent: true, .. }
+            | JoinError::Session(SessionError::TimedOut { .. })
+            | JoinError::TimedOut { .. } => Hint::Silence,
             _ => Hint::Final,
         }
     }
@@ -199,18 +199,22 @@ async fn join_once(
             _ => unreachable(describe(&error), false),
         })?;
         // Whatever fails from here on fails because it had no room, if it says so.
-        let busy = || {
-            let busy = quic.close_reason().and_then(|error| busy_in(&error));
-            busy.map(|busy| JoinError::Busy { address, retry_after: busy.retry_after })
+        let ended = || {
+            let error = quic.close_reason()?;
+            let silent = || matches!(error, quinn::ConnectionError::TimedOut);
+            match busy_in(&error) {
+                Some(busy) => Some(JoinError::Busy { address, retry_after: busy.retry_after }),
+                None => silent().then(|| unreachable(describe(&error), true)),
+            }
         };
         let peer = format!("the coordinator at {address}");
         let greeted = greet(&quic, true, Session::new(role, peer, hello.clone())).await;
-        greeted.map_err(|error| busy().unwrap_or_else(|| error.into()))?;
+        greeted.map_err(|error| ended().unwrap_or_else(|| error.into()))?;
         let reply = ask(&quic, token, role, name, request).await;
         let refused = |reason| JoinError::Refused { address, name: name.to_owned(), reason };
         let reply = reply.map_err(|error| {
             let reason = || quic.close_reason().map_or(error, |error| describe(&error));
-            busy().unwrap_or_else(|| refused(reason()))
+            ended().unwrap_or_else(|| refused(reason()))
         })?;
         quic.close(CLOSE_DONE, b"joined");
         match reply {

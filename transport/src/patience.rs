@@ -16,7 +16,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 const DOUBLINGS_MAX: u32 = 4;
 /// The longest pause that anybody can impose.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
-/// How often silence is tried where nobody has ever answered.
+/// How often silence is tried.
 const SILENCES_MAX: u32 = 2;
 
 /// What a failure says about trying again.
@@ -36,13 +36,20 @@ pub(crate) struct Patience {
     end: Instant,
     /// Somebody is there, and was busy.
     was_busy: bool,
+    /// How often silence is tried where nobody has ever answered.
+    silences: u32,
     tries: u32,
 }
 
 impl Patience {
     pub(crate) fn new(now: Instant, patience: Duration) -> Self {
         let end = now.checked_add(patience).unwrap_or(now + Duration::from_secs(365 * 24 * 3600));
-        Self { end, was_busy: false, tries: 0 }
+        Self { end, was_busy: false, silences: SILENCES_MAX, tries: 0 }
+    }
+
+    /// Patience with those who are busy, but not with those who say nothing.
+    pub(crate) fn with_the_busy(now: Instant, patience: Duration) -> Self {
+        Self { silences: 1, ..Self::new(now, patience) }
     }
 
     /// How long to pause before another try; `None` if there is to be none.
@@ -56,7 +63,7 @@ impl Patience {
                 named.unwrap_or(pause).min(PAUSE_MAX)
             }
             // In a crowd packets are lost; where nobody is, waiting does not help.
-            Hint::Silence if self.was_busy || self.tries < SILENCES_MAX => pause,
+            Hint::Silence if self.was_busy || self.tries < self.silences => pause,
             Hint::Silence => return None,
         };
         (now + pause <= self.end).then_some(pause)
@@ -102,6 +109,10 @@ mod tests {
         let mut patience = Patience::new(now, 60 * SECOND);
         assert!(patience.pause(now, Hint::Silence).is_some());
         assert!(patience.pause(now, Hint::Silence).is_none());
+        let mut patience = Patience::with_the_busy(now, 60 * SECOND);
+        assert!(patience.pause(now, Hint::Silence).is_none());
+        assert!(patience.pause(now, Hint::Busy(None)).is_some());
+        assert!(patience.pause(now, Hint::Silence).is_some(), "somebody is there");
         assert!(Patience::new(now, Duration::ZERO).pause(now, Hint::Silence).is_none());
     }
 }

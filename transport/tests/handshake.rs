@@ -17,13 +17,10 @@ use lite_llm_transport::{
     session::Hello,
     token::JoinToken,
 };
-use quinn::crypto::rustls::QuicClientConfig;
-use rustls::{
-    DigitallySignedStruct, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime},
+use support::{
+    intruder::{forged, intrude},
+    *,
 };
-use support::*;
 
 /// Both kinds of listeners of one cluster.
 fn listeners(ca: &Arc<ClusterCa>) -> [Endpoint; 2] {
@@ -54,86 +51,6 @@ async fn join(
     hello: Hello,
 ) -> Result<Identity, JoinError> {
     soon("join", lite_llm_transport::join::join(address, token, role, name, &hello)).await
-}
-
-/// A client that trusts anybody and shows what it likes.
-#[derive(Debug)]
-struct Gullible(Arc<rustls::crypto::CryptoProvider>);
-
-impl ServerCertVerifier for Gullible {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-/// Connects with foreign means, speaks, and returns why the connection ended.
-async fn intrude(
-    to: &Endpoint,
-    alpn: &[u8],
-    shows: Option<(CertificateDer<'static>, PrivateKeyDer<'static>)>,
-) -> String {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let tls = rustls::ClientConfig::builder_with_provider(provider.clone())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Gullible(provider)));
-    let mut tls = match shows {
-        Some((chain, key)) => tls.with_client_auth_cert(vec![chain], key).unwrap(),
-        None => tls.with_no_client_auth(),
-    };
-    tls.alpn_protocols = vec![alpn.to_vec()];
-    let config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).unwrap()));
-    let endpoint = quinn::Endpoint::client(loopback()).unwrap();
-    let connecting = endpoint.connect_with(config, to.local_addr().unwrap(), "x").unwrap();
-    let quic = match soon("handshake", connecting).await {
-        Ok(quic) => quic,
-        Err(error) => return error.to_string(),
-    };
-    if let Ok((mut send, _recv)) = quic.open_bi().await {
-        let _ = send.write_all(&Hello::new(1).to_bytes()).await;
-        let _ = send.write_all(b"LLS\x01hello?").await;
-    }
-    soon("end", quic.closed()).await.to_string()
-}
-
-/// A certificate for "w9.worker.lite-llm" by an authority of the intruder's own.
-fn forged() -> (CertificateDer<'static>, PrivateKeyDer<'static>) {
-    let ca_key = rcgen::KeyPair::generate().unwrap();
-    let mut params = rcgen::CertificateParams::default();
-    params.distinguished_name.push(rcgen::DnType::CommonName, "lite-llm cluster");
-    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-    let issuer = rcgen::Issuer::new(params, ca_key);
-    let names = vec!["w9.worker.lite-llm".to_owned(), "worker.lite-llm".to_owned()];
-    let key = rcgen::KeyPair::generate().unwrap();
-    let leaf = rcgen::CertificateParams::new(names).unwrap().signed_by(&key, &issuer).unwrap();
-    (leaf.der().clone(), PrivatePkcs8KeyDer::from(key.serialize_der()).into())
 }
 
 #[tokio::test]
