@@ -116,7 +116,9 @@ impl Worker {
         pg::join_scoped(scope(&token), NODES.into(), vec![node.get_cell()]);
         let control = match options.remote {
             true => {
-                let cookie = token.control_cookie();
+                let cookie = identity.control_cookie().ok_or_else(|| {
+                    failed("the coordinator gave no secret of the control plane to this worker")
+                })?;
                 let control = ControlPlane::start(&identity, &cookie).await.map_err(failed)?;
                 let stream = connection.open_raw(StreamKind::Control).await.map_err(failed)?;
                 control.connect(&connection.peer().to_string(), stream, false);

@@ -7,10 +7,10 @@ use std::{
     str::FromStr,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
-use crate::size::Size;
+use crate::{period::Period, size::Size};
 
 /// Serve sparse mixture-of-experts models from many machines, with the same bits on any of them.
 #[derive(Debug, Parser)]
@@ -61,6 +61,10 @@ pub enum Command {
     Submit(SubmitArgs),
     /// Show a cluster's nodes and load.
     Status(ClientArgs),
+    /// Write the token that makes clients or workers, or replace it by a new one.
+    Token(TokenArgs),
+    /// Send a worker or a client away for good: its certificates are refused from now on.
+    Revoke(RevokeArgs),
     /// Measure this machine and this program.
     Bench(BenchArgs),
     /// Show what this machine has, and what is missing.
@@ -324,6 +328,9 @@ pub struct TokenizeArgs {
     pub template: Option<PathBuf>,
 }
 
+/// Where a coordinator listens unless told otherwise.
+pub const DEFAULT_LISTEN: ([u8; 4], u16) = ([127, 0, 0, 1], 7450);
+
 /// `coordinator`.
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
@@ -336,10 +343,10 @@ pub struct CoordinatorArgs {
     /// Workers that make the cluster whole.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=65535))]
     pub workers: u16,
-    /// Where the cluster's authority is kept and the join token is written.
+    /// Where the cluster's authority is kept, and client.token and worker.token are written.
     #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
     pub state: Option<PathBuf>,
-    /// Address in the join token, if workers see another than --listen.
+    /// Address in the tokens, if workers see another than --listen.
     #[arg(long, value_name = "ADDR")]
     pub advertise: Option<SocketAddr>,
     /// Spread experts at random, by this seed. Never changes a result.
@@ -360,7 +367,7 @@ pub struct WorkerArgs {
     /// The coordinator's address or host name, with its port [default: the address in the token].
     #[arg(long, value_name = "HOST:PORT")]
     pub join: Option<HostPort>,
-    /// The join token that the coordinator wrote [default: the one of this machine's coordinator].
+    /// The worker.token that the coordinator wrote [default: the one of this machine's coordinator].
     #[arg(long, value_name = "FILE")]
     pub token: Option<PathBuf>,
     /// Name in the cluster [default: made from the process].
@@ -387,9 +394,56 @@ pub struct ClientArgs {
     /// The coordinator's address or host name, with its port [default: the address in the token].
     #[arg(long, value_name = "HOST:PORT")]
     pub coordinator: Option<HostPort>,
-    /// The join token that the coordinator wrote [default: the one of this machine's coordinator].
+    /// The client.token that the coordinator wrote [default: the one of this machine's coordinator].
     #[arg(long, value_name = "FILE")]
     pub token: Option<PathBuf>,
+    /// How long to try again while the coordinator has no room for another client.
+    #[arg(long, value_name = "DURATION", default_value = "30s")]
+    pub retry: Period,
+}
+
+/// What a token makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TokenRole {
+    /// Submits jobs, sees them and the cluster's state.
+    Client,
+    /// Holds experts and computes.
+    Worker,
+}
+
+/// `token`.
+#[derive(Debug, Args)]
+pub struct TokenArgs {
+    /// What it makes.
+    pub role: TokenRole,
+    /// Make a new secret; the old token ends.
+    #[arg(long)]
+    pub rotate: bool,
+    /// With --rotate: how long the new token lets others join [default: 365d].
+    #[arg(long, value_name = "DURATION", requires = "rotate")]
+    pub expires: Option<Period>,
+    /// With --rotate: how long the old token still lets others join [default: not at all].
+    #[arg(long, value_name = "DURATION", requires = "rotate")]
+    pub grace: Option<Period>,
+    /// Where the coordinator keeps the cluster's authority.
+    #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
+    pub state: Option<PathBuf>,
+    /// The coordinator's address in the token [default: as in the token that is there].
+    #[arg(long, value_name = "ADDR")]
+    pub advertise: Option<SocketAddr>,
+}
+
+/// `revoke`.
+#[derive(Debug, Args)]
+pub struct RevokeArgs {
+    /// The name that `status` shows, or under which a client joined.
+    pub name: String,
+    /// Let it join again, with a new certificate.
+    #[arg(long)]
+    pub undo: bool,
+    /// Where the coordinator keeps the cluster's authority.
+    #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
+    pub state: Option<PathBuf>,
 }
 
 /// `submit`.

@@ -12,6 +12,7 @@ pub mod cli;
 mod commands;
 mod demo;
 mod machine;
+mod period;
 mod progress;
 mod size;
 pub mod telemetry;

@@ -1,9 +1,10 @@
 //! The coordinator's door: its endpoint, the workers and clients that come through it.
 //!
-//! Who may come in is decided by certificates, in `transport`; a worker's control stream is led
-//! to ractor_cluster, a client's requests to the coordinator actor.
+//! Who may come in is decided by certificates, in `transport`, which also says who was refused; a
+//! worker's control stream is led to ractor_cluster, a client's requests to the coordinator actor.
+//! A client cancels only what was submitted under its own name.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
 use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
 use lite_llm_runtime::{
@@ -14,15 +15,16 @@ use lite_llm_runtime::{
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
     endpoint::{Endpoint, Options},
-    frame::{FrameReceiver, FrameSender},
+    frame::{FrameReceiver, FrameSender, SendError},
     identity::{ClusterCa, Role},
     messages::{ClientReply, ClientRequest, ClusterStatus, JobEvent, JobRequest, Prompt},
     session::Hello,
     token::JoinToken,
 };
+use parking_lot::Mutex;
 use ractor::{Actor, ActorRef};
 use tokio::sync::mpsc;
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::{
     control::ControlPlane,
@@ -71,6 +73,8 @@ pub struct CoordinatorHandle {
     control: Option<ControlPlane>,
     prompts: Option<Prompts>,
     address: SocketAddr,
+    /// Jobs of clients that have not ended, and under which name each was submitted.
+    owners: Arc<Mutex<HashMap<u64, String>>>,
 }
 
 impl CoordinatorHandle {
@@ -88,12 +92,14 @@ impl CoordinatorHandle {
             Endpoint::bind_coordinator(listen, &identity, authority.clone(), Options::new(hello))
                 .map_err(failed)?;
         let address = endpoint.local_addr().map_err(failed)?;
-        let token = Arc::new(authority.join_token(address.to_string()));
-        let control = match options.remote_workers {
-            true => Some(
-                ControlPlane::start(&identity, &token.control_cookie()).await.map_err(failed)?,
-            ),
-            false => None,
+        let token = authority.join_token(Role::Worker, address.to_string()).map_err(failed)?;
+        let token = Arc::new(token);
+        let control = match (options.remote_workers, identity.control_cookie()) {
+            (true, Some(cookie)) => {
+                Some(ControlPlane::start(&identity, &cookie).await.map_err(failed)?)
+            }
+            (true, None) => return Err(failed("the authority has no secret of the control plane")),
+            (false, _) => None,
         };
         let prompts = match Prompts::of(&checkpoint) {
             Ok(prompts) => Some(prompts.serving(config.context)),
@@ -115,9 +121,9 @@ impl CoordinatorHandle {
             config,
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
-        let handle = Self { actor, endpoint, token, control, prompts, address };
+        let owners = Arc::default();
+        let handle = Self { actor, endpoint, token, control, prompts, address, owners };
         tokio::spawn(handle.clone().accept());
-        tokio::spawn(log_refusals(handle.endpoint.clone()));
         Ok(handle)
     }
 
@@ -126,7 +132,7 @@ impl CoordinatorHandle {
         self.address
     }
 
-    /// What workers and clients need to come in.
+    /// What workers need to come in.
     pub fn token(&self) -> &JoinToken {
         &self.token
     }
@@ -223,14 +229,20 @@ impl CoordinatorHandle {
     async fn serve_client(self, connection: Connection) {
         while let Some(stream) = connection.accept_stream().await {
             if stream.kind == StreamKind::Client {
+                let client = connection.peer().name.clone();
                 let (sender, receiver) = stream.into_frames();
-                tokio::spawn(self.clone().serve_request(sender, receiver));
+                tokio::spawn(self.clone().serve_request(client, sender, receiver));
             }
         }
     }
 
-    /// Answers the requests of one stream, one after the other.
-    async fn serve_request(self, mut sender: FrameSender, mut receiver: FrameReceiver) {
+    /// Answers the requests of one stream of a client, one after the other.
+    async fn serve_request(
+        self,
+        client: String,
+        mut sender: FrameSender,
+        mut receiver: FrameReceiver,
+    ) {
         while let Ok(Some(frame)) = receiver.recv().await {
             let answered = match frame.decode::<ClientRequest>() {
                 Ok(ClientRequest::Status) => {
@@ -241,10 +253,15 @@ impl CoordinatorHandle {
                     sender.send_message(&reply).await
                 }
                 Ok(ClientRequest::Cancel(job)) => {
-                    self.cancel(job);
+                    // Others' jobs are none of its business, and neither is whether they exist.
+                    if self.owners.lock().get(&job) == Some(&client) {
+                        self.cancel(job);
+                    }
                     Ok(())
                 }
-                Ok(ClientRequest::Submit(request)) => self.run_job(request, &mut sender).await,
+                Ok(ClientRequest::Submit(request)) => {
+                    self.run_job(&client, request, &mut sender).await
+                }
                 Err(error) => {
                     sender.send_message(&ClientReply::Refused { reason: error.to_string() }).await
                 }
@@ -257,9 +274,10 @@ impl CoordinatorHandle {
 
     async fn run_job(
         &self,
+        client: &str,
         request: JobRequest,
         sender: &mut FrameSender,
-    ) -> Result<(), lite_llm_transport::frame::SendError> {
+    ) -> Result<(), SendError> {
         let (job, mut events) = match self.submit(request).await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -268,11 +286,17 @@ impl CoordinatorHandle {
                     .await;
             }
         };
-        sender.send_message(&ClientReply::Accepted { job }).await?;
-        while let Some(event) = events.recv().await {
-            sender.send_message(&ClientReply::Event(event)).await?;
-        }
-        Ok(())
+        self.owners.lock().insert(job, client.to_owned());
+        let relay = async {
+            sender.send_message(&ClientReply::Accepted { job }).await?;
+            while let Some(event) = events.recv().await {
+                sender.send_message(&ClientReply::Event(event)).await?;
+            }
+            Ok::<_, SendError>(())
+        };
+        let relayed = relay.await;
+        self.owners.lock().remove(&job);
+        relayed
     }
 }
 
@@ -280,10 +304,4 @@ impl CoordinatorHandle {
 /// for every cluster.
 pub(crate) fn scope(token: &JoinToken) -> String {
     format!("lite-llm {}", token.cluster())
-}
-
-async fn log_refusals(endpoint: Endpoint) {
-    while let Some(refusal) = endpoint.next_refusal().await {
-        info!(address = %refusal.address, reason = %refusal.reason, "refused a connection");
-    }
 }
