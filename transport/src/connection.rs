@@ -16,7 +16,10 @@
 use std::{
     fmt,
     net::SocketAddr,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -30,6 +33,7 @@ use tokio::{
 use crate::{
     frame::{FrameReceiver, FrameSender, WireCounts, WireTotals},
     identity::{PeerCertificate, PeerIdentity, Role},
+    limits::{FrameLimits, PeerLimits},
     pool::BufferPool,
     session::{Command, Event, HELLO_HEADER_BYTES, Hello, Session, SessionError},
 };
@@ -159,6 +163,8 @@ struct Inner {
     hello: Hello,
     pool: BufferPool,
     counts: Arc<WireCounts>,
+    /// Bytes of frames that the peer has begun and not completed.
+    claimed: AtomicUsize,
     streams: Mutex<mpsc::Receiver<Opened>>,
 }
 
@@ -181,7 +187,8 @@ pub struct AcceptedStream {
 impl AcceptedStream {
     /// The stream as frames.
     pub fn into_frames(self) -> (FrameSender, FrameReceiver) {
-        self.connection.frames(self.send, self.recv)
+        let FrameLimits { opener, acceptor } = FrameLimits::of(self.kind);
+        self.connection.frames((self.send, acceptor), (self.recv, opener))
     }
 
     /// The stream as bytes. It does not keep the connection alive.
@@ -200,6 +207,18 @@ impl WeakConnection {
 
     pub(crate) fn is_live(&self) -> bool {
         self.upgrade().is_some_and(|connection| connection.inner.quic.close_reason().is_none())
+    }
+}
+
+/// A part of what a peer may have begun to send; given back with the drop.
+pub(crate) struct Claim {
+    connection: Connection,
+    bytes: usize,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.connection.inner.claimed.fetch_sub(self.bytes, Relaxed);
     }
 }
 
@@ -226,7 +245,8 @@ impl Connection {
         let (opened, streams) = mpsc::channel(STREAMS_WAITING_MAX);
         tokio::spawn(accept_streams(quic.clone(), us.role, peer.clone(), opened));
         let (counts, streams) = (Arc::default(), Mutex::new(streams));
-        let inner = Inner { quic, us, peer, certificate, hello, pool, counts, streams };
+        let claimed = AtomicUsize::new(0);
+        let inner = Inner { quic, us, peer, certificate, hello, pool, counts, claimed, streams };
         Self { inner: Arc::new(inner) }
     }
 
@@ -284,7 +304,8 @@ impl Connection {
         kind: StreamKind,
     ) -> Result<(FrameSender, FrameReceiver), StreamError> {
         let (send, recv) = self.open_raw(kind).await?;
-        Ok(self.frames(send, recv))
+        let FrameLimits { opener, acceptor } = FrameLimits::of(kind);
+        Ok(self.frames((send, opener), (recv, acceptor)))
     }
 
     /// Opens a stream of bytes. It does not keep the connection alive.
@@ -337,9 +358,23 @@ impl Connection {
         self.inner.quic.close(code, reason.as_bytes());
     }
 
-    fn frames(&self, send: RawSender, recv: RawReceiver) -> (FrameSender, FrameReceiver) {
+    /// A stream as frames, each half with its longest frame.
+    fn frames(
+        &self,
+        (send, sent_max): (RawSender, usize),
+        (recv, received_max): (RawReceiver, usize),
+    ) -> (FrameSender, FrameReceiver) {
         let pool = self.inner.pool.clone();
-        (FrameSender::new(send, self.clone()), FrameReceiver::new(recv, self.clone(), pool))
+        let sender = FrameSender::new(send, self.clone(), sent_max);
+        (sender, FrameReceiver::new(recv, self.clone(), pool, received_max))
+    }
+
+    /// Counts a frame that the peer begins; `Err` is how many bytes it may have begun at most.
+    pub(crate) fn claim(&self, bytes: usize) -> Result<Claim, usize> {
+        let limit = PeerLimits::of(self.inner.peer.role).frame_bytes;
+        let claimed = self.inner.claimed.fetch_add(bytes, Relaxed);
+        let claim = Claim { connection: self.clone(), bytes };
+        if claimed + bytes > limit { Err(limit) } else { Ok(claim) }
     }
 
     fn lost(&self, error: &ConnectionError) -> ConnectionLost {

@@ -26,6 +26,7 @@ pub mod exchange;
 pub mod frame;
 pub mod identity;
 pub mod join;
+pub mod limits;
 pub mod measure;
 pub mod messages;
 pub mod moment;

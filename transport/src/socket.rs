@@ -3,8 +3,8 @@
 //! Two ways: on loopback, datagrams as large as the kernel takes and no segmentation offload (which
 //! would send ten at once); elsewhere discovery of the path's limit, with offload.
 //!
-//! Invariant: a connection begins with what a stranger may have ([`STRANGER_STREAMS_MAX`],
-//! [`STRANGER_WINDOW_BYTES`]); it gets more when its certificate has been seen, by its role.
+//! Invariant: a connection begins with what a stranger may have ([`PeerLimits::STRANGER`]); it gets
+//! more when its certificate has been seen, by its role.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
@@ -18,24 +18,14 @@ use quinn::{
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
 
-use crate::{connection::IDLE_TIMEOUT, identity::Role, tls::BindError};
+use crate::{connection::IDLE_TIMEOUT, identity::Role, limits::PeerLimits, tls::BindError};
 
 /// How often an idle connection says that it lives.
 pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_millis(500);
-/// Streams that a worker or the coordinator may have open.
-pub const STREAMS_MAX: u32 = 1024;
-/// Streams that a client may have open.
-pub const CLIENT_STREAMS_MAX: u32 = 64;
-/// Streams that a peer may have open whose certificate was not seen yet.
-pub const STRANGER_STREAMS_MAX: u32 = 2;
 /// Bytes that one peer may send ahead on one stream.
 pub const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 /// Bytes that a worker or the coordinator may send ahead on all its streams.
-pub const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
-/// Bytes that a client may send ahead on all its streams.
-pub const CLIENT_WINDOW_BYTES: u32 = 8 << 20;
-/// Bytes that a peer may send ahead whose certificate was not seen yet.
-pub const STRANGER_WINDOW_BYTES: u32 = 64 << 10;
+pub const CONNECTION_WINDOW_BYTES: u32 = PeerLimits::NODE.window_bytes;
 
 /// Congestion window of a new connection: within a machine or a rack nothing is gained by probing.
 const INITIAL_WINDOW_BYTES: u64 = 16 << 20;
@@ -123,12 +113,9 @@ fn windows(loopback: bool) -> (u32, u32) {
 /// Gives a peer whose certificate was seen what its role may have.
 pub(crate) fn welcome(quic: &quinn::Connection, peer: Role) {
     let (_, window) = windows(quic.remote_address().ip().is_loopback());
-    let (streams, window) = match peer {
-        Role::Client => (CLIENT_STREAMS_MAX, window.min(CLIENT_WINDOW_BYTES)),
-        Role::Worker | Role::Coordinator => (STREAMS_MAX, window),
-    };
-    quic.set_max_concurrent_bi_streams(VarInt::from_u32(streams));
-    quic.set_receive_window(VarInt::from_u32(window));
+    let limits = PeerLimits::of(peer);
+    quic.set_max_concurrent_bi_streams(VarInt::from_u32(limits.streams));
+    quic.set_receive_window(VarInt::from_u32(window.min(limits.window_bytes)));
 }
 
 fn transport(loopback: bool) -> TransportConfig {
@@ -147,9 +134,9 @@ fn transport(loopback: bool) -> TransportConfig {
         .mtu_discovery_config(Some(discovery))
         .congestion_controller_factory(Arc::new(cubic))
         .stream_receive_window(VarInt::from_u32(window.0))
-        .receive_window(VarInt::from_u32(STRANGER_WINDOW_BYTES))
+        .receive_window(VarInt::from_u32(PeerLimits::STRANGER.window_bytes))
         .send_window(u64::from(CONNECTION_WINDOW_BYTES))
-        .max_concurrent_bidi_streams(VarInt::from_u32(STRANGER_STREAMS_MAX))
+        .max_concurrent_bidi_streams(VarInt::from_u32(PeerLimits::STRANGER.streams))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
         .keep_alive_interval(Some(KEEP_ALIVE_INTERVAL))

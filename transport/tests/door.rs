@@ -12,7 +12,7 @@ use std::{
 use lite_llm_transport::{
     endpoint::{ConnectError, Endpoint, Expect, JOINS_MAX, PER_SOURCE_MAX},
     identity::{ClusterCa, Identity, Role},
-    join::{JoinError, join, join_within},
+    join::{JoinError, PROOF_TIMEOUT, join, join_within},
     messages::{Revoked, RevokedNames, decode, encode},
     session::Hello,
     token::JoinToken,
@@ -305,6 +305,7 @@ async fn silent_joiners_keep_out_neither_members_nor_joiners_and_are_told_to_com
     let cluster = Cluster::start();
     let member = cluster.join(Role::Worker, "w2").await.unwrap();
     let mut silent = silent_joiners(&cluster.head, 160).await;
+    let mut longest = Duration::ZERO;
     for i in 0..30 {
         let started = Instant::now();
         connect(&member, &cluster.head).await.unwrap();
@@ -312,9 +313,12 @@ async fn silent_joiners_keep_out_neither_members_nor_joiners_and_are_told_to_com
         assert!(elapsed < Duration::from_secs(1), "a member waited for {elapsed:?}");
         let client = cluster.join(Role::Client, &format!("c{i}")).await.unwrap();
         connect(&client, &cluster.head).await.unwrap();
-        assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+        longest = longest.max(started.elapsed());
         silent.extend(silent_joiners(&cluster.head, 16).await);
     }
+    // Less than the silent may stay where nobody wants their place.
+    assert!(longest < PROOF_TIMEOUT * 2 / 3, "a joiner waited for {longest:?}");
+    println!("the longest wait among silent joiners: {longest:?}");
     let told = silent.iter().filter_map(|joiner| joiner.quic.close_reason());
     let told: Vec<String> = told.map(|reason| reason.to_string()).collect();
     assert!(told.iter().any(|reason| reason.contains("busy, come again in ms: ")), "{told:?}");
