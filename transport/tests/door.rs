@@ -4,8 +4,13 @@
 mod support;
 
 use std::{
+    net::UdpSocket,
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -351,6 +356,57 @@ async fn three_hundred_at_once_all_get_in_and_the_impatient_are_told_busy() {
     let (inside, errors) = soon("a rush", rush(Duration::from_secs(30), 300)).await;
     assert!(errors.is_empty(), "{} of 300, then {}", inside, errors[0]);
     println!("300 joiners at once: {:?}", started.elapsed());
+}
+
+/// Somebody whose first packet is honest, and who never goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handshakes_that_never_end_keep_nobody_out() {
+    let ca = authority();
+    let head = coordinator(&ca);
+    let address = head.local_addr().unwrap();
+    // A relay that forwards what clients send first, and drops every answer.
+    let first = UdpSocket::bind(loopback()).unwrap();
+    first.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    let relay = first.local_addr().unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let stops = stop.clone();
+    let relaying = thread::spawn(move || {
+        let mut packet = [0; 65_536];
+        let mut onwards = Vec::new();
+        while !stops.load(Relaxed) {
+            let Ok((bytes, _)) = first.recv_from(&mut packet) else { continue };
+            // Each from an address of its own, as far as a host has them.
+            let socket = UdpSocket::bind(loopback()).unwrap();
+            let _ = socket.send_to(&packet[..bytes], address);
+            onwards.push(socket);
+            if onwards.len() > 500 {
+                onwards.clear();
+            }
+        }
+    });
+    let worker_token = ca.join_token(Role::Worker, "").unwrap();
+    let mut stalled = tokio::task::JoinSet::new();
+    for i in 0..150 {
+        let token = worker_token.clone();
+        stalled.spawn(async move {
+            let (role, name, hello) = (Role::Worker, format!("s{i}"), Hello::new(1));
+            join_within(Duration::ZERO, relay, &token, role, &name, &hello).await.is_ok()
+        });
+    }
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let token = ca.join_token(Role::Client, "").unwrap();
+    let mut longest = Duration::ZERO;
+    for i in 0..10 {
+        let begun = Instant::now();
+        let name = format!("c{i}");
+        soon("join", join(address, &token, Role::Client, &name, &Hello::new(1))).await.unwrap();
+        longest = longest.max(begun.elapsed());
+    }
+    println!("the longest wait among stalled handshakes: {longest:?}");
+    assert!(longest < Duration::from_secs(2), "{longest:?}");
+    assert!(stalled.join_all().await.into_iter().all(|joined| !joined));
+    stop.store(true, Relaxed);
+    relaying.join().unwrap();
 }
 
 #[test]
