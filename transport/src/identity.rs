@@ -4,7 +4,8 @@
 //! `<role>.lite-llm`, so that one may ask for "w1" or for "the coordinator".
 //!
 //! Invariants: private keys never leave the process that made them, but for the CA's, which lies
-//! in a file that only its owner reads; nothing but the CA decides a role; names are DNS labels.
+//! in a file that only its owner reads; nothing but the CA decides a role; names are DNS labels; a
+//! certificate says when it was issued.
 
 use std::{
     fmt, fs,

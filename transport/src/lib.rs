@@ -2,7 +2,8 @@
 //!
 //! Read [`messages`] (what is said), [`frame`] (how it lies in memory), [`session`] and
 //! [`exchange`] (pure machines: no socket, no clock), then [`endpoint`] and [`connection`] (quinn).
-//! [`identity`], [`token`] and [`join`] say who may speak at all.
+//! [`identity`], [`token`], [`join`] and [`revocation`] say who may speak at all, [`state`] where that
+//! is kept, [`door`] who waits when many come, [`limits`] how much anybody may send.
 //!
 //! Invariants:
 //! - A peer is known by the certificate of its cluster before any of its streams is read.
