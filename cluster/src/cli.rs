@@ -10,7 +10,7 @@ use std::{
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
-use crate::{period::Period, size::Size};
+use crate::{size::Size, time::Time};
 
 /// Serve sparse mixture-of-experts models from many machines, with the same bits on any of them.
 #[derive(Debug, Parser)]
@@ -397,9 +397,9 @@ pub struct ClientArgs {
     /// The client.token that the coordinator wrote [default: the one of this machine's coordinator].
     #[arg(long, value_name = "FILE")]
     pub token: Option<PathBuf>,
-    /// How long to try again while the coordinator has no room for another client.
-    #[arg(long, value_name = "DURATION", default_value = "30s")]
-    pub retry: Period,
+    /// How long to try again when the coordinator is busy or lost; jobs go on where they were.
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub retry: Time,
 }
 
 /// What a token makes.
@@ -420,11 +420,11 @@ pub struct TokenArgs {
     #[arg(long)]
     pub rotate: bool,
     /// With --rotate: how long the new token lets others join [default: 365d].
-    #[arg(long, value_name = "DURATION", requires = "rotate")]
-    pub expires: Option<Period>,
+    #[arg(long, value_name = "TIME", requires = "rotate")]
+    pub expires: Option<Time>,
     /// With --rotate: how long the old token still lets others join [default: not at all].
-    #[arg(long, value_name = "DURATION", requires = "rotate")]
-    pub grace: Option<Period>,
+    #[arg(long, value_name = "TIME", requires = "rotate")]
+    pub grace: Option<Time>,
     /// Where the coordinator keeps the cluster's authority.
     #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
     pub state: Option<PathBuf>,

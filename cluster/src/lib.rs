@@ -12,9 +12,9 @@ pub mod cli;
 mod commands;
 mod demo;
 mod machine;
-mod period;
 mod progress;
 mod size;
 pub mod telemetry;
+mod time;
 
 pub use commands::run_command;

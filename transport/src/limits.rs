@@ -5,8 +5,8 @@
 //! | kind | from who opened it | from who accepted it |
 //! |---|---|---|
 //! | experts | 64 MiB: a batch | 64 MiB: its outputs |
-//! | job | 16 MiB and a bit: the start, with the prompt's token ids | 64 MiB: events |
-//! | client | 4 MiB and a bit: a request, with the prompt as text | 64 MiB: events |
+//! | job | 20 MiB and a bit: the start, with all token ids | 64 MiB: events |
+//! | client | 8 MiB and a bit: a request, with prompt and answer so far | 64 MiB: events |
 //! | control | no frames of ours: `actors::control` bounds its messages | |
 //!
 //! By connection, for what the peer is:
@@ -23,8 +23,9 @@
 
 use crate::{connection::StreamKind, frame::FRAME_BYTES_MAX, identity::Role};
 
-/// What a request has beside its prompt.
-const BESIDE_PROMPT_BYTES: usize = 64 << 10;
+/// What a request has beside its prompt: the ids of an answer that goes on, a million of them, and
+/// a bit for all the rest.
+const BESIDE_PROMPT_BYTES: usize = (4 << 20) + (64 << 10);
 /// Longest frame of a client: a prompt of 4 MiB of text, or a million token ids.
 pub const REQUEST_BYTES_MAX: usize = (4 << 20) + BESIDE_PROMPT_BYTES;
 /// Longest start of a job: a token id for each byte of such a prompt.

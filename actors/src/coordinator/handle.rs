@@ -2,9 +2,8 @@
 //!
 //! Who may come in is decided by certificates, in `transport`, which also says who was refused; a
 //! worker's control stream is led to ractor_cluster, a client's requests to the coordinator actor.
-//! A client cancels only what was submitted under its own name.
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
 use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
 use lite_llm_runtime::{
@@ -15,13 +14,12 @@ use lite_llm_runtime::{
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
     endpoint::{Endpoint, Options},
-    frame::{FrameReceiver, FrameSender, SendError},
+    frame::{FrameReceiver, FrameSender},
     identity::{ClusterCa, Role},
     messages::{ClientReply, ClientRequest, ClusterStatus, JobEvent, JobRequest, Prompt},
     session::Hello,
     token::JoinToken,
 };
-use parking_lot::Mutex;
 use ractor::{Actor, ActorRef};
 use tokio::sync::mpsc;
 use tracing::warn;
@@ -73,8 +71,6 @@ pub struct CoordinatorHandle {
     control: Option<ControlPlane>,
     prompts: Option<Prompts>,
     address: SocketAddr,
-    /// Jobs of clients that have not ended, and under which name each was submitted.
-    owners: Arc<Mutex<HashMap<u64, String>>>,
 }
 
 impl CoordinatorHandle {
@@ -121,8 +117,7 @@ impl CoordinatorHandle {
             config,
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
-        let owners = Arc::default();
-        let handle = Self { actor, endpoint, token, control, prompts, address, owners };
+        let handle = Self { actor, endpoint, token, control, prompts, address };
         tokio::spawn(handle.clone().accept());
         Ok(handle)
     }
@@ -229,20 +224,14 @@ impl CoordinatorHandle {
     async fn serve_client(self, connection: Connection) {
         while let Some(stream) = connection.accept_stream().await {
             if stream.kind == StreamKind::Client {
-                let client = connection.peer().name.clone();
                 let (sender, receiver) = stream.into_frames();
-                tokio::spawn(self.clone().serve_request(client, sender, receiver));
+                tokio::spawn(self.clone().serve_request(sender, receiver));
             }
         }
     }
 
-    /// Answers the requests of one stream of a client, one after the other.
-    async fn serve_request(
-        self,
-        client: String,
-        mut sender: FrameSender,
-        mut receiver: FrameReceiver,
-    ) {
+    /// Answers the requests of one stream, one after the other.
+    async fn serve_request(self, mut sender: FrameSender, mut receiver: FrameReceiver) {
         while let Ok(Some(frame)) = receiver.recv().await {
             let answered = match frame.decode::<ClientRequest>() {
                 Ok(ClientRequest::Status) => {
@@ -253,15 +242,10 @@ impl CoordinatorHandle {
                     sender.send_message(&reply).await
                 }
                 Ok(ClientRequest::Cancel(job)) => {
-                    // Others' jobs are none of its business, and neither is whether they exist.
-                    if self.owners.lock().get(&job) == Some(&client) {
-                        self.cancel(job);
-                    }
+                    self.cancel(job);
                     Ok(())
                 }
-                Ok(ClientRequest::Submit(request)) => {
-                    self.run_job(&client, request, &mut sender).await
-                }
+                Ok(ClientRequest::Submit(request)) => self.run_job(request, &mut sender).await,
                 Err(error) => {
                     sender.send_message(&ClientReply::Refused { reason: error.to_string() }).await
                 }
@@ -274,10 +258,9 @@ impl CoordinatorHandle {
 
     async fn run_job(
         &self,
-        client: &str,
         request: JobRequest,
         sender: &mut FrameSender,
-    ) -> Result<(), SendError> {
+    ) -> Result<(), lite_llm_transport::frame::SendError> {
         let (job, mut events) = match self.submit(request).await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -286,17 +269,11 @@ impl CoordinatorHandle {
                     .await;
             }
         };
-        self.owners.lock().insert(job, client.to_owned());
-        let relay = async {
-            sender.send_message(&ClientReply::Accepted { job }).await?;
-            while let Some(event) = events.recv().await {
-                sender.send_message(&ClientReply::Event(event)).await?;
-            }
-            Ok::<_, SendError>(())
-        };
-        let relayed = relay.await;
-        self.owners.lock().remove(&job);
-        relayed
+        sender.send_message(&ClientReply::Accepted { job }).await?;
+        while let Some(event) = events.recv().await {
+            sender.send_message(&ClientReply::Event(event)).await?;
+        }
+        Ok(())
     }
 }
 

@@ -15,7 +15,7 @@ use serde_json::json;
 use super::{bad_input, default_state};
 use crate::{
     cli::{DEFAULT_LISTEN, RevokeArgs, TokenArgs, TokenRole},
-    period::Period,
+    time::Time,
 };
 
 fn open(state: Option<PathBuf>) -> Result<(PathBuf, ClusterCa)> {
@@ -67,7 +67,7 @@ pub(super) fn token(args: TokenArgs, json: bool) -> Result<()> {
     match (args.rotate, grace.is_zero()) {
         (false, _) => {}
         (true, true) => say!("older ones let nobody join any more; certificates go on"),
-        (true, false) => say!("older ones let others join for {} more", Period(grace)),
+        (true, false) => say!("older ones let others join for {} more", Time(grace)),
     }
     Ok(())
 }
