@@ -145,6 +145,8 @@ pub struct ConnectionLost {
     pub address: SocketAddr,
     /// Why.
     pub reason: String,
+    /// Whether it ended because a certificate was revoked, so that coming back is of no use.
+    pub revoked: bool,
 }
 
 /// A connection to a verified peer. Clones share it; it closes when the last one and its last
@@ -378,11 +380,12 @@ impl Connection {
     }
 
     fn lost(&self, error: &ConnectionError) -> ConnectionLost {
-        self.lost_with(describe(error))
+        ConnectionLost { revoked: is_revoked(error), ..self.lost_with(describe(error)) }
     }
 
     fn lost_with(&self, reason: String) -> ConnectionLost {
-        ConnectionLost { peer: self.inner.peer.clone(), address: self.address(), reason }
+        let (peer, address) = (self.inner.peer.clone(), self.address());
+        ConnectionLost { peer, address, reason, revoked: false }
     }
 }
 
@@ -430,6 +433,11 @@ pub(crate) struct Full {
 /// The reason of a close with [`CLOSE_BUSY`].
 pub(crate) fn busy_reason(retry_after: Duration) -> String {
     format!("{BUSY_REASON}{}", retry_after.as_millis())
+}
+
+/// Whether a connection ended because the certificate of one side was revoked.
+pub(crate) fn is_revoked(error: &ConnectionError) -> bool {
+    matches!(error, ConnectionError::ApplicationClosed(close) if close.error_code == CLOSE_REVOKED)
 }
 
 /// Whether a connection ended for want of room.

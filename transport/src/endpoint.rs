@@ -16,7 +16,7 @@ use crate::{
     admission::{Admission, Desk, accept, certified},
     connection::{
         CLOSE_DONE, CLOSE_REFUSED, CLOSE_REVOKED, Connection, IDLE_TIMEOUT, busy_in, describe,
-        greet,
+        greet, is_revoked,
     },
     identity::{ClusterCa, Identity, PeerIdentity, Role},
     messages::Revoked,
@@ -93,6 +93,16 @@ pub enum ConnectError {
         address: SocketAddr,
         /// When to come again, if it was told.
         retry_after: Option<Duration>,
+    },
+    /// The certificate of one side was revoked: trying again is of no use.
+    #[error("could not connect to {peer} at {address}: {reason}")]
+    Revoked {
+        /// Whom we want.
+        peer: String,
+        /// Where.
+        address: SocketAddr,
+        /// Whose, and what to do.
+        reason: String,
     },
     /// Another release.
     #[error(transparent)]
@@ -320,6 +330,7 @@ impl Endpoint {
     ) -> Result<Connection, ConnectError> {
         let failed = |reason| ConnectError::Failed { peer: expect.to_string(), address, reason };
         let silent = |reason| ConnectError::Silent { peer: expect.to_string(), address, reason };
+        let revoked = |reason| ConnectError::Revoked { peer: expect.to_string(), address, reason };
         let ended = |error: &ConnectionError| match (busy_in(error), error) {
             (Some(full), _) => {
                 let (peer, retry_after) = (expect.to_string(), full.retry_after);
@@ -328,7 +339,7 @@ impl Endpoint {
             (None, ConnectionError::TimedOut) => {
                 Some(silent(format!("nothing answered for {IDLE_TIMEOUT:?}")))
             }
-            _ => None,
+            _ => is_revoked(error).then(|| revoked(describe(error))),
         };
         let config = client_config(self.inner.tls.clone(), address);
         let connecting = async {
@@ -349,7 +360,7 @@ impl Endpoint {
             let Inner { who, options, peers, .. } = &*self.inner;
             if let Some(reason) = peers.refuses(&found, &certificate) {
                 quic.close(CLOSE_REVOKED, reason.as_bytes());
-                return Err(failed(reason));
+                return Err(revoked(reason));
             }
             welcome(&quic, found.role);
             let session = Session::new(who.role, &found, options.hello.clone());
@@ -359,7 +370,7 @@ impl Endpoint {
             })?;
             let (us, pool) = (who.clone(), options.pool.clone());
             let connection = Connection::new(quic, us, (found, certificate), hello, pool);
-            peers.keep(&connection).map_err(failed)?;
+            peers.keep(&connection).map_err(revoked)?;
             Ok(connection)
         };
         timeout(CONNECT_TIMEOUT, connecting)

@@ -243,7 +243,9 @@ async fn a_revoked_name_loses_its_connections_and_comes_back_only_with_a_new_cer
     let mut news = head.watch_revoked();
 
     cluster.elsewhere().revoke("w2").unwrap();
-    let lost = soon("the coordinator closes", to_head.closed()).await.to_string();
+    let lost = soon("the coordinator closes", to_head.closed()).await;
+    assert!(lost.revoked);
+    let lost = lost.to_string();
     assert!(lost.contains("worker w2 was revoked at") && lost.contains("--undo"), "{lost}");
     // What the coordinator sends to workers.
     soon("news", news.changed()).await.unwrap();
@@ -254,7 +256,10 @@ async fn a_revoked_name_loses_its_connections_and_comes_back_only_with_a_new_cer
     w1.set_revoked(names.names);
     let lost = soon("the worker closes", to_w1.closed()).await.to_string();
     assert!(lost.contains("revoked"), "{lost}");
-    assert!(connect(&old, head).await.is_err() && connect(&old, w1).await.is_err());
+    for listener in [head, w1] {
+        let error = connect(&old, listener).await.unwrap_err();
+        assert!(matches!(error, ConnectError::Revoked { .. }), "{error}");
+    }
     let error = cluster.join(Role::Worker, "w2").await.unwrap_err().to_string();
     assert!(error.contains("lite-llm revoke w2 --undo"), "{error}");
     // Whom the worker itself would connect to.
