@@ -1,7 +1,7 @@
 //! Who of those who have proven nothing may stay, and who must make room: a pure machine.
 //!
-//! A stranger passes two rooms: in [`Room::Handshake`] it does TLS, in [`Room::Join`] it proves the
-//! secret of a token. Whoever shows a certificate of the cluster goes from the first room straight
+//! A stranger passes two rooms: in the first it does TLS, in the second it proves the secret of a
+//! token. Whoever shows a certificate of the cluster goes from the first room straight
 //! to the members, whose places no stranger can take.
 //!
 //! Invariants: a room holds at most so many, and at most so many of one source (an IPv4 address, or

@@ -2,7 +2,7 @@
 //!
 //! Invariants: a connection is handed out only when both sides know each other by certificates of
 //! the cluster that are not revoked, and have introduced themselves; who comes in is decided by
-//! [`crate::admission`]. Nothing listens but where it was told to.
+//! `admission`. Nothing listens but where it was told to.
 
 use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
