@@ -613,6 +613,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_is_turned_away_hears_when_to_come_again() {
+        let named = busy_reason(Duration::from_millis(120));
+        for (reason, retry_after) in
+            [(&*named, Some(Duration::from_millis(120))), ("busy, come again in ms: soon", None)]
+        {
+            let (_endpoints, near, far) = pair().await;
+            far.close_with(CLOSE_BUSY, reason);
+            let error = near.inner.quic.closed().await;
+            assert_eq!(busy_in(&error), Some(Full { retry_after }), "{reason}");
+            // The same words with another code are no such thing.
+            let (_endpoints, near, far) = pair().await;
+            far.close_with(CLOSE_REFUSED, reason);
+            assert_eq!(busy_in(&near.inner.quic.closed().await), None);
+        }
+    }
+
+    #[tokio::test]
     async fn a_stream_whose_header_is_late_holds_up_no_other() {
         let (_endpoints, near, far) = pair().await;
         let (mut late, _recv) = near.inner.quic.open_bi().await.unwrap();
