@@ -279,6 +279,12 @@ mod tests {
         let entered = door.enter(later, Room::Join, v4(5000)).unwrap();
         let (evicted, _) = entered.evicted.unwrap();
         assert!(evicted.0 <= PER_SOURCE_MAX as u64, "one of the many of one source");
+        // Of two sources with their full shares each makes room for its own.
+        let mut door = Door::default();
+        fill(&mut door, start, Room::Join, &[v4(1)]);
+        fill(&mut door, start, Room::Join, &[v4(2)]);
+        let (evicted, _) = door.enter(later, Room::Join, v4(2)).unwrap().evicted.unwrap();
+        assert!(evicted.0 > PER_SOURCE_MAX as u64, "one of its own");
     }
 
     #[test]
