@@ -33,8 +33,11 @@ use crate::{
 
 /// How long one try to join may take.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(8);
-/// How long a joiner may take from the end of TLS to its proof.
-pub const PROOF_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a joiner may take from the end of TLS to its proof. Less than [`HELLO_TIMEOUT`], so that
+/// one that is merely slow is told to come again, and not that it is no joiner.
+///
+/// [`HELLO_TIMEOUT`]: crate::session::HELLO_TIMEOUT
+pub const PROOF_TIMEOUT: Duration = Duration::from_millis(2500);
 /// How long a joiner may take to read the answer.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(3);
 /// Longest request or reply, in bytes.

@@ -327,7 +327,10 @@ async fn silent_joiners_keep_out_neither_members_nor_joiners_and_are_told_to_com
         silent.extend(silent_joiners(&cluster.head, 16).await);
     }
     // Less than the silent may stay where nobody wants their place.
-    assert!(longest < PROOF_TIMEOUT * 2 / 3, "a joiner waited for {longest:?}");
+    assert!(
+        longest < PROOF_TIMEOUT - Duration::from_millis(200),
+        "a joiner waited for {longest:?}"
+    );
     println!("the longest wait among silent joiners: {longest:?}");
     let ends: Vec<_> = silent.iter().filter_map(|joiner| joiner.quic.close_reason()).collect();
     // The code of "busy", which joiners of every release know.
@@ -365,7 +368,7 @@ async fn three_hundred_at_once_all_get_in_and_the_impatient_are_told_busy() {
     assert!(!errors.iter().any(|error| matches!(error, JoinError::Refused { .. })), "{errors:?}");
     let started = Instant::now();
     let (inside, errors) = soon("a rush", rush(Duration::from_secs(30), 300)).await;
-    assert!(errors.is_empty(), "{} of 300, then {}", inside, errors[0]);
+    assert!(errors.is_empty(), "{inside} of 300, then {errors:?}");
     println!("300 joiners at once: {:?}", started.elapsed());
 }
 
