@@ -168,9 +168,9 @@ impl Worker {
         let links = Links::new(endpoint.clone(), inbox.clone());
         let home = Home {
             endpoint: endpoint.clone(),
-            identity,
             coordinator,
-            cookie: token.control_cookie(),
+            cookie: identity.control_cookie().unwrap_or_default(),
+            identity,
             remote: options.remote,
             patience: options.patience,
             inbox: inbox.clone(),

@@ -7,7 +7,7 @@ use std::{
     str::FromStr,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
 use crate::{size::Size, time::Time};
@@ -63,6 +63,10 @@ pub enum Command {
     Status(ClientArgs),
     /// Move a worker's work and experts to others, and let it go.
     Drain(DrainArgs),
+    /// Write the token that makes clients or workers, or replace it by a new one.
+    Token(TokenArgs),
+    /// Send a worker or a client away for good: its certificates are refused from now on.
+    Revoke(RevokeArgs),
     /// Measure this machine and this program.
     Bench(BenchArgs),
     /// Show what this machine has, and what is missing.
@@ -329,6 +333,9 @@ pub struct TokenizeArgs {
     pub template: Option<PathBuf>,
 }
 
+/// Where a coordinator listens unless told otherwise.
+pub const DEFAULT_LISTEN: ([u8; 4], u16) = ([127, 0, 0, 1], 7450);
+
 /// `coordinator`.
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
@@ -347,10 +354,10 @@ pub struct CoordinatorArgs {
     /// How long jobs wait for a worker when none can serve them.
     #[arg(long, value_name = "TIME", default_value = "60s")]
     pub patience: Time,
-    /// Where the cluster's authority is kept and the join token is written.
+    /// Where the cluster's authority is kept, and client.token and worker.token are written.
     #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
     pub state: Option<PathBuf>,
-    /// Address in the join token, if workers see another than --listen.
+    /// Address in the tokens, if workers see another than --listen.
     #[arg(long, value_name = "ADDR")]
     pub advertise: Option<SocketAddr>,
     /// Spread experts at random, by this seed. Never changes a result.
@@ -371,7 +378,7 @@ pub struct WorkerArgs {
     /// The coordinator's address or host name, with its port [default: the address in the token].
     #[arg(long, value_name = "HOST:PORT")]
     pub join: Option<HostPort>,
-    /// The join token that the coordinator wrote [default: the one of this machine's coordinator].
+    /// The worker.token that the coordinator wrote [default: the one of this machine's coordinator].
     #[arg(long, value_name = "FILE")]
     pub token: Option<PathBuf>,
     /// Name in the cluster [default: made from the process].
@@ -401,10 +408,10 @@ pub struct ClientArgs {
     /// The coordinator's address or host name, with its port [default: the address in the token].
     #[arg(long, value_name = "HOST:PORT")]
     pub coordinator: Option<HostPort>,
-    /// The join token that the coordinator wrote [default: the one of this machine's coordinator].
+    /// The client.token that the coordinator wrote [default: the one of this machine's coordinator].
     #[arg(long, value_name = "FILE")]
     pub token: Option<PathBuf>,
-    /// How long to try again when the coordinator is lost; jobs go on where they were.
+    /// How long to try again when the coordinator is busy or lost; jobs go on where they were.
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub retry: Time,
 }
@@ -417,6 +424,50 @@ pub struct DrainArgs {
     /// Where.
     #[command(flatten)]
     pub client: ClientArgs,
+}
+
+/// What a token makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TokenRole {
+    /// Submits jobs, sees them and the cluster's state.
+    Client,
+    /// Holds experts and computes.
+    Worker,
+}
+
+/// `token`.
+#[derive(Debug, Args)]
+pub struct TokenArgs {
+    /// What it makes.
+    pub role: TokenRole,
+    /// Make a new secret; the old token ends.
+    #[arg(long)]
+    pub rotate: bool,
+    /// With --rotate: how long the new token lets others join [default: 365d].
+    #[arg(long, value_name = "TIME", requires = "rotate")]
+    pub expires: Option<Time>,
+    /// With --rotate: how long the old token still lets others join [default: not at all].
+    #[arg(long, value_name = "TIME", requires = "rotate")]
+    pub grace: Option<Time>,
+    /// Where the coordinator keeps the cluster's authority.
+    #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
+    pub state: Option<PathBuf>,
+    /// The coordinator's address in the token [default: as in the token that is there].
+    #[arg(long, value_name = "ADDR")]
+    pub advertise: Option<SocketAddr>,
+}
+
+/// `revoke`.
+#[derive(Debug, Args)]
+pub struct RevokeArgs {
+    /// The name that `status` shows, or under which a client joined.
+    pub name: String,
+    /// Let it join again, with a new certificate.
+    #[arg(long)]
+    pub undo: bool,
+    /// Where the coordinator keeps the cluster's authority.
+    #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
+    pub state: Option<PathBuf>,
 }
 
 /// `submit`.

@@ -2,7 +2,7 @@
 
 mod process;
 
-use std::{fs, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
 
 use lite_llm_transport::{
     endpoint::{Endpoint, Options},
@@ -27,6 +27,9 @@ fn token_files_that_are_none_are_named() {
     let given = path.to_str().unwrap();
     let missing = run(&["worker", "--token", given]);
     missing.one_error(BAD_INPUT, &["could not read the join token", given]);
+    // As a token is kept; one that others can read is another error.
+    fs::write(&path, "").unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     let model = demo_model().join("dense/model.safetensors");
     let mut flipped = good.clone();
     let middle = flipped.len() / 2;
@@ -46,10 +49,9 @@ fn a_token_of_another_cluster_is_refused_by_its_holder() {
     let _alone = alone();
     let (ours, theirs) = (Cluster::waiting(1, &[]), Cluster::waiting(1, &[]));
     let address = JoinToken::read(ours.token().as_ref()).unwrap().address().to_owned();
-    let token = theirs.token();
-    run(&["worker", "--join", &address, "--token", &token])
+    run(&["worker", "--join", &address, "--token", &theirs.worker_token()])
         .one_error(FAILED, &[&address, "not the one of this token"]);
-    run(&["submit", "--coordinator", &address, "--token", &token, "hi"])
+    run(&["submit", "--coordinator", &address, "--token", &theirs.token(), "hi"])
         .one_error(FAILED, &[&address, "not the one of this token"]);
 }
 
@@ -78,7 +80,7 @@ fn soon<T>(future: impl Future<Output = T>) -> T {
 fn a_worker_of_another_release_is_told_both_versions_and_so_is_the_log() {
     let _alone = alone();
     let mut cluster = Cluster::waiting(1, &["--log", "info"]);
-    let token = JoinToken::read(cluster.token().as_ref()).unwrap();
+    let token = JoinToken::read(cluster.worker_token().as_ref()).unwrap();
     let address = token.address().parse().unwrap();
     for (hello, words) in [
         (Hello { protocol: 4, ..Hello::new(1) }, ["protocol 3", "this worker 4"]),
@@ -115,7 +117,8 @@ fn a_coordinator_of_another_release_is_named_by_the_worker() {
         let listen = "127.0.0.1:0".parse().unwrap();
         let options = Options::new(hello);
         let endpoint = Endpoint::bind_coordinator(listen, &identity, ca.clone(), options).unwrap();
-        ca.join_token(endpoint.local_addr().unwrap().to_string()).write(&file).unwrap();
+        let address = endpoint.local_addr().unwrap().to_string();
+        ca.join_token(Role::Worker, address).unwrap().write(&file).unwrap();
         let worker = process::Process::start(&["worker", "--token", file.to_str().unwrap()]);
         let ended = worker.ends_within(Duration::from_secs(20));
         ended.one_error(FAILED, &words).one_error(FAILED, &["same release"]);
@@ -126,7 +129,7 @@ fn a_coordinator_of_another_release_is_named_by_the_worker() {
 fn a_cluster_whose_experts_do_not_fit_says_so_to_everybody() {
     let _alone = alone();
     let mut cluster = Cluster::waiting(1, &[]);
-    let token = cluster.token();
+    let token = cluster.worker_token();
     let _small = process::Process::start(&["worker", "--token", &token, "--dram", "1MiB"]);
     cluster.coordinator.says("failed: the experts take 11796480 bytes");
     let refused = cluster.submit(&["hi"]).ends_within(PATIENCE);
@@ -155,4 +158,64 @@ fn what_a_model_cannot_serve_is_refused_by_the_cluster() {
     lines.sort_by_key(|line| line["job"].as_u64());
     assert!(lines[0]["error"].as_str().unwrap().contains("empty"), "{ended:#?}");
     assert_eq!(lines[1]["ids"].as_array().unwrap().len(), 3, "{ended:#?}");
+}
+
+#[test]
+fn a_second_coordinator_of_a_state_is_told_of_the_first_and_changes_nothing() {
+    let _alone = alone();
+    let cluster = Cluster::ready(&["a"], &[]);
+    let (before, token) = (cluster.text(), fs::read(cluster.token()).unwrap());
+    let (model, state) = (demo_model(), cluster.state.path().to_str().unwrap());
+    let args = ["coordinator", "--listen", "127.0.0.1:0", "--model", model.to_str().unwrap()];
+    let second = process::Process::start(&[&args[..], &["--state", state][..]].concat());
+    let pid = format!("process {}", cluster.coordinator.pid());
+    second.ends_within(PATIENCE).one_error(FAILED, &["is running", &pid, "--state"]);
+    assert_eq!(fs::read(cluster.token()).unwrap(), token);
+    assert_eq!(cluster.text(), before);
+}
+
+#[test]
+fn a_token_of_the_other_role_and_one_that_others_read_are_named() {
+    let _alone = alone();
+    let cluster = Cluster::waiting(1, &[]);
+    let (client, worker) = (cluster.token(), cluster.worker_token());
+    run(&["worker", "--token", &client])
+        .one_error(BAD_INPUT, &[&client, "makes clients", "worker.token"]);
+    run(&["status", "--token", &worker])
+        .one_error(BAD_INPUT, &[&worker, "makes workers", "client.token"]);
+    fs::set_permissions(&client, fs::Permissions::from_mode(0o644)).unwrap();
+    run(&["status", "--token", &client]).one_error(BAD_INPUT, &[&client, "644", "chmod 600"]);
+    fs::set_permissions(cluster.state.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let state = cluster.state.path().to_str().unwrap();
+    run(&["token", "client", "--state", state]).one_error(BAD_INPUT, &[state, "chmod 700"]);
+}
+
+#[test]
+fn tokens_are_replaced_and_names_revoked_while_the_cluster_serves() {
+    let _alone = alone();
+    let mut cluster = Cluster::ready(&["a"], &[]);
+    let before = cluster.text();
+    let state = cluster.state.path().to_str().unwrap().to_owned();
+    let old = cluster.state.path().join("old.token");
+    fs::copy(cluster.token(), &old).unwrap();
+    let old = old.to_str().unwrap();
+    run(&["status", "--token", old]).expect(0, &[]);
+    let rotate = ["token", "client", "--rotate", "--expires", "30d", "--state", &state];
+    run(&rotate).expect(0, &[]);
+    run(&["status", "--token", old]).one_error(FAILED, &["copy the token", "wrote last"]);
+    assert_eq!(cluster.text(), before, "the new token, and the address in it");
+    run(&["token", "client", "--expires", "soon", "--rotate", "--state", &state])
+        .expect(BAD_INPUT, &["is no time"]);
+
+    run(&["revoke", "a", "--state", &state]).expect(0, &[]);
+    cluster.take("a").ends_within(PATIENCE).one_error(FAILED, &["worker a was revoked"]);
+    let refused = cluster.worker("a").ends_within(PATIENCE);
+    refused.one_error(FAILED, &["a was revoked", "--undo"]);
+    run(&["revoke", "a", "--undo", "--state", &state]).expect(0, &[]);
+    cluster.join("a");
+    let coordinator = &mut cluster.coordinator;
+    coordinator.wait_until("a again", |it| it.out().matches("ready: a").count() > 1);
+    assert_eq!(cluster.text(), before);
+    run(&["revoke", "nobody", "--undo", "--state", &state])
+        .one_error(BAD_INPUT, &["nobody is not revoked"]);
 }

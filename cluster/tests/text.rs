@@ -208,11 +208,12 @@ fn a_coordinator_renders_what_is_submitted_as_chat() {
     let args = ["coordinator", "--listen", "127.0.0.1:0", "--model", &model, "--state", state];
     let mut coordinator = Process::start(&args);
     coordinator.says("waiting for workers");
-    let token = format!("{state}/join-token");
+    let token = format!("{state}/client.token");
+    let worker_token = format!("{state}/worker.token");
     let address = JoinToken::read(token.as_ref()).unwrap().address().to_owned();
     let port = address.rsplit_once(':').unwrap().1;
     let host = format!("localhost:{port}");
-    let args = ["worker", "--token", &token, "--join", &host, "--name", "a", "--kv", "1MiB"];
+    let args = ["worker", "--token", &worker_token, "--join", &host, "--name", "a", "--kv", "1MiB"];
     let _worker = Process::start(&args);
     coordinator.says("ready: a");
 

@@ -43,7 +43,7 @@ async fn drive(load: Load, rounds: usize) -> Result<(), MeasureError> {
     let local = "127.0.0.1:0".parse()?;
     let head = Endpoint::bind_coordinator(local, &head, ca.clone(), options.clone())?;
     let token = folder.join("token");
-    ca.join_token(head.local_addr()?.to_string()).write(&token)?;
+    ca.join_token(Role::Worker, head.local_addr()?.to_string())?.write(&token)?;
 
     let sizes = [load.rows, load.width, load.k].map(|size| size.to_string());
     let mut child = Command::new(env::current_exe()?)

@@ -13,7 +13,15 @@
 //! Invariants: a peer that opens what it may not is disconnected; a stream whose header is late is
 //! dropped and holds up no other; the connection lives as long as a handle or a frame stream of it.
 
-use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use quinn::{ConnectionError, VarInt};
 pub use quinn::{RecvStream as RawReceiver, SendStream as RawSender};
@@ -24,7 +32,8 @@ use tokio::{
 
 use crate::{
     frame::{FrameReceiver, FrameSender, WireCounts, WireTotals},
-    identity::{PeerIdentity, Role},
+    identity::{PeerCertificate, PeerIdentity, Role},
+    limits::{FrameLimits, PeerLimits},
     pool::BufferPool,
     session::{Command, Event, HELLO_HEADER_BYTES, Hello, Session, SessionError},
 };
@@ -44,6 +53,11 @@ const STREAM_MARK: [u8; 3] = *b"LLS";
 pub(crate) const CLOSE_DONE: VarInt = VarInt::from_u32(0);
 pub(crate) const CLOSE_REFUSED: VarInt = VarInt::from_u32(1);
 pub(crate) const CLOSE_VIOLATION: VarInt = VarInt::from_u32(2);
+/// There is no room; the reason says when to come again. See [`busy_in`].
+pub(crate) const CLOSE_BUSY: VarInt = VarInt::from_u32(3);
+pub(crate) const CLOSE_REVOKED: VarInt = VarInt::from_u32(4);
+
+const BUSY_REASON: &str = "busy, come again in ms: ";
 
 /// What a stream carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -63,6 +77,13 @@ impl StreamKind {
     fn from_wire(kind: u8) -> Option<Self> {
         use StreamKind::*;
         [Control, Experts, Job, Client].into_iter().find(|known| *known as u8 == kind)
+    }
+
+    /// Whether two roles have anything to say to each other.
+    pub(crate) fn any_between(one: Role, other: Role) -> bool {
+        use StreamKind::*;
+        let between = |kind: Self| kind.allowed(one, other) || kind.allowed(other, one);
+        [Control, Experts, Job, Client].into_iter().any(between)
     }
 
     /// Whether a peer of one role may open such a stream to the other.
@@ -124,6 +145,8 @@ pub struct ConnectionLost {
     pub address: SocketAddr,
     /// Why.
     pub reason: String,
+    /// Whether it ended because a certificate was revoked, so that coming back is of no use.
+    pub revoked: bool,
 }
 
 /// A connection to a verified peer. Clones share it; it closes when the last one and its last
@@ -138,9 +161,12 @@ struct Inner {
     quic: quinn::Connection,
     us: PeerIdentity,
     peer: PeerIdentity,
+    certificate: PeerCertificate,
     hello: Hello,
     pool: BufferPool,
     counts: Arc<WireCounts>,
+    /// Bytes of frames that the peer has begun and not completed.
+    claimed: AtomicUsize,
     streams: Mutex<mpsc::Receiver<Opened>>,
 }
 
@@ -163,12 +189,38 @@ pub struct AcceptedStream {
 impl AcceptedStream {
     /// The stream as frames.
     pub fn into_frames(self) -> (FrameSender, FrameReceiver) {
-        self.connection.frames(self.send, self.recv)
+        let FrameLimits { opener, acceptor } = FrameLimits::of(self.kind);
+        self.connection.frames((self.send, acceptor), (self.recv, opener))
     }
 
     /// The stream as bytes. It does not keep the connection alive.
     pub fn into_raw(self) -> (RawSender, RawReceiver) {
         (self.send, self.recv)
+    }
+}
+
+/// A connection that does not live for being known here.
+pub(crate) struct WeakConnection(Weak<Inner>);
+
+impl WeakConnection {
+    pub(crate) fn upgrade(&self) -> Option<Connection> {
+        self.0.upgrade().map(|inner| Connection { inner })
+    }
+
+    pub(crate) fn is_live(&self) -> bool {
+        self.upgrade().is_some_and(|connection| connection.inner.quic.close_reason().is_none())
+    }
+}
+
+/// A part of what a peer may have begun to send; given back with the drop.
+pub(crate) struct Claim {
+    connection: Connection,
+    bytes: usize,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.connection.inner.claimed.fetch_sub(self.bytes, Relaxed);
     }
 }
 
@@ -188,19 +240,30 @@ impl Connection {
     pub(crate) fn new(
         quic: quinn::Connection,
         us: PeerIdentity,
-        peer: PeerIdentity,
+        (peer, certificate): (PeerIdentity, PeerCertificate),
         hello: Hello,
         pool: BufferPool,
     ) -> Self {
         let (opened, streams) = mpsc::channel(STREAMS_WAITING_MAX);
         tokio::spawn(accept_streams(quic.clone(), us.role, peer.clone(), opened));
         let (counts, streams) = (Arc::default(), Mutex::new(streams));
-        Self { inner: Arc::new(Inner { quic, us, peer, hello, pool, counts, streams }) }
+        let claimed = AtomicUsize::new(0);
+        let inner = Inner { quic, us, peer, certificate, hello, pool, counts, claimed, streams };
+        Self { inner: Arc::new(inner) }
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakConnection {
+        WeakConnection(Arc::downgrade(&self.inner))
     }
 
     /// Who is at the other end.
     pub fn peer(&self) -> &PeerIdentity {
         &self.inner.peer
+    }
+
+    /// The certificate that the other end showed.
+    pub fn certificate(&self) -> &PeerCertificate {
+        &self.inner.certificate
     }
 
     /// What the other end runs.
@@ -243,7 +306,8 @@ impl Connection {
         kind: StreamKind,
     ) -> Result<(FrameSender, FrameReceiver), StreamError> {
         let (send, recv) = self.open_raw(kind).await?;
-        Ok(self.frames(send, recv))
+        let FrameLimits { opener, acceptor } = FrameLimits::of(kind);
+        Ok(self.frames((send, opener), (recv, acceptor)))
     }
 
     /// Opens a stream of bytes. It does not keep the connection alive.
@@ -292,17 +356,36 @@ impl Connection {
         self.inner.quic.close(CLOSE_DONE, reason.as_bytes());
     }
 
-    fn frames(&self, send: RawSender, recv: RawReceiver) -> (FrameSender, FrameReceiver) {
+    pub(crate) fn close_with(&self, code: VarInt, reason: &str) {
+        self.inner.quic.close(code, reason.as_bytes());
+    }
+
+    /// A stream as frames, each half with its longest frame.
+    fn frames(
+        &self,
+        (send, sent_max): (RawSender, usize),
+        (recv, received_max): (RawReceiver, usize),
+    ) -> (FrameSender, FrameReceiver) {
         let pool = self.inner.pool.clone();
-        (FrameSender::new(send, self.clone()), FrameReceiver::new(recv, self.clone(), pool))
+        let sender = FrameSender::new(send, self.clone(), sent_max);
+        (sender, FrameReceiver::new(recv, self.clone(), pool, received_max))
+    }
+
+    /// Counts a frame that the peer begins; `Err` is how many bytes it may have begun at most.
+    pub(crate) fn claim(&self, bytes: usize) -> Result<Claim, usize> {
+        let limit = PeerLimits::of(self.inner.peer.role).frame_bytes;
+        let claimed = self.inner.claimed.fetch_add(bytes, Relaxed);
+        let claim = Claim { connection: self.clone(), bytes };
+        if claimed + bytes > limit { Err(limit) } else { Ok(claim) }
     }
 
     fn lost(&self, error: &ConnectionError) -> ConnectionLost {
-        self.lost_with(describe(error))
+        ConnectionLost { revoked: is_revoked(error), ..self.lost_with(describe(error)) }
     }
 
     fn lost_with(&self, reason: String) -> ConnectionLost {
-        ConnectionLost { peer: self.inner.peer.clone(), address: self.address(), reason }
+        let (peer, address) = (self.inner.peer.clone(), self.address());
+        ConnectionLost { peer, address, reason, revoked: false }
     }
 }
 
@@ -340,6 +423,44 @@ async fn accept_streams(
     }
 }
 
+/// The other side has no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Full {
+    /// When to come again, if it said so.
+    pub(crate) retry_after: Option<Duration>,
+}
+
+/// The reason of a close with [`CLOSE_BUSY`].
+pub(crate) fn busy_reason(retry_after: Duration) -> String {
+    format!("{BUSY_REASON}{}", retry_after.as_millis())
+}
+
+/// Whether a connection ended because the certificate of one side was revoked.
+pub(crate) fn is_revoked(error: &ConnectionError) -> bool {
+    matches!(error, ConnectionError::ApplicationClosed(close) if close.error_code == CLOSE_REVOKED)
+}
+
+/// Whether a connection ended for want of room.
+///
+/// Before TLS is done there are no reasons: then a refusal is the answer of a full room, and an
+/// error of the application that of one in which others needed the place.
+pub(crate) fn busy_in(error: &ConnectionError) -> Option<Full> {
+    match error {
+        ConnectionError::ApplicationClosed(close) if close.error_code == CLOSE_BUSY => {
+            let reason = String::from_utf8_lossy(&close.reason);
+            let millis = reason.strip_prefix(BUSY_REASON).and_then(|digits| digits.parse().ok());
+            Some(Full { retry_after: millis.map(Duration::from_millis) })
+        }
+        // CONNECTION_REFUSED and APPLICATION_ERROR (RFC 9000, 20.1).
+        ConnectionError::ConnectionClosed(close)
+            if matches!(u64::from(close.error_code), 0x02 | 0x0c) =>
+        {
+            Some(Full { retry_after: None })
+        }
+        _ => None,
+    }
+}
+
 /// Runs the handshake's machine over the first stream of a connection.
 ///
 /// Afterwards a refused peer is given a moment to read our introduction, then it is told why.
@@ -359,7 +480,10 @@ pub(crate) async fn greet(
                     let _: Result<(), _> = quinn::SendStream::finish(&mut send);
                     let _ = timeout(REFUSAL_LINGER, quic.closed()).await;
                 }
-                quic.close(CLOSE_REFUSED, error.to_string().as_bytes());
+                // Closing once more would hide why the peer closed.
+                if quic.close_reason().is_none() {
+                    quic.close(CLOSE_REFUSED, error.to_string().as_bytes());
+                }
                 return Err(error);
             }
             Some(Command::Send(hello)) => {
@@ -449,7 +573,7 @@ fn alert(code: u64) -> Option<&'static str> {
         48 => Some("it belongs to another cluster; join this one with its token"),
         51 => Some("it does not belong to this cluster; join it with its token"),
         116 => Some("there is none; join this cluster with its token"),
-        120 => Some("the two have no protocol in common"),
+        120 => Some("the two have no protocol in common; install the same release on both"),
         _ => None,
     }
 }
@@ -485,6 +609,23 @@ mod tests {
             assert!(far.accept_stream().await.is_none(), "{header:?} was handed out");
             let why = near.closed().await.to_string();
             assert!(why.contains("worker may not open a stream"), "{why}");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_is_turned_away_hears_when_to_come_again() {
+        let named = busy_reason(Duration::from_millis(120));
+        for (reason, retry_after) in
+            [(&*named, Some(Duration::from_millis(120))), ("busy, come again in ms: soon", None)]
+        {
+            let (_endpoints, near, far) = pair().await;
+            far.close_with(CLOSE_BUSY, reason);
+            let error = near.inner.quic.closed().await;
+            assert_eq!(busy_in(&error), Some(Full { retry_after }), "{reason}");
+            // The same words with another code are no such thing.
+            let (_endpoints, near, far) = pair().await;
+            far.close_with(CLOSE_REFUSED, reason);
+            assert_eq!(busy_in(&near.inner.quic.closed().await), None);
         }
     }
 

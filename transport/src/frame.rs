@@ -2,8 +2,8 @@
 //!
 //! On the wire: `u32` length of the body, `u16` kind, `u16` zero, then the body; little endian.
 //!
-//! Invariants: a length is checked against [`FRAME_BYTES_MAX`] before a buffer is taken; memory
-//! grows with the bytes that arrive, not with those that are claimed (see [`crate::pool`]);
+//! Invariants: a length is checked against the limits of [`crate::limits`] before a buffer is taken,
+//! and against [`FRAME_BYTES_MAX`] in any case; memory grows with the bytes that arrive, not with those that are claimed (see [`crate::pool`]);
 //! [`FrameReceiver::recv`] copies each byte exactly once, [`FrameSender::send`] copies none.
 
 use std::{
@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 
 use crate::{
-    connection::Connection,
+    connection::{Claim, Connection},
     identity::PeerIdentity,
     messages::{self, Message, MessageError},
     pool::{BufferPool, PoolBuffer, PoolError},
@@ -81,12 +81,38 @@ impl fmt::Display for FrameKind {
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// A claimed length beyond the limit.
-    #[error("{peer} announced a frame of {found} bytes; at most {FRAME_BYTES_MAX} are taken")]
+    #[error("{peer} announced a frame of {found} bytes; at most {limit} are taken here")]
     TooLong {
         /// Who sent it.
         peer: PeerIdentity,
         /// What it claims.
         found: u32,
+        /// What such a stream takes.
+        limit: usize,
+    },
+    /// More frames at once than one peer may begin.
+    #[error(
+        "{peer} began frames of more than {limit} bytes in all, and completed none of them; it may \
+         send less at once"
+    )]
+    TooMany {
+        /// Who sent them.
+        peer: PeerIdentity,
+        /// How many bytes it may begin.
+        limit: usize,
+    },
+    /// A frame of ours beyond what the peer takes.
+    #[error(
+        "a frame of {found} bytes was not sent: {peer} takes {limit} on such a stream; send less at \
+         once"
+    )]
+    Oversize {
+        /// Who it was for.
+        peer: PeerIdentity,
+        /// Its length.
+        found: usize,
+        /// What such a stream takes.
+        limit: usize,
     },
     /// A header that is none.
     #[error("{peer} sent a frame of unknown kind {found}; it does not speak this protocol")]
@@ -286,13 +312,15 @@ impl OutgoingFrame {
 pub struct FrameSender {
     stream: quinn::SendStream,
     connection: Connection,
+    /// Longest frame that the peer takes here.
+    limit: usize,
     /// A frame was begun and not completed.
     half_sent: bool,
 }
 
 impl FrameSender {
-    pub(crate) fn new(stream: quinn::SendStream, connection: Connection) -> Self {
-        Self { stream, connection, half_sent: false }
+    pub(crate) fn new(stream: quinn::SendStream, connection: Connection, limit: usize) -> Self {
+        Self { stream, connection, limit, half_sent: false }
     }
 
     /// Sends a frame: its bytes are handed to QUIC as they lie.
@@ -304,6 +332,10 @@ impl FrameSender {
             return Err(FrameError::Abandoned { peer: self.connection.peer().clone() });
         }
         let bytes = frame.body.len();
+        if bytes > self.limit {
+            let (peer, limit) = (self.connection.peer().clone(), self.limit);
+            return Err(FrameError::Oversize { peer, found: bytes, limit });
+        }
         let mut header = [0; HEADER_BYTES];
         header[..4].copy_from_slice(&(bytes as u32).to_le_bytes());
         header[4..6].copy_from_slice(&(frame.kind as u16).to_le_bytes());
@@ -364,6 +396,8 @@ pub struct FrameReceiver {
     stream: quinn::RecvStream,
     connection: Connection,
     pool: BufferPool,
+    /// Longest frame that is taken.
+    limit: usize,
     header: [u8; HEADER_BYTES],
     header_filled: usize,
     partial: Option<Partial>,
@@ -376,12 +410,19 @@ struct Partial {
     len: usize,
     filled: usize,
     deadline: tokio::time::Instant,
+    /// Its part of what the peer may have begun.
+    _claim: Claim,
 }
 
 impl FrameReceiver {
-    pub(crate) fn new(stream: quinn::RecvStream, connection: Connection, pool: BufferPool) -> Self {
+    pub(crate) fn new(
+        stream: quinn::RecvStream,
+        connection: Connection,
+        pool: BufferPool,
+        limit: usize,
+    ) -> Self {
         let header = [0; HEADER_BYTES];
-        Self { stream, connection, pool, header, header_filled: 0, partial: None }
+        Self { stream, connection, pool, limit, header, header_filled: 0, partial: None }
     }
 
     /// The next frame, or `None` after the last one.
@@ -461,12 +502,15 @@ impl FrameReceiver {
                 return Err(FrameError::UnknownKind { peer: peer(), found });
             }
         };
-        if len as usize > FRAME_BYTES_MAX {
-            return Err(FrameError::TooLong { peer: peer(), found: len });
+        let limit = self.limit.min(FRAME_BYTES_MAX);
+        if len as usize > limit {
+            return Err(FrameError::TooLong { peer: peer(), found: len, limit });
         }
+        let claim = self.connection.claim(len as usize);
+        let claim = claim.map_err(|limit| FrameError::TooMany { peer: peer(), limit })?;
         let buffer = self.pool.take(len as usize)?;
         let deadline = tokio::time::Instant::now() + FRAME_TIMEOUT;
-        Ok(Some(Partial { kind, buffer, len: len as usize, filled: 0, deadline }))
+        Ok(Some(Partial { kind, buffer, len: len as usize, filled: 0, deadline, _claim: claim }))
     }
 
     fn truncated(&self, found: usize, expected: usize) -> FrameError {

@@ -4,13 +4,13 @@
 //! `<role>.lite-llm`, so that one may ask for "w1" or for "the coordinator".
 //!
 //! Invariants: private keys never leave the process that made them, but for the CA's, which lies
-//! in a file that only its owner reads; nothing but the CA decides a role; names are DNS labels.
+//! in a file that only its owner reads; nothing but the CA decides a role; names are DNS labels; a
+//! certificate says when it was issued.
 
 use std::{
-    fmt,
-    fs::{self, OpenOptions},
-    io::{self, Write},
+    fmt, fs,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -22,7 +22,18 @@ use rustls_pki_types::{
     CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject,
 };
 
-use crate::{messages::trace::hex_into, tls, token::JoinToken};
+use crate::{
+    messages::trace::hex,
+    moment::{from_millis, millis},
+    random,
+    revocation::{REVOKED_BYTES_MAX, RevokedList},
+    secrets::{JoinSecrets, cut},
+    state::{
+        CA_FILE, REVOKED_FILE, SECRETS_FILE, Source, StateDir, StateError, Watched, read_private,
+        write_private,
+    },
+    token::JoinToken,
+};
 
 /// How long a certificate of a coordinator or a worker is valid.
 pub const NODE_VALIDITY: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -35,8 +46,10 @@ pub const CLOCK_SKEW_MAX: Duration = Duration::from_secs(3600);
 /// Longest name, in bytes: that of a DNS label.
 pub const NAME_BYTES_MAX: usize = 63;
 
-const CA_FILE: &str = "cluster-ca.pem";
-const CA_FIRST_LINE: &str = "lite-llm cluster CA 1";
+/// Longest file of an authority or of secrets, in bytes.
+const STATE_FILE_BYTES_MAX: u64 = 64 << 10;
+const CA_FIRST_LINE: &str = "lite-llm cluster CA 2";
+const CA_FIRST_LINE_1: &str = "lite-llm cluster CA 1";
 const DOMAIN: &str = "lite-llm";
 
 /// What a peer may do.
@@ -111,21 +124,70 @@ impl fmt::Display for PeerIdentity {
     }
 }
 
+/// The certificate that a peer showed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerCertificate {
+    /// Digest of it.
+    pub fingerprint: [u8; 32],
+    /// When the authority issued it, to the millisecond; 1970 for one that does not say, which is
+    /// older than any that does.
+    pub issued: SystemTime,
+}
+
+impl PeerCertificate {
+    /// Reads the certificate of a chain that TLS has verified.
+    pub(crate) fn from_chain(chain: &[CertificateDer<'_>]) -> Option<Self> {
+        let leaf = chain.first()?;
+        let fingerprint = *blake3::hash(leaf).as_bytes();
+        let certificate = webpki::EndEntityCert::try_from(leaf).ok()?;
+        let issued = Serial::issued(certificate.serial()).unwrap_or(UNIX_EPOCH);
+        Some(Self { fingerprint, issued })
+    }
+}
+
+/// A certificate's serial number: a mark, its moment of issue, and chance.
+///
+/// The dates in a certificate are whole seconds, and leave room for clocks that differ.
+struct Serial;
+
+impl Serial {
+    const MARK: u8 = b'L';
+    const BYTES: usize = 1 + 8 + 8;
+
+    fn make(from: SystemTime) -> Result<[u8; Self::BYTES], String> {
+        let mut serial = [0; Self::BYTES];
+        serial[0] = Self::MARK;
+        serial[1..9].copy_from_slice(&millis(from).to_be_bytes());
+        random::fill(&mut serial[9..])?;
+        Ok(serial)
+    }
+
+    fn issued(serial: &[u8]) -> Option<SystemTime> {
+        let (mark, rest) = serial.split_first()?;
+        let millis = rest.first_chunk::<8>()?;
+        (*mark == Self::MARK && serial.len() == Self::BYTES)
+            .then(|| from_millis(u64::from_be_bytes(*millis)))
+    }
+}
+
 /// Something is wrong with a name, a certificate, or the file that holds the authority.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
     /// A name that cannot be one.
     #[error("{0:?} cannot name a node: 1 to 63 of a-z, 0-9 and '-' are expected, no '-' at an end")]
     Name(String),
-    /// A file that cannot be read or written.
-    #[error("could not {action} {}: {source}", path.display())]
-    File {
-        /// What was tried.
-        action: &'static str,
-        /// The file.
+    /// The state folder or a file of it.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A folder without an authority.
+    #[error(
+        "{} holds no cluster: there is no {CA_FILE}; a coordinator makes it when it first starts. \
+         Say with --state where yours keeps it",
+        path.display()
+    )]
+    NoCluster {
+        /// The folder.
         path: PathBuf,
-        /// Why not.
-        source: io::Error,
     },
     /// A file with something else in it.
     #[error(
@@ -139,23 +201,15 @@ pub enum IdentityError {
         /// What is wrong with it.
         found: String,
     },
-    /// A private key that others can read.
-    #[error(
-        "{} holds the cluster's private key and has mode {mode:o}; others may not read it: chmod 600",
-        path.display()
-    )]
-    Exposed {
-        /// The file.
-        path: PathBuf,
-        /// Its permissions.
-        mode: u32,
-    },
     /// A signing request that is none.
     #[error("the request for a certificate is damaged: {0}")]
     Request(String),
     /// The cryptography failed.
     #[error("could not make a certificate: {0}")]
     Certificate(String),
+    /// Something that cannot be done to the secrets of tokens, or to the list of revoked names.
+    #[error("{0}")]
+    Change(String),
 }
 
 impl From<rcgen::Error> for IdentityError {
@@ -170,6 +224,8 @@ pub struct Identity {
     pub(crate) chain: Vec<CertificateDer<'static>>,
     pub(crate) key: PrivateKeyDer<'static>,
     pub(crate) authority: CertificateDer<'static>,
+    /// What workers and the coordinator share; clients have none.
+    shared: Option<[u8; 32]>,
 }
 
 impl Identity {
@@ -178,14 +234,21 @@ impl Identity {
         &self.who
     }
 
+    /// The secret by which the coordinator and the workers of a cluster know each other's control
+    /// plane, beside their certificates. It is handed out at joining, to workers only.
+    pub fn control_cookie(&self) -> Option<String> {
+        self.shared.map(|shared| hex(&blake3::derive_key("lite-llm control plane 2", &shared)))
+    }
+
     pub(crate) fn new(
         who: PeerIdentity,
         leaf: CertificateDer<'static>,
         key: &KeyPair,
         authority: CertificateDer<'static>,
+        shared: Option<[u8; 32]>,
     ) -> Self {
         let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
-        Self { who, chain: vec![leaf], key, authority }
+        Self { who, chain: vec![leaf], key, authority, shared }
     }
 }
 
@@ -196,6 +259,7 @@ impl Clone for Identity {
             chain: self.chain.clone(),
             key: self.key.clone_key(),
             authority: self.authority.clone(),
+            shared: self.shared,
         }
     }
 }
@@ -206,11 +270,15 @@ impl fmt::Debug for Identity {
     }
 }
 
-/// The authority of one cluster, and the secret that lets others join it.
+/// The authority of one cluster, the secrets that let others join it, and who was sent away.
+///
+/// What lies in its state folder may be changed by another process; it is read again when it was.
 pub struct ClusterCa {
     certificate: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
-    secret: [u8; 32],
+    state: Option<StateDir>,
+    secrets: Watched<JoinSecrets>,
+    revoked: Watched<RevokedList>,
 }
 
 impl fmt::Debug for ClusterCa {
@@ -224,72 +292,80 @@ impl ClusterCa {
     ///
     /// Several processes may do this at once: one of them makes it.
     pub fn open_or_create(state_dir: &Path) -> Result<Self, IdentityError> {
-        let path = state_dir.join(CA_FILE);
-        let failed = |action| {
-            let path = path.clone();
-            move |source| IdentityError::File { action, path, source }
-        };
-        fs::create_dir_all(state_dir).map_err(failed("make the folder of"))?;
-        if !fs::exists(&path).map_err(failed("find"))? {
-            let text = Self::make(SystemTime::now())?;
-            write_private(&path, &text, false).map_err(failed("write"))?;
+        let state = StateDir::open_or_create(state_dir)?;
+        let now = SystemTime::now();
+        let (authority, secrets) = (state.file(CA_FILE), state.file(SECRETS_FILE));
+        if !authority.exists() {
+            write_private(&authority, &Self::make(now)?, false)?;
         }
-        check_private(&path)?;
-        let text = fs::read_to_string(&path).map_err(failed("read"))?;
-        Self::parse(&text).map_err(|found| IdentityError::Damaged { path, found })
+        if !secrets.exists() {
+            let made = JoinSecrets::new(now).map_err(IdentityError::Certificate)?;
+            write_private(&secrets, &made.to_text(), false)?;
+        }
+        Self::read(state)
+    }
+
+    /// Reads the authority in this folder.
+    pub fn open(state_dir: &Path) -> Result<Self, IdentityError> {
+        let state = StateDir::open(state_dir)?;
+        if !state.file(CA_FILE).exists() {
+            return Err(IdentityError::NoCluster { path: state_dir.to_owned() });
+        }
+        // An authority of an earlier release has no such secrets yet.
+        Self::open_or_create(state_dir)
+    }
+
+    fn read(state: StateDir) -> Result<Self, IdentityError> {
+        let path = state.file(CA_FILE);
+        let text = read_private(&path, STATE_FILE_BYTES_MAX)?;
+        let damaged = |found| IdentityError::Damaged { path, found };
+        let (certificate, issuer) = parse(&text).map_err(damaged)?;
+        let secrets = Watched::open(Source {
+            path: state.file(SECRETS_FILE),
+            bytes_max: STATE_FILE_BYTES_MAX,
+            parse: |text| JoinSecrets::parse(text.ok_or("it is missing")?),
+            without: "the coordinator makes new tokens at its next start, and all old ones end",
+        })?;
+        let revoked = Watched::open(Source {
+            path: state.file(REVOKED_FILE),
+            bytes_max: REVOKED_BYTES_MAX,
+            parse: RevokedList::parse,
+            without: "nobody is revoked any more",
+        })?;
+        Ok(Self { certificate, issuer, state: Some(state), secrets, revoked })
     }
 
     /// An authority that lives in memory only: for one process, and for tests.
     pub fn ephemeral() -> Result<Self, IdentityError> {
-        let text = Self::make(SystemTime::now())?;
-        Self::parse(&text).map_err(IdentityError::Certificate)
+        let now = SystemTime::now();
+        let (certificate, issuer) = parse(&Self::make(now)?).map_err(IdentityError::Certificate)?;
+        let secrets = JoinSecrets::new(now).map_err(IdentityError::Certificate)?;
+        let secrets = Watched::in_memory(secrets);
+        let revoked = Watched::in_memory(RevokedList::default());
+        Ok(Self { certificate, issuer, state: None, secrets, revoked })
     }
 
     /// The text of a new authority's file.
     fn make(now: SystemTime) -> Result<String, IdentityError> {
-        let mut secret = [0; 32];
-        tls::random(&mut secret).map_err(IdentityError::Certificate)?;
         // A name of its own, so that a peer of another cluster is told just that.
-        let mut random = [0; 8];
-        tls::random(&mut random).map_err(IdentityError::Certificate)?;
+        let mut number = [0; 8];
+        random::fill(&mut number).map_err(IdentityError::Certificate)?;
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
-        let name = format!("lite-llm cluster {}", hex(&random));
+        let name = format!("lite-llm cluster {}", hex(&number));
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         set_validity(&mut params, now, CA_VALIDITY);
         let key = KeyPair::generate()?;
         let certificate = params.self_signed(&key)?;
-        let (secret, certificate, key) = (hex(&secret), certificate.pem(), key.serialize_pem());
-        Ok(format!("{CA_FIRST_LINE}\nsecret {secret}\n{certificate}{key}"))
+        let (certificate, key) = (certificate.pem(), key.serialize_pem());
+        Ok(format!("{CA_FIRST_LINE}\n{certificate}{key}"))
     }
 
-    fn parse(text: &str) -> Result<Self, String> {
-        let mut lines = text.lines();
-        match lines.next() {
-            Some(CA_FIRST_LINE) => {}
-            other => return Err(format!("its first line is {:?}", other.unwrap_or_default())),
-        }
-        let mut secret = [0; 32];
-        let digits = lines.next().and_then(|line| line.strip_prefix("secret "));
-        digits
-            .and_then(|digits| hex_into(digits, &mut secret))
-            .ok_or("its second line is not `secret` and 64 hex digits")?;
-        let certificate = CertificateDer::from_pem_slice(text.as_bytes())
-            .map_err(|error| format!("its certificate cannot be read ({error})"))?;
-        let key = PrivatePkcs8KeyDer::from_pem_slice(text.as_bytes())
-            .map_err(|error| format!("its private key cannot be read ({error})"))?;
-        let key = KeyPair::try_from(&key)
-            .map_err(|error| format!("its private key cannot be used ({error})"))?;
-        let anchor = webpki::EndEntityCert::try_from(&certificate)
-            .map_err(|error| format!("its certificate cannot be used ({error})"))?;
-        if anchor.subject_public_key_info().as_ref() != key.subject_public_key_info() {
-            return Err("its private key and its certificate do not belong together".to_owned());
-        }
-        let issuer = Issuer::from_ca_cert_der(&certificate, key)
-            .map_err(|error| format!("its certificate cannot be used ({error})"))?;
-        Ok(Self { certificate, issuer, secret })
+    /// The folder that it lies in, if it lies in one.
+    pub fn state(&self) -> Option<&StateDir> {
+        self.state.as_ref()
     }
 
     /// Name of the cluster: a digest of its certificate.
@@ -297,13 +373,75 @@ impl ClusterCa {
         cluster_name(&self.certificate)
     }
 
-    /// What a joiner needs: the certificate to trust, the secret to prove, an address to try.
-    pub fn join_token(&self, address: impl Into<String>) -> JoinToken {
-        JoinToken::new(self.certificate.clone(), self.secret, address.into())
+    /// What a joiner of this role needs: the certificate to trust, the secret to prove, an address
+    /// to try.
+    pub fn join_token(
+        &self,
+        role: Role,
+        address: impl Into<String>,
+    ) -> Result<JoinToken, IdentityError> {
+        let secrets = self.secrets.now()?;
+        let secret = secrets.current(role).cloned();
+        let secret = secret.ok_or_else(|| {
+            IdentityError::Change(format!("one joins as worker or client, not as {role}"))
+        })?;
+        Ok(JoinToken::new(self.certificate.clone(), secret, address.into()))
     }
 
-    pub(crate) fn secret(&self) -> &[u8; 32] {
-        &self.secret
+    /// Ends the token of a role, at once or after `grace`, and makes another that lets others join
+    /// for `validity`. Certificates that were issued go on.
+    pub fn rotate(
+        &self,
+        role: Role,
+        validity: Duration,
+        grace: Duration,
+    ) -> Result<(), IdentityError> {
+        let _lock = self.lock_edits()?;
+        let mut secrets = (*self.secrets.now()?).clone();
+        let rotated = secrets.rotate(role, SystemTime::now(), validity, grace);
+        rotated.map_err(IdentityError::Change)?;
+        let text = secrets.to_text();
+        Ok(self.secrets.replace(secrets, &text)?)
+    }
+
+    /// Sends a name away: its certificates are good no more, and nobody may join under it.
+    pub fn revoke(&self, name: &str) -> Result<(), IdentityError> {
+        checked_name(Role::Worker, name)?;
+        self.change_revoked(|list| list.revoke(name, SystemTime::now()))
+    }
+
+    /// Lets others join under a revoked name again. Its old certificates stay refused.
+    pub fn undo_revoke(&self, name: &str) -> Result<(), IdentityError> {
+        self.change_revoked(|list| list.undo(name))
+    }
+
+    fn change_revoked(
+        &self,
+        change: impl FnOnce(&mut RevokedList) -> Result<(), String>,
+    ) -> Result<(), IdentityError> {
+        let _lock = self.lock_edits()?;
+        let mut list = (*self.revoked.now()?).clone();
+        change(&mut list).map_err(IdentityError::Change)?;
+        let text = list.to_text();
+        Ok(self.revoked.replace(list, &text)?)
+    }
+
+    fn lock_edits(&self) -> Result<Option<fs::File>, IdentityError> {
+        Ok(self.state.as_ref().map(StateDir::lock_edits).transpose()?)
+    }
+
+    /// Who is sent away now.
+    pub(crate) fn revoked(&self) -> Result<Arc<RevokedList>, IdentityError> {
+        Ok(self.revoked.now()?)
+    }
+
+    /// Who was sent away when that could last be read.
+    pub(crate) fn last_revoked(&self) -> Arc<RevokedList> {
+        self.revoked.last()
+    }
+
+    pub(crate) fn secrets(&self) -> Result<Arc<JoinSecrets>, IdentityError> {
+        Ok(self.secrets.now()?)
     }
 
     /// An identity whose key is made here: for the process that holds the authority.
@@ -323,7 +461,11 @@ impl ClusterCa {
         let who = checked_name(role, name)?;
         let key = KeyPair::generate()?;
         let leaf = self.sign(&key, &who, from, validity)?;
-        Ok(Identity::new(who, leaf, &key, self.certificate.clone()))
+        let shared = match role {
+            Role::Client => None,
+            Role::Worker | Role::Coordinator => Some(self.secrets.last().shared),
+        };
+        Ok(Identity::new(who, leaf, &key, self.certificate.clone(), shared))
     }
 
     /// A certificate for whoever made this signing request. Its key is all that is taken from it.
@@ -359,6 +501,8 @@ impl ClusterCa {
             _ => vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth],
         };
         set_validity(&mut params, from, validity);
+        let serial = Serial::make(from).map_err(IdentityError::Certificate)?;
+        params.serial_number = Some(serial.to_vec().into());
         Ok(params.signed_by(key, &self.issuer)?.der().clone())
     }
 }
@@ -382,59 +526,27 @@ pub(crate) fn cluster_name(certificate: &CertificateDer<'_>) -> String {
     hex(&blake3::hash(certificate).as_bytes()[..8])
 }
 
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Writes a file that only its owner reads, in one step; an existing one is kept unless replaced.
-pub(crate) fn write_private(path: &Path, text: &str, replace: bool) -> io::Result<()> {
-    let mut random = [0; 8];
-    tls::random(&mut random).map_err(io::Error::other)?;
-    let mut staging = path.as_os_str().to_owned();
-    staging.push(format!(".{}.new", hex(&random)));
-    let staging = PathBuf::from(staging);
-    let mut options = OpenOptions::new();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let written = (|| {
-        let mut file = options.open(&staging)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        if replace {
-            return fs::rename(&staging, path);
-        }
-        // A link fails where a file is: whoever came first made the authority.
-        match fs::hard_link(&staging, path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-            _ => Ok(()),
-        }
-    })();
-    if !replace || written.is_err() {
-        let _ = fs::remove_file(&staging);
+/// Reads the text of an authority's file. What an earlier release kept there as the secret of its
+/// one token is passed over: nobody joins with it any more.
+fn parse(text: &str) -> Result<(CertificateDer<'static>, Issuer<'static, KeyPair>), String> {
+    let first = text.lines().next().unwrap_or_default();
+    if first != CA_FIRST_LINE && first != CA_FIRST_LINE_1 {
+        return Err(format!("its first line is {:?}", cut(first)));
     }
-    written
-}
-
-#[cfg(unix)]
-fn check_private(path: &Path) -> Result<(), IdentityError> {
-    use std::os::unix::fs::PermissionsExt;
-    let metadata = fs::metadata(path).map_err(|source| IdentityError::File {
-        action: "read the permissions of",
-        path: path.to_owned(),
-        source,
-    })?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o077 == 0 {
-        Ok(())
-    } else {
-        Err(IdentityError::Exposed { path: path.to_owned(), mode })
+    let certificate = CertificateDer::from_pem_slice(text.as_bytes())
+        .map_err(|error| format!("its certificate cannot be read ({error})"))?;
+    let key = PrivatePkcs8KeyDer::from_pem_slice(text.as_bytes())
+        .map_err(|error| format!("its private key cannot be read ({error})"))?;
+    let key = KeyPair::try_from(&key)
+        .map_err(|error| format!("its private key cannot be used ({error})"))?;
+    let anchor = webpki::EndEntityCert::try_from(&certificate)
+        .map_err(|error| format!("its certificate cannot be used ({error})"))?;
+    if anchor.subject_public_key_info().as_ref() != key.subject_public_key_info() {
+        return Err("its private key and its certificate do not belong together".to_owned());
     }
-}
-
-#[cfg(not(unix))]
-fn check_private(_: &Path) -> Result<(), IdentityError> {
-    Ok(())
+    let issuer = Issuer::from_ca_cert_der(&certificate, key)
+        .map_err(|error| format!("its certificate cannot be used ({error})"))?;
+    Ok((certificate, issuer))
 }
 
 fn is_name(name: &str) -> bool {

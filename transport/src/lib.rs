@@ -2,7 +2,8 @@
 //!
 //! Read [`messages`] (what is said), [`frame`] (how it lies in memory), [`session`] and
 //! [`exchange`] (pure machines: no socket, no clock), then [`endpoint`] and [`connection`] (quinn).
-//! [`identity`], [`token`] and [`join`] say who may speak at all.
+//! [`identity`], [`token`], [`join`] and [`revocation`] say who may speak at all, [`state`] where that
+//! is kept, [`door`] who waits when many come, [`limits`] how much anybody may send.
 //!
 //! Invariants:
 //! - A peer is known by the certificate of its cluster before any of its streams is read.
@@ -18,16 +19,29 @@ compile_error!(
     "activations are read in place as little-endian f32: big-endian hosts are not supported"
 );
 
+mod admission;
 pub mod connection;
+pub mod door;
 pub mod endpoint;
 pub mod exchange;
 pub mod frame;
 pub mod identity;
 pub mod join;
+pub mod limits;
 pub mod measure;
 pub mod messages;
+pub mod moment;
+pub mod patience;
+mod peers;
 pub mod pool;
+mod random;
+mod refusals;
+pub mod revocation;
+pub mod secrets;
 pub mod session;
+pub mod socket;
+pub mod state;
+pub mod throttle;
 mod tls;
 pub mod token;
 

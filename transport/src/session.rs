@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{PROTOCOL_VERSION, RELEASE};
+use crate::{PROTOCOL_VERSION, RELEASE, messages::trace::hex};
 
 /// How long a peer may take to introduce itself.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(3);
@@ -262,8 +262,7 @@ impl Session {
         }
         match (hello.checkpoint, self.ours.checkpoint) {
             (Some(found), Some(expected)) if found != expected => {
-                let (found, expected) =
-                    (crate::identity::hex(&found[..8]), crate::identity::hex(&expected[..8]));
+                let (found, expected) = (hex(&found[..8]), hex(&expected[..8]));
                 Err(SessionError::Checkpoint { peer, us, found, expected })
             }
             _ => Ok(()),

@@ -19,7 +19,9 @@ use crate::identity::Identity;
 /// Protocol of members: both sides show a certificate of the cluster.
 pub(crate) const ALPN_MEMBER: &[u8] = b"lite-llm/1";
 /// Protocol of joiners: they hold a token, and no certificate yet.
-pub(crate) const ALPN_JOIN: &[u8] = b"lite-llm-join/1";
+pub(crate) const ALPN_JOIN: &[u8] = b"lite-llm-join/2";
+/// Protocol of joiners of earlier releases, who are told so.
+pub(crate) const ALPN_JOIN_1: &[u8] = b"lite-llm-join/1";
 
 /// An endpoint that could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -45,12 +47,6 @@ impl BindError {
 
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
-}
-
-/// Fills with random bytes.
-pub(crate) fn random(bytes: &mut [u8]) -> Result<(), String> {
-    let filled = provider().secure_random.fill(bytes);
-    filled.map_err(|_| "the system has no randomness".to_owned())
 }
 
 fn roots(authority: &CertificateDer<'static>) -> Result<Arc<RootCertStore>, BindError> {
@@ -96,7 +92,7 @@ pub(crate) fn server(identity: &Identity, joins: bool) -> Result<Arc<QuicServerC
     let mut config = server_config(identity, joins)?;
     config.alpn_protocols = vec![ALPN_MEMBER.to_vec()];
     if joins {
-        config.alpn_protocols.push(ALPN_JOIN.to_vec());
+        config.alpn_protocols.extend([ALPN_JOIN.to_vec(), ALPN_JOIN_1.to_vec()]);
     }
     Ok(Arc::new(QuicServerConfig::try_from(config).map_err(BindError::tls)?))
 }

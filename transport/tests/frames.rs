@@ -12,11 +12,13 @@ use std::{
 
 use lite_llm_transport::{
     connection::StreamKind,
-    endpoint::Expect,
-    frame::{FRAME_BYTES_MAX, FrameError, OutgoingFrame},
+    endpoint::{Endpoint, Expect},
+    frame::{FRAME_BYTES_MAX, FrameError, FrameKind, OutgoingFrame},
+    identity::Role,
+    limits::{PeerLimits, REQUEST_BYTES_MAX},
     messages::{
-        ClientReply, ExpertBatchView, ExpertFailure, ExpertOutputs, ExpertReplyView,
-        OutgoingExpertBatch, OutgoingExpertOutputs,
+        ClientReply, ClientRequest, ExpertBatchView, ExpertFailure, ExpertOutputs, ExpertReplyView,
+        JobRequest, OutgoingExpertBatch, OutgoingExpertOutputs, Prompt,
     },
     pool::BufferPool,
 };
@@ -317,4 +319,79 @@ async fn closing_tells_the_peer_why_at_once() {
     assert!(soon("accept", pair.far.accept_stream()).await.is_none());
     assert!(pair.near.open_stream(StreamKind::Experts).await.is_err());
     assert!(started.elapsed() < Duration::from_secs(1));
+}
+
+/// A client's stream takes a prompt and a bit; whoever claims more, or more at once than its
+/// connection may, loses the stream and nobody else's.
+#[tokio::test]
+async fn a_client_may_send_a_prompt_and_a_bit() {
+    let ca = authority();
+    let head = coordinator(&ca);
+    let address = head.local_addr().unwrap();
+    let identity = ca.identity(Role::Client, "c1").unwrap();
+    let client = Endpoint::outgoing(address, &identity, options()).unwrap();
+    let expect = Expect::coordinator();
+    let (near, far) =
+        soon("connect", async { tokio::join!(client.connect(address, &expect), head.accept()) })
+            .await;
+    let (near, far) = (near.unwrap(), far.unwrap());
+    let header = |bytes: usize| {
+        let mut header = (bytes as u32).to_le_bytes().to_vec();
+        header.extend((FrameKind::ClientRequest as u16).to_le_bytes());
+        header.extend([0, 0]);
+        header
+    };
+    let open = async || {
+        let (send, recv) = soon("open", near.open_raw(StreamKind::Client)).await.unwrap();
+        let (sender, receiver) = soon("accept", far.accept_stream()).await.unwrap().into_frames();
+        (send, recv, sender, receiver)
+    };
+
+    let (mut send, _recv, _sender, mut receiver) = open().await;
+    send.write_all(&header(REQUEST_BYTES_MAX + 1)).await.unwrap();
+    let error = soon("an error", receiver.recv()).await.unwrap_err();
+    let limit = REQUEST_BYTES_MAX;
+    assert!(matches!(error, FrameError::TooLong { limit: l, .. } if l == limit), "{error}");
+
+    // A sender is told before it sends.
+    let prompt = Prompt::Text("x".repeat(REQUEST_BYTES_MAX));
+    let request = ClientRequest::Submit(JobRequest::greedy(prompt, 1));
+    let (mut sender, _receiver) = near.open_stream(StreamKind::Client).await.unwrap();
+    let _stream = soon("accept", far.accept_stream()).await.unwrap();
+    let error = sender.send_message(&request).await.unwrap_err().to_string();
+    assert!(error.contains("was not sent") && error.contains("send less"), "{error}");
+    // ... and may send something smaller then.
+    sender.send_message(&ClientRequest::Status).await.unwrap();
+
+    // Claims of whole prompts on many streams: as many as fit what a client may begin.
+    let fit = PeerLimits::CLIENT.frame_bytes / REQUEST_BYTES_MAX;
+    let mut streams = Vec::new();
+    for _ in 0..fit {
+        let (mut send, recv, sender, mut receiver) = open().await;
+        send.write_all(&header(REQUEST_BYTES_MAX)).await.unwrap();
+        let waits = tokio::time::timeout(Duration::from_millis(50), receiver.recv()).await;
+        assert!(waits.is_err(), "a frame of which nothing came");
+        streams.push((send, recv, sender, receiver));
+    }
+    let (mut send, _recv, _sender, mut receiver) = open().await;
+    send.write_all(&header(REQUEST_BYTES_MAX)).await.unwrap();
+    let error = soon("an error", receiver.recv()).await.unwrap_err();
+    assert!(matches!(error, FrameError::TooMany { .. }), "{error}");
+    // What is given up makes room.
+    streams.clear();
+    let (mut send, _recv, _sender, mut receiver) = open().await;
+    send.write_all(&header(REQUEST_BYTES_MAX)).await.unwrap();
+    let waits = tokio::time::timeout(Duration::from_millis(50), receiver.recv()).await;
+    assert!(waits.is_err());
+
+    // Streams: as many as a client may have open, and a clear error for one more.
+    let mut open = Vec::new();
+    let error = loop {
+        match near.open_stream(StreamKind::Client).await {
+            Ok(stream) => open.push(stream),
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(error.contains("too many open"), "{error}");
+    assert!(open.len() <= PeerLimits::CLIENT.streams as usize);
 }

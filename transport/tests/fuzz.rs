@@ -12,7 +12,7 @@ use lite_llm_transport::{
     messages::{
         Assignment, ClientReply, ClientRequest, ExpertBatchView, ExpertFailure, ExpertOutputs,
         ExpertReplyView, JobEvent, JobEventBody, JobStart, Message, NodeInfo, OutgoingExpertBatch,
-        OutgoingExpertOutputs, PlacementRule, TraceContext, Wire, decode, encode,
+        OutgoingExpertOutputs, PlacementRule, RevokedNames, TraceContext, Wire, decode, encode,
     },
     pool::BufferPool,
     session::Hello,
@@ -206,6 +206,7 @@ proptest! {
         let _ = decode::<ClientReply>(&bytes);
         let _ = decode::<JobEvent>(&bytes);
         let _ = decode::<Assignment>(&bytes);
+        let _ = decode::<RevokedNames>(&bytes).map(|names| names.check());
         let _ = decode::<NodeInfo>(&bytes);
         let _ = Hello::from_bytes(&bytes);
         let _ = String::from_utf8_lossy(&bytes).parse::<TraceContext>();

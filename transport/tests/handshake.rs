@@ -17,13 +17,10 @@ use lite_llm_transport::{
     session::Hello,
     token::JoinToken,
 };
-use quinn::crypto::rustls::QuicClientConfig;
-use rustls::{
-    DigitallySignedStruct, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime},
+use support::{
+    intruder::{forged, intrude},
+    *,
 };
-use support::*;
 
 /// Both kinds of listeners of one cluster.
 fn listeners(ca: &Arc<ClusterCa>) -> [Endpoint; 2] {
@@ -56,86 +53,6 @@ async fn join(
     soon("join", lite_llm_transport::join::join(address, token, role, name, &hello)).await
 }
 
-/// A client that trusts anybody and shows what it likes.
-#[derive(Debug)]
-struct Gullible(Arc<rustls::crypto::CryptoProvider>);
-
-impl ServerCertVerifier for Gullible {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-/// Connects with foreign means, speaks, and returns why the connection ended.
-async fn intrude(
-    to: &Endpoint,
-    alpn: &[u8],
-    shows: Option<(CertificateDer<'static>, PrivateKeyDer<'static>)>,
-) -> String {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let tls = rustls::ClientConfig::builder_with_provider(provider.clone())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Gullible(provider)));
-    let mut tls = match shows {
-        Some((chain, key)) => tls.with_client_auth_cert(vec![chain], key).unwrap(),
-        None => tls.with_no_client_auth(),
-    };
-    tls.alpn_protocols = vec![alpn.to_vec()];
-    let config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).unwrap()));
-    let endpoint = quinn::Endpoint::client(loopback()).unwrap();
-    let connecting = endpoint.connect_with(config, to.local_addr().unwrap(), "x").unwrap();
-    let quic = match soon("handshake", connecting).await {
-        Ok(quic) => quic,
-        Err(error) => return error.to_string(),
-    };
-    if let Ok((mut send, _recv)) = quic.open_bi().await {
-        let _ = send.write_all(&Hello::new(1).to_bytes()).await;
-        let _ = send.write_all(b"LLS\x01hello?").await;
-    }
-    soon("end", quic.closed()).await.to_string()
-}
-
-/// A certificate for "w9.worker.lite-llm" by an authority of the intruder's own.
-fn forged() -> (CertificateDer<'static>, PrivateKeyDer<'static>) {
-    let ca_key = rcgen::KeyPair::generate().unwrap();
-    let mut params = rcgen::CertificateParams::default();
-    params.distinguished_name.push(rcgen::DnType::CommonName, "lite-llm cluster");
-    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-    let issuer = rcgen::Issuer::new(params, ca_key);
-    let names = vec!["w9.worker.lite-llm".to_owned(), "worker.lite-llm".to_owned()];
-    let key = rcgen::KeyPair::generate().unwrap();
-    let leaf = rcgen::CertificateParams::new(names).unwrap().signed_by(&key, &issuer).unwrap();
-    (leaf.der().clone(), PrivatePkcs8KeyDer::from(key.serialize_der()).into())
-}
-
 #[tokio::test]
 async fn members_connect_and_know_each_other() {
     let ca = authority();
@@ -163,13 +80,16 @@ async fn without_a_certificate_nothing_is_served() {
 async fn the_join_protocol_serves_nothing_but_joining() {
     let ca = authority();
     let head = coordinator(&ca);
-    let why = intrude(&head, b"lite-llm-join/1", None).await;
+    let why = intrude(&head, b"lite-llm-join/2", None).await;
     assert!(why.contains("closed") || why.contains("joiner"), "{why}");
     refused(&head, &["joiner"]).await;
     // A worker does not serve joins at all.
     let w1 = worker(&ca, "w1");
-    intrude(&w1, b"lite-llm-join/1", None).await;
+    intrude(&w1, b"lite-llm-join/2", None).await;
     refused(&w1, &[]).await;
+    // A joiner of an earlier release is told so.
+    let why = intrude(&head, b"lite-llm-join/1", None).await;
+    assert!(why.contains("install the same release"), "{why}");
 }
 
 #[tokio::test]
@@ -286,18 +206,23 @@ async fn a_role_opens_only_its_own_streams() {
 }
 
 #[tokio::test]
-async fn a_token_lets_workers_and_clients_join_and_nobody_else() {
+async fn a_token_makes_its_role_and_no_other() {
     let ca = authority();
     let head = coordinator(&ca);
     let address = head.local_addr().unwrap();
-    let token = ca.join_token(address.to_string());
     for (role, name) in [(Role::Worker, "w7"), (Role::Client, "c7")] {
+        let token = ca.join_token(role, "").unwrap();
         let joining = join(address, &token, role, name, Hello::new(1));
         let identity = joining.await.unwrap();
         assert_eq!((identity.who().role, identity.who().name.as_str()), (role, name));
+        // Only nodes are given what nodes share.
+        let shared = ca.identity(Role::Coordinator, "head").unwrap().control_cookie();
+        assert_eq!(identity.control_cookie(), shared.filter(|_| role == Role::Worker));
         connect(&identity, &head, Hello::new(1)).await.unwrap();
         assert_eq!(soon("accept", head.accept()).await.unwrap().peer(), identity.who());
     }
+    assert!(ca.join_token(Role::Coordinator, "").is_err());
+    let token = ca.join_token(Role::Worker, "").unwrap();
     let joining = join(address, &token, Role::Coordinator, "evil", Hello::new(1));
     let error = joining.await.unwrap_err();
     assert!(error.to_string().contains("not as \"coordinator\""), "{error}");
@@ -316,8 +241,8 @@ async fn a_wrong_secret_is_refused_on_both_sides() {
     let folder = tempfile::tempdir().unwrap();
     // The right certificate with another cluster's secret.
     let (mine, theirs) = (folder.path().join("mine"), folder.path().join("theirs"));
-    ca.join_token("").write(&mine).unwrap();
-    authority().join_token("").write(&theirs).unwrap();
+    ca.join_token(Role::Worker, "").unwrap().write(&mine).unwrap();
+    authority().join_token(Role::Worker, "").unwrap().write(&theirs).unwrap();
     let line = |path, name: &str| {
         let text = std::fs::read_to_string(path).unwrap();
         text.lines().find(|line| line.starts_with(name)).unwrap().to_owned()
@@ -339,7 +264,7 @@ async fn a_token_of_another_cluster_is_noticed_by_the_joiner() {
     let (ca, other) = (authority(), authority());
     let head = coordinator(&ca);
     let address = head.local_addr().unwrap();
-    let token = other.join_token("");
+    let token = other.join_token(Role::Worker, "").unwrap();
     let joining = join(address, &token, Role::Worker, "w1", Hello::new(1));
     let error = joining.await.unwrap_err();
     assert!(matches!(error, JoinError::OtherCluster { .. }), "{error}");
@@ -351,7 +276,7 @@ async fn a_joiner_of_another_version_is_told_so() {
     let ca = authority();
     let head = coordinator(&ca);
     let address = head.local_addr().unwrap();
-    let token = ca.join_token("");
+    let token = ca.join_token(Role::Worker, "").unwrap();
     let newer = Hello { protocol: 4, ..Hello::new(1) };
     let joining = join(address, &token, Role::Worker, "w1", newer);
     let error = joining.await.unwrap_err().to_string();
@@ -364,7 +289,7 @@ async fn nobody_there_is_an_error_within_its_deadline() {
     let ca = authority();
     let socket = std::net::UdpSocket::bind(loopback()).unwrap();
     let address = socket.local_addr().unwrap();
-    let (token, started) = (ca.join_token(""), Instant::now());
+    let (token, started) = (ca.join_token(Role::Worker, "").unwrap(), Instant::now());
     let joining = join(address, &token, Role::Worker, "w1", Hello::new(1));
     let error = joining.await.unwrap_err().to_string();
     assert!(error.contains("is it running"), "{error}");

@@ -88,7 +88,7 @@ async fn a_client_joins_submits_and_reads_its_events_to_the_last() {
         sender.finish().await.unwrap();
     });
 
-    let token = ca.join_token(address.to_string());
+    let token = ca.join_token(Role::Client, address.to_string()).unwrap();
     let hello = Hello::new(1);
     let identity =
         soon("join", join(address, &token, Role::Client, "someone", &hello)).await.unwrap();

@@ -1,7 +1,7 @@
 //! The coordinator's door: its endpoint, the workers and clients that come through it.
 //!
-//! Who may come in is decided by certificates, in `transport`; a worker's control stream is led
-//! to ractor_cluster, a client's requests to the coordinator actor.
+//! Who may come in is decided by certificates, in `transport`, which also says who was refused; a
+//! worker's control stream is led to ractor_cluster, a client's requests to the coordinator actor.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -24,7 +24,7 @@ use lite_llm_transport::{
 };
 use ractor::{Actor, ActorRef};
 use tokio::sync::mpsc;
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::{
     control::ControlPlane,
@@ -96,12 +96,14 @@ impl CoordinatorHandle {
             Endpoint::bind_coordinator(listen, &identity, authority.clone(), Options::new(hello))
                 .map_err(failed)?;
         let address = endpoint.local_addr().map_err(failed)?;
-        let token = Arc::new(authority.join_token(address.to_string()));
-        let control = match options.remote_workers {
-            true => Some(
-                ControlPlane::start(&identity, &token.control_cookie()).await.map_err(failed)?,
-            ),
-            false => None,
+        let token = authority.join_token(Role::Worker, address.to_string()).map_err(failed)?;
+        let token = Arc::new(token);
+        let control = match (options.remote_workers, identity.control_cookie()) {
+            (true, Some(cookie)) => {
+                Some(ControlPlane::start(&identity, &cookie).await.map_err(failed)?)
+            }
+            (true, None) => return Err(failed("the authority has no secret of the control plane")),
+            (false, _) => None,
         };
         let prompts = match Prompts::of(&checkpoint) {
             Ok(prompts) => Some(prompts.serving(config.context)),
@@ -127,7 +129,6 @@ impl CoordinatorHandle {
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
         let handle = Self { actor, endpoint, token, control, prompts, address };
         tokio::spawn(handle.clone().accept());
-        tokio::spawn(log_refusals(handle.endpoint.clone()));
         Ok(handle)
     }
 
@@ -136,7 +137,7 @@ impl CoordinatorHandle {
         self.address
     }
 
-    /// What workers and clients need to come in.
+    /// What workers need to come in.
     pub fn token(&self) -> &JoinToken {
         &self.token
     }
@@ -330,10 +331,4 @@ impl CoordinatorHandle {
 /// for every cluster.
 pub(crate) fn scope(token: &JoinToken) -> String {
     format!("lite-llm {}", token.cluster())
-}
-
-async fn log_refusals(endpoint: Endpoint) {
-    while let Some(refusal) = endpoint.next_refusal().await {
-        info!(address = %refusal.address, reason = %refusal.reason, "refused a connection");
-    }
 }

@@ -14,7 +14,7 @@ use lite_llm_transport::{
     endpoint::{Endpoint, Expect, Options},
     frame::{FrameReceiver, FrameSender},
     identity::Role,
-    join::join,
+    join::join_within,
     messages::{ClientReply, ClientRequest, ClusterStatus, JobContinue, JobRequest},
     session::Hello,
     token::JoinToken,
@@ -44,11 +44,12 @@ struct Client {
 
 impl Client {
     async fn connect(args: &ClientArgs) -> Result<Self> {
-        let token = read_token(args.token.as_ref())?;
+        let token = read_token(args.token.as_ref(), Role::Client)?;
+        let retry = args.retry.0;
         let addresses = coordinator_addresses(args.coordinator.as_ref(), &token).await?;
         let mut last = anyhow::anyhow!("the coordinator has no address");
         for address in addresses {
-            match Self::connect_to(address, &token).await {
+            match Self::connect_to(address, &token, retry).await {
                 Ok(client) => return Ok(client),
                 Err(error) => last = error,
             }
@@ -56,12 +57,14 @@ impl Client {
         Err(last)
     }
 
-    async fn connect_to(address: SocketAddr, token: &JoinToken) -> Result<Self> {
+    async fn connect_to(address: SocketAddr, token: &JoinToken, retry: Duration) -> Result<Self> {
         let hello = Hello::new(DETERMINISM_VERSION);
         let name = format!("client-{}", std::process::id());
-        let identity = join(address, token, Role::Client, &name, &hello).await?;
+        let started = Instant::now();
+        let identity = join_within(retry, address, token, Role::Client, &name, &hello).await?;
         let endpoint = Endpoint::outgoing(address, &identity, Options::new(hello))?;
-        let connection = endpoint.connect(address, &Expect::coordinator()).await?;
+        let left = retry.saturating_sub(started.elapsed());
+        let connection = endpoint.connect_within(left, address, &Expect::coordinator()).await?;
         Ok(Self { endpoint, connection })
     }
 

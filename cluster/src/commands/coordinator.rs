@@ -1,12 +1,21 @@
 //! `lite-llm coordinator`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context, Result};
 use lite_llm_actors::coordinator::{CoordinatorHandle, CoordinatorOptions};
-use lite_llm_transport::{identity::ClusterCa, messages::ClusterStatus};
+use lite_llm_transport::{
+    identity::{ClusterCa, Role},
+    messages::ClusterStatus,
+    moment::utc,
+    state::StateDir,
+    token::JoinToken,
+};
 
-use super::{TOKEN_FILE, bad_input, default_state, interrupted, open_model, placement};
+use super::{bad_input, default_state, interrupted, open_model, placement};
 use crate::cli::CoordinatorArgs;
 
 /// How often the state is looked at, to say what changed.
@@ -31,6 +40,9 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
              one workers are to use"
         )));
     }
+    // Held until this process ends: two coordinators of one state would overwrite each other's
+    // tokens.
+    let _only = StateDir::open_or_create(&state).map_err(bad_input)?.lock_coordinator()?;
     let authority = Arc::new(ClusterCa::open_or_create(&state).map_err(bad_input)?);
     let options = CoordinatorOptions {
         listen: args.listen,
@@ -46,12 +58,24 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     };
     let coordinator = CoordinatorHandle::start(options).await?;
     let address = args.advertise.unwrap_or(coordinator.address());
-    let token = state.join(TOKEN_FILE);
-    authority.join_token(address.to_string()).write(&token)?;
+    let mut tokens = Vec::new();
+    for role in [Role::Worker, Role::Client] {
+        let (token, path) =
+            (authority.join_token(role, address.to_string())?, JoinToken::path_in(&state, role));
+        token.write(&path)?;
+        if token.expires() <= SystemTime::now() {
+            remark!(
+                "the token that makes {role}s expired at {}; make a new one: lite-llm token {role} \
+                 --rotate",
+                utc(token.expires())
+            );
+        }
+        tokens.push(path.display().to_string());
+    }
     say!("coordinator on {}, model {}", coordinator.address(), model.display());
-    say!("join token written to {}", token.display());
-    say!("start a worker:  lite-llm worker --join {address} --token {}", token.display());
-    say!("ask it:          lite-llm submit --token {} \"…\"", token.display());
+    say!("tokens written to {} and {}", tokens[0], tokens[1]);
+    say!("start a worker:  lite-llm worker --join {address} --token {}", tokens[0]);
+    say!("ask it:          lite-llm submit --token {} \"…\"", tokens[1]);
     let watched = coordinator.clone();
     tokio::select! {
         () = watch(watched) => {

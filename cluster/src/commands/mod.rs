@@ -1,6 +1,7 @@
 //! One file per command, and what several of them need.
 
 mod answer;
+mod authority;
 mod bench;
 mod client;
 mod coordinator;
@@ -22,7 +23,7 @@ use lite_llm_actors::{
 };
 use lite_llm_kernels::{cpu::Cpu, simd::Simd};
 use lite_llm_runtime::{checkpoint::Checkpoint, config::ModelConfig};
-use lite_llm_transport::token::JoinToken;
+use lite_llm_transport::{identity::Role, token::JoinToken};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -184,6 +185,8 @@ async fn perform(command: Command, json: bool) -> Result<()> {
         Command::Submit(args) => client::submit(args, json).await,
         Command::Status(args) => client::status(args, json).await,
         Command::Drain(args) => client::drain(args).await,
+        Command::Token(args) => authority::token(args, json),
+        Command::Revoke(args) => authority::revoke(args, json),
         Command::Bench(args) => bench::bench(args, json).await,
         Command::Doctor => doctor::doctor(json),
     }
@@ -300,15 +303,21 @@ fn default_state() -> Result<PathBuf> {
     Ok(home.join("lite-llm"))
 }
 
-/// Name of the token file within a coordinator's state.
-const TOKEN_FILE: &str = "join-token";
-
-fn read_token(path: Option<&PathBuf>) -> Result<JoinToken> {
+/// The token that makes this role: the given one, or that of this machine's coordinator.
+fn read_token(path: Option<&PathBuf>, role: Role) -> Result<JoinToken> {
     let path = match path {
         Some(path) => path.clone(),
-        None => default_state()?.join(TOKEN_FILE),
+        None => JoinToken::path_in(&default_state()?, role),
     };
-    JoinToken::read(&path).map_err(bad_input)
+    let token = JoinToken::read(&path).map_err(bad_input)?;
+    let made = token.role();
+    if made != role {
+        let shown = path.display();
+        return Err(bad_input(anyhow::anyhow!(
+            "{shown}: this token makes {made}s; a {role} needs the coordinator's {role}.token"
+        )));
+    }
+    Ok(token)
 }
 
 /// The addresses of the coordinator: of the host that was given, or of the one in the token.

@@ -6,6 +6,7 @@ use lite_llm_actors::{
     worker::{Worker, WorkerOptions, local_address},
 };
 use lite_llm_kernels::device::Device;
+use lite_llm_transport::identity::Role;
 
 use super::{bad_input, coordinator_addresses, first_that_answers, interrupted, read_token};
 use crate::{cli::WorkerArgs, size::Size};
@@ -20,7 +21,7 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
         let found = &args.device;
         return Err(bad_input(anyhow!("--device {found}: this release computes on cpu only")));
     }
-    let token = read_token(args.token.as_ref())?;
+    let token = read_token(args.token.as_ref(), Role::Worker)?;
     let addresses = coordinator_addresses(args.join.as_ref(), &token).await?;
     let device = args.compute.device(1)?;
     let dram_bytes = args.compute.dram_bytes(1);

@@ -165,6 +165,11 @@ impl Process {
         self.readers[0].is_finished()
     }
 
+    /// Its number.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal, by its name.
     pub(crate) fn signal(&self, name: &str) {
         let kill = format!("kill -{name} {}", self.child.id());
@@ -225,7 +230,7 @@ pub(crate) fn run_with_input(args: &[&str], input: &[u8]) -> Ended {
 pub(crate) struct Cluster {
     pub(crate) coordinator: Process,
     pub(crate) workers: Vec<(String, Process)>,
-    /// The coordinator's state, with the join token.
+    /// The coordinator's state, with the tokens.
     pub(crate) state: tempfile::TempDir,
     more: Vec<String>,
     /// The coordinator's own arguments.
@@ -301,9 +306,14 @@ impl Cluster {
         }
     }
 
-    /// Where the join token is.
+    /// Where the token for clients is.
     pub(crate) fn token(&self) -> String {
-        self.state.path().join("join-token").to_str().unwrap().to_owned()
+        self.state.path().join("client.token").to_str().unwrap().to_owned()
+    }
+
+    /// Where the token for workers is.
+    pub(crate) fn worker_token(&self) -> String {
+        self.state.path().join("worker.token").to_str().unwrap().to_owned()
     }
 
     /// Starts a worker.
@@ -314,7 +324,7 @@ impl Cluster {
 
     /// Starts a worker that is no member yet.
     pub(crate) fn worker(&self, name: &str) -> Process {
-        let token = self.token();
+        let token = self.worker_token();
         let mut args = vec!["worker", "--token", &token, "--name", name, "--threads", "1"];
         args.extend(["--dram", "1GiB", "--kv", "64MiB"]);
         args.extend(self.more.iter().map(String::as_str));

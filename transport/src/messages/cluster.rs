@@ -146,6 +146,43 @@ impl Assignment {
     }
 }
 
+/// Most names that are revoked at a time.
+pub const REVOKED_MAX: usize = 4096;
+
+/// A name that was sent away for good.
+#[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Revoked {
+    /// The name.
+    pub name: String,
+    /// Its certificates that were issued until then are refused; milliseconds since 1970.
+    pub until: u64,
+    /// Whether it may get no other.
+    pub barred: bool,
+}
+
+/// The coordinator tells a worker all names that are revoked: the worker refuses them as peers, and
+/// ends connections that it has with them. A list replaces the one before.
+#[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct RevokedNames {
+    /// All of them.
+    pub names: Vec<Revoked>,
+}
+
+impl RevokedNames {
+    /// Whether the list is within its bound. To be asked once, on receipt.
+    pub fn check(&self) -> Result<(), MessageError> {
+        match self.names.len() {
+            0..=REVOKED_MAX => Ok(()),
+            found => Err(MessageError::Field {
+                what: "RevokedNames",
+                field: "number of names",
+                found: found as u64,
+                expected: format!("{REVOKED_MAX} at most"),
+            }),
+        }
+    }
+}
+
 /// One node, as `status` shows it.
 #[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
 pub struct NodeStatus {

@@ -20,7 +20,7 @@ pub mod trace;
 
 pub use cluster::{
     Assignment, ClusterStatus, NodeAddress, NodeInfo, NodeReport, NodeStatus, NodeVitals,
-    PLACEMENT_HOLDERS_MAX, PLACEMENT_RULES_MAX, PlacementRule,
+    PLACEMENT_HOLDERS_MAX, PLACEMENT_RULES_MAX, PlacementRule, REVOKED_MAX, Revoked, RevokedNames,
 };
 pub use experts::{
     ExpertBatch, ExpertBatchView, ExpertCall, ExpertFailure, ExpertOutputs, ExpertOutputsView,

@@ -79,6 +79,11 @@ impl FromStr for TraceContext {
     }
 }
 
+/// Bytes as lower-case hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Reads exactly `out.len()` bytes written as lower-case hexadecimal digits.
 pub(crate) fn hex_into(text: &str, out: &mut [u8]) -> Option<()> {
     let digit = |b: u8| match b {

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub(crate) mod intruder;
+
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use lite_llm_transport::{

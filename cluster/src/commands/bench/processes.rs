@@ -15,7 +15,10 @@ use lite_llm_actors::{
     local::LocalCluster,
 };
 use lite_llm_runtime::checkpoint::Checkpoint;
-use lite_llm_transport::identity::ClusterCa;
+use lite_llm_transport::{
+    identity::{ClusterCa, Role},
+    token::JoinToken,
+};
 use tokio::{
     process::{Child, Command},
     time::timeout,
@@ -23,7 +26,7 @@ use tokio::{
 
 use crate::{
     cli::BenchModelArgs,
-    commands::{LOCAL_PATIENCE, TOKEN_FILE, bad_input, placement},
+    commands::{LOCAL_PATIENCE, bad_input, placement},
 };
 
 /// How long workers may take to load and join.
@@ -99,8 +102,8 @@ impl Processes {
         })
         .await?;
         let folder = tempfile::tempdir().context("a folder for the join token")?;
-        let token = folder.path().join(TOKEN_FILE);
-        authority.join_token(coordinator.address().to_string()).write(&token)?;
+        let token = JoinToken::path_in(folder.path(), Role::Worker);
+        authority.join_token(Role::Worker, coordinator.address().to_string())?.write(&token)?;
         let program = std::env::current_exe().context("the path of this program")?;
         // Asked once: workers that load already would leave less for the next.
         let (dram, simd) = (local.compute.dram_bytes(count).to_string(), local.compute.simd()?);

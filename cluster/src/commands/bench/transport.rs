@@ -149,8 +149,8 @@ impl Pair {
         let coordinator =
             Endpoint::bind_coordinator(loopback, &identity, authority.clone(), options.clone())?;
         let folder = tempfile::tempdir().context("no temporary folder for the join token")?;
-        let token = folder.path().join("join-token");
-        authority.join_token(coordinator.local_addr()?.to_string()).write(&token)?;
+        let token = JoinToken::path_in(folder.path(), Role::Worker);
+        authority.join_token(Role::Worker, coordinator.local_addr()?.to_string())?.write(&token)?;
 
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench", "transport-peer", "--token"]).arg(&token);
