@@ -21,7 +21,7 @@ use lite_llm_transport::{
     endpoint::{Endpoint, Expect},
     frame::{FrameError, FrameReceiver, FrameSender, OutgoingFrame},
     identity::Role,
-    messages::{ExpertBatchView, ExpertFailure, ExpertReplyView, NodeAddress},
+    messages::{ExpertBatchView, ExpertFailure, ExpertReplyView, NodeAddress, Revoked},
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -112,11 +112,14 @@ impl Links {
         });
         self.down.lock().retain(|name, _| wanted.iter().any(|link| link.name == *name));
         for link in wanted {
-            if !keepers.contains_key(&link) {
-                let task = tokio::spawn(self.clone().keep_link(link.clone()));
-                keepers.insert(link, task.abort_handle());
-            }
+            let keep = || tokio::spawn(self.clone().keep_link(link.clone())).abort_handle();
+            keepers.entry(link.clone()).or_insert_with(keep);
         }
+    }
+
+    /// Has no connection with these any more. A list replaces the one before.
+    pub fn revoke(&self, names: Vec<Revoked>) {
+        self.endpoint.set_revoked(names);
     }
 
     /// Keeps no link any more.

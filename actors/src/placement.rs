@@ -4,6 +4,9 @@
 //! expert has as many holders as copies were asked for; where nodes or budgets allow fewer, a
 //! holder is named twice, and counts once. Placement never changes a result, only where work is
 //! done. [`plan`] makes one from what was before and from who is there.
+//!
+//! Experts of a rule are numbered by sparse layer, then group, then expert; number i is held by entry
+//! `i mod entries` of its holders, of `copies` nodes. A node is named by its slot in the membership.
 
 mod plan;
 
@@ -105,7 +108,7 @@ impl Placement {
     /// holders are fewer than copies.
     ///
     /// # Panics
-    /// If the model has no such expert.
+    /// If the expert's group is not placed; layer and expert are not checked.
     pub fn holders(&self, key: ExpertKey) -> &[u16] {
         let placed = |rule: &&PlacementRule| {
             rule.tier == key.tier && (rule.first_group..rule.end_group).contains(&key.group)
@@ -127,7 +130,7 @@ impl Placement {
     }
 
     /// Bytes that each of so many nodes holds, with experts of `bytes[tier]` each.
-    pub fn held(&self, _: &ModelConfig, bytes: &[u64], nodes: usize) -> Vec<u64> {
+    pub fn held(&self, bytes: &[u64], nodes: usize) -> Vec<u64> {
         let mut held = vec![0u64; nodes];
         for (rule, experts, holders) in self.turns() {
             let part = experts.saturating_mul(bytes[usize::from(rule.tier)]);
@@ -294,9 +297,8 @@ mod tests {
 
     #[test]
     fn a_holder_that_is_named_twice_counts_once() {
-        let config = tiny_model(1, 4);
         let placement = placed(1, 4, 2, &[0, 0, 1, 2]);
-        assert_eq!(placement.held(&config, &[10], 3), [20, 20, 20]);
+        assert_eq!(placement.held(&[10], 3), [20, 20, 20]);
         assert_eq!(placement.copies(|_| true), 1);
         assert!(placement.missing(|node| node != 0));
         assert!(!placement.missing(|node| node != 1), "the other copy is alive");

@@ -52,7 +52,8 @@ pub fn silent(time: Duration) -> String {
 /// Of a member that answers, but does not compute.
 pub fn stuck(time: Duration) -> String {
     format!(
-        "its compute thread has work and did not get on for {:.1} s; look for a disk or a network          folder that hangs",
+        "its compute thread has work and did not get on for {:.1} s; look for a disk or a network \
+         folder that hangs",
         time.as_secs_f32()
     )
 }

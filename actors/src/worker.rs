@@ -14,7 +14,7 @@ use lite_llm_runtime::store::DramStore;
 use lite_llm_transport::{
     PROTOCOL_VERSION, RELEASE,
     connection::{Connection, StreamKind},
-    endpoint::{Endpoint, Expect, Options},
+    endpoint::{ConnectError, Endpoint, Expect, Options},
     identity::{Identity, Role},
     join::join,
     messages::{Assignment, NodeInfo},
@@ -104,9 +104,9 @@ struct Session {
 
 impl Home {
     /// Connects to the coordinator and takes its jobs.
-    async fn connect(&self) -> Result<Session, WorkerError> {
+    async fn connect(&self) -> Result<Session, ConnectError> {
         let expect = Expect::coordinator();
-        let connection = self.endpoint.connect(self.coordinator, &expect).await.map_err(failed)?;
+        let connection = self.endpoint.connect(self.coordinator, &expect).await?;
         // Nothing that an earlier coordinator, or this one before, said counts on.
         *self.serving.lock() = None;
         tokio::spawn(serve_jobs(connection.clone(), self.inbox.clone()));
@@ -131,14 +131,14 @@ impl Home {
         let deadline = tokio::time::Instant::now() + patience;
         let (mut pause, longest) = RECONNECT_PAUSES;
         loop {
-            let again = async {
-                let mut session = self.connect().await?;
-                self.control(&mut session).await?;
-                Ok(session)
-            };
-            let error: WorkerError = match again.await {
-                Ok(session) => return Ok(session),
-                Err(error) => error,
+            let error = match self.connect().await {
+                Ok(mut session) => match self.control(&mut session).await {
+                    Ok(()) => return Ok(session),
+                    Err(error) => error,
+                },
+                // It will never be let in again.
+                Err(error @ ConnectError::Revoked { .. }) => return Err(failed(error)),
+                Err(error) => failed(error),
             };
             if tokio::time::Instant::now() + pause > deadline {
                 return Err(WorkerError(format!(
@@ -176,7 +176,7 @@ impl Worker {
             inbox: inbox.clone(),
             serving: Arc::default(),
         };
-        let mut session = home.connect().await?;
+        let mut session = home.connect().await.map_err(failed)?;
         let info = NodeInfo {
             name: name.clone(),
             address: address.to_string(),
@@ -225,7 +225,11 @@ impl Worker {
     pub async fn run(&mut self) -> WorkerError {
         loop {
             let again = async {
-                let lost = self.session.connection.closed().await.reason;
+                let lost = self.session.connection.closed().await;
+                let (revoked, lost) = (lost.revoked, lost.reason);
+                if revoked {
+                    return Err(WorkerError(lost));
+                }
                 if lost.contains(REPLACED) {
                     // Two that take the name from each other would go on for ever.
                     return Err(WorkerError(format!("sent away by the coordinator: {REPLACED}")));

@@ -97,7 +97,7 @@ pub struct LocalArgs {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub workers: u16,
     /// Workers that hold each expert. Never changes a result.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub replicas: u16,
     /// Spread experts at random, by this seed. Never changes a result.
     #[arg(long, value_name = "SEED")]
@@ -349,7 +349,7 @@ pub struct CoordinatorArgs {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=65535))]
     pub workers: u16,
     /// Workers that hold each expert: with 2 or more, one can be lost without a pause.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub replicas: u16,
     /// How long jobs wait for a worker when none can serve them.
     #[arg(long, value_name = "TIME", default_value = "60s")]

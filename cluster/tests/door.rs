@@ -214,7 +214,7 @@ fn tokens_are_replaced_and_names_revoked_while_the_cluster_serves() {
     run(&["revoke", "a", "--undo", "--state", &state]).expect(0, &[]);
     cluster.join("a");
     let coordinator = &mut cluster.coordinator;
-    coordinator.wait_until("a again", |it| it.out().matches("ready: a").count() > 1);
+    coordinator.wait_until("a again", |it| it.out().ends_with("ready: a\n"));
     assert_eq!(cluster.text(), before);
     run(&["revoke", "nobody", "--undo", "--state", &state])
         .one_error(BAD_INPUT, &["nobody is not revoked"]);

@@ -8,14 +8,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::{expert::ExpertKey, tier::TierConfig};
 
-/// Largest number of layers, experts in a layer, and elements of a row that are accepted.
-/// A hostile manifest must not make anybody allocate before its files were seen to be as large.
+/// Most layers. Bounds like this one keep a hostile manifest from making anybody allocate before its
+/// files were seen to be as large.
 pub const LAYERS_MAX: usize = 4096;
-/// See [`LAYERS_MAX`].
-pub const LAYER_EXPERTS_MAX: u64 = 1 << 32;
-/// See [`LAYERS_MAX`].
+/// Most tiers.
+pub const TIERS_MAX: usize = 256;
+/// Experts of one tier in one layer are fewer than this.
+pub const TIER_EXPERTS_MAX: u64 = 1 << 32;
+/// Widest hidden state: rows of batches between nodes are no wider.
+pub const HIDDEN_MAX: usize = 1 << 16;
+/// Widest row otherwise: queries, and the inner widths of feed-forward networks.
 pub const WIDTH_MAX: usize = 1 << 20;
-/// Most positions of a context. Angles are f32 products, exact positions up to here.
+/// Most positions of a context: up to here f32, in which angles are computed, holds each exactly.
 pub const CONTEXT_MAX: usize = 1 << 24;
 
 /// A transformer whose feed-forward layers are dense or mixtures of experts.
@@ -230,8 +234,8 @@ impl MoeConfig {
         self.tiers[tier].k_expert.unwrap_or(self.routing.k_expert)
     }
 
-    /// Sum of `of(tier)` over the `k_tier` tiers where it is largest: the most that a token, which
-    /// may choose any of them, can ask for.
+    /// Upper bound over a token's choice of `k_tier` tiers: the sum of the `k_tier` largest values of
+    /// `of(tier)`.
     pub fn largest_choice(&self, of: impl Fn(usize) -> u64) -> u64 {
         let mut each: Vec<u64> = (0..self.tiers.len()).map(of).collect();
         each.sort_unstable_by(|a, b| b.cmp(a));
@@ -337,9 +341,10 @@ impl ModelConfig {
 
     /// Says whether this describes a model that can run, and if not, why.
     pub fn check(&self) -> Result<(), ConfigError> {
+        let hidden = (1..=HIDDEN_MAX).contains(&self.hidden);
+        require(hidden, "hidden", self.hidden, "1 to 65536 is expected")?;
         let width = |n: usize| (1..=WIDTH_MAX).contains(&n);
         const WIDTH: &str = "1 to 1048576 is expected";
-        require(width(self.hidden), "hidden", self.hidden, WIDTH)?;
         require((1..=1 << 24).contains(&self.vocab), "vocab", self.vocab, "1 to 2^24 is expected")?;
         require(
             (1..=CONTEXT_MAX).contains(&self.context),
@@ -353,8 +358,9 @@ impl ModelConfig {
             self.layers.len(),
             "1 to 4096 layers are expected",
         )?;
-        let eps_ok = self.norm_eps.is_finite() && self.norm_eps >= 0.0;
-        require(eps_ok, "norm_eps", self.norm_eps, "a finite number of at least 0 is expected")?;
+        // A row of zeros has no norm without it.
+        let eps_ok = self.norm_eps.is_finite() && self.norm_eps > 0.0;
+        require(eps_ok, "norm_eps", self.norm_eps, "a positive number is expected")?;
         self.attention.check()?;
         for (i, layer) in self.layers.iter().enumerate() {
             require(
@@ -492,18 +498,25 @@ impl RopeScaling {
 
 impl MoeConfig {
     fn check(&self) -> Result<(), ConfigError> {
-        require(!self.tiers.is_empty(), "moe.tiers", "empty", "at least one tier is expected")?;
+        let tiers = self.tiers.len();
+        require((1..=TIERS_MAX).contains(&tiers), "moe.tiers", tiers, "1 to 256 are expected")?;
         let routing = &self.routing;
+        require(
+            (1..=tiers).contains(&(routing.k_tier as usize)),
+            "moe.routing.k_tier",
+            routing.k_tier,
+            "1 to the number of tiers is expected",
+        )?;
         for (i, tier) in self.tiers.iter().enumerate() {
             let name = |what: &str| format!("moe.tiers.{}.{what}", tier.id);
             let twice = self.tiers[..i].iter().any(|t| t.id == tier.id);
             require(!twice, &name("id"), &tier.id, "tiers must have different names")?;
             let experts = u64::from(tier.groups) * u64::from(tier.experts_per_group);
             require(
-                (1..LAYER_EXPERTS_MAX).contains(&experts),
+                (1..TIER_EXPERTS_MAX).contains(&experts),
                 &name("experts"),
                 experts,
-                "1 to 2^32 - 1 experts per layer are expected",
+                "1 to 2^32 - 1 experts in a layer are expected",
             )?;
             let (k_group, k_expert) = (self.k_group(i), self.k_expert(i));
             require(
@@ -526,12 +539,11 @@ impl MoeConfig {
             )?;
         }
         let k = self.routes_max(|_| true);
-        require((1..=1024).contains(&k), "moe.routing.k", k, "1 to 1024 routes are expected")?;
         require(
-            routing.k_tier as usize <= self.tiers.len(),
-            "moe.routing.k_tier",
-            routing.k_tier,
-            "at most the number of tiers is expected",
+            (1..=1024).contains(&k),
+            "moe.routing (routes of a token)",
+            k,
+            "1 to 1024 are expected",
         )?;
         if let Some(shared) = &self.shared {
             let ok = (1..=WIDTH_MAX).contains(&shared.intermediate);

@@ -4,7 +4,7 @@
 //! needs instead of calling out, so the same code runs alone, in an actor and in a test:
 //!
 //! ```text
-//! advance ─▶ Experts ─▶ (caller runs dispatch().calls, anywhere) ─▶ combine ─▶ advance ─▶ … ─▶ Logits
+//! advance ─▶ Experts ─▶ (caller runs dispatch().routes on its rows, anywhere) ─▶ combine ─▶ advance ─▶ … ─▶ Logits
 //! ```
 //!
 //! Shapes: `N` rows = all tokens of all chunks, `H` hidden, `A` = heads · head_dim,
@@ -157,6 +157,11 @@ struct Tensors<D: Device> {
     logits: D::Tensor,
 }
 
+/// Where a position of a sequence lies in the cache.
+fn slot(pages: &[u32], position: usize) -> KvSlot {
+    KvSlot { page: pages[position / PAGE_TOKENS], offset: (position % PAGE_TOKENS) as u32 }
+}
+
 impl<D: Device> ForwardPass<D> {
     /// Begins a pass; `record` keeps every sparse layer's routes; the spans of the layers are
     /// children of `span`.
@@ -175,10 +180,7 @@ impl<D: Device> ForwardPass<D> {
             for (position, &id) in (chunk.start..).zip(&chunk.tokens) {
                 ids.push(id);
                 positions.push(position as u32);
-                slots.push(KvSlot {
-                    page: chunk.pages[position / PAGE_TOKENS],
-                    offset: (position % PAGE_TOKENS) as u32,
-                });
+                slots.push(slot(&chunk.pages, position));
             }
         }
         let device = &*backbone.device;
@@ -292,7 +294,7 @@ impl<D: Device> ForwardPass<D> {
         }
         self.layer_span = Span::none();
         self.clean(arena)?;
-        debug_span!(parent: &self.span, "logits").in_scope(|| self.project())?;
+        debug_span!(parent: &self.span, "logits").in_scope(|| self.compute_logits())?;
         self.clean(arena)?;
         Ok(Progress::Logits)
     }
@@ -401,8 +403,9 @@ impl<D: Device> ForwardPass<D> {
         self.routes.keep_rows(|row| alive[row]);
     }
 
-    /// Zeroes the hidden states of chunks that failed, and what they wrote to the cache: pages are
-    /// given to other sequences, and a kernel may multiply what lies behind a position by zero.
+    /// Zeroes the hidden states of chunks that failed, and all that their sequences have in the cache,
+    /// for an earlier chunk may have gone wrong without being noticed: pages are given to other
+    /// sequences, and a kernel may multiply what lies behind a position by zero.
     fn clean(&mut self, arena: &mut D::KvArena) -> Result<(), DeviceError> {
         if self.unclean.is_empty() {
             return Ok(());
@@ -414,10 +417,13 @@ impl<D: Device> ForwardPass<D> {
         for chunk in std::mem::take(&mut self.unclean) {
             let rows = self.rows_of(chunk);
             x[rows.start * hidden..rows.end * hidden].fill(0.0);
-            let mut zeros = device.tensor(rows.len(), width)?;
-            device.write(&mut zeros, &vec![0.0; rows.len() * width])?;
-            for layer in 0..self.layer {
-                device.kv_append(arena, layer, &zeros, &zeros, &self.slots[rows.clone()])?;
+            let Chunk { start, tokens, pages, .. } = &self.chunks[chunk];
+            let slots: Vec<KvSlot> =
+                (0..start + tokens.len()).map(|position| slot(pages, position)).collect();
+            let mut zeros = device.tensor(slots.len(), width)?;
+            device.write(&mut zeros, &vec![0.0; slots.len() * width])?;
+            for layer in 0..backbone.layers.len() {
+                device.kv_append(arena, layer, &zeros, &zeros, &slots)?;
             }
         }
         device.write(&mut self.tensors.x, &x)
@@ -523,7 +529,7 @@ impl<D: Device> ForwardPass<D> {
         Ok(())
     }
 
-    fn project(&mut self) -> Result<(), DeviceError> {
+    fn compute_logits(&mut self) -> Result<(), DeviceError> {
         let mut wanted = Vec::new();
         let mut end = 0;
         for (index, chunk) in self.chunks.iter().enumerate() {
@@ -541,10 +547,10 @@ impl<D: Device> ForwardPass<D> {
         device.rms_norm(&t.wanted, &backbone.norm, backbone.config.norm_eps, &mut t.normed)?;
         let head = backbone.head.as_ref().unwrap_or(&backbone.embed);
         device.matmul(&t.normed, head, None, &mut t.logits)?;
-        // The next pass begins there.
+        // The next pass begins with layer 0.
         self.prefetch(0);
         let logits = device.read(&self.tensors.logits)?;
-        // All of them without a way out in between: that becomes vectors.
+        // No early exit, so that the loop vectorises.
         let finite = logits.iter().fold(true, |all, v| all & v.is_finite());
         if !finite {
             let logits = logits.into_owned();
@@ -557,14 +563,16 @@ impl<D: Device> ForwardPass<D> {
     fn fail_logits(&mut self, wanted: &[u32], mut logits: Vec<f32>) -> Result<(), DeviceError> {
         let vocab = self.backbone.config.vocab;
         for (&row, logits) in wanted.iter().zip(logits.chunks_exact(vocab)) {
+            if self.failures[self.place(row as usize).0].is_some() {
+                continue;
+            }
             if let Some(&value) = logits.iter().find(|value| !value.is_finite()) {
                 let error = self.not_finite(row as usize, || ("the logits".into(), value))?;
                 self.fail(self.place(row as usize).0, error);
             }
         }
         let alive = self.rows_alive();
-        let mut rows = wanted.iter();
-        let keep: Vec<bool> = rows.by_ref().map(|&row| alive[row as usize]).collect();
+        let keep: Vec<bool> = wanted.iter().map(|&row| alive[row as usize]).collect();
         let mut to = 0;
         for from in (0..keep.len()).filter(|&row| keep[row]) {
             logits.copy_within(from * vocab..(from + 1) * vocab, to * vocab);

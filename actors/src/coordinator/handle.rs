@@ -129,6 +129,7 @@ impl CoordinatorHandle {
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
         let handle = Self { actor, endpoint, token, control, prompts, address };
         tokio::spawn(handle.clone().accept());
+        tokio::spawn(handle.clone().pass_revoked_on());
         Ok(handle)
     }
 
@@ -233,6 +234,19 @@ impl CoordinatorHandle {
                 // The certificate authority issues no second coordinator to others.
                 Role::Coordinator => continue,
             };
+        }
+    }
+
+    /// Brings the list of revoked names to the workers whenever it changes.
+    async fn pass_revoked_on(self) {
+        let mut revoked = self.endpoint.watch_revoked();
+        loop {
+            let names = revoked.borrow_and_update().clone();
+            if self.actor.cast(CoordinatorMessage::Revoked(names)).is_err()
+                || revoked.changed().await.is_err()
+            {
+                return;
+            }
         }
     }
 

@@ -20,7 +20,8 @@ use lite_llm_runtime::{checkpoint::Checkpoint, config::ModelConfig, tokenizer::T
 use lite_llm_transport::{
     connection::Connection,
     messages::{
-        Assignment, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeStatus, NodeVitals, Prompt,
+        Assignment, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeStatus, NodeVitals,
+        Prompt, Revoked, RevokedNames,
     },
 };
 use ractor::{
@@ -67,6 +68,8 @@ pub enum CoordinatorMessage {
     Disconnected(Connection, String),
     /// A node answered who it is.
     Described(ActorRef<NodeMessage>, NodeReport),
+    /// These names are revoked, and no others.
+    Revoked(Vec<Revoked>),
     /// Something happened to the cluster.
     Cluster(Event),
     /// A node answered how it is.
@@ -162,6 +165,7 @@ pub struct CoordinatorState {
     /// Nodes that described themselves and whose connection stands, by name.
     nodes: BTreeMap<String, Node>,
     names: HashMap<ActorId, String>,
+    revoked: Vec<Revoked>,
     jobs: HashMap<u64, RunningJob>,
     /// Makes the numbers of jobs, which nobody can guess.
     numbers: RandomState,
@@ -196,6 +200,7 @@ impl Actor for Coordinator {
             connections: HashMap::new(),
             nodes: BTreeMap::new(),
             names: HashMap::new(),
+            revoked: Vec::new(),
             jobs: HashMap::new(),
             numbers: RandomState::new(),
             jobs_begun: 0,
@@ -216,6 +221,10 @@ impl Actor for Coordinator {
             CoordinatorMessage::Connected(connection) => state.connected(now, connection),
             CoordinatorMessage::Disconnected(connection, reason) => {
                 state.disconnected(now, &connection, &reason);
+            }
+            CoordinatorMessage::Revoked(names) => {
+                state.revoked = names;
+                state.nodes.values().for_each(|node| state.tell_revoked(node));
             }
             CoordinatorMessage::Described(actor, report) => state.described(now, actor, report),
             CoordinatorMessage::Cluster(event) => state.cluster.handle(now, event),
@@ -348,6 +357,7 @@ impl CoordinatorState {
             total: 0,
         };
         let node = Node { actor, status, leave: watch::Sender::new(None) };
+        self.tell_revoked(&node);
         self.nodes.insert(name, node);
         let same = holding.filter(|held| held.checkpoint == self.arguments.checkpoint.id());
         let holding = same.map(|held| Holding {
@@ -357,6 +367,13 @@ impl CoordinatorState {
             rules: held.placement,
         });
         self.cluster.handle(now, Event::Here { info, holding });
+    }
+
+    /// Tells a node whom it is to have no connection with.
+    fn tell_revoked(&self, node: &Node) {
+        let names = RevokedNames { names: self.revoked.clone() };
+        // A node that is gone needs no telling.
+        let _ = node.actor.cast(NodeMessage::Revoked(Wire::new(names)));
     }
 
     /// A node is gone, if it was here.
@@ -499,6 +516,9 @@ impl CoordinatorState {
         submission: Submission,
     ) -> Result<u64, String> {
         let Submission { mut request, generated, client, events } = submission;
+        if let State::Failed(reason) = self.cluster.state() {
+            return Err(reason.clone());
+        }
         if self.jobs.len() >= JOBS_MAX {
             return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
         }

@@ -143,7 +143,7 @@ impl Cluster {
     fn share(&self, name: &str) -> u64 {
         let placement = self.membership.serving().unwrap();
         let index = usize::from(self.membership.slot(name).unwrap());
-        placement.held(&tiny_model(2, 8), &[1], 16)[index]
+        placement.held(&[1], 16)[index]
     }
 }
 

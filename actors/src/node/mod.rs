@@ -20,7 +20,7 @@ use std::{
 use lite_llm_kernels::{cpu::Cpu, device::Device};
 use lite_llm_runtime::{checkpoint::Checkpoint, expert::ExpertStore, store::DramStore};
 use lite_llm_transport::{
-    messages::{Assignment, NodeInfo, NodeReport, NodeStatus, NodeVitals},
+    messages::{Assignment, NodeInfo, NodeReport, NodeStatus, NodeVitals, RevokedNames},
     pool::BufferPool,
 };
 use parking_lot::Mutex;
@@ -57,6 +57,8 @@ pub enum NodeMessage {
     Vitals(RpcReplyPort<Wire<NodeVitals>>),
     /// These nodes have shown no sign of progress lately; others have.
     Suspects(Wire<Vec<String>>),
+    /// These names are revoked: no connection with them any more.
+    Revoked(Wire<RevokedNames>),
     /// Leave, for this reason.
     Dismiss(String),
 }
@@ -203,6 +205,10 @@ impl Actor for NodeActor {
                     let _ = lane.try_send(LaneEvent::Suspects(names));
                 }
             }
+            NodeMessage::Revoked(names) => match names.into_inner() {
+                Ok(names) if names.check().is_ok() => state.options.links.revoke(names.names),
+                Ok(_) | Err(_) => error!("the coordinator sent a damaged list of revoked names"),
+            },
             NodeMessage::Dismiss(reason) => {
                 info!(%reason, "sent away by the coordinator");
                 let _ =

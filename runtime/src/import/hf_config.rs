@@ -137,7 +137,7 @@ fn named(
         "attention.rope_theta" if rope.has("rope_theta") => rope.name("rope_theta"),
         "attention.rope_theta" => file.name("rope_theta"),
         "attention.clip_qkv" => file.name("clip_qkv"),
-        "moe.routing.k" => file.name("num_experts_per_tok"),
+        "moe.routing (routes of a token)" => file.name("num_experts_per_tok"),
         "moe.shared.intermediate" => file.name("shared_expert_intermediate_size"),
         _ if field.starts_with(ROPE) => match last {
             // It may stand beside the others' table.

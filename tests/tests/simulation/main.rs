@@ -77,6 +77,9 @@ fn model() -> Arc<Model> {
     Arc::new(Model { backbone, store, expert_bytes: bytes, jobs })
 }
 
+/// What some histories came to: events, injected faults by name, and what went wrong by seed.
+type Found = (u64, BTreeMap<&'static str, u64>, Vec<(u64, String)>);
+
 /// One history. Returns it at its end.
 fn history(model: &Arc<Model>, seed: u64, defect: Option<Defect>) -> World {
     let mut world = World::new(model.clone(), seed, defect);
@@ -103,30 +106,28 @@ fn every_job_ends_once_with_its_own_tokens_and_the_cluster_is_whole_again() {
     let histories = number("LITE_LLM_HISTORIES").unwrap_or(HISTORIES);
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let (next, begun) = (AtomicU64::new(0), Instant::now());
-    let results: Vec<(u64, BTreeMap<&str, u64>, Vec<(u64, String)>)> =
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..threads)
-                .map(|_| {
-                    scope.spawn(|| {
-                        let (mut events, mut injected, mut wrong) =
-                            (0, BTreeMap::new(), Vec::new());
-                        loop {
-                            let seed = next.fetch_add(1, Relaxed);
-                            if seed >= histories || wrong.len() > 3 {
-                                return (events, injected, wrong);
-                            }
-                            let world = history(&model, seed, None);
-                            events += world.events;
-                            for (name, count) in &world.injected {
-                                *injected.entry(*name).or_default() += count;
-                            }
-                            wrong.extend(world.wrong.map(|what| (seed, what)));
+    let results: Vec<Found> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|_| {
+                scope.spawn(|| {
+                    let (mut events, mut injected, mut wrong) = (0, BTreeMap::new(), Vec::new());
+                    loop {
+                        let seed = next.fetch_add(1, Relaxed);
+                        if seed >= histories || wrong.len() > 3 {
+                            return (events, injected, wrong);
                         }
-                    })
+                        let world = history(&model, seed, None);
+                        events += world.events;
+                        for (name, count) in &world.injected {
+                            *injected.entry(*name).or_default() += count;
+                        }
+                        wrong.extend(world.wrong.map(|what| (seed, what)));
+                    }
                 })
-                .collect();
-            workers.into_iter().map(|worker| worker.join().unwrap()).collect()
-        });
+            })
+            .collect();
+        workers.into_iter().map(|worker| worker.join().unwrap()).collect()
+    });
     let mut injected: BTreeMap<&str, u64> = BTreeMap::new();
     let events: u64 = results.iter().map(|(events, ..)| events).sum();
     for (name, count) in results.iter().flat_map(|(_, injected, _)| injected) {

@@ -19,7 +19,7 @@ fn counts(config: &ModelConfig, placement: &Placement, nodes: usize) -> Vec<u64>
         held.for_each(|node| counts[node] += 1);
     }
     let tiers = config.moe.as_ref().map_or(0, |moe| moe.tiers.len());
-    assert_eq!(counts, placement.held(config, &vec![1; tiers], nodes), "held counts as holds says");
+    assert_eq!(counts, placement.held(&vec![1; tiers], nodes), "held counts as holds says");
     counts
 }
 
@@ -57,12 +57,12 @@ fn a_placement_is_small_however_many_experts_there_are() {
     let uneven = some(&[experts / 4, experts]);
     let placement = plan(&config, &[1], None, &uneven, 1, BALANCED).unwrap();
     assert!(placement.rules()[0].holders.len() <= TURN_MAX);
-    let held = placement.held(&config, &[1], 2);
+    let held = placement.held(&[1], 2);
     assert!(held[0] <= experts / 4 && held[0] + held[1] == experts, "{held:?}");
     // A short turn is drawn out for a third, without any other move.
     let three = some(&[experts; 3]);
     let joined = plan(&config, &[1], Some(&even), &three, 1, BALANCED).unwrap();
-    let held = joined.held(&config, &[1], 3);
+    let held = joined.held(&[1], 3);
     let (most, least) = (held.iter().max().unwrap(), held.iter().min().unwrap());
     assert!(most - least <= experts.div_ceil(TURN_MAX as u64), "{held:?}");
     assert!(
@@ -266,8 +266,8 @@ fn check(
     members: &[Option<u64>],
 ) {
     let living = |node: u16| members.get(usize::from(node)).is_some_and(Option::is_some);
-    let held = new.held(config, bytes, members.len());
-    let before = old.map(|old| old.held(config, bytes, members.len()));
+    let held = new.held(bytes, members.len());
+    let before = old.map(|old| old.held(bytes, members.len()));
     let mut union = before.clone().unwrap_or(vec![0; members.len()]);
     for key in config.expert_keys() {
         assert!(new.holders(key).iter().all(|node| living(*node)), "seed {seed}: a dead holder");
