@@ -387,12 +387,14 @@ impl Cluster {
         }
     }
 
-    /// Gives the jobs that wait to nodes that can take them: each to the one with the fewest.
+    /// Gives the jobs that wait to nodes that can take them: each to the one with the fewest, of equals to
+    /// the first by name.
     fn find_homes(&mut self) {
         while let Some(&job) = self.homeless.front() {
             let jobs = |name: &&str| self.nodes.get(*name).map(|node| node.jobs);
             let homes = self.membership.homes().filter(|name| jobs(name).is_some());
-            let Some(name) = homes.min_by_key(jobs).map(str::to_owned) else { return };
+            let Some(name) = homes.min_by_key(|name| (jobs(name), *name)) else { return };
+            let name = name.to_owned();
             self.homeless.pop_front();
             if let Some(node) = self.nodes.get_mut(&name) {
                 node.jobs += 1;

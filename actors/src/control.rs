@@ -7,7 +7,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use lite_llm_transport::{
@@ -22,6 +22,9 @@ use ractor_cluster::{
 
 /// Longest message of the control plane, in bytes: an assignment of a large model.
 pub const CONTROL_BYTES_MAX: u64 = 16 << 20;
+
+/// How long the list of sessions may take: it is in this process.
+const SESSIONS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A QUIC stream as ractor_cluster takes it.
 struct ControlStream {
@@ -85,6 +88,14 @@ impl ControlPlane {
         let message = NodeServerMessage::ConnectionOpenedExternal { stream, is_server: accepted };
         // Its server stops only with the process.
         let _ = self.server.cast(message);
+    }
+
+    /// Whose connection a session came through, as its certificate says.
+    pub async fn peer_of(&self, session: u64) -> Option<String> {
+        let timeout = SESSIONS_TIMEOUT.as_millis() as u64;
+        let sessions =
+            ractor::call_t!(self.server, NodeServerMessage::GetSessions, timeout).ok()?;
+        sessions.into_values().find(|known| known.node_id == session).map(|known| known.peer_addr)
     }
 
     /// Ends it.

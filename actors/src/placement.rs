@@ -108,7 +108,8 @@ impl Placement {
     /// holders are fewer than copies.
     ///
     /// # Panics
-    /// If the expert's group is not placed; layer and expert are not checked.
+    /// If the expert's group is not placed, or the model has no such layer; an expert beyond its group
+    /// gets some holder.
     pub fn holders(&self, key: ExpertKey) -> &[u16] {
         let placed = |rule: &&PlacementRule| {
             rule.tier == key.tier && (rule.first_group..rule.end_group).contains(&key.group)

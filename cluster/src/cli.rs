@@ -14,7 +14,7 @@ use crate::{size::Size, time::Time};
 
 /// Serve sparse mixture-of-experts models from many machines, with the same bits on any of them.
 #[derive(Debug, Parser)]
-#[command(name = "lite-llm", version, max_term_width = 100)]
+#[command(name = "lite-llm", version)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

@@ -287,12 +287,24 @@ impl ModelConfig {
 
     /// Every expert whose tier is there: layers, tiers, groups, experts upwards.
     pub fn expert_keys(&self) -> impl Iterator<Item = ExpertKey> + '_ {
-        let of_layer = |layer: usize| {
-            self.moe.iter().flat_map(move |moe| {
-                (0..moe.experts()).filter_map(move |flat| ExpertKey::from_flat(moe, layer, flat))
-            })
-        };
-        self.sparse_layers().flat_map(of_layer).filter(|key| self.has_tier(key.tier.into()))
+        // What an absent tier claims to hold is bounded by no file.
+        let tiers = self.moe.iter().flat_map(|moe| (0u16..).zip(&moe.tiers));
+        let here: Vec<_> = tiers.filter(|(_, tier)| !tier.absent).collect();
+        self.sparse_layers().flat_map(move |layer| {
+            let of_tier = move |(tier, config): (u16, &TierConfig)| {
+                let (groups, experts) = (config.groups, config.experts_per_group);
+                let of_group = move |group| {
+                    (0..experts).map(move |expert| ExpertKey {
+                        layer: layer as u16,
+                        tier,
+                        group,
+                        expert,
+                    })
+                };
+                (0..groups).flat_map(of_group)
+            };
+            here.clone().into_iter().flat_map(of_tier)
+        })
     }
 
     /// Whether the model has this tier, and its files are there.
@@ -415,7 +427,11 @@ impl AttentionConfig {
             self.head_dim,
             "an even number from 2 to 1024 is expected",
         )?;
-        let theta_ok = self.rope_theta.is_finite() && self.rope_theta > 0.0;
+        let queries = self.heads * self.head_dim;
+        let expected = "heads × head_dim of at most 1048576 is expected";
+        require(queries <= WIDTH_MAX, "attention.heads", self.heads, expected)?;
+        // Angles are computed in f32.
+        let theta_ok = (1e-9..=1e30).contains(&self.rope_theta);
         require(
             theta_ok,
             "attention.rope_theta",
@@ -440,8 +456,9 @@ impl RopeScaling {
     fn check(&self, head_dim: usize) -> Result<(), ConfigError> {
         const AT: &str = "attention.rope_scaling";
         let positive = |key: &str, n: f64| {
-            let ok = n.is_finite() && n > 0.0;
-            require(ok, &format!("{AT}.{key}"), n, "a positive number is expected")
+            // Both it and its inverse are to be numbers in f32, in which angles are computed.
+            let ok = (1e-9..=1e9).contains(&n);
+            require(ok, &format!("{AT}.{key}"), n, "a positive number up to 1e9 is expected")
         };
         let context = |n: usize| {
             let ok = (1..=CONTEXT_MAX).contains(&n);

@@ -76,6 +76,11 @@ fn nothing_unwraps_outside_tests_and_nothing_is_left_undone() {
     for (path, text) in
         sources(&ORDER.map(|folder| format!("{folder}/src")).each_ref().map(String::as_str))
     {
+        // A module of tests has a file of its own where it is long.
+        let tests = ["tests.rs", "campaign.rs", "testing.rs"];
+        if tests.iter().any(|name| path.ends_with(name)) {
+            continue;
+        }
         for (number, line) in (1..).zip(outside_tests(&text).lines()) {
             let code = line.split("//").next().unwrap_or(line);
             for banned in [".unwrap()", "todo!(", "unimplemented!(", "dbg!("] {

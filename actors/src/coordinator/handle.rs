@@ -23,7 +23,10 @@ use lite_llm_transport::{
     token::JoinToken,
 };
 use ractor::{Actor, ActorRef};
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::timeout,
+};
 use tracing::warn;
 
 use crate::{
@@ -36,6 +39,11 @@ use crate::{
 
 /// Longest prompt as text, in bytes.
 pub const PROMPT_BYTES_MAX: usize = 4 << 20;
+/// Prompts that are tokenised at the same time, and that wait for it.
+const TOKENISED_MAX: usize = 2;
+const TOKENISE_WAITING_MAX: usize = 256;
+/// How long a prompt may wait to be tokenised.
+const TOKENISE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a coordinator is started with.
 pub struct CoordinatorOptions {
@@ -78,6 +86,9 @@ pub struct CoordinatorHandle {
     token: Arc<JoinToken>,
     control: Option<ControlPlane>,
     prompts: Option<Prompts>,
+    /// Places at the tokenizer, and in the queue for it.
+    tokenizing: Arc<Semaphore>,
+    queued: Arc<Semaphore>,
     address: SocketAddr,
 }
 
@@ -125,9 +136,12 @@ impl CoordinatorHandle {
             kv_dtype: options.kv_dtype,
             config,
             patience: options.patience,
+            control: control.clone(),
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
-        let handle = Self { actor, endpoint, token, control, prompts, address };
+        let tokenizing = Arc::new(Semaphore::new(TOKENISED_MAX));
+        let queued = Arc::new(Semaphore::new(TOKENISE_WAITING_MAX));
+        let handle = Self { actor, endpoint, token, control, prompts, tokenizing, queued, address };
         tokio::spawn(handle.clone().accept());
         tokio::spawn(handle.clone().pass_revoked_on());
         Ok(handle)
@@ -192,6 +206,14 @@ impl CoordinatorHandle {
         let Some(prompts) = self.prompts.clone() else {
             return Err(ServeError("the model has no tokenizer; send token ids".into()));
         };
+        let busy = || {
+            ServeError(format!(
+                "{TOKENISE_WAITING_MAX} prompts wait to be tokenised already; try again later"
+            ))
+        };
+        let _queued = self.queued.try_acquire().map_err(|_| busy())?;
+        let place = timeout(TOKENISE_TIMEOUT, self.tokenizing.acquire()).await;
+        let _place = place.map_err(|_| busy())?.map_err(failed)?;
         let encode = move || match chat {
             true => prompts.encode_chat(&Conversation::from_json(&text)?),
             false => prompts.encode(&text),

@@ -19,6 +19,7 @@ use lite_llm_kernels::kv::KvDType;
 use lite_llm_runtime::{checkpoint::Checkpoint, config::ModelConfig, tokenizer::Tokenizer};
 use lite_llm_transport::{
     connection::Connection,
+    identity::Role,
     messages::{
         Assignment, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeStatus, NodeVitals,
         Prompt, Revoked, RevokedNames,
@@ -40,6 +41,7 @@ pub use self::{
 use self::{job::Job, progress::JobProgress};
 use crate::{
     cluster::{Cluster, Command, Event, Vitals},
+    control::ControlPlane,
     liveness,
     membership::{Holding, MembershipOptions, Plan, State},
     node::{Loaded, NODES, NodeMessage, jobs},
@@ -136,6 +138,8 @@ pub struct CoordinatorArguments {
     pub config: ModelConfig,
     /// How long jobs wait for a node.
     pub patience: Duration,
+    /// The control plane, if nodes are other processes.
+    pub control: Option<ControlPlane>,
 }
 
 /// See the module's text.
@@ -283,7 +287,7 @@ impl Actor for Coordinator {
                 if group == NODES =>
             {
                 for cell in cells {
-                    describe(&myself, cell.into());
+                    describe(&myself, state.arguments.control.clone(), cell.into());
                 }
             }
             SupervisionEvent::ProcessGroupChanged(GroupChangeMessage::Leave(_, group, cells))
@@ -302,15 +306,31 @@ impl Actor for Coordinator {
     }
 }
 
-/// Asks a node who it is.
-fn describe(myself: &ActorRef<CoordinatorMessage>, actor: ActorRef<NodeMessage>) {
+/// Asks a node who it is, and sees that its certificate says the same.
+fn describe(
+    myself: &ActorRef<CoordinatorMessage>,
+    control: Option<ControlPlane>,
+    actor: ActorRef<NodeMessage>,
+) {
     let myself = myself.clone();
     tokio::spawn(async move {
         let timeout = ANSWER_TIMEOUT.as_millis() as u64;
         let answer = ractor::call_t!(actor, NodeMessage::Describe, timeout);
         match answer.map(Wire::into_inner) {
             // A coordinator that is gone needs no answer, here and below.
-            Ok(Ok(report)) => drop(myself.cast(CoordinatorMessage::Described(actor, report))),
+            Ok(Ok(report)) => {
+                let said = format!("{} {}", Role::Worker, report.info.name);
+                let is = match &control {
+                    Some(control) => control.peer_of(actor.get_id().node()).await,
+                    // In one process there is nobody else.
+                    None => Some(said.clone()),
+                };
+                if is.as_ref() == Some(&said) {
+                    let _ = myself.cast(CoordinatorMessage::Described(actor, report));
+                } else {
+                    warn!(says = %said, is = ?is, "a node says that it is another; it is ignored");
+                }
+            }
             Ok(Err(error)) => warn!(%error, "a node introduced itself with damaged data"),
             Err(error) => warn!(%error, "a node did not say who it is"),
         }
@@ -560,7 +580,8 @@ impl CoordinatorState {
     fn drain(&mut self, now: Instant, name: String) -> Result<(), String> {
         if !self.nodes.contains_key(&name) {
             let here: Vec<&str> = self.nodes.keys().map(String::as_str).collect();
-            return Err(format!("no worker is named {name}; here are: {}", here.join(", ")));
+            let here = if here.is_empty() { "nobody".to_owned() } else { here.join(", ") };
+            return Err(format!("no worker is named {name}; here: {here}"));
         }
         self.cluster.handle(now, Event::Drain { name });
         Ok(())
@@ -584,7 +605,8 @@ impl CoordinatorState {
             waiting_for: words::waiting_for(&self.cluster.missing()),
             jobs_running: self.jobs.len() as u32,
             jobs_done: self.jobs_done,
-            tokens_per_second: nodes.iter().map(|node| node.tokens_per_second).sum(),
+            // A sum of nothing is −0.
+            tokens_per_second: nodes.iter().fold(0.0, |sum, node| sum + node.tokens_per_second),
             nodes,
         }
     }

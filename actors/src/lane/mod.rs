@@ -214,7 +214,10 @@ impl Lane {
             for (sequence, held) in self.jobs.backlogs() {
                 self.machine.handle(now, Event::Hold { sequence, held });
             }
-            if self.carry_out(now) {
+            let work = self.carry_out(now);
+            let sequences = self.machine.engine().sequences() as u32;
+            self.stats.sequences.store(sequences, Relaxed);
+            if work {
                 self.stats.busy.store(true, Relaxed);
                 self.machine.compute(Instant::now());
             } else if !self.stopped {
@@ -295,8 +298,6 @@ impl Lane {
                 Command::NotTaken { sequence, reason } => self.jobs.not_taken(sequence, reason),
             }
         }
-        let sequences = self.machine.engine().sequences() as u32;
-        self.stats.sequences.store(sequences, Relaxed);
         false
     }
 

@@ -265,9 +265,11 @@ impl NodeState {
 
     fn vitals(&mut self) -> NodeVitals {
         let device = self.options.device.progress();
+        // A lane that is stuck does not even take what is for it.
+        let waits = self.options.inbox.load().as_ref().is_some_and(|inbox| !inbox.is_empty());
         NodeVitals {
             status: self.status(),
-            busy: self.stats.busy.load(Relaxed),
+            busy: waits || self.stats.busy.load(Relaxed),
             progress: device.wrapping_add(self.stats.rounds.load(Relaxed)),
             unreachable: self.options.links.unreachable(),
         }

@@ -28,7 +28,9 @@ use tokio::sync::oneshot;
 
 use crate::{
     cli::{Cli, Command, ComputeArgs, HostPort, LocalArgs},
-    demo, machine, output, telemetry,
+    demo, machine, output,
+    size::Size,
+    telemetry,
 };
 
 /// Exit code of bad usage or bad input.
@@ -259,6 +261,19 @@ impl ComputeArgs {
         Ok(Arc::new(Cpu::new(self.threads(workers), self.simd()?)))
     }
 
+    /// Bytes of caches of keys and values of a worker. They are taken as they are used; more than the
+    /// machine has is a slip.
+    fn kv_bytes(&self) -> Result<u64> {
+        match machine::total_memory() {
+            Some(total) if self.kv.0 > total => Err(bad_input(anyhow::anyhow!(
+                "--kv {}: this machine has {} of memory",
+                self.kv,
+                Size(total)
+            ))),
+            _ => Ok(self.kv.0),
+        }
+    }
+
     /// Bytes of experts of one of `workers` workers on this machine.
     fn dram_bytes(&self, workers: usize) -> u64 {
         let free = || machine::free_memory().unwrap_or(u64::MAX);
@@ -279,7 +294,7 @@ impl LocalArgs {
             threads: self.compute.threads(workers),
             simd: self.compute.simd()?,
             dram_bytes: self.compute.dram_bytes(workers),
-            kv_bytes: self.compute.kv.0,
+            kv_bytes: self.compute.kv_bytes()?,
             kv_dtype: self.kv_dtype,
             context: self.context,
             placement: placement(self.random_placement),

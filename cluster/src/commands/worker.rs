@@ -25,6 +25,7 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
     let addresses = coordinator_addresses(args.join.as_ref(), &token).await?;
     let device = args.compute.device(1)?;
     let dram_bytes = args.compute.dram_bytes(1);
+    let kv_bytes = args.compute.kv_bytes()?;
     let name = name(&args);
     say!("worker {name}: {}, {} for experts", device.describe(), Size(dram_bytes));
     let join = async |coordinator| {
@@ -35,7 +36,7 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
             listen: args.listen.map_or_else(|| local_address(coordinator), Ok)?,
             device: device.clone(),
             dram_bytes,
-            kv_bytes: args.compute.kv.0,
+            kv_bytes,
             model: args.model.clone().map_or(Model::AsAssigned, Model::Folder),
             remote: true,
             patience: args.patience.0,

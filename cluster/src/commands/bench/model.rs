@@ -236,7 +236,8 @@ impl Alone {
         let device = Arc::new(Cpu::new(compute.threads(workers) * workers, compute.simd()?));
         let (orders, inbox) = mpsc::channel::<Order>();
         let (loaded, ready) = oneshot::channel();
-        let load = move || AloneEngine::load(&checkpoint, context, device, compute.kv.0, kv_dtype);
+        let kv_bytes = compute.kv_bytes()?;
+        let load = move || AloneEngine::load(&checkpoint, context, device, kv_bytes, kv_dtype);
         let life = move || match load() {
             Err(error) => drop(loaded.send(Err(error))),
             Ok(mut engine) => {
