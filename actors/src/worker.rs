@@ -118,7 +118,13 @@ impl Home {
         if self.remote {
             let control =
                 ControlPlane::start(&self.identity, &self.cookie).await.map_err(failed)?;
-            let stream = session.connection.open_raw(StreamKind::Control).await.map_err(failed)?;
+            let stream = match session.connection.open_raw(StreamKind::Control).await {
+                Ok(stream) => stream,
+                Err(error) => {
+                    control.stop();
+                    return Err(failed(error));
+                }
+            };
             control.connect(&session.connection.peer().to_string(), stream, false);
             session.control = Some(control);
         }

@@ -520,9 +520,11 @@ impl CoordinatorState {
 
     /// Tells a job where it is to run.
     fn home(&mut self, now: Instant, job: u64, name: &str) {
-        let reply = self.jobs.get_mut(&job).and_then(|job| job.wants.take());
-        let node = self.nodes.get(name).zip(self.connections.get(name));
-        let (Some(reply), Some((node, connection))) = (reply, node) else {
+        let Some((node, connection)) = self.nodes.get(name).zip(self.connections.get(name)) else {
+            // It left just now.
+            return self.cluster.handle(now, Event::Wants { job });
+        };
+        let Some(reply) = self.jobs.get_mut(&job).and_then(|job| job.wants.take()) else {
             return self.cluster.handle(now, Event::Left { job });
         };
         let (name, leave) = (name.to_owned(), node.leave.subscribe());

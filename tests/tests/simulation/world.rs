@@ -260,6 +260,8 @@ struct Node {
     links: BTreeMap<Process, Conn>,
     /// Indices whose link the lane knows to be up, and the connection.
     up: BTreeMap<u16, Conn>,
+    /// And to whom.
+    addresses: BTreeMap<u16, String>,
     computing: bool,
     progress: u64,
     /// Job streams: their sequences in the lane.

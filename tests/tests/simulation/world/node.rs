@@ -235,18 +235,12 @@ impl World {
     pub(super) fn relink(&mut self, process: Process, plan: Plan) {
         let life = self.lives[process];
         let node = self.nodes[process].as_mut().unwrap();
-        let before = node.serving.replace(plan.clone());
-        // The links of indices that mean the same process as before stay.
-        let same = |index: &u16| {
-            let i = usize::from(*index);
-            let address = |plan: &Plan| plan.nodes.get(i).map(|node| node.address.clone());
-            before.as_ref().is_some_and(|before| address(before) == address(&plan))
-        };
-        let links = node.links.clone();
-        node.up.retain(|index, conn| {
-            let other = plan.nodes.get(usize::from(*index)).filter(|node| !node.name.is_empty());
-            let to = other.map(|node| Self::process(&node.name));
-            same(index) && to.is_some_and(|to| links.get(&to) == Some(conn))
+        node.serving = Some(plan.clone());
+        // A link stays as long as its index means the same start of the same process.
+        let addresses = &node.addresses;
+        node.up.retain(|index, _| {
+            let other = plan.nodes.get(usize::from(*index));
+            other.is_some_and(|other| addresses.get(index) == Some(&other.address))
         });
         for (peer, other) in (0u16..).zip(&plan.nodes) {
             if peer != plan.index && !other.name.is_empty() {
@@ -266,6 +260,7 @@ impl World {
         }
         let (to, dials) = (Self::process(&other.name), peer < plan.index);
         let same_life = other.address == format!("w{to}:{}", self.lives[to]);
+        let address = other.address.clone();
         let linked = node.links.get(&to).copied();
         let linked = linked.filter(|conn| self.network.connections.contains_key(conn));
         let conn = match linked {
@@ -284,6 +279,7 @@ impl World {
             Some(conn) => {
                 let node = self.nodes[process].as_mut().unwrap();
                 node.up.insert(peer, conn);
+                node.addresses.insert(peer, address);
                 if let Some(lane) = &mut node.lane {
                     lane.handle(now, lane::Event::PeerUp { peer });
                 }

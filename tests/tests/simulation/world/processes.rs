@@ -186,6 +186,7 @@ impl World {
                 head: None,
                 links: BTreeMap::new(),
                 up: BTreeMap::new(),
+                addresses: BTreeMap::new(),
                 computing: false,
                 progress: 0,
                 streams: BTreeMap::new(),
