@@ -8,7 +8,7 @@
 //! no jobs, and those that it has are to go elsewhere.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     time::Instant,
 };
 
@@ -286,6 +286,8 @@ impl Cluster {
         let Some(Node { incarnation, suspect, .. }) = self.nodes.remove(name) else { return };
         let leave = Command::Leave { name: name.to_owned(), reason: words::gone(name, reason) };
         self.commands.push_back(leave);
+        // What others said of it was about this life.
+        self.nodes.values_mut().for_each(|other| other.unreachable.retain(|it| it != name));
         let (name, reason) = (name.to_owned(), reason.to_owned());
         let left = liveness::Event::Left { name: name.clone(), incarnation };
         self.liveness.handle(now, left);
@@ -296,6 +298,8 @@ impl Cluster {
     }
 
     fn vitals(&mut self, now: Instant, name: String, incarnation: u64, vitals: Option<Vitals>) {
+        let others = self.nodes.keys().filter(|other| **other != name);
+        let here: BTreeSet<String> = others.cloned().collect();
         let Some(node) = self.nodes.get_mut(&name) else { return };
         if node.incarnation != incarnation {
             return;
@@ -303,6 +307,8 @@ impl Cluster {
         let Some(Vitals { busy, progress, unreachable }) = vitals else {
             return self.liveness.handle(now, liveness::Event::Unanswered { name, incarnation });
         };
+        let said: BTreeSet<String> = unreachable.into_iter().collect();
+        let unreachable: Vec<String> = here.intersection(&said).cloned().collect();
         let before = std::mem::replace(&mut node.unreachable, unreachable.clone());
         for other in unreachable.iter().filter(|other| !before.contains(other)) {
             let (other, by) = (other.clone(), name.clone());
@@ -338,11 +344,8 @@ impl Cluster {
                 if let Some(node) = self.nodes.get_mut(&name) {
                     node.suspect = true;
                 }
-                let how = reason;
-                let reason = words::gone(&name, &how);
-                self.commands.push_back(Command::Leave { name: name.clone(), reason });
                 self.tell_suspects();
-                self.membership.handle(now, membership::Event::Suspect { name, reason: how });
+                self.membership.handle(now, membership::Event::Suspect { name, reason });
             }
             liveness::Command::Recovered { name } => {
                 if let Some(node) = self.nodes.get_mut(&name) {
@@ -369,11 +372,30 @@ impl Cluster {
                 }
                 return;
             }
-            membership::Command::Changed => return,
+            membership::Command::Changed => return self.leave_bad_homes(),
         };
         if let Some(node) = self.nodes.get(&name) {
             let incarnation = node.incarnation;
             self.commands.push_back(Command::Assign { name, incarnation, plan, serves });
+        }
+    }
+
+    /// Jobs at nodes that are no home any more go elsewhere, if there is somebody who can take them:
+    /// their node is suspected, or cannot reach the only holder of an expert. If not, they are best
+    /// off where they are.
+    fn leave_bad_homes(&mut self) {
+        let homes: BTreeSet<&str> = self.membership.homes().collect();
+        if homes.is_empty() {
+            return;
+        }
+        let left =
+            |(name, node): &(&String, &Node)| node.jobs > 0 && !homes.contains(name.as_str());
+        let left: Vec<String> =
+            self.nodes.iter().filter(left).map(|(name, _)| name.clone()).collect();
+        for name in left {
+            let trouble = self.trouble(&name).unwrap_or_else(|| "gives its share away".to_owned());
+            let reason = format!("worker {name} {trouble}");
+            self.commands.push_back(Command::Leave { name, reason });
         }
     }
 

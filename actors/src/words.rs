@@ -18,10 +18,7 @@ pub fn state(state: &State) -> String {
 
 /// What a loss means for a job.
 pub fn gone(worker: &str, how: &str) -> String {
-    format!(
-        "worker {worker} is gone ({how}) and others cannot take its place: start it again, or \
-         another, and submit again"
-    )
+    format!("worker {worker} is gone ({how}); start it again, or another, to take its place")
 }
 
 /// To a member that has given its share away.

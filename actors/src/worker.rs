@@ -4,7 +4,10 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -94,6 +97,8 @@ struct Home {
     inbox: LaneInbox,
     /// See [`NodeOptions::serving`].
     serving: Arc<Mutex<Option<Assignment>>>,
+    /// See [`NodeOptions::session`].
+    sessions: Arc<AtomicU64>,
 }
 
 /// What stands while the coordinator is there.
@@ -108,6 +113,7 @@ impl Home {
         let expect = Expect::coordinator();
         let connection = self.endpoint.connect(self.coordinator, &expect).await?;
         // Nothing that an earlier coordinator, or this one before, said counts on.
+        self.sessions.fetch_add(1, Relaxed);
         *self.serving.lock() = None;
         tokio::spawn(serve_jobs(connection.clone(), self.inbox.clone()));
         Ok(Session { connection, control: None })
@@ -181,6 +187,7 @@ impl Worker {
             patience: options.patience,
             inbox: inbox.clone(),
             serving: Arc::default(),
+            sessions: Arc::default(),
         };
         let mut session = home.connect().await.map_err(failed)?;
         let info = NodeInfo {
@@ -206,6 +213,7 @@ impl Worker {
             farewell: farewell.clone(),
             holding: Arc::default(),
             serving: home.serving.clone(),
+            session: home.sessions.clone(),
             limits: LaneLimits { patience: options.patience, ..LaneLimits::default() },
         };
         let (node, ended) = Actor::spawn(None, NodeActor, node).await.map_err(failed)?;

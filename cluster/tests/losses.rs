@@ -142,6 +142,7 @@ fn a_drained_worker_gives_its_work_away_and_ends() {
     cluster.take("a").ends_within(PATIENCE).one_error(1, &["drained"]);
     assert_eq!(text(jobs(&cluster, JOBS), JOBS), before);
     process::run(&["drain", "a", "--token", &token]).one_error(1, &["no worker is named a", "b"]);
+    process::run(&["drain", "b", "--token", &token]).one_error(1, &["b is the only worker"]);
 }
 
 #[test]

@@ -316,11 +316,11 @@ impl CoordinatorHandle {
                     Ok(())
                 }
                 Ok(ClientRequest::Submit(request)) => {
-                    self.run_job(&client, request, Vec::new(), &mut sender).await
+                    self.run_job(&client, request, Vec::new(), (&mut sender, &mut receiver)).await
                 }
                 Ok(ClientRequest::Continue(job)) => {
                     let JobContinue { request, generated, .. } = *job;
-                    self.run_job(&client, request, generated, &mut sender).await
+                    self.run_job(&client, request, generated, (&mut sender, &mut receiver)).await
                 }
                 Ok(ClientRequest::Drain(name)) => {
                     let reply = match self.drain(name).await {
@@ -344,7 +344,7 @@ impl CoordinatorHandle {
         client: &str,
         request: JobRequest,
         generated: Vec<u32>,
-        sender: &mut FrameSender,
+        (sender, receiver): (&mut FrameSender, &mut FrameReceiver),
     ) -> Result<(), lite_llm_transport::frame::SendError> {
         let submitted = self.submit_for(Some(client.to_owned()), request, generated).await;
         let (job, mut events) = match submitted {
@@ -356,10 +356,21 @@ impl CoordinatorHandle {
             }
         };
         sender.send_message(&ClientReply::Accepted { job }).await?;
-        while let Some(event) = events.recv().await {
-            sender.send_message(&ClientReply::Event(event)).await?;
+        loop {
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => sender.send_message(&ClientReply::Event(event)).await?,
+                    None => return Ok(()),
+                },
+                // Whoever waits for a job says nothing on its stream but that it is to end.
+                wish = receiver.recv() => {
+                    self.cancel(job);
+                    if !matches!(wish, Ok(Some(_))) {
+                        return Ok(());
+                    }
+                }
+            }
         }
-        Ok(())
     }
 }
 

@@ -17,7 +17,7 @@ use lite_llm_transport::{
 use ractor::ActorRef;
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tracing::debug;
 
@@ -29,6 +29,8 @@ use crate::words::gone;
 
 /// Events of one job that may wait for a client.
 pub(super) const CLIENT_EVENTS_MAX: usize = 64;
+/// How long a home may say nothing of a job: it waits its turn there, or reads a long prompt.
+const SILENCE_MAX: Duration = Duration::from_secs(600);
 /// Pause before a job is offered again, when a node did not take it.
 const OFFER_PAUSE: Duration = Duration::from_millis(100);
 
@@ -73,6 +75,8 @@ impl Job {
     pub(super) async fn run(mut self) {
         let mut text = self.text();
         let mut offered_until = Instant::now() + self.patience;
+        // Homes lost since the last token, but for the first; and the tokens then.
+        let (mut barren, mut before) = (0, 0);
         let last = loop {
             let home = match self.home(offered_until).await {
                 Ok(Some(home)) => home,
@@ -86,8 +90,15 @@ impl Job {
                 Attempt::Cancelled => break self.progress.cancel(),
                 Attempt::Lost(reason) => {
                     debug!(job = self.id, %reason, "a job loses its home");
+                    let generated = self.progress.generated().len();
                     match self.progress.lost() {
-                        Next::Again(_) => offered_until = Instant::now() + self.patience,
+                        Next::Again(_) => {
+                            // What fails at once, again and again, is not to be tried in a rush.
+                            barren = if generated > before { 0 } else { barren + 1 };
+                            sleep(OFFER_PAUSE * barren).await;
+                            before = generated;
+                            offered_until = Instant::now() + self.patience;
+                        }
                         Next::GiveUp(last) => break Some(last),
                         Next::Ended => return,
                     }
@@ -135,6 +146,7 @@ impl Job {
                 }
             },
             () = cancelled(&mut self.cancelled) => Ok(None),
+            () = self.events.closed() => Ok(None),
         }
     }
 
@@ -157,7 +169,11 @@ impl Job {
         };
         loop {
             let frame = tokio::select! {
-                frame = receiver.recv() => frame,
+                frame = timeout(SILENCE_MAX, receiver.recv()) => match frame {
+                    Ok(frame) => frame,
+                    Err(_) => return lost(&format!("nothing of a job for {SILENCE_MAX:?}")),
+                },
+                () = self.events.closed() => return Attempt::Ended,
                 reason = left(&mut leave) => return Attempt::Lost(reason),
                 // The home node sees the stream end and stops.
                 () = cancelled(&mut self.cancelled) => return Attempt::Cancelled,

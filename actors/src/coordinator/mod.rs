@@ -234,7 +234,7 @@ impl Actor for Coordinator {
             CoordinatorMessage::Cluster(event) => state.cluster.handle(now, event),
             CoordinatorMessage::Status(name, status) => {
                 if let Some(node) = state.nodes.get_mut(&name) {
-                    node.status = status;
+                    node.status = NodeStatus { name, ..status };
                 }
             }
             CoordinatorMessage::Submit(submission, reply) => {
@@ -295,6 +295,10 @@ impl Actor for Coordinator {
             {
                 for cell in cells {
                     if let Some(name) = state.names.remove(&cell.get_id()) {
+                        // If only its control stream ended, it is to notice and to come again.
+                        if let Some(connection) = state.connections.remove(&name) {
+                            connection.close("its node, or its control stream, has ended");
+                        }
                         state.gone(now, &name, "it stopped");
                     }
                 }
@@ -379,7 +383,9 @@ impl CoordinatorState {
         let node = Node { actor, status, leave: watch::Sender::new(None) };
         self.tell_revoked(&node);
         self.nodes.insert(name, node);
-        let same = holding.filter(|held| held.checkpoint == self.arguments.checkpoint.id());
+        let same = holding.filter(|held| {
+            held.checkpoint == self.arguments.checkpoint.id() && held.check().is_ok()
+        });
         let holding = same.map(|held| Holding {
             epoch: held.epoch,
             nodes: held.nodes.into_iter().map(|node| node.name).collect(),
@@ -544,7 +550,7 @@ impl CoordinatorState {
         if self.jobs.len() >= JOBS_MAX {
             return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
         }
-        jobs::check(&request, &self.arguments.config)?;
+        jobs::check_continued(&request, &generated, &self.arguments.config)?;
         self.jobs_begun += 1;
         let id = self.numbers.hash_one(self.jobs_begun);
         let span = tracing::debug_span!("job", job = id);
@@ -584,6 +590,9 @@ impl CoordinatorState {
             let here: Vec<&str> = self.nodes.keys().map(String::as_str).collect();
             let here = if here.is_empty() { "nobody".to_owned() } else { here.join(", ") };
             return Err(format!("no worker is named {name}; here: {here}"));
+        }
+        if self.nodes.len() == 1 {
+            return Err(format!("{name} is the only worker: start another first"));
         }
         self.cluster.handle(now, Event::Drain { name });
         Ok(())

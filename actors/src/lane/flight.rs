@@ -293,15 +293,19 @@ impl Flight {
         if failures.is_empty() {
             return Vec::new();
         }
-        let mut again = Vec::new();
+        let failed: BTreeMap<ExpertKey, &ExpertFailure> =
+            failures.iter().map(|failure| (failure.key, failure)).collect();
+        let first = self.here.len() - pending.len() * self.width;
+        let (mut again, all) = (Vec::new(), pending.len());
         for (route, _) in pending {
-            let key = routes[route as usize].key;
-            let Some(failure) = failures.iter().find(|failure| failure.key == key) else {
-                continue;
-            };
+            let Some(failure) = failed.get(&routes[route as usize].key) else { continue };
             let how = failing(&failure.error);
             self.trouble(route, way.peers.me(), &failure.error.to_string(), how, way);
             again.push(route);
+        }
+        if again.len() == all {
+            // They are tried again and again: their place is not taken anew each time.
+            self.here.truncate(first);
         }
         again
     }
@@ -337,16 +341,20 @@ impl Flight {
             return again;
         }
         let (peer, called) = (sent.peer, sent.routes.clone());
+        let named = |f: &messages::FailedExpert| (f.tier, f.group, f.expert);
+        let failed: BTreeMap<_, _> = failed.iter().map(|failed| (named(failed), failed)).collect();
+        let all = called.len();
         for route in called {
-            let key = routes[route as usize].key;
-            let ours = |f: &&messages::FailedExpert| {
-                (f.tier, f.group, f.expert) == (key.tier, key.group, key.expert)
-            };
-            if let Some(failed) = failed.iter().find(ours) {
+            let ExpertKey { tier, group, expert, .. } = routes[route as usize].key;
+            if let Some(failed) = failed.get(&(tier, group, expert)) {
                 let how = if failed.is_absent() { Failing::Absent } else { Failing::Broken };
                 self.trouble(route, peer, &way.peers.refused(peer, failed.why()), how, way);
                 again.push(route);
             }
+        }
+        if again.len() == all {
+            // Nothing of the answer is of use, and there may be many like it.
+            self.sent.remove(&id);
         }
         again
     }

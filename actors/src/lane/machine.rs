@@ -44,7 +44,7 @@ use super::{
 };
 use crate::{placement::Placement, trace};
 
-/// Bytes of hidden states of other nodes that may wait to be computed with.
+/// Bytes of batches of other nodes that may wait to be computed, and of the answers to them.
 pub const BATCH_BYTES_MAX: usize = 256 << 20;
 
 /// What a lane is told. `R` is where the answer to a batch goes.
@@ -326,7 +326,8 @@ impl<D: Device, R> LaneMachine<D, R> {
     }
 
     fn batch(&mut self, view: ExpertBatchView, reply: R) {
-        let bytes = size_of_val(view.hidden());
+        let answer = view.calls().len() * view.head().width as usize * size_of::<f32>();
+        let bytes = size_of_val(view.hidden()) + size_of_val(view.calls()) + answer;
         if self.batch_bytes + bytes > BATCH_BYTES_MAX && !self.batches.is_empty() {
             let waiting = self.batch_bytes;
             let reason = format!("batches of {waiting} bytes wait for it already");

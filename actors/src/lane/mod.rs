@@ -54,6 +54,8 @@ const SPIN: Duration = Duration::from_millis(1);
 /// Pieces of the next weights that a lane prefetches while it spins: no more than its own core's
 /// cache holds.
 const PIECES_MAX: usize = 128;
+/// How long a lane may take to make room for being told to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait of a lane that has nothing to do.
 const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// Longest wait of a lane that holds a sequence back until its reader has caught up.
@@ -148,7 +150,7 @@ impl LaneHandle {
     /// Ends the lane.
     pub fn stop(mut self) {
         // A lane empties its inbox between steps; a lane that is gone needs no telling.
-        let _ = self.inbox.send(LaneEvent::Stop);
+        let _ = self.inbox.send_timeout(LaneEvent::Stop, STOP_TIMEOUT);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -230,7 +232,8 @@ impl Lane {
     }
 
     fn receive(&mut self) {
-        loop {
+        // Whoever sends without end is not to keep the lane from computing.
+        for _ in 0..INBOX_MAX {
             match self.inbox.try_recv() {
                 Ok(event) => self.handle(event),
                 Err(TryRecvError::Empty) => return,

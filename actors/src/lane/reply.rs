@@ -1,5 +1,7 @@
 //! The answer to a batch of another node, computed where it will be sent from.
 
+use std::collections::BTreeSet;
+
 use lite_llm_runtime::{
     expert::ExpertKey,
     moe_layer::{ExpertCall, ExpertFailure},
@@ -82,9 +84,10 @@ impl Reply {
             Self::Outputs(outputs, span) => (outputs, span),
             Self::Refused(reason) => return refuse(&reason),
         };
-        let called = |failure: &&ExpertFailure| {
-            head.calls.iter().any(|call| key(head.layer, call) == failure.key)
-        };
+        let keys = || head.calls.iter().map(|call| key(head.layer, call));
+        let called: BTreeSet<ExpertKey> =
+            if failures.is_empty() { BTreeSet::new() } else { keys().collect() };
+        let called = |failure: &&ExpertFailure| called.contains(&failure.key);
         let named = |failure: &ExpertFailure| {
             let ExpertKey { tier, group, expert, .. } = failure.key;
             let failed = FailedExpert { tier, group, expert, reason: failure.error.to_string() };

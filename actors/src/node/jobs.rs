@@ -119,10 +119,19 @@ fn job_of(frame: &Frame) -> Result<JobContinue, MessageError> {
 /// Whether a model can serve a job, asked before anything is sent. Text is not looked at: its
 /// tokens are.
 pub fn check(request: &JobRequest, config: &ModelConfig) -> Result<(), String> {
+    check_continued(request, &[], config)
+}
+
+/// The same for a job that has generated these tokens.
+pub fn check_continued(
+    request: &JobRequest,
+    generated: &[u32],
+    config: &ModelConfig,
+) -> Result<(), String> {
     if !matches!(request.prompt, Prompt::Tokens(_)) {
         return Ok(());
     }
-    let request = engine_request(request.clone(), Vec::new(), &Span::none())?;
+    let request = engine_request(request.clone(), generated.to_vec(), &Span::none())?;
     request.check(config).map(drop).map_err(|error| error.to_string())
 }
 

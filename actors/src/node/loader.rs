@@ -28,13 +28,16 @@ use crate::{
 /// See the module's text.
 pub(super) struct Loader;
 
-/// What it is told.
+/// What it is told: to carry an assignment out.
 #[derive(RactorMessage)]
-pub(super) enum LoaderMessage {
-    /// Have what this gives; answered when it is here.
-    Load(Box<Assignment>, RpcReplyPort<Wire<Loaded>>),
-    /// Compute by this from now on; answered when that is so.
-    Serve(Box<Assignment>, RpcReplyPort<Wire<Loaded>>),
+pub(super) struct LoaderMessage {
+    pub(super) assignment: Box<Assignment>,
+    /// Whether it is to be computed by from now on, or only to be loaded.
+    pub(super) serves: bool,
+    /// In which connection with the coordinator it came.
+    pub(super) session: u64,
+    /// Answered when it is done, or cannot be.
+    pub(super) reply: RpcReplyPort<Wire<Loaded>>,
 }
 
 /// An open model on this node.
@@ -44,6 +47,14 @@ pub(super) struct OpenModel {
     backbone: Arc<Backbone<Cpu>>,
     store: Arc<DramStore>,
     storage: ActorRef<StorageMessage>,
+}
+
+/// What fixes a lane's bits, beside its requests: a coordinator that is started anew may want another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct LaneOf {
+    checkpoint: [u8; 32],
+    kv_dtype: String,
+    context: u64,
 }
 
 /// What it works with, and what is here.
@@ -57,6 +68,8 @@ pub(super) struct LoaderState {
     /// The node, which supervises what is started here.
     pub(super) node: ActorCell,
     pub(super) model: Option<OpenModel>,
+    /// What the lane computes with, if there is one.
+    pub(super) lane_of: Option<LaneOf>,
     /// By layer.
     pub(super) shards: BTreeMap<u16, ActorRef<ShardMessage>>,
 }
@@ -80,9 +93,16 @@ impl Actor for Loader {
         message: Self::Msg,
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        let (result, reply) = match message {
-            LoaderMessage::Load(assignment, reply) => (state.load(*assignment).await, reply),
-            LoaderMessage::Serve(assignment, reply) => (state.serve(*assignment).await, reply),
+        let LoaderMessage { assignment, serves, session, reply } = message;
+        if session != state.options.session.load(Relaxed) {
+            // It came before the coordinator was lost, which has other plans by now.
+            let error = Some("the coordinator has connected anew since".to_owned());
+            let _ = reply.send(Wire::new(Loaded { error }));
+            return Ok(());
+        }
+        let result = match serves {
+            false => state.load(*assignment).await,
+            true => state.serve(*assignment).await,
         };
         if let Err(reason) = &result {
             *state.doing.lock() = format!("failed: {reason}");
@@ -106,6 +126,8 @@ impl LoaderState {
                 keep.entry(layer).or_default().extend(keys);
             }
         }
+        // What is let go here is no longer held, whatever becomes of the rest.
+        *self.options.holding.lock() = self.options.serving.lock().clone();
         self.keep(&keep).await?;
         let total = wanted.values().map(BTreeSet::len).sum::<usize>() as u32;
         self.counters.total.store(total, Relaxed);
@@ -133,13 +155,24 @@ impl LoaderState {
         let keep = wanted(&model, &placement, assignment.you);
         let (me, nodes) = (assignment.you, assignment.nodes.clone());
         let arrangement = Arrangement { placement: Arc::new(placement), me, nodes };
-        match self.options.inbox.load_full() {
+        let lane_of = LaneOf {
+            checkpoint: assignment.checkpoint,
+            kv_dtype: assignment.kv_dtype.clone(),
+            context: assignment.context,
+        };
+        let lane = self.options.inbox.load_full();
+        match lane.filter(|_| self.lane_of.as_ref() == Some(&lane_of)) {
             Some(lane) => {
                 if !deliver(&lane, LaneEvent::Rearrange(arrangement)).await {
                     return Err("this worker's lane takes no events".into());
                 }
             }
-            None => self.begin(&model, &assignment, arrangement).await?,
+            None => {
+                // Links to an earlier lane end with it.
+                self.options.links.stop();
+                self.begin(&model, &assignment, arrangement).await?;
+                self.lane_of = Some(lane_of);
+            }
         }
         self.options.links.keep_to(&assignment.nodes, assignment.you);
         *self.options.serving.lock() = Some(assignment);

@@ -13,7 +13,10 @@ mod loader;
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, OnceLock, atomic::Ordering::Relaxed},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Instant,
 };
 
@@ -95,6 +98,8 @@ pub struct NodeOptions {
     pub holding: Arc<Mutex<Option<Assignment>>>,
     /// The assignment that is computed by, since the coordinator was last joined.
     pub serving: Arc<Mutex<Option<Assignment>>>,
+    /// How often the coordinator was joined.
+    pub session: Arc<AtomicU64>,
     /// How long the lane waits for others.
     pub limits: LaneLimits,
 }
@@ -169,6 +174,7 @@ impl Actor for NodeActor {
             doing: Arc::clone(&doing),
             node: cell.clone(),
             model: None,
+            lane_of: None,
             shards: BTreeMap::new(),
         };
         let (loader, _) = Actor::spawn_linked(None, Loader, loader, cell).await?;
@@ -189,10 +195,10 @@ impl Actor for NodeActor {
                 let _ = reply.send(Wire::new(NodeReport { info, holding: holding.clone() }));
             }
             NodeMessage::Load(assignment, reply) => {
-                state.assigned(assignment, reply, LoaderMessage::Load)?;
+                state.assigned(assignment, reply, false)?;
             }
             NodeMessage::Serve(assignment, reply) => {
-                state.assigned(assignment, reply, LoaderMessage::Serve)?;
+                state.assigned(assignment, reply, true)?;
             }
             NodeMessage::Vitals(reply) => {
                 let _ = reply.send(Wire::new(state.vitals()));
@@ -251,10 +257,14 @@ impl NodeState {
         &self,
         assignment: Wire<Assignment>,
         reply: RpcReplyPort<Wire<Loaded>>,
-        message: fn(Box<Assignment>, RpcReplyPort<Wire<Loaded>>) -> LoaderMessage,
+        serves: bool,
     ) -> Result<(), ActorProcessingErr> {
         match assignment.into_inner() {
-            Ok(assignment) => self.loader.cast(message(Box::new(assignment), reply))?,
+            Ok(assignment) => {
+                let session = self.options.session.load(Relaxed);
+                let assignment = Box::new(assignment);
+                self.loader.cast(LoaderMessage { assignment, serves, session, reply })?;
+            }
             Err(damaged) => {
                 // Whoever asked may be gone.
                 let _ = reply.send(Wire::new(Loaded { error: Some(damaged.to_string()) }));
