@@ -58,6 +58,8 @@ pub const TICK_INTERVAL: Duration = Duration::from_millis(50);
 /// What a worker is told whose name another has.
 pub(crate) const REPLACED: &str =
     "another worker of this name has joined; give one of them another --name";
+/// How long a worker whose node has stopped may take to close its connection by itself.
+const LEAVES_WITHIN: Duration = Duration::from_secs(2);
 /// Jobs that may run or wait at the nodes.
 pub const JOBS_MAX: usize = 4096;
 
@@ -297,7 +299,10 @@ impl Actor for Coordinator {
                     if let Some(name) = state.names.remove(&cell.get_id()) {
                         // If only its control stream ended, it is to notice and to come again.
                         if let Some(connection) = state.connections.remove(&name) {
-                            connection.close("its node, or its control stream, has ended");
+                            tokio::spawn(async move {
+                                tokio::time::sleep(LEAVES_WITHIN).await;
+                                connection.close("its control stream has ended");
+                            });
                         }
                         state.gone(now, &name, "it stopped");
                     }
