@@ -237,7 +237,7 @@ impl Liveness {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::SplitMix;
+    use crate::testing::Draws;
 
     fn ms(n: u64) -> Duration {
         Duration::from_millis(n)
@@ -355,7 +355,7 @@ mod tests {
     #[test]
     fn random_histories() {
         for seed in 0..2000 {
-            let mut random = SplitMix(seed);
+            let mut random = Draws(seed);
             let (mut liveness, start) = (Liveness::default(), Instant::now());
             join(&mut liveness, start, seed);
             liveness.handle(start, Event::Tick);

@@ -5,6 +5,7 @@ use lite_llm_runtime::{
         AttentionConfig, FeedForward, LayerConfig, ModelConfig, MoeConfig, QkNorm, RopeScaling,
         RoutingConfig, Scoring,
     },
+    random::{Purpose, random_u64},
     tier::{TIER_1B, TierConfig},
 };
 
@@ -47,16 +48,13 @@ pub(crate) fn tiny_model(layers: usize, experts: u32) -> ModelConfig {
     }
 }
 
-/// Random numbers for campaigns: SplitMix64.
-pub(crate) struct SplitMix(pub(crate) u64);
+/// Random numbers for campaigns, each made of the one before.
+pub(crate) struct Draws(pub(crate) u64);
 
-impl SplitMix {
+impl Draws {
     pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0 = random_u64(self.0, Purpose::Placement, 0);
+        self.0
     }
 
     /// A number below another.

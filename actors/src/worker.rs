@@ -30,7 +30,7 @@ use tracing::{info, warn};
 
 use crate::{
     control::ControlPlane,
-    coordinator::{REPLACED, scope},
+    coordinator::scope,
     lane::{LaneInbox, LaneLimits},
     links::Links,
     node::{Model, NODES, NodeActor, NodeMessage, NodeOptions, StoreSlot, jobs::serve_jobs},
@@ -243,14 +243,12 @@ impl Worker {
         loop {
             let again = async {
                 let lost = self.session.connection.closed().await;
-                let (revoked, lost) = (lost.revoked, lost.reason);
-                if revoked {
-                    return Err(WorkerError(lost));
+                // Two that take a name from each other would go on for ever, and one that is revoked
+                // is never let in.
+                if lost.for_good {
+                    return Err(WorkerError(lost.reason));
                 }
-                if lost.contains(REPLACED) {
-                    // Two that take the name from each other would go on for ever.
-                    return Err(WorkerError(format!("sent away by the coordinator: {REPLACED}")));
-                }
+                let lost = lost.reason;
                 warn!(worker = %self.name, reason = %lost, "lost the coordinator; trying again");
                 self.home.reconnect(&lost).await
             };

@@ -62,7 +62,7 @@ fn of_two_workers_of_one_name_the_newer_stays() {
     let before = cluster.text();
     let first = cluster.take("a");
     cluster.join("a");
-    first.ends_within(PATIENCE).one_error(FAILED, &["another worker of this name", "--name"]);
+    first.ends_within(PATIENCE).one_error(FAILED, &["another worker named a", "--name"]);
     let bad = cluster.worker("Not/A/Name").ends_within(PATIENCE);
     bad.one_error(FAILED, &["\"Not/A/Name\" cannot name a node", "a-z"]);
     assert_eq!(cluster.text(), before);

@@ -1,5 +1,7 @@
 //! What the tests of this folder share: reference models, clusters in one process, evaluations.
 
+pub mod tiny;
+
 use std::{
     path::{Path, PathBuf},
     sync::Arc,

@@ -56,6 +56,7 @@ pub(crate) const CLOSE_VIOLATION: VarInt = VarInt::from_u32(2);
 /// There is no room; the reason says when to come again. See [`busy_in`].
 pub(crate) const CLOSE_BUSY: VarInt = VarInt::from_u32(3);
 pub(crate) const CLOSE_REVOKED: VarInt = VarInt::from_u32(4);
+const CLOSE_DISMISSED: VarInt = VarInt::from_u32(5);
 
 const BUSY_REASON: &str = "busy, come again in ms: ";
 
@@ -145,8 +146,8 @@ pub struct ConnectionLost {
     pub address: SocketAddr,
     /// Why.
     pub reason: String,
-    /// Whether it ended because a certificate was revoked, so that coming back is of no use.
-    pub revoked: bool,
+    /// Whether coming back is of no use: a certificate was revoked, or the peer was dismissed.
+    pub for_good: bool,
 }
 
 /// A connection to a verified peer. Clones share it; it closes when the last one and its last
@@ -281,11 +282,6 @@ impl Connection {
         self.inner.counts.totals()
     }
 
-    /// Time of a round trip, as QUIC estimates it.
-    pub fn round_trip(&self) -> Duration {
-        self.inner.quic.rtt()
-    }
-
     /// Datagrams that were sent and never arrived: the kernel's buffers overflowed, or the network's.
     pub fn datagrams_lost(&self) -> u64 {
         self.inner.quic.stats().path.lost_packets
@@ -356,6 +352,11 @@ impl Connection {
         self.inner.quic.close(CLOSE_DONE, reason.as_bytes());
     }
 
+    /// Ends the connection at once; the peer is told why, and that it is not to come back.
+    pub fn dismiss(&self, reason: &str) {
+        self.close_with(CLOSE_DISMISSED, reason);
+    }
+
     pub(crate) fn close_with(&self, code: VarInt, reason: &str) {
         self.inner.quic.close(code, reason.as_bytes());
     }
@@ -380,12 +381,12 @@ impl Connection {
     }
 
     fn lost(&self, error: &ConnectionError) -> ConnectionLost {
-        ConnectionLost { revoked: is_revoked(error), ..self.lost_with(describe(error)) }
+        ConnectionLost { for_good: is_for_good(error), ..self.lost_with(describe(error)) }
     }
 
     fn lost_with(&self, reason: String) -> ConnectionLost {
         let (peer, address) = (self.inner.peer.clone(), self.address());
-        ConnectionLost { peer, address, reason, revoked: false }
+        ConnectionLost { peer, address, reason, for_good: false }
     }
 }
 
@@ -433,6 +434,13 @@ pub(crate) struct Full {
 /// The reason of a close with [`CLOSE_BUSY`].
 pub(crate) fn busy_reason(retry_after: Duration) -> String {
     format!("{BUSY_REASON}{}", retry_after.as_millis())
+}
+
+/// Whether a connection ended with the wish that the peer stays away.
+fn is_for_good(error: &ConnectionError) -> bool {
+    let dismissed = |close: &quinn::ApplicationClose| close.error_code == CLOSE_DISMISSED;
+    is_revoked(error)
+        || matches!(error, ConnectionError::ApplicationClosed(close) if dismissed(close))
 }
 
 /// Whether a connection ended because the certificate of one side was revoked.

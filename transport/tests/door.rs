@@ -244,7 +244,7 @@ async fn a_revoked_name_loses_its_connections_and_comes_back_only_with_a_new_cer
 
     cluster.elsewhere().revoke("w2").unwrap();
     let lost = soon("the coordinator closes", to_head.closed()).await;
-    assert!(lost.revoked);
+    assert!(lost.for_good);
     let lost = lost.to_string();
     assert!(lost.contains("worker w2 was revoked at") && lost.contains("--undo"), "{lost}");
     // What the coordinator sends to workers.

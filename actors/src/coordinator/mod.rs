@@ -55,9 +55,6 @@ use crate::{
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the clocks of the machines are looked at.
 pub const TICK_INTERVAL: Duration = Duration::from_millis(50);
-/// What a worker is told whose name another has.
-pub(crate) const REPLACED: &str =
-    "another worker of this name has joined; give one of them another --name";
 /// How long a worker whose node has stopped may take to close its connection by itself.
 const LEAVES_WITHIN: Duration = Duration::from_secs(2);
 /// Jobs that may run or wait at the nodes.
@@ -350,7 +347,7 @@ impl CoordinatorState {
     fn connected(&mut self, now: Instant, connection: Connection) {
         let name = connection.peer().name.clone();
         if let Some(before) = self.connections.insert(name.clone(), connection) {
-            before.close(REPLACED);
+            before.dismiss(&words::replaced(&name));
             self.gone(now, &name, "it has connected again");
         }
     }

@@ -93,11 +93,6 @@ impl JobProgress {
         &self.tokens
     }
 
-    /// Whether the reader had its last event.
-    pub fn is_ended(&self) -> bool {
-        self.ended
-    }
-
     /// Takes what an attempt sent. What an earlier one still sends is as good as any, but how it
     /// ended is of no interest.
     pub fn take(&mut self, attempt: u32, body: JobEventBody) -> Take {
@@ -248,7 +243,7 @@ fn known_rows(have: u32, first_row: u32, rows: u32) -> Result<u32, Take> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::SplitMix;
+    use crate::testing::Draws;
 
     fn token(index: u32, id: u32) -> JobEventBody {
         JobEventBody::Token { index, id, text: None }
@@ -282,7 +277,7 @@ mod tests {
         job.take(0, token(1, 7));
         assert!(matches!(job.take(0, token(2, 7)), Take::Violation(_)), "more than was asked for");
         assert_eq!(job.generated(), [7, 7]);
-        assert!(!job.is_ended());
+        assert!(job.cancel().is_some(), "it has not ended");
     }
 
     #[test]
@@ -364,7 +359,7 @@ mod tests {
     #[test]
     fn random_histories() {
         for seed in 0..2000u64 {
-            let mut random = SplitMix(seed);
+            let mut random = Draws(seed);
             let (prompt, tokens) = (1 + random.below(5) as u32, random.below(12) as u32);
             let mut job = JobProgress::new(prompt as usize).with_tokens_max(tokens);
             // Per attempt: its number, how many tokens it has sent, how many rows.

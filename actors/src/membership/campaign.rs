@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use lite_llm_runtime::expert::ExpertKey;
 
 use super::{tests::info, *};
-use crate::testing::{SplitMix, tiny_model};
+use crate::testing::{Draws, tiny_model};
 
 /// A worker, as the module's text asks for it.
 struct Node {
@@ -26,7 +26,7 @@ struct Node {
 
 struct World {
     seed: u64,
-    random: SplitMix,
+    random: Draws,
     membership: Membership,
     start: Instant,
     now: u64,
@@ -52,7 +52,7 @@ const EXPERT: u64 = 10;
 
 impl World {
     fn new(seed: u64) -> Self {
-        let mut random = SplitMix(seed);
+        let mut random = Draws(seed);
         let config = tiny_model(1 + random.below(2) as usize, 4 + random.below(5) as u32);
         let keys: Vec<ExpertKey> = config.expert_keys().collect();
         let options = MembershipOptions {

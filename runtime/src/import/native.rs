@@ -39,10 +39,12 @@ pub(super) fn convert(
     options: &ImportOptions,
     progress: &mut dyn FnMut(u64, u64, &str),
 ) -> Result<Summary, ImportError> {
-    if options.tiers.is_some() || options.routes.is_some() {
+    let tiers = options.tiers.as_ref().map(|cut| ("--tiers", &cut.text));
+    let routes = options.routes.as_ref().map(|routes| ("--routes", &routes.text));
+    if let Some((option, text)) = tiers.or(routes) {
         return Err(ImportError::Cut {
-            option: if options.tiers.is_some() { "--tiers" } else { "--routes" },
-            text: String::new(),
+            option,
+            text: text.clone(),
             reason: "a checkpoint keeps its tiers when it is converted; cut the Hugging Face \
                      folder while importing it"
                 .into(),

@@ -18,7 +18,7 @@ use crate::{
 /// token that chose the tier goes to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TierCut {
-    text: String,
+    pub(super) text: String,
     /// Without their parameters, which depend on the model.
     tiers: Vec<TierConfig>,
 }
@@ -26,7 +26,7 @@ pub struct TierCut {
 /// Choices per token, written `1x1x2`: tiers × groups in a tier × experts in a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Routes {
-    text: String,
+    pub(super) text: String,
     k: [u32; 3],
 }
 

@@ -16,19 +16,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lite_llm_kernels::{cpu::Cpu, simd::Simd};
-use lite_llm_runtime::{
-    backbone::Backbone,
-    checkpoint::{Checkpoint, layout::expert_bytes},
-    engine::{Engine, Event},
-    import::{
-        ImportOptions, import,
-        random::{RandomClass, RandomShape, write_random_hf},
-    },
-    sampler::Sampling,
-    sequence::Request,
-    store::DramStore,
-};
+use lite_llm_runtime::{sampler::Sampling, sequence::Request};
+use lite_llm_tests::tiny::TinyModel;
 use world::{Defect, Model, World};
 
 /// Histories of a run that nobody asked to be longer.
@@ -39,42 +28,20 @@ const DEFECTS_WITHIN: u64 = 2000;
 const SETTLES_WITHIN: Duration = Duration::from_secs(20);
 
 fn model() -> Arc<Model> {
-    let folder = tempfile::tempdir().unwrap();
-    let (source, out) = (folder.path().join("hf"), folder.path().join("model"));
-    let shape = RandomShape { layers: 2, ..RandomShape::tiny(RandomClass::Olmoe) };
-    write_random_hf(&source, &shape, &mut |_, _| {}).unwrap();
-    let options =
-        ImportOptions { source, out: out.clone(), dtype: None, tiers: None, routes: None };
-    import(&options, &mut |_, _, _| {}).unwrap();
-    let checkpoint = Checkpoint::open(out).unwrap();
-    let config = checkpoint.config().clone();
-    let tiers = config.moe.as_ref().unwrap().tiers.len();
-    let device = Arc::new(Cpu::new(1, Simd::best()));
-    let backbone = Arc::new(Backbone::load(&checkpoint, device, |_, _| {}).unwrap());
-    let store = Arc::new(DramStore::new(1 << 30));
-    store.load_all(&checkpoint).unwrap();
+    let tiny = TinyModel::load();
     let jobs = (0..8u32).map(|n| {
         let prompt: Vec<u32> = (0..2 + 5 * n % 17).map(|i| (i * 31 + n * 7) % 256).collect();
         let mut request = Request::greedy(prompt, 3 + (n as usize * 5) % 14);
         if n % 2 == 1 {
-            let sampling =
-                Sampling { temperature: 0.9, top_p: 0.9, seed: n.into(), ..Sampling::GREEDY };
+            let (temperature, top_p, seed) = (0.9, 0.9, n.into());
+            let sampling = Sampling { temperature, top_p, seed, ..Sampling::GREEDY };
             request = Request { sampling, prefill_chunk: 3, ..request };
         }
-        let mut engine = Engine::new(backbone.clone(), 1 << 22).unwrap();
-        engine.submit(0, request.clone()).unwrap();
-        engine.run_local(&*store);
-        let events = std::iter::from_fn(|| engine.poll_event());
-        let tokens = events.filter_map(|event| match event {
-            Event::Token { id, .. } => Some(id),
-            _ => None,
-        });
-        let tokens = tokens.collect();
+        let tokens = tiny.alone(&request);
         (request, tokens)
     });
     let jobs = jobs.collect();
-    let bytes = (0..tiers).map(|tier| expert_bytes(&config, checkpoint.dtype(), tier)).collect();
-    Arc::new(Model { backbone, store, expert_bytes: bytes, jobs })
+    Arc::new(Model { tiny, jobs })
 }
 
 /// What some histories came to: events, injected faults by name, and what went wrong by seed.

@@ -28,8 +28,8 @@ use lite_llm_actors::{
 };
 use lite_llm_kernels::cpu::Cpu;
 use lite_llm_runtime::{
-    backbone::Backbone,
     expert::{ExpertKey, ExpertStore, GatedMlp, StoreError},
+    random::{Purpose, random_u64},
     sequence::Request,
     store::DramStore,
 };
@@ -39,13 +39,13 @@ use lite_llm_transport::{
     pool::BufferPool,
 };
 
+use lite_llm_tests::tiny::TinyModel;
+
 use crate::network::{Conn, Network, Process};
 
 /// A model that all histories share.
 pub(crate) struct Model {
-    pub(crate) backbone: Arc<Backbone<Cpu>>,
-    pub(crate) store: Arc<DramStore>,
-    pub(crate) expert_bytes: Vec<u64>,
+    pub(crate) tiny: TinyModel,
     /// Requests, and what each of them generates by itself.
     pub(crate) jobs: Vec<(Request, Vec<u32>)>,
 }
@@ -74,11 +74,8 @@ impl Dice {
     }
 
     pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0 = random_u64(self.0, Purpose::Placement, 0);
+        self.0
     }
 
     pub(crate) fn below(&mut self, n: u64) -> u64 {
@@ -314,8 +311,8 @@ pub(crate) struct World {
     /// Lives of processes; the last is the coordinator.
     lives: Vec<u64>,
     alive: Vec<bool>,
+    /// Until when processes are paused: what happens to them waits so long.
     frozen: Vec<Option<Duration>>,
-    /// What waits for a frozen process.
     nodes: Vec<Option<Node>>,
     head: Option<Head>,
     jobs: Vec<Job>,
@@ -339,9 +336,9 @@ impl World {
         let mut dice = Dice::new(seed);
         let workers = 2 + dice.below(3) as usize;
         let copies = 1 + dice.below(2) as u16;
-        let config = &model.backbone.config;
+        let config = &model.tiny.backbone.config;
         let all: u64 =
-            config.expert_keys().map(|key| model.expert_bytes[usize::from(key.tier)]).sum();
+            config.expert_keys().map(|key| model.tiny.expert_bytes[usize::from(key.tier)]).sum();
         // Room for all at one worker, or just enough that nobody can be missed.
         let budget = match dice.chance(70) {
             true => all,

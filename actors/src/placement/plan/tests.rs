@@ -3,7 +3,7 @@
 use lite_llm_runtime::{expert::ExpertKey, tier::TierConfig};
 
 use super::*;
-use crate::testing::{SplitMix, tiny_model};
+use crate::testing::{Draws, tiny_model};
 
 const BALANCED: PlacementPolicy = PlacementPolicy::Balanced;
 
@@ -190,7 +190,7 @@ fn who_comes_back_with_less_room_keeps_what_fits() {
 }
 
 /// A model of several tiers of several groups.
-fn random_model(random: &mut SplitMix) -> (ModelConfig, Vec<u64>) {
+fn random_model(random: &mut Draws) -> (ModelConfig, Vec<u64>) {
     let mut config = tiny_model(1 + random.below(4) as usize, 1 + random.below(9) as u32);
     let tiers = 1 + random.below(2);
     if let Some(moe) = &mut config.moe {
@@ -208,7 +208,7 @@ fn random_model(random: &mut SplitMix) -> (ModelConfig, Vec<u64>) {
 fn random_histories() {
     let (mut plans, mut refused) = (0, 0);
     for seed in 0..2000u64 {
-        let mut random = SplitMix(seed);
+        let mut random = Draws(seed);
         let (config, bytes) = random_model(&mut random);
         let each = |key: &ExpertKey| bytes[usize::from(key.tier)];
         let total: u64 = config.expert_keys().map(|key| each(&key)).sum();

@@ -7,11 +7,7 @@ use lite_llm_actors::{
     lane::{self, Arrangement, LaneLimits, LaneMachine, LaneParts},
     membership::{Holding, Plan},
 };
-use lite_llm_runtime::{
-    engine::{self, Engine},
-    expert::ExpertKey,
-    sequence::Request,
-};
+use lite_llm_runtime::{engine, expert::ExpertKey, sequence::Request};
 use lite_llm_transport::{
     frame::{Frame, OutgoingFrame},
     messages::{EndReason, ExpertBatchView, ExpertReplyView, JobEventBody, NodeInfo},
@@ -57,7 +53,6 @@ impl World {
 
     pub(super) fn node_hears(&mut self, process: Process, conn: Conn, message: Message) {
         let now = self.instant();
-        let life = self.lives[process];
         let Some(node) = &mut self.nodes[process] else { return };
         match message {
             Message::Ask { incarnation } => {
@@ -124,7 +119,6 @@ impl World {
             }
             _ => {}
         }
-        let _ = life;
         self.node_does(process);
     }
 
@@ -153,7 +147,7 @@ impl World {
         }
         node.loading = true;
         let (_, _, plan, _) = &node.assignments[0];
-        let config = &self.model.backbone.config;
+        let config = &self.model.tiny.backbone.config;
         let mut here = node.held.here.lock().unwrap();
         let keep = |key: &ExpertKey| {
             let serving = node.serving.as_ref();
@@ -163,7 +157,7 @@ impl World {
         here.retain(keep);
         let wanted = config.expert_keys().filter(|key| plan.placement.holds(plan.index, *key));
         let missing = wanted.filter(|key| !here.contains(key)).count();
-        let bytes = self.model.expert_bytes[0];
+        let bytes = self.model.tiny.expert_bytes[0];
         let total = (here.len() + missing) as u64 * bytes;
         drop(here);
         if total > self.budget {
@@ -183,7 +177,7 @@ impl World {
         let Some(node) = &mut self.nodes[process] else { return };
         node.loading = false;
         let Some((conn, incarnation, plan, serves)) = node.assignments.pop_front() else { return };
-        let config = &self.model.backbone.config;
+        let config = &self.model.tiny.backbone.config;
         {
             let mut here = node.held.here.lock().unwrap();
             let keys = config.expert_keys().filter(|key| plan.placement.holds(plan.index, *key));
@@ -208,7 +202,7 @@ impl World {
             match &mut node.lane {
                 Some(lane) => lane.handle(now, lane::Event::Rearrange(arrangement)),
                 None => {
-                    let engine = Engine::new(self.model.backbone.clone(), 1 << 22).unwrap();
+                    let engine = self.model.tiny.engine();
                     node.lane = Some(LaneMachine::new(LaneParts {
                         engine,
                         store: node.held.clone(),

@@ -153,10 +153,10 @@ impl World {
         self.lives[process] += 1;
         let life = self.lives[process];
         if process == self.head_process() {
-            let config = self.model.backbone.config.clone();
+            let config = self.model.tiny.backbone.config.clone();
             let cluster = Cluster::new(MembershipOptions {
                 config,
-                expert_bytes: self.model.expert_bytes.clone(),
+                expert_bytes: self.model.tiny.expert_bytes.clone(),
                 workers: self.workers,
                 copies: self.copies,
                 policy: PlacementPolicy::Balanced,
@@ -175,7 +175,7 @@ impl World {
             }
         } else {
             let wrong = self.defect == Some(Defect::ReplicaDiffers) && process == 0;
-            let held = Held { all: self.model.store.clone(), here: Mutex::default(), wrong };
+            let held = Held { all: self.model.tiny.store.clone(), here: Mutex::default(), wrong };
             self.nodes[process] = Some(Node {
                 lane: None,
                 held: Arc::new(held),
