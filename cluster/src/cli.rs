@@ -421,9 +421,12 @@ pub struct ClientArgs {
 pub struct DrainArgs {
     /// Name of the worker.
     pub name: String,
-    /// Where.
-    #[command(flatten)]
-    pub client: ClientArgs,
+    /// The coordinator's address or host name, with its port [default: the address in the token].
+    #[arg(long, value_name = "HOST:PORT")]
+    pub coordinator: Option<HostPort>,
+    /// Where the coordinator keeps the cluster's authority.
+    #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
+    pub state: Option<PathBuf>,
 }
 
 /// What a token makes.

@@ -5,9 +5,11 @@ mod process;
 use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
 
 use lite_llm_transport::{
-    endpoint::{Endpoint, Options},
+    connection::StreamKind,
+    endpoint::{Endpoint, Expect, Options},
     identity::{ClusterCa, Role},
     join::join,
+    messages::{ClientReply, ClientRequest},
     session::Hello,
     token::JoinToken,
 };
@@ -218,4 +220,28 @@ fn tokens_are_replaced_and_names_revoked_while_the_cluster_serves() {
     assert_eq!(cluster.text(), before);
     run(&["revoke", "nobody", "--undo", "--state", &state])
         .one_error(BAD_INPUT, &["nobody is not revoked"]);
+}
+
+#[test]
+fn a_client_does_what_its_token_gives_and_no_more() {
+    let _alone = alone();
+    let cluster = Cluster::ready(&["a", "b"], &[]);
+    let before = cluster.text();
+    let token = JoinToken::read(cluster.token().as_ref()).unwrap();
+    let address = token.address().parse().unwrap();
+    let hello = || Hello::new(lite_llm_kernels::DETERMINISM_VERSION);
+    let reply = soon(async {
+        let identity = join(address, &token, Role::Client, "c", &hello()).await.unwrap();
+        let endpoint = Endpoint::outgoing(address, &identity, Options::new(hello())).unwrap();
+        let connection = endpoint.connect(address, &Expect::coordinator()).await.unwrap();
+        let (mut sender, mut receiver) = connection.open_stream(StreamKind::Client).await.unwrap();
+        sender.send_message(&ClientRequest::Drain("a".into())).await.unwrap();
+        let frame = receiver.recv().await.unwrap().unwrap();
+        frame.decode::<ClientReply>().unwrap()
+    });
+    let refused =
+        matches!(&reply, ClientReply::Refused { reason } if reason.contains("state folder"));
+    assert!(refused, "{reply:?}");
+    assert_eq!(cluster.text(), before);
+    assert_eq!(cluster.status()["nodes"].as_array().unwrap().len(), 2);
 }

@@ -132,14 +132,15 @@ fn a_drained_worker_gives_its_work_away_and_ends() {
     let before = text(jobs(&cluster, JOBS), JOBS);
     let running = jobs(&cluster, JOBS);
     cluster.is_running(4);
-    let token = cluster.token();
-    process::run(&["drain", "a", "--token", &token]).expect(0, &[]);
+    let state = cluster.state.path().to_str().unwrap().to_owned();
+    let drain = |name: &str| process::run(&["drain", name, "--state", &state]);
+    drain("a").expect(0, &[]);
     assert_eq!(text(running, JOBS), before);
     let mut cluster = cluster;
     cluster.take("a").ends_within(PATIENCE).one_error(1, &["drained"]);
     assert_eq!(text(jobs(&cluster, JOBS), JOBS), before);
-    process::run(&["drain", "a", "--token", &token]).one_error(1, &["no worker is named a", "b"]);
-    process::run(&["drain", "b", "--token", &token]).one_error(1, &["b is the only worker"]);
+    drain("a").one_error(1, &["no worker is named a", "b"]);
+    drain("b").one_error(1, &["b is the only worker"]);
 }
 
 #[test]

@@ -50,6 +50,10 @@ pub const NAME_BYTES_MAX: usize = 63;
 const STATE_FILE_BYTES_MAX: u64 = 64 << 10;
 const CA_FIRST_LINE: &str = "lite-llm cluster CA 2";
 const CA_FIRST_LINE_1: &str = "lite-llm cluster CA 1";
+/// Name of the client that has the authority's folder itself, and may do what no token gives. Nobody
+/// joins under it.
+pub const OPERATOR: &str = "operator";
+
 const DOMAIN: &str = "lite-llm";
 
 /// What a peer may do.

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 
 use crate::{
     connection::{CLOSE_DONE, CLOSE_REFUSED, busy_in, describe, greet},
-    identity::{ClusterCa, Identity, IdentityError, Role, checked_name, signing_request},
+    identity::{ClusterCa, Identity, IdentityError, OPERATOR, Role, checked_name, signing_request},
     messages::{decode, encode},
     moment::utc,
     patience::{BUSY_PATIENCE, Hint, Patience},
@@ -356,6 +356,9 @@ fn decide(quic: &quinn::Connection, ca: &ClusterCa, request: &[u8]) -> Result<Jo
         tracing::error!(%error, "nobody can join");
         "it cannot read its list of revoked names; its log says why".to_owned()
     })?;
+    if name == OPERATOR {
+        return Err(format!("nobody joins as {OPERATOR}: choose another name"));
+    }
     if let Some(reason) = revoked.bars(&name) {
         return Err(reason);
     }

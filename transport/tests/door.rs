@@ -16,7 +16,7 @@ use std::{
 
 use lite_llm_transport::{
     endpoint::{ConnectError, Endpoint, Expect, JOINS_MAX, PER_SOURCE_MAX},
-    identity::{ClusterCa, Identity, Role},
+    identity::{ClusterCa, Identity, OPERATOR, Role},
     join::{JoinError, PROOF_TIMEOUT, join, join_within},
     messages::{Revoked, RevokedNames, decode, encode},
     session::Hello,
@@ -276,6 +276,18 @@ async fn a_revoked_name_loses_its_connections_and_comes_back_only_with_a_new_cer
     soon("news", news.changed()).await.unwrap();
     w1.set_revoked(news.borrow().clone());
     connect(&new, w1).await.unwrap();
+}
+
+#[tokio::test]
+async fn nobody_joins_under_the_name_of_the_operator() {
+    let cluster = Cluster::start();
+    for role in [Role::Client, Role::Worker] {
+        let error = cluster.join(role, OPERATOR).await.unwrap_err().to_string();
+        assert!(error.contains("nobody joins as operator"), "{error}");
+    }
+    // Whoever has the authority's folder needs no token.
+    let operator = cluster.elsewhere().identity(Role::Client, OPERATOR).unwrap();
+    connect(&operator, &cluster.head).await.unwrap();
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use lite_llm_transport::{
     connection::{Connection, StreamKind},
     endpoint::{Endpoint, Options},
     frame::{FrameReceiver, FrameSender},
-    identity::{ClusterCa, Role},
+    identity::{ClusterCa, OPERATOR, Role},
     messages::{
         ClientReply, ClientRequest, ClusterStatus, JobContinue, JobEvent, JobRequest, Prompt,
     },
@@ -321,6 +321,10 @@ impl CoordinatorHandle {
                 Ok(ClientRequest::Continue(job)) => {
                     let JobContinue { request, generated, .. } = *job;
                     self.run_job(&client, request, generated, (&mut sender, &mut receiver)).await
+                }
+                Ok(ClientRequest::Drain(_)) if client != OPERATOR => {
+                    let reason = "only whoever has the coordinator's state folder drains workers";
+                    sender.send_message(&ClientReply::Refused { reason: reason.into() }).await
                 }
                 Ok(ClientRequest::Drain(name)) => {
                     let reply = match self.drain(name).await {

@@ -18,7 +18,8 @@ use crate::{
     time::Time,
 };
 
-fn open(state: Option<PathBuf>) -> Result<(PathBuf, ClusterCa)> {
+/// A coordinator's state folder and the authority in it.
+pub(super) fn open_authority(state: Option<PathBuf>) -> Result<(PathBuf, ClusterCa)> {
     let state = match state {
         Some(state) => state,
         None => default_state()?,
@@ -32,7 +33,7 @@ pub(super) fn token(args: TokenArgs, json: bool) -> Result<()> {
         TokenRole::Client => Role::Client,
         TokenRole::Worker => Role::Worker,
     };
-    let (state, authority) = open(args.state)?;
+    let (state, authority) = open_authority(args.state)?;
     let path = JoinToken::path_in(&state, role);
     let address = match args.advertise {
         Some(address) => address.to_string(),
@@ -74,7 +75,7 @@ pub(super) fn token(args: TokenArgs, json: bool) -> Result<()> {
 
 pub(super) fn revoke(args: RevokeArgs, json: bool) -> Result<()> {
     let RevokeArgs { name, undo, state } = args;
-    let (_, authority) = open(state)?;
+    let (_, authority) = open_authority(state)?;
     let changed = if undo { authority.undo_revoke(&name) } else { authority.revoke(&name) };
     changed.map_err(bad_input)?;
     if json {

@@ -13,7 +13,7 @@ use lite_llm_transport::{
     connection::{Connection, StreamKind},
     endpoint::{Endpoint, Expect, Options},
     frame::{FrameReceiver, FrameSender},
-    identity::Role,
+    identity::{Identity, OPERATOR, Role},
     join::join_within,
     messages::{ClientReply, ClientRequest, ClusterStatus, JobContinue, JobRequest},
     session::Hello,
@@ -23,7 +23,10 @@ use serde::Deserialize;
 use serde_json::json;
 use tracing::debug_span;
 
-use super::{answer::Answer, bad_input, coordinator_addresses, read_token, run::read_prompt};
+use super::{
+    answer::Answer, authority::open_authority, bad_input, coordinator_addresses,
+    first_that_answers, read_token, run::read_prompt,
+};
 use crate::{
     cli::{ChatArgs, ClientArgs, DrainArgs, SamplingArgs, Seed, SubmitArgs},
     size::Size,
@@ -62,9 +65,13 @@ impl Client {
         let name = format!("client-{}", std::process::id());
         let started = Instant::now();
         let identity = join_within(retry, address, token, Role::Client, &name, &hello).await?;
-        let endpoint = Endpoint::outgoing(address, &identity, Options::new(hello))?;
-        let left = retry.saturating_sub(started.elapsed());
-        let connection = endpoint.connect_within(left, address, &Expect::coordinator()).await?;
+        Self::connect_as(address, &identity, retry.saturating_sub(started.elapsed())).await
+    }
+
+    async fn connect_as(address: SocketAddr, identity: &Identity, retry: Duration) -> Result<Self> {
+        let options = Options::new(Hello::new(DETERMINISM_VERSION));
+        let endpoint = Endpoint::outgoing(address, identity, options)?;
+        let connection = endpoint.connect_within(retry, address, &Expect::coordinator()).await?;
         Ok(Self { endpoint, connection })
     }
 
@@ -328,7 +335,12 @@ pub(super) async fn status(args: ClientArgs, json: bool) -> Result<()> {
 
 /// Asks the coordinator to move a worker's work away and to let it go.
 pub(super) async fn drain(args: DrainArgs) -> Result<()> {
-    let client = Client::connect(&args.client).await?;
+    let (state, authority) = open_authority(args.state)?;
+    let token = JoinToken::read(&JoinToken::path_in(&state, Role::Client)).map_err(bad_input)?;
+    let identity = authority.identity(Role::Client, OPERATOR)?;
+    let addresses = coordinator_addresses(args.coordinator.as_ref(), &token).await?;
+    let connect = async |address| Client::connect_as(address, &identity, Duration::ZERO).await;
+    let client = first_that_answers(&addresses, connect).await?;
     let (_sender, mut receiver) = client.ask(&ClientRequest::Drain(args.name.clone())).await?;
     match tokio::time::timeout(ANSWER_TIMEOUT, next(&mut receiver)).await?? {
         ClientReply::Noted => {
