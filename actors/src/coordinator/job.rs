@@ -75,8 +75,6 @@ impl Job {
     pub(super) async fn run(mut self) {
         let mut text = self.text();
         let mut offered_until = Instant::now() + self.patience;
-        // Homes lost since the last token, but for the first; and the tokens then.
-        let (mut barren, mut before) = (0, 0);
         let last = loop {
             let home = match self.home(offered_until).await {
                 Ok(Some(home)) => home,
@@ -90,13 +88,10 @@ impl Job {
                 Attempt::Cancelled => break self.progress.cancel(),
                 Attempt::Lost(reason) => {
                     debug!(job = self.id, %reason, "a job loses its home");
-                    let generated = self.progress.generated().len();
                     match self.progress.lost() {
                         Next::Again(_) => {
                             // What fails at once, again and again, is not to be tried in a rush.
-                            barren = if generated > before { 0 } else { barren + 1 };
-                            sleep(OFFER_PAUSE * barren).await;
-                            before = generated;
+                            sleep(OFFER_PAUSE * self.progress.barren().saturating_sub(1)).await;
                             offered_until = Instant::now() + self.patience;
                         }
                         Next::GiveUp(last) => break Some(last),

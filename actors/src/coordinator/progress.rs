@@ -88,6 +88,11 @@ impl JobProgress {
         self.attempt
     }
 
+    /// Attempts that were lost in a row without anything new for the reader.
+    pub fn barren(&self) -> u32 {
+        self.barren
+    }
+
     /// The tokens so far: what the next attempt begins with.
     pub fn generated(&self) -> &[u32] {
         &self.tokens

@@ -49,6 +49,14 @@ pub(super) struct OpenModel {
     storage: ActorRef<StorageMessage>,
 }
 
+/// An assignment whose experts are here.
+struct Assigned {
+    model: OpenModel,
+    placement: Placement,
+    /// This node's experts, by layer.
+    wanted: BTreeMap<u16, BTreeSet<ExpertKey>>,
+}
+
 /// What fixes a lane's bits, beside its requests: a coordinator that is started anew may want another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct LaneOf {
@@ -101,7 +109,7 @@ impl Actor for Loader {
             return Ok(());
         }
         let result = match serves {
-            false => state.load(*assignment).await,
+            false => state.load(&assignment).await.map(drop),
             true => state.serve(*assignment).await,
         };
         if let Err(reason) = &result {
@@ -115,8 +123,8 @@ impl Actor for Loader {
 
 impl LoaderState {
     /// Has what an assignment gives this node, beside what it serves.
-    async fn load(&mut self, assignment: Assignment) -> Result<(), String> {
-        let (model, placement) = self.prepare(&assignment).await?;
+    async fn load(&mut self, assignment: &Assignment) -> Result<Assigned, String> {
+        let (model, placement) = self.prepare(assignment).await?;
         let wanted = wanted(&model, &placement, assignment.you);
         let mut keep = wanted.clone();
         let serving = self.options.serving.lock().clone();
@@ -132,8 +140,8 @@ impl LoaderState {
         let total = wanted.values().map(BTreeSet::len).sum::<usize>() as u32;
         self.counters.total.store(total, Relaxed);
         let mut loads = Vec::new();
-        for (layer, keys) in wanted {
-            let shard = self.shard(&model, layer).await?;
+        for (&layer, keys) in &wanted {
+            let (shard, keys) = (self.shard(&model, layer).await?, keys.clone());
             loads.push(async move {
                 ractor::call!(shard, |reply| ShardMessage::Load(keys, reply))
                     .map_err(|error| format!("the shard of layer {layer} is gone: {error}"))?
@@ -141,18 +149,16 @@ impl LoaderState {
         }
         let loaded = futures::future::join_all(loads).await;
         loaded.into_iter().collect::<Result<(), String>>()?;
-        *self.options.holding.lock() = Some(assignment);
+        *self.options.holding.lock() = Some(assignment.clone());
         if self.options.inbox.load().is_none() {
             *self.doing.lock() = "waiting for the cluster".into();
         }
-        Ok(())
+        Ok(Assigned { model, placement, wanted })
     }
 
     /// Computes by an assignment from now on, and lets go what it does not give this node.
     async fn serve(&mut self, assignment: Assignment) -> Result<(), String> {
-        self.load(assignment.clone()).await?;
-        let (model, placement) = self.prepare(&assignment).await?;
-        let keep = wanted(&model, &placement, assignment.you);
+        let Assigned { model, placement, wanted } = self.load(&assignment).await?;
         let (me, nodes) = (assignment.you, assignment.nodes.clone());
         let arrangement = Arrangement { placement: Arc::new(placement), me, nodes };
         let lane_of = LaneOf {
@@ -176,7 +182,7 @@ impl LoaderState {
         }
         self.options.links.keep_to(&assignment.nodes, assignment.you);
         *self.options.serving.lock() = Some(assignment);
-        self.keep(&keep).await?;
+        self.keep(&wanted).await?;
         *self.doing.lock() = "ready".into();
         Ok(())
     }
