@@ -64,6 +64,8 @@ pub enum Event {
     Wants {
         /// The job.
         job: u64,
+        /// Nodes that did not take it lately: asked again only if there is no other.
+        refused: Vec<String>,
     },
     /// A job is no longer at its node, or wants none any more.
     Left {
@@ -165,7 +167,7 @@ pub struct Cluster {
     nodes: BTreeMap<String, Node>,
     incarnations: u64,
     /// Jobs that wait for a node.
-    homeless: VecDeque<u64>,
+    homeless: VecDeque<(u64, Vec<String>)>,
     /// Where jobs are.
     homes: HashMap<u64, String>,
     commands: VecDeque<Command>,
@@ -231,20 +233,20 @@ impl Cluster {
                             self.membership.handle(now, loaded);
                         }
                         (true, Ok(())) => {}
-                        // It has its experts and cannot compute: it would fail at every epoch.
+                        // Others do its work until it is tried again.
                         (true, Err(reason)) => {
-                            self.commands.push_back(Command::Dismiss { name, reason })
+                            self.membership.handle(now, membership::Event::Unfit { name, reason });
                         }
                     }
                 }
             }
-            Event::Wants { job } => {
+            Event::Wants { job, refused } => {
                 self.leave(job);
-                self.homeless.push_back(job);
+                self.homeless.push_back((job, refused));
             }
             Event::Left { job } => {
                 self.leave(job);
-                self.homeless.retain(|other| *other != job);
+                self.homeless.retain(|(other, _)| *other != job);
             }
             Event::Drain { name } => {
                 let reason = format!("worker {name} is being drained");
@@ -409,13 +411,18 @@ impl Cluster {
         }
     }
 
-    /// Gives the jobs that wait to nodes that can take them: each to the one with the fewest, of equals to
-    /// the first by name.
+    /// Gives the jobs that wait to nodes that can take them: each to the one with the fewest, of
+    /// equals to the first by name.
     fn find_homes(&mut self) {
-        while let Some(&job) = self.homeless.front() {
+        while let Some((job, refused)) = self.homeless.front() {
+            let job = *job;
             let jobs = |name: &&str| self.nodes.get(*name).map(|node| node.jobs);
             let homes = self.membership.homes().filter(|name| jobs(name).is_some());
-            let Some(name) = homes.min_by_key(|name| (jobs(name), *name)) else { return };
+            let Some(name) =
+                homes.min_by_key(|name| (refused.iter().any(|it| it == name), jobs(name), *name))
+            else {
+                return;
+            };
             let name = name.to_owned();
             self.homeless.pop_front();
             if let Some(node) = self.nodes.get_mut(&name) {

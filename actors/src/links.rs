@@ -30,7 +30,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use crate::lane::{LaneEvent, LaneInbox, OUTBOX_MAX};
+use crate::lane::{LaneEvent, LaneInbox, OUTBOX_MAX, ReplyQueue};
 
 /// How long a lane may take to make room in its inbox.
 pub const INBOX_TIMEOUT: Duration = Duration::from_secs(20);
@@ -57,8 +57,15 @@ struct Link {
     index: u16,
     name: String,
     address: String,
-    /// This node dials; if not, it waits to be dialed.
-    dials: bool,
+    /// Index of this node.
+    me: u16,
+}
+
+impl Link {
+    /// Whether this node dials; if not, it waits to be dialed.
+    fn dials(&self) -> bool {
+        self.index < self.me
+    }
 }
 
 impl Links {
@@ -99,7 +106,7 @@ impl Links {
                 index: index as u16,
                 name: node.name.clone(),
                 address: node.address.clone(),
-                dials: index < here,
+                me,
             })
             .collect();
         let mut keepers = self.keepers.lock();
@@ -178,7 +185,7 @@ impl Links {
         self: &Arc<Self>,
         link: &Link,
     ) -> Result<(Connection, FrameSender, FrameReceiver), String> {
-        let connection = match link.dials {
+        let connection = match link.dials() {
             true => self.dial(link).await?,
             false => self.dialed_by(link).await,
         };
@@ -291,7 +298,8 @@ async fn serve_batches(
     connection: Connection,
     inbox: LaneInbox,
 ) {
-    let (reply, mut replies) = mpsc::channel::<OutgoingFrame>(OUTBOX_MAX);
+    let (queue, mut replies) = mpsc::channel::<OutgoingFrame>(OUTBOX_MAX);
+    let reply = ReplyQueue::new(queue, connection.clone());
     let writer = connection.clone();
     tokio::spawn(async move {
         while let Some(frame) = replies.recv().await {
@@ -328,8 +336,7 @@ async fn serve_batches(
         if !taken {
             let failure = ExpertFailure::new(id, "it has no experts loaded at present");
             if let Ok(frame) = OutgoingFrame::message(&failure) {
-                // The writer is gone only if the peer is.
-                let _ = reply.send(frame).await;
+                reply.send(frame);
             }
         }
     }

@@ -27,7 +27,7 @@ mod facts;
 mod form;
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -123,6 +123,13 @@ pub enum Event {
         /// Its name.
         name: String,
     },
+    /// A node was told to serve an epoch and cannot compute by it.
+    Unfit {
+        /// Its name.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
     /// A member is to give its share away and go.
     Drain {
         /// Its name.
@@ -209,8 +216,11 @@ struct Member {
     draining: bool,
     /// It is to hold nothing while its links are down.
     cut_off: bool,
-    /// Why it could not load, and until when it is left out.
+    /// Why it could not load or compute, and until when it is left out.
     unfit: Option<(String, Instant)>,
+    /// False while it is left out because it cannot compute: it is told nothing until then, and
+    /// holds nothing.
+    able: bool,
 }
 
 #[derive(Debug, Default)]
@@ -255,6 +265,8 @@ pub struct Membership {
     serving: Option<Epoch>,
     target: Option<Epoch>,
     epoch: u64,
+    /// Processes that are being drained, by name: one that only lost its connection still is.
+    drains: BTreeMap<String, NodeInfo>,
     cuts: Cuts,
     repair_at: Option<Instant>,
     refused: Option<DoesNotFit>,
@@ -275,6 +287,7 @@ impl Membership {
             serving: None,
             target: None,
             epoch: 0,
+            drains: BTreeMap::new(),
             cuts: Cuts::default(),
             repair_at: None,
             refused: None,
@@ -297,7 +310,15 @@ impl Membership {
             Event::Reachable { name, by } => self.link(now, &name, &by, true),
             Event::Suspect { name, .. } => self.mark(&name, |member| member.suspect = true, false),
             Event::Recovered { name } => self.mark(&name, |member| member.suspect = false, false),
-            Event::Drain { name } => self.mark(&name, |member| member.draining = true, true),
+            Event::Unfit { name, reason } => {
+                let until = now + RETRY_DELAY;
+                let unfit = |member: &mut Member| {
+                    (member.serves, member.able, member.held) = (false, false, None);
+                    member.unfit = Some((reason.clone(), until));
+                };
+                self.mark(&name, unfit, true)
+            }
+            Event::Drain { name } => self.drain(&name),
             Event::Tick => false,
         };
         anew |= self.work_around(now);
@@ -329,6 +350,7 @@ impl Membership {
         let mut anew = self.repair_at.is_some_and(|at| at <= now);
         for member in self.slots.iter_mut().filter_map(|slot| slot.member.as_mut()) {
             anew |= member.unfit.take_if(|(_, until)| *until <= now).is_some();
+            member.able |= member.unfit.is_none();
         }
         self.cuts.settle(now);
         anew
@@ -340,6 +362,18 @@ impl Membership {
         let known = found.is_some();
         found.into_iter().for_each(mark);
         known && anew
+    }
+
+    fn drain(&mut self, name: &str) -> bool {
+        let mut drained = None;
+        let members = self.slots.iter_mut().filter_map(|slot| slot.member.as_mut());
+        for member in members.chain(&mut self.lobby).filter(|m| m.info.name == name) {
+            member.draining = true;
+            drained = Some(member.info.clone());
+        }
+        let known = drained.is_some();
+        self.drains.extend(drained.map(|info| (name.to_owned(), info)));
+        known
     }
 
     fn leave(&mut self, now: Instant, name: &str, incarnation: u64, reason: String) -> bool {
@@ -546,26 +580,26 @@ impl Membership {
             let listed = |(index, _): (u16, &Member)| {
                 epoch.nodes.get(usize::from(index)) == nodes.get(usize::from(index))
             };
-            epoch.placement == placement && self.present().all(listed)
+            epoch.placement == placement && self.able().all(listed)
         };
-        if self.serving.as_ref().is_some_and(same) && self.present().all(|(_, m)| m.serves) {
+        if self.serving.as_ref().is_some_and(same) && self.able().all(|(_, m)| m.serves) {
             self.abandon();
             return false;
         }
         if let Some(target) = self.target.as_ref().filter(|target| same(target))
-            && self.present().all(|(_, member)| member.told == target.number)
+            && self.able().all(|(_, member)| member.told == target.number)
         {
             return false;
         }
         self.epoch += 1;
         let target = Epoch { number: self.epoch, nodes, placement };
-        if self.present().all(|(index, member)| self.has(index, member, &target.placement)) {
+        if self.able().all(|(index, member)| self.has(index, member, &target.placement)) {
             self.target = Some(target);
             self.serve();
             return true;
         }
         for (index, slot) in (0u16..).zip(&mut self.slots) {
-            let Some(member) = &mut slot.member else { continue };
+            let Some(member) = slot.member.as_mut().filter(|m| m.able) else { continue };
             member.told = target.number;
             // It drops what it brought and is not to hold.
             member.held = None;
@@ -641,8 +675,8 @@ impl Membership {
         }
         for ((index, slot), has) in (0u16..).zip(&mut self.slots).zip(has) {
             let Some(member) = &mut slot.member else { continue };
-            member.serves = has;
-            if has {
+            member.serves = has && member.able;
+            if member.serves {
                 member.held = None;
                 let (name, assignment) = (member.info.name.clone(), target.plan(index));
                 self.commands.push_back(Command::Serve { name, assignment });
@@ -671,6 +705,7 @@ impl Membership {
         }
         for Member { info, incarnation, .. } in drained {
             self.cuts.forget(&info.name);
+            self.drains.remove(&info.name);
             let (reason, name) = (words::drained(&info.name), info.name);
             self.commands.push_back(Command::Dismiss { name, incarnation, reason });
         }

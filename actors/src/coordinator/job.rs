@@ -2,8 +2,8 @@
 //! to its reader. A home that is lost is replaced: the job goes on elsewhere from its prompt and its
 //! tokens so far, with the bits that it would have had.
 //!
-//! Invariants: a job's reader gets exactly one last event, and no token twice, whatever fails
-//! ([`JobProgress`] sees to that); a reader that goes away cancels its job; a reader that is slow
+//! Invariants: a job's reader gets exactly one last event, and no token twice, whatever fails but the
+//! coordinator itself ([`JobProgress`] sees to that); a reader that goes away cancels its job; a reader that is slow
 //! slows its own job only (each job has its own stream and its own bounded queue).
 
 use std::{sync::Arc, time::Duration};
@@ -70,16 +70,31 @@ enum Attempt {
     NotTaken(String),
 }
 
+/// Where a job is to run next.
+enum Where {
+    Home(JobHome),
+    /// Nowhere: somebody wants it to end.
+    Cancelled,
+    /// Nowhere: no node could take it in time.
+    Nobody(String),
+    /// Nowhere: the coordinator stops. Its readers lose their connections and, as after its sudden
+    /// end, may go on when it is there again.
+    Stopped,
+}
+
 impl Job {
     /// Brings the job to its end, at as many homes as it takes.
     pub(super) async fn run(mut self) {
         let mut text = self.text();
         let mut offered_until = Instant::now() + self.patience;
+        // Nodes that did not take it, since one did.
+        let mut refused = Vec::new();
         let last = loop {
-            let home = match self.home(offered_until).await {
-                Ok(Some(home)) => home,
-                Ok(None) => break self.progress.cancel(),
-                Err(reason) => break self.progress.fail(reason),
+            let home = match self.home(offered_until, refused.clone()).await {
+                Where::Home(home) => home,
+                Where::Cancelled => break self.progress.cancel(),
+                Where::Nobody(reason) => break self.progress.fail(reason),
+                Where::Stopped => return,
             };
             let attempt = self.progress.attempt();
             debug!(job = self.id, home = %home.name, attempt, "a job goes to its home");
@@ -93,6 +108,7 @@ impl Job {
                             // What fails at once, again and again, is not to be tried in a rush.
                             sleep(OFFER_PAUSE * self.progress.barren().saturating_sub(1)).await;
                             offered_until = Instant::now() + self.patience;
+                            refused.clear();
                         }
                         Next::GiveUp(last) => break Some(last),
                         Next::Ended => return,
@@ -103,7 +119,11 @@ impl Job {
                         format!("no worker took the job within {:?}: {reason}", self.patience);
                     break self.progress.fail(reason);
                 }
-                Attempt::NotTaken(_) => sleep(OFFER_PAUSE).await,
+                Attempt::NotTaken(_) => {
+                    refused.retain(|name| *name != home.name);
+                    refused.push(home.name);
+                    sleep(OFFER_PAUSE).await;
+                }
             }
         };
         if let Some(last) = last {
@@ -125,23 +145,26 @@ impl Job {
         Some(text)
     }
 
-    /// Where it is to run; nothing if it was cancelled meanwhile.
-    async fn home(&mut self, until: Instant) -> Result<Option<JobHome>, String> {
+    /// Where it is to run, but at these nodes only if there is no other.
+    async fn home(&mut self, until: Instant, refused: Vec<String>) -> Where {
         let job = self.id;
-        let asked = self.coordinator.call(|reply| CoordinatorMessage::Home { job, reply }, None);
+        let home = |reply| CoordinatorMessage::Home { job, refused, reply };
+        let asked = self.coordinator.call(home, None);
         let patience = self.patience;
         tokio::select! {
             home = timeout_at(until, asked) => match home {
-                Ok(Ok(ractor::rpc::CallResult::Success(home))) => Ok(Some(home)),
-                Ok(_) => Err("the coordinator stops".to_owned()),
+                Ok(Ok(ractor::rpc::CallResult::Success(home))) => Where::Home(home),
+                Ok(_) => Where::Stopped,
                 Err(_) => {
                     let words = CoordinatorMessage::WhyNot;
                     let why = ractor::call!(self.coordinator, words).unwrap_or_default();
-                    Err(format!("no worker could take the job within {patience:?}: {why}"))
+                    Where::Nobody(format!(
+                        "no worker could take the job within {patience:?}: {why}"
+                    ))
                 }
             },
-            () = cancelled(&mut self.cancelled) => Ok(None),
-            () = self.events.closed() => Ok(None),
+            () = cancelled(&mut self.cancelled) => Where::Cancelled,
+            () = self.events.closed() => Where::Cancelled,
         }
     }
 

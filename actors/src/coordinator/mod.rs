@@ -88,6 +88,8 @@ pub enum CoordinatorMessage {
     Home {
         /// The job.
         job: u64,
+        /// Nodes that did not take it lately.
+        refused: Vec<String>,
         /// Answered as soon as there is one.
         reply: RpcReplyPort<JobHome>,
     },
@@ -247,10 +249,10 @@ impl Actor for Coordinator {
                     job.cancel.send_replace(true);
                 }
             }
-            CoordinatorMessage::Home { job, reply } => {
+            CoordinatorMessage::Home { job, refused, reply } => {
                 if let Some(running) = state.jobs.get_mut(&job) {
                     running.wants = Some(reply);
-                    state.cluster.handle(now, Event::Wants { job });
+                    state.cluster.handle(now, Event::Wants { job, refused });
                 }
             }
             CoordinatorMessage::WhyNot(reply) => {
@@ -530,7 +532,7 @@ impl CoordinatorState {
     fn home(&mut self, now: Instant, job: u64, name: &str) {
         let Some((node, connection)) = self.nodes.get(name).zip(self.connections.get(name)) else {
             // It left just now.
-            return self.cluster.handle(now, Event::Wants { job });
+            return self.cluster.handle(now, Event::Wants { job, refused: Vec::new() });
         };
         let Some(reply) = self.jobs.get_mut(&job).and_then(|job| job.wants.take()) else {
             return self.cluster.handle(now, Event::Left { job });

@@ -37,6 +37,7 @@ use self::jobs::{Job, Jobs};
 pub use self::{
     actor::{LaneActor, LaneMessage},
     machine::{Arrangement, BATCH_BYTES_MAX, Command, Event, LaneLimits, LaneMachine, LaneParts},
+    reply::ReplyQueue,
 };
 
 /// Where events for a node's present lane go; empty while there is none.
@@ -72,7 +73,7 @@ pub enum LaneEvent {
         /// What it wants.
         view: ExpertBatchView,
         /// Where the answer goes.
-        reply: mpsc::Sender<OutgoingFrame>,
+        reply: ReplyQueue,
     },
     /// Another node has run experts.
     Reply {
@@ -166,7 +167,7 @@ impl Drop for LaneHandle {
 
 /// The thread around a machine.
 pub struct Lane {
-    machine: LaneMachine<Cpu, mpsc::Sender<OutgoingFrame>>,
+    machine: LaneMachine<Cpu, ReplyQueue>,
     outboxes: HashMap<u16, mpsc::Sender<OutgoingFrame>>,
     jobs: Jobs,
     stats: Arc<LaneStats>,
@@ -288,8 +289,7 @@ impl Lane {
                         self.machine.handle(now, Event::Undelivered { id, peer, reason });
                     }
                 }
-                // A peer that takes no replies is noticed by its connection, not here.
-                Command::Answer { reply, frame } => drop(reply.try_send(frame)),
+                Command::Answer { reply, frame } => reply.send(frame),
                 Command::Publish(event) => {
                     if matches!(event, lite_llm_runtime::engine::Event::Token { .. }) {
                         self.stats.tokens.fetch_add(1, Relaxed);

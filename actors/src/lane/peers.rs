@@ -42,13 +42,17 @@ impl Peers {
         self.me
     }
 
-    /// Takes another placement. Returns the indices at which another node is now.
+    /// Takes another placement. Returns the indices at which another node is now; all of them, if
+    /// this node's own index is another: its links are made anew then.
     pub(super) fn rearrange(&mut self, arrangement: Arrangement) -> Vec<u16> {
         let before = std::mem::replace(self, Self::new(arrangement));
+        let moved = before.me != self.me;
         let mut others = Vec::new();
         for (index, old) in (0u16..).zip(before.peers) {
             match self.peers.get_mut(usize::from(index)) {
-                Some(peer) if (&peer.name, &peer.address) == (&old.name, &old.address) => {
+                Some(peer)
+                    if !moved && (&peer.name, &peer.address) == (&old.name, &old.address) =>
+                {
                     *peer = old;
                 }
                 _ => others.push(index),

@@ -7,14 +7,39 @@ use lite_llm_runtime::{
     moe_layer::{ExpertCall, ExpertFailure},
 };
 use lite_llm_transport::{
+    connection::Connection,
     frame::OutgoingFrame,
     messages::{self, ExpertBatchView, ExpertOutputs, FailedExpert, OutgoingExpertOutputs},
     pool::BufferPool,
 };
+use tokio::sync::mpsc;
 use tracing::Span;
 
 use super::flight::{Failing, failing};
 use crate::trace;
+
+/// Where the answers to a peer's batches go.
+#[derive(Debug, Clone)]
+pub struct ReplyQueue {
+    queue: mpsc::Sender<OutgoingFrame>,
+    connection: Connection,
+}
+
+impl ReplyQueue {
+    /// Answers that go into a queue are written to this connection.
+    pub fn new(queue: mpsc::Sender<OutgoingFrame>, connection: Connection) -> Self {
+        Self { queue, connection }
+    }
+
+    /// Queues an answer. A peer that does not take its answers loses its connection: it hears of
+    /// that at once, and of an answer that was dropped only by waiting in vain.
+    pub fn send(&self, frame: OutgoingFrame) {
+        // A queue that is closed has lost its connection already.
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.queue.try_send(frame) {
+            self.connection.close("it does not take the answers to its batches");
+        }
+    }
+}
 
 /// An answer in the making.
 pub(super) enum Reply {

@@ -118,6 +118,11 @@ impl Membership {
         slots.filter_map(|(index, slot)| Some((index, slot.member.as_ref()?)))
     }
 
+    /// Those of them who can be told something.
+    pub(super) fn able(&self) -> impl Iterator<Item = (u16, &Member)> {
+        self.present().filter(|(_, member)| member.able)
+    }
+
     /// Whether somebody is there in this slot who serves the epoch.
     pub(super) fn serves(&self, index: u16) -> bool {
         let slot = self.slots.get(usize::from(index));

@@ -13,6 +13,11 @@ use crate::{placement::Placement, words};
 /// Epochs beyond this are not believed: no coordinator ever counted so far.
 const EPOCH_MAX: u64 = 1 << 62;
 
+/// Whether two introductions under one name came from one process.
+fn same_process(one: &NodeInfo, other: &NodeInfo) -> bool {
+    (one.pid, &one.address) == (other.pid, &other.address)
+}
+
 /// What a member brought, checked.
 #[derive(Debug, Clone)]
 pub(super) struct Held {
@@ -40,6 +45,12 @@ impl Membership {
         if !self.replace(&info, incarnation) {
             return false;
         }
+        let draining =
+            self.drains.get(&info.name).is_some_and(|drained| same_process(drained, &info));
+        if !draining {
+            // One that was started anew is as welcome as any.
+            self.drains.remove(&info.name);
+        }
         let held = holding.and_then(|holding| self.held(&info.name, holding));
         self.epoch = self.epoch.max(held.as_ref().map_or(0, |held| held.epoch));
         let member = Member {
@@ -50,9 +61,10 @@ impl Membership {
             told: 0,
             loaded: 0,
             suspect: false,
-            draining: false,
+            draining,
             cut_off: false,
             unfit: None,
+            able: true,
         };
         if !self.formed {
             self.lobby.push(member);
@@ -76,8 +88,7 @@ impl Membership {
             return false;
         }
         // A process that only lost its connection is not to hear that it is not wanted.
-        let same = before.info.pid == info.pid && before.info.address == info.address;
-        if !same {
+        if !same_process(&before.info, info) {
             let (name, reason) = (info.name.clone(), words::replaced(&info.name));
             let incarnation = before.incarnation;
             self.commands.push_back(Command::Dismiss { name, incarnation, reason });

@@ -113,6 +113,11 @@ impl Actor for Loader {
             true => state.serve(*assignment).await,
         };
         if let Err(reason) = &result {
+            if serves {
+                // The coordinator takes it that this node holds nothing.
+                *state.options.serving.lock() = None;
+                *state.options.holding.lock() = None;
+            }
             *state.doing.lock() = format!("failed: {reason}");
         }
         // The coordinator may be gone; it will ask again when it is back.

@@ -24,7 +24,7 @@ use lite_llm_actors::{
     cluster::{Cluster, Vitals},
     coordinator::progress::JobProgress,
     lane::LaneMachine,
-    membership::{Holding, Plan, State},
+    membership::{Holding, Plan, RETRY_DELAY, State},
 };
 use lite_llm_kernels::cpu::Cpu;
 use lite_llm_runtime::{
@@ -42,6 +42,9 @@ use lite_llm_transport::{
 use lite_llm_tests::tiny::TinyModel;
 
 use crate::network::{Conn, Network, Process};
+
+/// Far more than happens in any history: about 2,000.
+const EVENTS_MAX: u64 = 1_000_000;
 
 /// A model that all histories share.
 pub(crate) struct Model {
@@ -136,6 +139,7 @@ enum Message {
         incarnation: u64,
         epoch: u64,
         serves: bool,
+        result: Result<(), String>,
     },
     Suspects(Vec<String>),
     Dismiss,
@@ -214,6 +218,8 @@ enum What {
     Mend(Process, Process),
     Slow(Process, u32),
     Stick(Process, Duration),
+    FailLoads(Process, Duration),
+    Drain(Process),
     Submit(usize),
 }
 
@@ -257,6 +263,8 @@ struct Node {
     links: BTreeMap<Process, Conn>,
     /// Indices whose link the lane knows to be up, and the connection.
     up: BTreeMap<u16, Conn>,
+    /// This node's index where they were made.
+    me: Option<u16>,
     /// And to whom.
     addresses: BTreeMap<u16, String>,
     computing: bool,
@@ -267,14 +275,16 @@ struct Node {
     next_sequence: u64,
     slow: u32,
     stuck_until: Duration,
+    loads_fail_until: Duration,
     ticks: Option<Duration>,
-    dismissed: bool,
 }
 
 /// What runs in the coordinator's process.
 struct Head {
     cluster: Cluster,
     workers: BTreeMap<String, Conn>,
+    /// The process that each of them last was, by its number.
+    lives: BTreeMap<String, u64>,
     ticks: Option<Duration>,
 }
 
@@ -292,6 +302,10 @@ struct Job {
     request: usize,
     progress: JobProgress,
     place: Place,
+    /// Its reader has asked for it.
+    submitted: bool,
+    /// Who did not take it lately.
+    refused: Vec<String>,
     read: Vec<u32>,
     ends: u32,
     number: u64,
@@ -319,7 +333,11 @@ pub(crate) struct World {
     streams: u64,
     budget: u64,
     copies: u16,
+    /// All workers, and how many of them are there from the beginning.
     workers: usize,
+    first: usize,
+    /// Lives of workers that are being drained.
+    drained: BTreeSet<(Process, u64)>,
     defect: Option<Defect>,
     defects_left: u32,
     pool: BufferPool,
@@ -334,7 +352,8 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(model: Arc<Model>, seed: u64, defect: Option<Defect>) -> Self {
         let mut dice = Dice::new(seed);
-        let workers = 2 + dice.below(3) as usize;
+        let first = 2 + dice.below(3) as usize;
+        let workers = first + usize::from(dice.chance(25));
         let copies = 1 + dice.below(2) as u16;
         let config = &model.tiny.backbone.config;
         let all: u64 =
@@ -342,7 +361,7 @@ impl World {
         // Room for all at one worker, or just enough that nobody can be missed.
         let budget = match dice.chance(70) {
             true => all,
-            false => (all * u64::from(copies)).div_ceil(workers as u64) * 5 / 4,
+            false => (all * u64::from(copies)).div_ceil(first as u64) * 5 / 4,
         };
         let processes = workers + 1;
         let mut world = Self {
@@ -364,6 +383,8 @@ impl World {
             budget: budget.min(all),
             copies,
             workers,
+            first,
+            drained: BTreeSet::new(),
             defect,
             defects_left: 1,
             pool: BufferPool::default(),
@@ -372,8 +393,13 @@ impl World {
             wrong: None,
             injected: BTreeMap::new(),
         };
-        for process in 0..processes {
+        for process in (0..first).chain([workers]) {
             world.after(Duration::ZERO, What::Start(process));
+        }
+        for newcomer in first..workers {
+            let at = world.dice.between(Duration::from_millis(100), Duration::from_secs(5));
+            world.after(at, What::Start(newcomer));
+            *world.injected.entry("newcomer").or_default() += 1;
         }
         world
     }
@@ -389,10 +415,21 @@ impl World {
             let request = self.dice.below(self.model.jobs.len() as u64) as usize;
             let progress = self.fresh(request, Vec::new());
             let place = Place::Nowhere;
-            let number = number as u64;
-            self.jobs.push(Job { request, progress, place, read: Vec::new(), ends: 0, number });
+            let (read, refused) = (Vec::new(), Vec::new());
+            let (ends, id) = (0, number as u64);
+            let submitted = false;
+            self.jobs.push(Job {
+                request,
+                progress,
+                place,
+                submitted,
+                refused,
+                read,
+                ends,
+                number: id,
+            });
             let at = self.dice.between(ms(0), s(5));
-            self.after(at, What::Submit(number as usize));
+            self.after(at, What::Submit(number));
         }
         let mut end = Duration::ZERO;
         for _ in 0..faults {
@@ -402,7 +439,7 @@ impl World {
             let other = self.dice.below(self.workers as u64 + 1) as usize;
             let worker = self.dice.below(self.workers as u64) as usize;
             end = end.max(at + lasts);
-            let name = match self.dice.below(6) {
+            let name = match self.dice.below(8) {
                 0 => {
                     self.after(at, What::Kill(process));
                     self.after(at + lasts, What::Start(process));
@@ -433,6 +470,18 @@ impl World {
                     self.after(at, What::Slow(worker, 50));
                     self.after(at + lasts, What::Slow(worker, 1));
                     "slowed"
+                }
+                5 => {
+                    self.after(at, What::FailLoads(worker, at + lasts));
+                    // Whoever could not load is left out for a while.
+                    end = end.max(at + lasts + RETRY_DELAY);
+                    "loads fail"
+                }
+                6 => {
+                    self.after(at, What::Drain(worker));
+                    self.after(at + lasts, What::Kill(worker));
+                    self.after(at + lasts + ms(1), What::Start(worker));
+                    "drained"
                 }
                 _ => {
                     self.after(at, What::Stick(worker, at + 3 * lasts));
@@ -510,6 +559,10 @@ impl World {
             }
             self.now = at;
             self.events += 1;
+            if self.events > EVENTS_MAX {
+                let complaints = self.complaints();
+                return self.fail(format!("so much happens that something spins: {complaints}"));
+            }
             self.trace.write_u64(at.as_nanos() as u64);
             self.happen(what);
         }
@@ -593,6 +646,12 @@ impl World {
                     node.stuck_until = until;
                 }
             }
+            What::FailLoads(node, until) => {
+                if let Some(node) = &mut self.nodes[node] {
+                    node.loads_fail_until = until;
+                }
+            }
+            What::Drain(process) => self.drain(process),
             What::Submit(job) => self.submit(job),
         }
     }

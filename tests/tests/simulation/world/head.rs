@@ -20,29 +20,29 @@ impl World {
         let now = self.instant();
         let Some(head) = &mut self.head else { return };
         let name = head.workers.iter().find(|(_, c)| **c == conn).map(|(name, _)| name.clone());
-        let event =
-            match message {
-                Message::Hello { info, holding } => {
-                    let before = head.workers.insert(info.name.clone(), conn);
-                    let event = Event::Here { info, holding };
-                    if let Some(before) = before.filter(|before| *before != conn) {
-                        self.leave_conn(before);
-                        self.close(before);
-                    }
-                    Some(event)
+        let event = match message {
+            Message::Hello { info, holding } => {
+                head.lives.insert(info.name.clone(), info.pid.into());
+                let before = head.workers.insert(info.name.clone(), conn);
+                let event = Event::Here { info, holding };
+                if let Some(before) = before.filter(|before| *before != conn) {
+                    self.leave_conn(before);
+                    self.close(before);
                 }
-                Message::Vitals { incarnation, vitals } => {
-                    name.map(|name| Event::Vitals { name, incarnation, vitals: Some(vitals) })
-                }
-                Message::Assigned { incarnation, epoch, serves } => name.map(|name| {
-                    Event::Assigned { name, incarnation, epoch, serves, result: Ok(()) }
-                }),
-                Message::JobEvent { stream, body } => {
-                    self.job_event(conn, stream, body);
-                    None
-                }
-                _ => None,
-            };
+                Some(event)
+            }
+            Message::Vitals { incarnation, vitals } => {
+                name.map(|name| Event::Vitals { name, incarnation, vitals: Some(vitals) })
+            }
+            Message::Assigned { incarnation, epoch, serves, result } => {
+                name.map(|name| Event::Assigned { name, incarnation, epoch, serves, result })
+            }
+            Message::JobEvent { stream, body } => {
+                self.job_event(conn, stream, body);
+                None
+            }
+            _ => None,
+        };
         if let (Some(event), Some(head)) = (event, &mut self.head) {
             head.cluster.handle(now, event);
         }
@@ -94,10 +94,13 @@ impl World {
                     }
                 }
                 Command::Dismiss { name, reason } => {
+                    let drained = self.drained.contains(&(Self::process(&name), head.lives[&name]));
                     if let Some(conn) = conn(&name) {
                         self.send(conn, head_process, Message::Dismiss);
                     }
-                    self.fail(format!("{name} is sent away: {reason}"));
+                    if !drained {
+                        self.fail(format!("{name} is sent away: {reason}"));
+                    }
                 }
             }
         }

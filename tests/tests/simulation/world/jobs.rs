@@ -16,6 +16,7 @@ impl World {
         if self.jobs[job].place == Place::Ended {
             return;
         }
+        self.jobs[job].submitted = true;
         if self.head.is_none() {
             // The client tries again; a coordinator that starts finds it.
             self.jobs[job].place = Place::Nowhere;
@@ -34,7 +35,8 @@ impl World {
         let now = self.instant();
         self.jobs[job].place = Place::Wanting;
         if let Some(head) = &mut self.head {
-            head.cluster.handle(now, Event::Wants { job: job as u64 });
+            let refused = std::mem::take(&mut self.jobs[job].refused);
+            head.cluster.handle(now, Event::Wants { job: job as u64, refused });
         }
         self.head_does();
     }
@@ -75,7 +77,10 @@ impl World {
         let at = |job: &Job| matches!(job.place, Place::At { conn: c, stream: s, .. } if (c, s) == (conn, stream));
         let Some(job) = self.jobs.iter().position(at) else { return };
         if let JobEventBody::NotTaken { .. } = body {
-            self.jobs[job].place = Place::Nowhere;
+            let place = std::mem::replace(&mut self.jobs[job].place, Place::Nowhere);
+            if let Place::At { node, .. } = place {
+                self.jobs[job].refused.push(Self::name(node));
+            }
             let attempt = self.jobs[job].progress.attempt();
             let now = self.instant();
             if let Some(head) = &mut self.head {

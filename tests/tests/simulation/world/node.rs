@@ -21,7 +21,7 @@ impl World {
         let head = self.head_process();
         let life = self.lives[process];
         let Some(node) = &self.nodes[process] else { return };
-        if node.head.is_some() || node.dismissed {
+        if node.head.is_some() {
             return;
         }
         if self.is_silent(process, head) {
@@ -77,7 +77,7 @@ impl World {
                     lane.handle(now, lane::Event::Suspects(names));
                 }
             }
-            Message::Dismiss => node.dismissed = true,
+            Message::Dismiss => return self.kill(process),
             Message::Job { stream, job, generated } => {
                 let request = &self.model.jobs[self.jobs[job].request].0;
                 let request = Request { generated, ..request.clone() };
@@ -177,6 +177,18 @@ impl World {
         let Some(node) = &mut self.nodes[process] else { return };
         node.loading = false;
         let Some((conn, incarnation, plan, serves)) = node.assignments.pop_front() else { return };
+        if self.now < node.loads_fail_until {
+            if serves {
+                node.serving = None;
+            }
+            node.holding = node.serving.clone();
+            if node.head == Some(conn) {
+                let (epoch, result) = (plan.epoch, Err("it cannot read".to_owned()));
+                self.send(conn, process, Message::Assigned { incarnation, epoch, serves, result });
+            }
+            self.load(process);
+            return self.node_does(process);
+        }
         let config = &self.model.tiny.backbone.config;
         {
             let mut here = node.held.here.lock().unwrap();
@@ -219,7 +231,8 @@ impl World {
             self.relink(process, plan);
         }
         if self.nodes[process].as_ref().is_some_and(|node| node.head == Some(conn)) {
-            self.send(conn, process, Message::Assigned { incarnation, epoch, serves });
+            let result = Ok(());
+            self.send(conn, process, Message::Assigned { incarnation, epoch, serves, result });
         }
         self.load(process);
         self.node_does(process);
@@ -230,7 +243,10 @@ impl World {
         let life = self.lives[process];
         let node = self.nodes[process].as_mut().unwrap();
         node.serving = Some(plan.clone());
-        // A link stays as long as its index means the same start of the same process.
+        // A link stays as long as both indices mean the same start of the same process.
+        if node.me.replace(plan.index) != Some(plan.index) {
+            node.up.clear();
+        }
         let addresses = &node.addresses;
         node.up.retain(|index, _| {
             let other = plan.nodes.get(usize::from(*index));

@@ -56,6 +56,10 @@ impl World {
         let micros = Duration::from_micros;
         let delay = self.dice.between(micros(50), micros(2000));
         let Some(to) = self.network.other(conn, from) else { return };
+        if self.network.connections.get(&conn).is_none_or(|connection| connection.dead) {
+            // A process that was started anew hears nothing of what was for the one before.
+            return;
+        }
         if let Some(at) = self.network.arrival(conn, from, self.now, delay) {
             let life = self.lives[to];
             self.after(at, What::Arrives { conn, to, life, message });
@@ -157,17 +161,20 @@ impl World {
             let cluster = Cluster::new(MembershipOptions {
                 config,
                 expert_bytes: self.model.tiny.expert_bytes.clone(),
-                workers: self.workers,
+                workers: self.first,
                 copies: self.copies,
                 policy: PlacementPolicy::Balanced,
             });
-            self.head = Some(Head { cluster, workers: BTreeMap::new(), ticks: None });
+            self.head = Some(Head {
+                cluster,
+                workers: BTreeMap::new(),
+                lives: BTreeMap::new(),
+                ticks: None,
+            });
             self.after(self.now, What::Tick { process, life });
             // Clients that lost the coordinator submit again, from what they have read.
-            let open: Vec<usize> =
-                (0..self.jobs.len()).filter(|&job| self.jobs[job].place != Place::Ended).collect();
-            for job in open {
-                if self.jobs[job].place != Place::Nowhere || !self.jobs[job].read.is_empty() {
+            for job in 0..self.jobs.len() {
+                if self.jobs[job].submitted && self.jobs[job].place != Place::Ended {
                     let at = self.now + Duration::from_millis(300);
                     self.jobs[job].place = Place::Nowhere;
                     self.after(at, What::Submit(job));
@@ -186,6 +193,7 @@ impl World {
                 head: None,
                 links: BTreeMap::new(),
                 up: BTreeMap::new(),
+                me: None,
                 addresses: BTreeMap::new(),
                 computing: false,
                 progress: 0,
@@ -194,8 +202,8 @@ impl World {
                 next_sequence: 0,
                 slow: 1,
                 stuck_until: Duration::ZERO,
+                loads_fail_until: Duration::ZERO,
                 ticks: None,
-                dismissed: false,
             });
             self.after(self.now, What::Reconnect { node: process, life });
         }
@@ -216,6 +224,17 @@ impl World {
             false => self.nodes[process] = None,
         }
         self.look_at_silence();
+    }
+
+    /// Somebody wants a worker to go, if there is another.
+    pub(super) fn drain(&mut self, process: Process) {
+        let (name, now) = (Self::name(process), self.instant());
+        let Some(head) = &mut self.head else { return };
+        if head.workers.len() > 1 && head.workers.contains_key(&name) {
+            self.drained.insert((process, head.lives[&name]));
+            head.cluster.handle(now, Event::Drain { name });
+            self.head_does();
+        }
     }
 
     pub(super) fn tick(&mut self, process: Process) {
