@@ -11,6 +11,8 @@ use crate::testing::{Draws, tiny_model};
 /// A worker, as the module's text asks for it.
 struct Node {
     budget: u64,
+    /// Another for each start of its process.
+    pid: u32,
     incarnation: u64,
     /// Its process runs, and the coordinator is told of its end.
     joined: bool,
@@ -39,7 +41,8 @@ struct World {
     served: u64,
     /// Epochs that had to be loaded.
     loaded_epochs: BTreeSet<u64>,
-    drained: BTreeSet<String>,
+    /// And the process that is to go.
+    drained: BTreeMap<String, u32>,
     dismissed: usize,
     /// Experts that were loaded.
     loads: usize,
@@ -74,7 +77,7 @@ impl World {
             epoch: 0,
             served: 0,
             loaded_epochs: BTreeSet::new(),
-            drained: BTreeSet::new(),
+            drained: BTreeMap::new(),
             dismissed: 0,
             loads: 0,
             keys,
@@ -137,8 +140,8 @@ impl World {
             Command::Dismiss { name, incarnation, .. } => {
                 let node = self.nodes.get_mut(&name).unwrap();
                 if node.incarnation == incarnation {
-                    assert!(self.drained.contains(&name), "seed {seed}: {name} is sent away");
-                    *node = Node { joined: false, ..Node::new(node.budget) };
+                    assert!(self.drained.contains_key(&name), "seed {seed}: {name} is sent away");
+                    *node = node.dead();
                 }
                 self.dismissed += 1;
             }
@@ -183,7 +186,7 @@ impl World {
             let node = &self.nodes[home];
             let told = node.serves.as_ref().is_some_and(|plan| plan.epoch == epoch);
             assert!(complete && node.joined && told, "seed {seed}: {home} is no home");
-            assert!(!self.drained.contains(home), "seed {seed}: {home} is to go");
+            assert!(!self.drained.contains_key(home), "seed {seed}: {home} is to go");
         }
         let homeless = self.membership.homes().next().is_none();
         assert!(!homeless || *self.membership.state() != State::Ready, "seed {seed}: ready?");
@@ -202,9 +205,12 @@ impl World {
             rules: plan.placement.rules().to_vec(),
         });
         self.epoch = self.epoch.max(holding.as_ref().map_or(0, |holding| holding.epoch));
-        let (info, incarnation) = (info(name, node.budget), node.incarnation);
+        let (pid, incarnation) = (node.pid, node.incarnation);
+        let info = NodeInfo { pid, ..info(name, node.budget) };
         self.cut.retain(|(a, b)| a != name && b != name);
-        self.drained.remove(name);
+        if self.drained.get(name).is_some_and(|drained| *drained != pid) {
+            self.drained.remove(name);
+        }
         self.handle(Event::Joined { info, incarnation, holding });
     }
 
@@ -213,7 +219,7 @@ impl World {
         node.joined = false;
         let incarnation = node.incarnation;
         if dies {
-            *node = Node { incarnation, ..Node::new(node.budget) };
+            *node = node.dead();
         }
         self.handle(Event::Left { name: name.into(), incarnation, reason: "idle".into() });
     }
@@ -238,6 +244,7 @@ impl World {
     fn restart_coordinator(&mut self) {
         self.membership = Membership::new(self.membership.options.clone());
         self.cut.clear();
+        self.drained.clear();
         (self.epoch, self.served) = (0, 0);
         self.loaded_epochs.clear();
         let names: Vec<String> = self.nodes.keys().cloned().collect();
@@ -292,7 +299,7 @@ impl World {
                 let before = self.nodes[&name].incarnation;
                 if self.random.below(2) == 0 {
                     let node = self.nodes.get_mut(&name).unwrap();
-                    *node = Node::new(node.budget);
+                    *node = node.dead();
                 }
                 self.join(&name);
                 let reason = "late".into();
@@ -312,7 +319,7 @@ impl World {
                 self.nodes.get_mut(&name).unwrap().broken_until = self.now + 3000;
             }),
             12 if self.random.below(3) == 0 => joined.into_iter().for_each(|name| {
-                self.drained.insert(name.clone());
+                self.drained.insert(name.clone(), self.nodes[&name].pid);
                 self.handle(Event::Drain { name });
             }),
             12 => {
@@ -351,7 +358,11 @@ impl World {
             let name = format!("n{}", self.nodes.len());
             self.nodes.insert(name, Node::new(self.keys.len() as u64 * EXPERT));
         }
-        while let Some(name) = self.any(false).or_else(|| self.drained.first().cloned()) {
+        while let Some(name) = self.drained.keys().next().cloned() {
+            self.leave(&name, true);
+            self.join(&name);
+        }
+        while let Some(name) = self.any(false) {
             self.join(&name);
         }
         for _ in 0..60 {
@@ -363,9 +374,16 @@ impl World {
 }
 
 impl Node {
+    /// The same after its process has died.
+    fn dead(&self) -> Self {
+        let (incarnation, pid) = (self.incarnation, self.pid + 1);
+        Self { incarnation, pid, ..Self::new(self.budget) }
+    }
+
     fn new(budget: u64) -> Self {
         Self {
             budget,
+            pid: 1,
             incarnation: 0,
             joined: false,
             memory: BTreeSet::new(),
