@@ -166,6 +166,31 @@ ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u
   }
 }
 
+// The tree over leaves `left`..`count` of one column, divided by the sum of weights.
+DI float tree_column(u32 left, u32 count, const float2* part_ms, const float* part_a, u32 hd) {
+  float m[24], s[24], a[24], cm = 0, cs = 0, ca = 0;
+  for (u32 i = left; i < count; i++) {
+    float2 part = __ldcg(part_ms + i);
+    cm = part.x; cs = part.y; ca = __ldcg(part_a + (u64)i * hd);
+    u32 rest = i;
+    for (int n = merges(i, count); n > 0; n--) {
+      int level = __ffs(rest) - 1;
+      bool some = rest > left;
+      rest &= rest - 1;
+      // A side of which nothing is seen is left out.
+      if (!some) continue;
+      float top = cm > m[level] ? cm : m[level];
+      float e = exp_(add(m[level], -top)), f = exp_(add(cm, -top));
+      cs = add(mul(s[level], e), mul(cs, f));
+      ca = add(mul(a[level], e), mul(ca, f));
+      cm = top;
+    }
+    int level = __ffs(~i) - 1;
+    m[level] = cm; s[level] = cs; a[level] = ca;
+  }
+  return __fdiv_rn(ca, cs);
+}
+
 // The tree over the leaves of a row and head: a thread per column.
 ENTRY attention_tree(const u32* positions, u32 heads, u32 hd, u32 window, u32 leaves_max, const float2* part_ms, const float* part_a, float* out) {
   begin();
@@ -174,40 +199,13 @@ ENTRY attention_tree(const u32* positions, u32 heads, u32 hd, u32 window, u32 le
   u32 left = first / LEAF, count = p / LEAF + 1;
   if (left + 1 == count) return;
   u64 at = ((u64)row * heads + head) * leaves_max;
-  for (u32 c = threadIdx.x; c < hd; c += blockDim.x) {
-    float m[24], s[24], a[24], cm = 0, cs = 0, ca = 0;
-    for (u32 i = left; i < count; i++) {
-      float2 part = part_ms[at + i];
-      cm = part.x; cs = part.y; ca = part_a[(at + i) * hd + c];
-      u32 rest = i;
-      for (int n = merges(i, count); n > 0; n--) {
-        int level = __ffs(rest) - 1;
-        bool some = rest > left;
-        rest &= rest - 1;
-        // A side of which nothing is seen is left out.
-        if (!some) continue;
-        float top = cm > m[level] ? cm : m[level];
-        float e = exp_(add(m[level], -top)), f = exp_(add(cm, -top));
-        cs = add(mul(s[level], e), mul(cs, f));
-        ca = add(mul(a[level], e), mul(ca, f));
-        cm = top;
-      }
-      int level = __ffs(~i) - 1;
-      m[level] = cm; s[level] = cs; a[level] = ca;
-    }
-    out[((u64)row * heads + head) * hd + c] = __fdiv_rn(ca, cs);
-  }
+  for (u32 c = threadIdx.x; c < hd; c += blockDim.x) out[((u64)row * heads + head) * hd + c] = tree_column(left, count, part_ms + at, part_a + at * hd + c, hd);
 }
 
-// Writes keys and values into their slots (page, offset): a warp per row, head and side.
-ENTRY kv_append(const float* k, const float* v, Cache cache, const uint2* slots, u32 rows) {
-  begin();
-  u32 task = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = lane_id();
-  u32 side = task % 2, head = task / 2 % cache.kv_heads, row = task / 2 / cache.kv_heads;
-  if (row >= rows) return;
-  u32 hd = cache.head_dim, offset = slots[row].y;
-  const float* x = (side ? v : k) + ((u64)row * cache.kv_heads + head) * hd;
-  char* at = (char*)cache.pages + slots[row].x * cache.page_bytes + cache.layer_at + (u64)head * cache.head_bytes;
+// Keeps one head's key (side 0) or value (1) at an offset of a page; `at` is the head in the page.
+// By one warp.
+DI void keep(const float* x, char* at, u32 side, u32 offset, const Cache& cache) {
+  u32 lane = lane_id(), hd = cache.head_dim;
   char* to = at + (side ? (hd + hd % 2) * PAGE * KEY_BYTES : 0);
   float scale = 0.0f;
   if (KV == 2) {
@@ -236,3 +234,557 @@ ENTRY kv_append(const float* k, const float* v, Cache cache, const uint2* slots,
     }
   }
 }
+
+// Writes keys and values into their slots (page, offset): a warp per row, head and side.
+ENTRY kv_append(const float* k, const float* v, Cache cache, const uint2* slots, u32 rows) {
+  begin();
+  u32 task = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  u32 side = task % 2, head = task / 2 % cache.kv_heads, row = task / 2 / cache.kv_heads;
+  if (row >= rows) return;
+  const float* x = (side ? v : k) + ((u64)row * cache.kv_heads + head) * cache.head_dim;
+  char* at = (char*)cache.pages + slots[row].x * cache.page_bytes + cache.layer_at + (u64)head * cache.head_bytes;
+  keep(x, at, side, slots[row].y, cache);
+}
+
+// Queries, keys and values as they come from their products; norms over whole rows (norm_width is
+// that of q's row), over heads (head_dim) or none (0), then rotary; table row: cosines, then sines.
+struct Heads {
+  const float* q;
+  const float* k;
+  const float* v;
+  const float* q_norm;
+  const float* k_norm;
+  const float* rotary;
+  u32 heads, norm_width;
+  float eps;
+  u32 pad;
+};
+
+// Rule 3's sums of squares of some runs at once, eight threads a leaf: run(i) says where leaf i of all
+// begins and how long it is.
+struct Leaf { const float* at; u32 len; };
+template <class Run> DI void squares(u32 count, Run run, float* sums) {
+  for (u32 i = threadIdx.x / 8; i < (count + 3) / 4 * 4; i += blockDim.x / 8) {
+    Leaf leaf = run(min(i, count - 1));
+    u32 lane = threadIdx.x % 8;
+    float l = 0.0f;
+    if (leaf.len == LEAF) {
+      float v[32];
+#pragma unroll
+      for (int j = 0; j < 32; j++) v[j] = leaf.at[j * 8 + lane];
+#pragma unroll
+      for (int j = 0; j < 32; j++) l = fma(v[j], v[j], l);
+    } else {
+      for (u32 j = lane; j < leaf.len; j += 8) { float v = leaf.at[j]; l = fma(v, v, l); }
+    }
+    l = lanes8(l);
+    if (lane == 0 && i < count) sums[i] = l;
+  }
+}
+// Leaf i of runs of `width` values that follow each other.
+DI Leaf leaf_of(const float* rows, u32 width, u32 leaves, u32 i) {
+  u32 from = i % leaves * LEAF;
+  return {rows + (u64)(i / leaves) * width + from, min(width - from, (u32)LEAF)};
+}
+DI float inverse_root(float sum, u32 width, float eps) { return __fdiv_rn(1.0f, __fsqrt_rn(add(__fdiv_rn(sum, (float)width), eps))); }
+
+// One head, normed and turned, by all threads from `from` of `step`.
+DI void turned(const float* x, const float* weight, float scale, const float* table, u32 hd, float* to, u32 from, u32 step) {
+  u32 half = hd / 2;
+  for (u32 d = from; d < half; d += step) {
+    float p = x[d], q = x[d + half];
+    if (weight) { p = mul(mul(p, scale), weight[d]); q = mul(mul(q, scale), weight[d + half]); }
+    if (table) {
+      float c = table[d], s = table[half + d];
+      to[d] = fma(p, c, -mul(q, s));
+      to[d + half] = fma(q, c, mul(p, s));
+    } else {
+      to[d] = p;
+      to[d + half] = q;
+    }
+  }
+}
+
+// Norms, turns and keeps all heads of a row; q in place. A block per row; shared: k's row and sums.
+ENTRY __launch_bounds__(512) heads_keep(Heads in, float* q, Cache cache, const uint2* slots) {
+  begin();
+  extern __shared__ float4 memory[];
+  u32 row = blockIdx.x, hd = cache.head_dim, kvh = cache.kv_heads;
+  bool whole = in.norm_width > hd;
+  u32 q_width = whole ? in.heads * hd : hd, k_width = whole ? kvh * hd : hd;
+  u32 q_leaves = (q_width + LEAF - 1) / LEAF, k_leaves = (k_width + LEAF - 1) / LEAF;
+  u32 q_tasks = whole ? 1 : in.heads, k_tasks = whole ? 1 : kvh;
+  float* ks = (float*)memory;
+  float* q_sums = ks + kvh * hd;
+  float* k_sums = q_sums + q_tasks * q_leaves;
+  float* q_row = q + (u64)row * in.heads * hd;
+  const float* k_row = in.k + (u64)row * kvh * hd;
+  if (in.norm_width) {
+    u32 qs = q_tasks * q_leaves;
+    squares(qs + k_tasks * k_leaves, [&](u32 i) { return i < qs ? leaf_of(q_row, q_width, q_leaves, i) : leaf_of(k_row, k_width, k_leaves, i - qs); }, q_sums);
+    __syncthreads();
+    for (u32 t = threadIdx.x; t < q_tasks + k_tasks; t += blockDim.x) {
+      bool is_q = t < q_tasks;
+      float* sums = is_q ? q_sums + t * q_leaves : k_sums + (t - q_tasks) * k_leaves;
+      sums[0] = inverse_root(tree_in_place(sums, is_q ? q_leaves : k_leaves), is_q ? q_width : k_width, in.eps);
+    }
+    __syncthreads();
+  }
+  const float* table = in.rotary ? in.rotary + (u64)row * hd : nullptr;
+  u32 warps = blockDim.x / 32;
+  for (u32 h = warp_id(); h < in.heads + kvh; h += warps) {
+    bool is_q = h < in.heads;
+    u32 head = is_q ? h : h - in.heads;
+    const float* norm = is_q ? in.q_norm : in.k_norm;
+    const float* sums = is_q ? q_sums : k_sums;
+    float scale = in.norm_width ? sums[whole ? 0 : head * (is_q ? q_leaves : k_leaves)] : 0.0f;
+    turned((is_q ? q_row : k_row) + head * hd, in.norm_width ? norm + (whole ? head * hd : 0) : nullptr, scale, table, hd,
+           (is_q ? q_row : ks) + head * hd, lane_id(), 32);
+  }
+  __syncthreads();
+  char* page = (char*)cache.pages + slots[row].x * cache.page_bytes + cache.layer_at;
+  for (u32 i = warp_id(); i < 2 * kvh; i += warps)
+    keep(i % 2 ? in.v + ((u64)row * kvh + i / 2) * hd : ks + i / 2 * hd, page + (u64)(i / 2) * cache.head_bytes, i % 2, slots[row].y, cache);
+}
+
+// All of N rows of a column in shared memory, at once.
+template <int N> DI float whole_column(float acc, const float* x, const char* at, u32 step) {
+  if (KV == 1) {
+    const u32* p = (const u32*)at;
+    u32 v[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) v[i] = p[i * step];
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      float4 y = *(const float4*)(x + i);
+      acc = fma(y.x, low(v[i / 2]), acc);
+      acc = fma(y.y, high(v[i / 2]), acc);
+      acc = fma(y.z, low(v[i / 2 + 1]), acc);
+      acc = fma(y.w, high(v[i / 2 + 1]), acc);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      float4 y = *(const float4*)(x + i);
+      const float z[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) acc = fma(z[j], KV == 0 ? ((const float*)at)[(i + j) * step] : (float)((const i8*)at)[(i + j) * step], acc);
+    }
+  }
+  return acc;
+}
+
+// acc += x[i] · row i of a column in shared memory, as `column`.
+DI float near_column(float acc, const float* x, const char* at, u32 step, int from, int to) {
+  int i = from;
+  if (KV == 1) {
+    const u32* p = (const u32*)at;
+    if (i < to && i % 2) { acc = fma(x[i], high(p[i / 2 * step]), acc); i++; }
+    if (i < to && i % 4 && i + 2 <= to) {
+      u32 w = p[i / 2 * step];
+      acc = fma(x[i], low(w), acc);
+      acc = fma(x[i + 1], high(w), acc);
+      i += 2;
+    }
+#pragma unroll 4
+    for (; i + 4 <= to; i += 4) {
+      u32 v = p[i / 2 * step], w = p[(i / 2 + 1) * step];
+      float4 y = *(const float4*)(x + i);
+      acc = fma(y.x, low(v), acc);
+      acc = fma(y.y, high(v), acc);
+      acc = fma(y.z, low(w), acc);
+      acc = fma(y.w, high(w), acc);
+    }
+#pragma unroll 1
+    for (; i + 2 <= to; i += 2) {
+      u32 w = p[i / 2 * step];
+      acc = fma(x[i], low(w), acc);
+      acc = fma(x[i + 1], high(w), acc);
+    }
+    if (i < to) acc = fma(x[i], low(p[i / 2 * step]), acc);
+    return acc;
+  }
+#pragma unroll 8
+  for (; i < to; i++) acc = fma(x[i], KV == 0 ? ((const float*)at)[i * step] : (float)((const i8*)at)[i * step], acc);
+  return acc;
+}
+
+// One new position of each row's own sequence, from products to attended values: norms, rotary, the
+// new key and value, leaves, and their tree by the last leaf's block. The leaf's pages, of which
+// only the new position is written in this pass, are copied to shared memory beforehand.
+// Grid and parts as attention_leaf; a counter per row and key/value head. Heads of at most LEAF.
+ENTRY __launch_bounds__(256) attention_step(Heads in, Cache cache, const u32* tables, u32 table_stride, const u32* positions,
+                          float scale, u32 window, u32 leaves_max, float2* part_ms, float* part_a, u32* counters, float* out) {
+  u32 leaf = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z;
+  u32 p = positions[row], first = window && p + 1 > window ? p + 1 - window : 0;
+  u32 from = max(first, leaf * LEAF), to = min(p + 1, (leaf + 1) * LEAF);
+  if (leaf > p / LEAF || leaf < first / LEAF) return;
+  extern __shared__ float4 memory[];
+  u32 hd = cache.head_dim, heads = in.heads, group = heads / cache.kv_heads, tid = threadIdx.x;
+  bool last = leaf == p / LEAF, whole = in.norm_width > hd;
+  char* pages = (char*)memory;                                   // [4][head_bytes]
+  float* weights = (float*)(pages + 4 * cache.head_bytes);       // [group][LEAF]
+  float* values = KV == 2 ? weights + group * LEAF : weights;    // [group][LEAF], times the values' scales
+  float* qs = values + group * LEAF;                             // [group][hd]
+  float* ks = qs + group * hd;                                   // [hd]
+  float* raw = ks + hd;                                          // [group + 2][hd]: q, k and v as they come
+  float* norm = raw + (group + 2) * hd;                          // [group + 1][hd]
+  float* rotary = norm + (group + 1) * hd;                       // [hd]
+  float* reduce = rotary + hd;                                   // [group][8]
+  float* ms = reduce + group * 8;                                // [group] of m and s
+  float* sums = ms + group * 2;                                  // of squares
+  __shared__ u64 barrier;
+  const u32* table = tables + (u64)row * table_stride;
+  auto head_at = [&](u32 page) { return (char*)cache.pages + table[page] * cache.page_bytes + cache.layer_at + (u64)kv_head * cache.head_bytes; };
+  char* newest = head_at(p / PAGE);
+  if (tid == 0) {
+    barrier_init(&barrier);
+    barriers_made();
+    u32 low_page = from / PAGE, high_page = (to - 1) / PAGE;
+    barrier_expect(&barrier, (high_page - low_page + 1) * cache.head_bytes);
+    for (u32 page = low_page; page <= high_page; page++) bulk_copy(pages + page % 4 * cache.head_bytes, head_at(page), cache.head_bytes, &barrier);
+  }
+  if (in.norm_width)
+    for (u32 i = tid; i < (group + last) * hd; i += 256) {
+      u32 h = i / hd, d = i % hd;
+      norm[i] = h < group ? in.q_norm[whole ? (kv_head * group + h) * hd + d : d] : in.k_norm[whole ? kv_head * hd + d : d];
+    }
+  if (in.rotary) for (u32 i = tid; i < hd; i += 256) rotary[i] = in.rotary[(u64)row * hd + i];
+  begin_early();
+  const float* q_row = in.q + (u64)row * heads * hd;
+  const float* k_row = in.k + (u64)row * cache.kv_heads * hd;
+  const float* q_own = q_row + kv_head * group * hd;
+  const float* k_own = k_row + kv_head * hd;
+  const float* v_own = in.v + ((u64)row * cache.kv_heads + kv_head) * hd;
+  for (u32 i = tid; i < (group + 2 * last) * hd; i += 256) raw[i] = i < group * hd ? q_own[i] : i < (group + 1) * hd ? k_own[i - group * hd] : v_own[i - (group + 1) * hd];
+  u32 q_width = whole ? heads * hd : hd, k_width = whole ? cache.kv_heads * hd : hd, tasks = whole ? 1 : group;
+  u32 q_leaves = (q_width + LEAF - 1) / LEAF, k_leaves = (k_width + LEAF - 1) / LEAF;
+  float* k_sums = sums + tasks * q_leaves;
+  if (in.norm_width) {
+    u32 of_q = tasks * q_leaves;
+    squares(of_q + (last ? k_leaves : 0), [&](u32 i) { return i < of_q ? leaf_of(whole ? q_row : q_own, q_width, q_leaves, i) : leaf_of(whole ? k_row : k_own, k_width, k_leaves, i - of_q); }, sums);
+    __syncthreads();
+    if (tid < tasks + last) {
+      bool is_q = tid < tasks;
+      float* s = is_q ? sums + tid * q_leaves : k_sums;
+      u32 count = is_q ? q_leaves : k_leaves;
+      s[0] = inverse_root(count <= 8 ? tree8(s, 1, count) : tree_in_place(s, count), is_q ? q_width : k_width, in.eps);
+    }
+  }
+  __syncthreads();
+  for (u32 h = warp_id(); h < group + last; h += 8) {
+    float inverse = in.norm_width ? (h < group ? sums[whole ? 0 : h * q_leaves] : k_sums[0]) : 0.0f;
+    turned(raw + h * hd, in.norm_width ? norm + h * hd : nullptr, inverse, in.rotary ? rotary : nullptr, hd, qs + h * hd, lane_id(), 32);
+  }
+  barrier_wait(&barrier, 0);
+  __syncthreads();
+  if (last) {
+    if (warp_id() < 4) {
+      u32 side = warp_id() % 2;
+      keep(side ? raw + (group + 1) * hd : ks, warp_id() < 2 ? pages + p / PAGE % 4 * cache.head_bytes : newest, side, p % PAGE, cache);
+    }
+    __syncthreads();
+  }
+  u32 position = leaf * LEAF + tid, offset = tid % PAGE;
+  bool seen = position >= from && position < to;
+  const char* keys = pages + tid / PAGE * cache.head_bytes;
+  u32 scales_at = cache.head_bytes - 2 * PAGE * 4;
+  for (u32 g = 0; g < group; g++) {
+    float score = -__int_as_float(0x7f800000);
+    if (seen) {
+      const char* key = keys + offset * (KV == 2 ? 1 : 4);
+      score = 0.0f;
+      u32 d = 0;
+      for (; d + 64 <= hd; d += 64) score = whole_column<64>(score, qs + g * hd + d, key + d * PAGE * KEY_BYTES, PAGE);
+      if (d < hd) score = near_column(score, qs + g * hd + d, key + d * PAGE * KEY_BYTES, PAGE, 0, hd - d);
+      if (KV == 2) score = mul(score, *(const float*)(keys + scales_at + offset * 4));
+      score = mul(score, scale);
+    }
+    weights[g * LEAF + tid] = score;
+    float m = score;
+    // A NaN compares false and is left out.
+    m = m == m ? m : -__int_as_float(0x7f800000);
+    for (int d = 16; d; d /= 2) { float o = __shfl_xor_sync(FULL, m, d); m = o > m ? o : m; }
+    if (lane_id() == 0) reduce[g * 8 + warp_id()] = m;
+  }
+  __syncthreads();
+  for (u32 g = 0; g < group; g++) {
+    float m = reduce[g * 8];
+#pragma unroll
+    for (int i = 1; i < 8; i++) { float o = reduce[g * 8 + i]; m = o > m ? o : m; }
+    float w = seen ? exp_(add(weights[g * LEAF + tid], -m)) : 0.0f;
+    weights[g * LEAF + tid] = w;
+    if (KV == 2) values[g * LEAF + tid] = seen ? mul(w, *(const float*)(keys + scales_at + (PAGE + offset) * 4)) : 0.0f;
+    if (tid == 0) ms[2 * g] = m;
+  }
+  __syncthreads();
+  // The sum of weights; what is not seen adds +0.
+  for (u32 g = 7 - warp_id(); g < group; g += 8) {
+    float l = 0.0f;
+    if (lane_id() < 8) {
+#pragma unroll
+      for (int i = 0; i < LEAF; i += 8) l = add(l, weights[g * LEAF + i + lane_id()]);
+    }
+    l = lanes8(l);
+    if (lane_id() == 0) ms[2 * g + 1] = l;
+  }
+  u32 left = first / LEAF, count = p / LEAF + 1;
+  bool alone = left + 1 == count;
+  u32 values_at = (hd + hd % 2) * PAGE * KEY_BYTES;
+  u64 head_0 = (u64)row * heads + kv_head * group;
+  for (u32 i = tid; i < group * hd; i += 256) {
+    u32 g = i / hd, c = i % hd;
+    float a = 0.0f;
+    for (int page = 0; page < 4; page++) {
+      u32 base = leaf * LEAF + page * PAGE;
+      int lo = from > base ? from - base : 0, hi = to > base ? min(to - base, (u32)PAGE) : 0;
+      if (lo == 0 && hi == PAGE) a = whole_column<PAGE>(a, values + g * LEAF + page * PAGE, pages + page * cache.head_bytes + values_at + c * (KV == 2 ? 1 : 4), cache.cols);
+      else if (lo < hi) a = near_column(a, values + g * LEAF + page * PAGE, pages + page * cache.head_bytes + values_at + c * (KV == 2 ? 1 : 4), cache.cols, lo, hi);
+    }
+    if (alone) qs[i] = a;
+    else part_a[((head_0 + g) * leaves_max + leaf) * hd + c] = a;
+  }
+  __syncthreads();
+  if (alone) {
+    for (u32 i = tid; i < group * hd; i += 256) out[head_0 * hd + i] = __fdiv_rn(qs[i], ms[2 * (i / hd) + 1]);
+  } else if (tid < group) {
+    part_ms[(head_0 + tid) * leaves_max + leaf] = make_float2(ms[2 * tid], ms[2 * tid + 1]);
+  }
+  if (alone || !last_of(counters + row * cache.kv_heads + kv_head, count - left)) return;
+  for (u32 i = tid; i < group * hd; i += 256) {
+    u64 head = head_0 + i / hd;
+    out[head * hd + i % hd] = tree_column(left, count, part_ms + head * leaves_max, part_a + head * leaves_max * hd + i % hd, hd);
+  }
+}
+
+#if KV == 1
+// Many rows of one sequence: a block has up to 64 rows of consecutive positions, one head and all
+// leaves that they see, one after the other. Each warp has eight rows: 256 scores of each, eight in
+// a lane, then all columns of their values. Subtrees that wait lie in parts, by level.
+constexpr int TILE_ROWS = 64, WEIGHTS_PITCH = LEAF + 8;
+
+// Scores of eight rows with 4 · N keys a lane: those of page lane / 16 (+ 2).
+template <int HD, int N> DI void tile_scores(const float* q, const char* keys, float (&s)[8][8]) {
+  u32 lane = lane_id();
+  const char* at = keys + lane / 16 * (HD * PAGE * 2) + lane % 16 * 16;
+#pragma unroll
+  for (int r = 0; r < 8; r++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) s[r][i] = 0.0f;
+#pragma unroll 2
+  for (int d = 0; d < HD; d += 4) {
+    u32 v[2][4 * N];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        uint4 w = *(const uint4*)(at + n * 2 * (HD * PAGE * 2) + (d / 2 + i) * PAGE * 4);
+        v[i][4 * n] = w.x; v[i][4 * n + 1] = w.y; v[i][4 * n + 2] = w.z; v[i][4 * n + 3] = w.w;
+      }
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+      float4 x = *(const float4*)(q + r * HD + d);
+#pragma unroll
+      for (int i = 0; i < 4 * N; i++) {
+        s[r][i] = fma(x.x, low(v[0][i]), s[r][i]);
+        s[r][i] = fma(x.y, high(v[0][i]), s[r][i]);
+        s[r][i] = fma(x.z, low(v[1][i]), s[r][i]);
+        s[r][i] = fma(x.w, high(v[1][i]), s[r][i]);
+      }
+    }
+  }
+}
+
+template <int C> DI void take(u32 (&x)[C], const char* at) {
+  if constexpr (C == 4) {
+    uint4 v = *(const uint4*)at;
+    x[0] = v.x; x[1] = v.y; x[2] = v.z; x[3] = v.w;
+  } else {
+    uint2 v = *(const uint2*)at;
+    x[0] = v.x; x[1] = v.y;
+  }
+}
+
+template <int HD> DI void attention_tile(const float* q, const Cache& cache, const u32* tables, u32 table_stride, const u32* positions, const uint2* tiles,
+                                         u32 heads, float scale, u32 window, u32 leaves_max, float2* part_ms, float* part_a, float* out) {
+  constexpr int C = HD / 32, SIDE = HD * PAGE * 2;
+  extern __shared__ float4 memory[];
+  float* qs = (float*)memory;                    // [64][HD]
+  char* keys = (char*)(qs + TILE_ROWS * HD);     // [4][SIDE]
+  char* values = keys + 4 * SIDE;                // [4][SIDE]
+  float* weights = (float*)(values + 4 * SIDE);  // [64][WEIGHTS_PITCH]
+  __shared__ u64 barriers[2];
+  u32 tid = threadIdx.x, lane = lane_id(), warp = warp_id();
+  // Later rows see more: they go first.
+  uint2 rows = tiles[gridDim.y - 1 - blockIdx.y];
+  u32 head = blockIdx.x, kv_head = head / (heads / cache.kv_heads);
+  u32 p0 = positions[rows.x], p1 = p0 + rows.y - 1;
+  auto first = [&](u32 p) { return window && p + 1 > window ? p + 1 - window : 0; };
+  const u32* table = tables + (u64)rows.x * table_stride;
+  auto bring = [&](u32 leaf, u32 side) {
+    u32 low_page = max(first(p0), leaf * LEAF) / PAGE, high_page = min(p1, leaf * LEAF + LEAF - 1) / PAGE;
+    barrier_expect(barriers + side, (high_page - low_page + 1) * SIDE);
+    for (u32 page = low_page; page <= high_page; page++) {
+      const char* at = cache.pages + table[page] * cache.page_bytes + cache.layer_at + (u64)kv_head * cache.head_bytes;
+      bulk_copy((side ? values : keys) + page % 4 * SIDE, at + side * SIDE, SIDE, barriers + side);
+    }
+  };
+  u32 from = first(p0) / LEAF, to = p1 / LEAF;
+  if (tid == 0) {
+    barrier_init(barriers);
+    barrier_init(barriers + 1);
+    barriers_made();
+    bring(from, 0);
+    bring(from, 1);
+  }
+  for (u32 i = tid; i < TILE_ROWS * HD / 4; i += 256) {
+    u32 r = i / (HD / 4), in = i % (HD / 4);
+    ((float4*)qs)[i] = r < rows.y ? ((const float4*)(q + ((u64)(rows.x + r) * heads + head) * HD))[in] : make_float4(0, 0, 0, 0);
+  }
+  __syncthreads();
+  float* own = weights + warp * 8 * WEIGHTS_PITCH;
+  for (u32 leaf = from; leaf <= to; leaf++) {
+    u32 phase = (leaf - from) & 1, base = leaf * LEAF;
+    float s[8][8];
+    barrier_wait(barriers, phase);
+    if (min(p1, base + LEAF - 1) % LEAF >= 2 * PAGE) tile_scores<HD, 2>(qs + warp * 8 * HD, keys, s);
+    else tile_scores<HD, 1>(qs + warp * 8 * HD, keys, s);
+    __syncthreads();
+    if (tid == 0 && leaf < to) bring(leaf + 1, 0);
+    // What each row sees of the leaf; none unless lo < hi.
+    int lo[8], hi[8], lo_min = LEAF, lo_max = 0, hi_min = LEAF, hi_max = 0;
+    float m[8], sums[2];
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+      u32 p = p0 + warp * 8 + r, f = first(p);
+      bool valid = warp * 8 + r < rows.y && p >= base && f < base + LEAF;
+      lo[r] = valid && f > base ? f - base : 0;
+      hi[r] = valid ? min(p + 1 - base, (u32)LEAF) : 0;
+      if (valid) {
+        lo_min = min(lo_min, lo[r]); lo_max = max(lo_max, lo[r]);
+        hi_min = min(hi_min, hi[r]); hi_max = max(hi_max, hi[r]);
+      }
+      float most = -__int_as_float(0x7f800000);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        int at = lane / 16 * PAGE + i / 4 * 2 * PAGE + lane % 16 * 4 + i % 4;
+        float v = mul(s[r][i], scale);
+        s[r][i] = v;
+        // A NaN compares false and is left out.
+        if (at >= lo[r] && at < hi[r] && v > most) most = v;
+      }
+      for (int d = 16; d; d /= 2) { float o = __shfl_xor_sync(FULL, most, d); most = o > most ? o : most; }
+      m[r] = most;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float w[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          int at = lane / 16 * PAGE + h * 2 * PAGE + lane % 16 * 4 + i;
+          w[i] = at >= lo[r] && at < hi[r] ? exp_(add(s[r][4 * h + i], -most)) : 0.0f;
+        }
+        *(float4*)(own + r * WEIGHTS_PITCH + lane / 16 * PAGE + h * 2 * PAGE + lane % 16 * 4) = make_float4(w[0], w[1], w[2], w[3]);
+      }
+    }
+    __syncwarp();
+    // Sums of weights; what is not seen adds +0.
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float* row = own + (4 * h + lane / 8) * WEIGHTS_PITCH + lane % 8;
+      float l = 0.0f;
+#pragma unroll
+      for (int i = 0; i < LEAF; i += 8) l = add(l, row[i]);
+      sums[h] = lanes8(l);
+    }
+    barrier_wait(barriers + 1, phase);
+    float a[8][C];
+#pragma unroll
+    for (int r = 0; r < 8; r++)
+#pragma unroll
+      for (int c = 0; c < C; c++) a[r][c] = 0.0f;
+    const char* at = values + lane * C * 4;
+    auto one = [&](int i) {
+      const u32* v = (const u32*)(at + i / PAGE * SIDE + i % PAGE / 2 * HD * 4);
+#pragma unroll
+      for (int r = 0; r < 8; r++)
+        if (i >= lo[r] && i < hi[r]) {
+          float w = own[r * WEIGHTS_PITCH + i];
+#pragma unroll
+          for (int c = 0; c < C; c++) a[r][c] = fma(w, i % 2 ? high(v[c]) : low(v[c]), a[r][c]);
+        }
+    };
+    int i = lo_min, start = (lo_max + 3) / 4 * 4, end = hi_min / 4 * 4;
+    if (start >= end) start = end = hi_max;
+#pragma unroll 1
+    for (; i < start; i++) one(i);
+#pragma unroll 2
+    for (; i < end; i += 4) {
+      const char* v = at + i / PAGE * SIDE + i % PAGE / 2 * HD * 4;
+      u32 x[C], y[C];
+      take(x, v);
+      take(y, v + HD * 4);
+#pragma unroll
+      for (int r = 0; r < 8; r++) {
+        float4 w = *(const float4*)(own + r * WEIGHTS_PITCH + i);
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+          a[r][c] = fma(w.x, low(x[c]), a[r][c]);
+          a[r][c] = fma(w.y, high(x[c]), a[r][c]);
+          a[r][c] = fma(w.z, low(y[c]), a[r][c]);
+          a[r][c] = fma(w.w, high(y[c]), a[r][c]);
+        }
+      }
+    }
+#pragma unroll 1
+    for (; i < hi_max; i++) one(i);
+    __syncthreads();
+    if (tid == 0 && leaf < to) bring(leaf + 1, 1);
+    // The tree, row by row.
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+      float sum = __shfl_sync(FULL, sums[r / 4], r % 4 * 8);
+      if (lo[r] >= hi[r]) continue;
+      u32 p = p0 + warp * 8 + r, left = first(p) / LEAF, count = p / LEAF + 1;
+      u64 place = (u64)(rows.x + warp * 8 + r) * heads + head;
+      float2* ms = part_ms + place * leaves_max;
+      float* as = part_a + place * leaves_max * HD + lane * C;
+      float cm = m[r], cs = sum;
+      u32 rest = leaf;
+      for (int n = merges(leaf, count); n > 0; n--) {
+        int level = __ffs(rest) - 1;
+        bool some = rest > left;
+        rest &= rest - 1;
+        // A side of which nothing is seen is left out.
+        if (!some) continue;
+        float2 before = ms[level];
+        float top = cm > before.x ? cm : before.x;
+        float e = exp_(add(before.x, -top)), f = exp_(add(cm, -top));
+        cs = add(mul(before.y, e), mul(cs, f));
+#pragma unroll
+        for (int c = 0; c < C; c++) a[r][c] = add(mul(as[level * HD + c], e), mul(a[r][c], f));
+        cm = top;
+      }
+      if (leaf + 1 == count) {
+#pragma unroll
+        for (int c = 0; c < C; c++) out[place * HD + lane * C + c] = __fdiv_rn(a[r][c], cs);
+      } else {
+        int level = __ffs(~leaf) - 1;
+        __syncwarp();
+        if (lane == 0) ms[level] = make_float2(cm, cs);
+#pragma unroll
+        for (int c = 0; c < C; c++) as[level * HD + c] = a[r][c];
+        __syncwarp();
+      }
+    }
+  }
+}
+
+#define ATTENTION_ROWS(HD) \
+  ENTRY __launch_bounds__(256, 1) attention_rows_##HD(const float* q, Cache cache, const u32* tables, u32 table_stride, const u32* positions, const uint2* tiles, \
+      u32 heads, float scale, u32 window, u32 leaves_max, float2* part_ms, float* part_a, float* out) { \
+    begin(); \
+    attention_tile<HD>(q, cache, tables, table_stride, positions, tiles, heads, scale, window, leaves_max, part_ms, part_a, out); \
+  }
+ATTENTION_ROWS(64)
+ATTENTION_ROWS(128)
+#endif

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks every CUDA kernel against the CPU's bits and times it, in one call on a machine with a GPU.
-#   kernels/cuda/check.sh [BINARY] [check] [time] [step]
+#   kernels/cuda/check.sh [BINARY] [check [small|products|experts|one|tiles|rows|steps|routes|attention]..]
+#       [time] [step [bf16|int8|int4].. [prefill|decode]]
 # BINARY is `cargo build -p lite-llm-kernels --example cuda_check` of a machine with Rust; without
 # one it is built here. Kernels are read from this folder, so that they can be changed without it.
 set -euo pipefail

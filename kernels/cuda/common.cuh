@@ -48,15 +48,76 @@ DI u32 stream(const void* p) {
   asm("ld.global.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
-// The first thing that every kernel does: it may have been started before the one before it has
-// ended (programmatic dependent launch), and now waits for it; the next may start likewise.
+// A kernel may be started before the one before it has ended (programmatic dependent launch). What
+// it reads before `begin` is constant for the whole pass, or was written before the kernel before it
+// began: that one lets others start only when what it waits for itself has ended.
 DI void begin() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// The same where the next kernel reads nothing beforehand but what is constant for the whole pass.
+DI void begin_early() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 DI void ask(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+DI u32 shared_at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Bulk copies into shared memory: a barrier counts the bytes of each of its phases.
+#if __CUDA_ARCH__ >= 900
+DI void barrier_init(u64* b) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_at(b)) : "memory"); }
+// After the barriers are made, by the thread that made them.
+DI void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DI void barrier_expect(u64* b, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_at(b)), "r"(bytes) : "memory");
+}
+DI void bulk_copy(void* to, const void* from, u32 bytes, u64* b) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_at(to)), "l"(from), "r"(bytes), "r"(shared_at(b)) : "memory");
+}
+DI void barrier_wait(u64* b, u32 phase) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra out;\nbra again;\nout:\n}" ::"r"(shared_at(b)), "r"(phase) : "memory");
+}
+#else
+DI void barrier_init(u64*) {}
+DI void barriers_made() {}
+DI void barrier_expect(u64*, u32) {}
+DI void bulk_copy(void*, const void*, u32, u64*) {}
+DI void barrier_wait(u64*, u32) {}
+#endif
+
+// Whether this is the last of `count` blocks that come here with one counter, which is 0 before and
+// after. All that the others wrote before can then be read.
+DI bool last_of(u32* counter, u32 count) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(counter, count - 1) == count - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// The nodes of rule 1's tree over `count` values in place, by one thread; the sum is p[0].
+DI float tree_in_place(float* p, u32 count) {
+  for (u32 d = 1; d < count; d *= 2)
+    for (u32 i = 0; i + d < count; i += 2 * d) p[i] = add(p[i], p[i + d]);
+  return p[0];
+}
+
+// An expert's matrices; null where it is absent. An item is some consecutive entries of `order`, all
+// of one expert.
+struct Expert { const char* gate; const char* up; const char* down; };
+struct Item { u32 expert, first, count; };
 
 // Subtrees that leaf `index` of `count` is added to: ops/tree.rs.
 DI int merges(u32 index, u32 count) { return index + 1 == count ? __popc(index) : __ffs(~index) - 1; }

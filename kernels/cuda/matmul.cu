@@ -1,24 +1,12 @@
 // out = x · wᵀ (+ bias) (+ out), several matrices over the same rows at once.
 // CPU truth: kernels/src/ops/matmul.rs. x: rows of f32 [m, k], or of records for blocks.
 
-struct Linear {
-  const char* w;      // panels of [n, k]
-  const float* bias;  // [n] or null
-  float* y;           // [m, n]
-  u32 n;
-  u32 first;          // the first block of the grid that works on it
-};
-struct Linears { Linear of[4]; u32 count; };
-
 template <int F, int T, int RM>
 DI void linear(const float* x, const u32* rows, u32 m, u32 k, const Linears& many, u32 adds) {
   // Blocks of the same panels follow each other: they read the same weights.
   begin();
   extern __shared__ float4 memory[];
-  Linear l = many.of[0];
-#pragma unroll
-  for (int i = 1; i < 4; i++)
-    if (i < many.count && blockIdx.y >= many.of[i].first) l = many.of[i];
+  Linear l = find(many, blockIdx.y);
   u32 leaves = k == 0 ? 1 : (k + LEAF - 1) / LEAF, groups = 8 / leaf_warps(leaves);
   u32 group = warp_id() / leaf_warps(leaves), panels = (l.n + 31) / 32;
   u32 base = (blockIdx.y - l.first) * groups * T;

@@ -1,8 +1,8 @@
 // RMS norm by rule 3: leaves of 256, eight virtual lanes in a leaf, rule 1's tree over leaves.
 // CPU truth: kernels/src/ops/norm.rs. In place where out is x.
 
-// One block of 256 threads per run of `width` values.
-ENTRY rms_norm(const float* x, const float* weight, u32 width, float eps, float* out) {
+// One block of 256 threads per run of `width` values; f32, or records of blocks, or both.
+ENTRY rms_norm(const float* x, const float* weight, u32 width, float eps, float* out, u32* records) {
   begin();
   __shared__ float sums[32], stack[32][32];
   __shared__ float total;
@@ -40,7 +40,12 @@ ENTRY rms_norm(const float* x, const float* weight, u32 width, float eps, float*
   }
   float scale = total;
   float* to = out + (u64)blockIdx.x * width;
-  for (u32 i = threadIdx.x; i < width; i += blockDim.x) to[i] = mul(mul(row[i], scale), weight[i]);
+  u32 blocks = (width + 31) / 32;
+  for (u32 i = threadIdx.x; i < (records ? blocks * 32 : width); i += blockDim.x) {
+    float v = i < width ? mul(mul(row[i], scale), weight[i]) : 0.0f;
+    if (out && i < width) to[i] = v;
+    if (records) quantise_block(v, records + ((u64)blockIdx.x * blocks + i / 32) * RECORD);
+  }
 }
 
 // One warp per run, of at most 256 values.

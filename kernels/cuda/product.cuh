@@ -262,3 +262,20 @@ DI void product(const char* const (&panels)[T], u32 k, int count, Row row, float
     if (round + 1 < rounds) __syncthreads();
   }
 }
+
+// A linear map of several over the same rows.
+struct Linear {
+  const char* w;      // panels of [n, k]
+  const float* bias;  // [n] or null
+  float* y;           // [m, n]
+  u32 n;
+  u32 first;          // the first block of the grid that works on it
+};
+struct Linears { Linear of[4]; u32 count; };
+DI Linear find(const Linears& many, u32 block) {
+  Linear l = many.of[0];
+#pragma unroll
+  for (int i = 1; i < 4; i++)
+    if (i < many.count && block >= many.of[i].first) l = many.of[i];
+  return l;
+}

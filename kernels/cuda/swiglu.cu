@@ -5,9 +5,6 @@
 // others. An item is some consecutive entries of `order`, all of one expert: order[i] is a route,
 // route / k its row of x. h lies in the order of items, parts in the order of routes.
 
-struct Expert { const char* gate; const char* up; const char* down; };
-struct Item { u32 expert, first, count; };
-
 template <int F, int TG, int RM, bool RECORDS>
 DI void gate_up(const Expert* table, const Item* items, const u32* item_count, const u32* order, u32 per_row, const float* x, u32 n, u32 k, float* h) {
   begin();

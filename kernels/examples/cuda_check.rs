@@ -52,7 +52,7 @@ fn run(folders: Folders, what: &[String]) -> Result<usize, DeviceError> {
         speed::all(&cuda, peak)?;
     }
     if wanted("step") {
-        step::all(&cuda, peak)?;
+        step::all(&cuda, peak, what)?;
     }
     println!("{:.0} s in all", from.elapsed().as_secs_f64());
     Ok(check.wrong.len())

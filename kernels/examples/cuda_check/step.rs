@@ -4,6 +4,7 @@ use lite_llm_kernels::{
     cuda::{
         Cuda, Dev,
         launch::{Choose, DevMatrix, DevQueries, Experts, Linear, row_words},
+        one::{Heads, Norm},
     },
     device::DeviceError,
     dtype::DType,
@@ -44,8 +45,13 @@ fn weights(
     Ok(w)
 }
 
-pub(crate) fn all(cuda: &Cuda, peak: f64) -> Done {
-    for dtype in [DType::Bf16, DType::Int8, DType::Int4] {
+/// All of it, or the formats, `prefill` and `decode` that are named.
+pub(crate) fn all(cuda: &Cuda, peak: f64, what: &[String]) -> Done {
+    let named = |name: &str| what.iter().any(|w| w == name);
+    let (prefills, decodes) = (!named("decode"), !named("prefill"));
+    let formats = [DType::Bf16, DType::Int8, DType::Int4];
+    let some = formats.iter().any(|d| named(d.name()));
+    for dtype in formats.into_iter().filter(|d| !some || named(d.name())) {
         let up = PackedMatrix::packed_bytes(dtype, INTER, HIDDEN).expect("a size");
         let down = PackedMatrix::packed_bytes(dtype, HIDDEN, INTER).expect("a size");
         let expert = 2 * up + down;
@@ -71,7 +77,11 @@ pub(crate) fn all(cuda: &Cuda, peak: f64) -> Done {
             });
         }
         let head = weights(cuda, dtype, VOCABULARY, HIDDEN, 400)?;
-        for batch in [1, 8, 64] {
+        // Smaller items waste fewer rows, larger ones read weights less often.
+        for item_rows in [64, 128].into_iter().filter(|_| prefills) {
+            prefill(cuda, dtype, &layers, &head, 2048, item_rows)?;
+        }
+        for batch in [1, 8, 64].into_iter().filter(|_| decodes) {
             step(cuda, dtype, &layers, &head, batch, 512, expert, peak)?;
         }
     }
@@ -151,24 +161,90 @@ fn step(
     };
     let leaves = cuda.attention_parts(batch, HEADS, HEAD, last)?;
     let names = cuda.upload(&[5u64])?;
+    let how = Choose {
+        n: EXPERTS,
+        k: K,
+        seed: 3,
+        masks: None,
+        tier_names: &names,
+        level: 2,
+        tiers: None,
+        groups: None,
+        parents: None,
+        renormalise: false,
+    };
+    let counters = cuda.filled::<u32>(batch * HEADS + HIDDEN, 0)?;
+    let chosen = cuda.routes(EXPERTS, K)?;
+    let by = Some(Norm { weight: &norm, eps: 1e-5 });
+    let heads =
+        Heads { q: &q, k: &k, v: &v, norms: Some((&norm, &norm, 1e-5)), rotary: Some(&rotary) };
+    // A single row: six kernels a layer.
+    let run_one = |only: Option<&str>| -> Done {
+        let on = |name: &str| only.is_none_or(|only| only == name);
+        for (l, layer) in layers.iter().enumerate() {
+            if on("qkv, o") {
+                let [wq, wk, wv] = &layer.qkv;
+                let products = [
+                    Linear { weight: wq, bias: None, out: &q },
+                    Linear { weight: wk, bias: None, out: &k },
+                    Linear { weight: wv, bias: None, out: &v },
+                ];
+                cuda.linear_one(&x, by, &products, false)?;
+            }
+            if on("attention") {
+                cuda.attention_step(
+                    &kv, l, heads, &queries, 0.088, None, &leaves, &counters, &attended,
+                )?;
+            }
+            if on("qkv, o") {
+                let products = [Linear { weight: &layer.o, bias: None, out: &x }];
+                cuda.linear_one(&attended, None, &products, true)?;
+            }
+            if on("routes") {
+                cuda.route_one(&x, by, &layer.gate, how, &layer.experts, &chosen)?;
+            }
+            if on("experts") {
+                cuda.swiglu_one(&x, by, &layer.experts, &chosen, &between, &parts, &counters, &x)?;
+            }
+        }
+        if on("head") {
+            let products = [Linear { weight: head, bias: None, out: &logits }];
+            cuda.linear_one(&x, by, &products, false)?;
+        }
+        Ok(())
+    };
     // What products of the format read: the rows themselves, or their records.
     let input = |from: &Dev<f32>| {
         if quantised { cuda.quantise(from, HIDDEN, batch, &records) } else { Ok(()) }
     };
+    let spread = cuda.spread(256)?;
+    let dense = |x: &Dev<f32>, products: &[Linear<'_>], adds: bool| {
+        if quantised && batch >= 32 && products[0].weight.n() > HIDDEN {
+            cuda.linear_tiles(x, batch, products, adds, Some(&spread))
+        } else {
+            cuda.matmul(x, batch, products, adds)
+        }
+    };
+    // Of the format, and in f32 for the gate.
+    let normed = |from: &Dev<f32>, both: bool| {
+        let f32s = (both || !quantised).then_some(&h);
+        cuda.norm_rows(from, &norm, 1e-5, f32s, quantised.then_some(&records))
+    };
     let run = |only: Option<&str>| -> Done {
+        if batch == 1 {
+            return run_one(only);
+        }
         let on = |name: &str| only.is_none_or(|only| only == name);
         // x is left as the step before made it: it does not matter for time.
         for (l, layer) in layers.iter().enumerate() {
             if on("norms") {
-                cuda.rms_norm(&x, &norm, 1e-5, &h)?;
-                input(&h)?;
+                normed(&x, false)?;
             }
             let rows = if quantised { &records } else { &h };
             if on("qkv, o") {
                 let [wq, wk, wv] = &layer.qkv;
-                cuda.matmul(
+                dense(
                     rows,
-                    batch,
                     &[
                         Linear { weight: wq, bias: None, out: &q },
                         Linear { weight: wk, bias: None, out: &k },
@@ -178,13 +254,9 @@ fn step(
                 )?;
             }
             if on("norms") {
-                cuda.rms_norm(&q, &norm, 1e-5, &q)?;
-                cuda.rms_norm(&k, &norm, 1e-5, &k)?;
-                cuda.rope(&q, &rotary, HEAD)?;
-                cuda.rope(&k, &rotary, HEAD)?;
+                cuda.heads_keep(&kv, l, heads, &slots)?;
             }
             if on("attention") {
-                cuda.kv_append(&kv, l, &k, &v, &slots)?;
                 cuda.attention(&kv, l, &q, &queries, 0.088, None, &leaves, &attended)?;
             }
             if on("norms") {
@@ -192,16 +264,10 @@ fn step(
             }
             if on("qkv, o") {
                 let rows = if quantised { &records } else { &attended };
-                cuda.matmul(
-                    rows,
-                    batch,
-                    &[Linear { weight: &layer.o, bias: None, out: &x }],
-                    true,
-                )?;
+                dense(rows, &[Linear { weight: &layer.o, bias: None, out: &x }], true)?;
             }
             if on("norms") {
-                cuda.rms_norm(&x, &norm, 1e-5, &h)?;
-                input(&h)?;
+                normed(&x, true)?;
             }
             if on("routes") {
                 cuda.matmul(
@@ -210,18 +276,6 @@ fn step(
                     &[Linear { weight: &layer.gate, bias: None, out: &scores }],
                     false,
                 )?;
-                let how = Choose {
-                    n: EXPERTS,
-                    k: K,
-                    seed: 3,
-                    masks: None,
-                    tier_names: &names,
-                    level: 2,
-                    tiers: None,
-                    groups: None,
-                    parents: None,
-                    renormalise: false,
-                };
                 cuda.choose(&scores, how, &index, &weight, &bad)?;
                 cuda.group_routes(&index, EXPERTS, &grouped)?;
             }
@@ -238,14 +292,9 @@ fn step(
             }
         }
         if on("head") {
-            cuda.rms_norm(&x, &norm, 1e-5, &h)?;
-            input(&h)?;
-            cuda.matmul(
-                if quantised { &records } else { &h },
-                batch,
-                &[Linear { weight: head, bias: None, out: &logits }],
-                false,
-            )?;
+            normed(&x, false)?;
+            let rows = if quantised { &records } else { &h };
+            dense(rows, &[Linear { weight: head, bias: None, out: &logits }], false)?;
         }
         Ok(())
     };
@@ -253,7 +302,7 @@ fn step(
     let graph = captured(cuda, || run(None))?;
     cuda.write(&x, 0, &cuda.download(&embedded)?)?;
     let ms = median(cuda, || cuda.replay(&graph))?;
-    let chosen = cuda.download(&index)?;
+    let chosen = cuda.download(if batch == 1 { &chosen.index } else { &index })?;
     let mut seen = [false; EXPERTS];
     chosen.iter().for_each(|&e| seen[e as usize % EXPERTS] = true);
     let active = seen.iter().filter(|&&s| s).count();
@@ -273,9 +322,150 @@ fn step(
         rate / limit
     );
     let mut line = String::from("   by itself, ms:");
+    // A single row's norms are part of its products.
     for part in ["norms", "qkv, o", "attention", "routes", "experts", "head"] {
+        if batch == 1 && part == "norms" {
+            continue;
+        }
         let graph = captured(cuda, || run(Some(part)))?;
         line += &format!(" {part} {:.3};", median(cuda, || cuda.replay(&graph))?);
+    }
+    println!("{line}");
+    Ok(())
+}
+
+/// A prompt of so many tokens, alone, to the logits of its last.
+fn prefill(
+    cuda: &Cuda,
+    dtype: DType,
+    layers: &[Layer],
+    head: &DevMatrix,
+    rows: usize,
+    item_rows: usize,
+) -> Done {
+    let f = |cols: usize| cuda.filled::<f32>(rows * cols, 0);
+    let routes = rows * K;
+    let (mut state, mut values) = (7u64, Vec::new());
+    for _ in 0..rows * HIDDEN {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        values.push((state >> 40) as f32 / (1u32 << 23) as f32 - 1.0);
+    }
+    let embedded = cuda.upload(&values)?;
+    let norm = cuda.upload(&vec![1.0f32; HIDDEN])?;
+    let rotary = cuda.upload(&vec![0.5f32; rows * HEAD])?;
+    let (x, h, attended) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?);
+    let (q, k, v, scores) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?, f(EXPERTS)?);
+    let logits = cuda.filled::<f32>(VOCABULARY, 0)?;
+    let records = f(row_words(dtype, HIDDEN))?;
+    let parts = cuda.filled::<f32>(routes * HIDDEN, 0)?;
+    let between = cuda.filled::<f32>(routes * row_words(dtype, INTER), 0)?;
+    let (index, weight, bad) = (
+        cuda.filled::<u32>(routes, 0)?,
+        cuda.filled::<f32>(routes, 0)?,
+        cuda.filled::<u32>(rows, 0)?,
+    );
+    let grouped = cuda.grouped(routes, EXPERTS, item_rows)?;
+    let shape = KvShape { layers: LAYERS, kv_heads: HEADS, head_dim: HEAD, dtype: KvDType::Bf16 };
+    let pages = rows / 64;
+    let kv = cuda.kv(shape, pages, 0x3c)?;
+    let tables: Vec<u32> = (0..rows).flat_map(|_| 0..pages as u32).collect();
+    let slots: Vec<[u32; 2]> = (0..rows as u32).map(|p| [p / 64, p % 64]).collect();
+    let slots = cuda.upload(&slots)?;
+    let positions: Vec<u32> = (0..rows as u32).collect();
+    let queries = DevQueries {
+        tables: cuda.upload(&tables)?,
+        stride: pages,
+        positions: cuda.upload(&positions)?,
+        longest: rows - 1,
+    };
+    let tiles: Vec<[u32; 2]> = (0..rows as u32 / 64).map(|t| [t * 64, 64]).collect();
+    let tiles = cuda.upload(&tiles)?;
+    let leaves = cuda.attention_parts(rows, HEADS, HEAD, rows - 1)?;
+    let names = cuda.upload(&[5u64])?;
+    let how = Choose {
+        n: EXPERTS,
+        k: K,
+        seed: 3,
+        masks: None,
+        tier_names: &names,
+        level: 2,
+        tiers: None,
+        groups: None,
+        parents: None,
+        renormalise: false,
+    };
+    let heads =
+        Heads { q: &q, k: &k, v: &v, norms: Some((&norm, &norm, 1e-5)), rotary: Some(&rotary) };
+    let quantised = dtype.is_quantised();
+    let run = |only: Option<&str>| -> Done {
+        let on = |name: &str| only.is_none_or(|only| only == name);
+        for (l, layer) in layers.iter().enumerate() {
+            if on("norms") {
+                let (f32s, blocks) = ((!quantised).then_some(&h), quantised.then_some(&records));
+                cuda.norm_rows(&x, &norm, 1e-5, f32s, blocks)?;
+            }
+            if on("qkv, o") {
+                let [wq, wk, wv] = &layer.qkv;
+                let products = [
+                    Linear { weight: wq, bias: None, out: &q },
+                    Linear { weight: wk, bias: None, out: &k },
+                    Linear { weight: wv, bias: None, out: &v },
+                ];
+                let from = if quantised { &records } else { &h };
+                cuda.linear_tiles(from, rows, &products, false, None)?;
+            }
+            if on("norms") {
+                cuda.heads_keep(&kv, l, heads, &slots)?;
+            }
+            if on("attention") {
+                cuda.attention_rows(&kv, l, &q, &queries, &tiles, 0.088, None, &leaves, &attended)?;
+            }
+            if on("norms") && quantised {
+                cuda.quantise(&attended, HIDDEN, rows, &records)?;
+            }
+            if on("qkv, o") {
+                let products = [Linear { weight: &layer.o, bias: None, out: &x }];
+                let from = if quantised { &records } else { &attended };
+                cuda.linear_tiles(from, rows, &products, true, None)?;
+            }
+            if on("norms") {
+                cuda.norm_rows(&x, &norm, 1e-5, Some(&h), quantised.then_some(&records))?;
+            }
+            if on("routes") {
+                let products = [Linear { weight: &layer.gate, bias: None, out: &scores }];
+                cuda.matmul(&h, rows, &products, false)?;
+                cuda.choose(&scores, how, &index, &weight, &bad)?;
+                cuda.group_routes(&index, EXPERTS, &grouped)?;
+            }
+            if on("experts") {
+                let from = if quantised { &records } else { &h };
+                cuda.swiglu_tiles(&layer.experts, &grouped, K, from, &between, &parts)?;
+            }
+            if on("sums") {
+                cuda.weighted_sum(&parts, &weight, K, true, &x)?;
+            }
+        }
+        if on("head") {
+            let last = cuda.upload(&[rows as u32 - 1])?;
+            let row = cuda.filled::<f32>(HIDDEN, 0)?;
+            cuda.select_rows(&x, &last, HIDDEN, &row)?;
+            let by = Some(Norm { weight: &norm, eps: 1e-5 });
+            let products = [Linear { weight: head, bias: None, out: &logits }];
+            cuda.linear_one(&row, by, &products, false)?;
+        }
+        Ok(())
+    };
+    cuda.write(&x, 0, &cuda.download(&embedded)?)?;
+    run(None)?;
+    cuda.write(&x, 0, &cuda.download(&embedded)?)?;
+    let ms = median(cuda, || run(None))?;
+    println!(
+        "prefill {dtype}, 1 x {rows}, items of {item_rows}: {ms:.2} ms, {:.0} tok/s",
+        rows as f64 / f64::from(ms) * 1e3
+    );
+    let mut line = String::from("   by itself, ms:");
+    for part in ["norms", "qkv, o", "attention", "routes", "experts", "sums", "head"] {
+        line += &format!(" {part} {:.2};", median(cuda, || run(Some(part)))?);
     }
     println!("{line}");
     Ok(())

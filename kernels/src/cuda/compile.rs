@@ -17,15 +17,18 @@ const OPTIONS: [&str; 5] =
     ["--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--std=c++17"];
 
 /// The files, as they were when this was built.
-const FILES: [(&str, &str); 8] = [
+const FILES: [(&str, &str); 11] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("product.cuh", include_str!("../../cuda/product.cuh")),
+    ("choose.cuh", include_str!("../../cuda/choose.cuh")),
     ("elementwise.cu", include_str!("../../cuda/elementwise.cu")),
     ("norm.cu", include_str!("../../cuda/norm.cu")),
     ("route.cu", include_str!("../../cuda/route.cu")),
     ("attention.cu", include_str!("../../cuda/attention.cu")),
     ("matmul.cu", include_str!("../../cuda/matmul.cu")),
     ("swiglu.cu", include_str!("../../cuda/swiglu.cu")),
+    ("one.cu", include_str!("../../cuda/one.cu")),
+    ("tile.cu", include_str!("../../cuda/tile.cu")),
 ];
 
 /// Where code comes from and is kept.
@@ -62,6 +65,10 @@ pub enum Source {
     Matmul(u8),
     /// Gated networks, of [`crate::dtype::DType`] in order.
     Swiglu(u8),
+    /// Products of a single row, of [`crate::dtype::DType`] in order.
+    One(u8),
+    /// Products of many rows, of [`crate::dtype::DType`] in order.
+    Tile(u8),
 }
 
 impl Source {
@@ -71,6 +78,8 @@ impl Source {
         all.extend((0..3).map(Source::Attention));
         all.extend((0..5).map(Source::Matmul));
         all.extend((0..5).map(Source::Swiglu));
+        all.extend((0..5).map(Source::One));
+        all.extend((0..5).map(Source::Tile));
         all
     }
 
@@ -78,7 +87,10 @@ impl Source {
     pub fn name(self) -> String {
         match self {
             Source::Attention(kv) => format!("{} (KV {kv})", self.file()),
-            Source::Matmul(format) | Source::Swiglu(format) => {
+            Source::Matmul(format)
+            | Source::Swiglu(format)
+            | Source::One(format)
+            | Source::Tile(format) => {
                 format!("{} (FORMAT {format})", self.file())
             }
             _ => self.file().to_owned(),
@@ -93,18 +105,25 @@ impl Source {
             Source::Attention(_) => "attention.cu",
             Source::Matmul(_) => "matmul.cu",
             Source::Swiglu(_) => "swiglu.cu",
+            Source::One(_) => "one.cu",
+            Source::Tile(_) => "tile.cu",
         }
     }
 
     fn text(self, folders: &Folders) -> String {
-        let define = match self {
-            Source::Attention(kv) => format!("#define KV {kv}\n"),
-            Source::Matmul(format) | Source::Swiglu(format) => {
-                format!("#define FORMAT {format}\n{}", folders.file("product.cuh"))
+        let (define, parts): (_, &[&str]) = match self {
+            Source::Attention(kv) => (format!("#define KV {kv}\n"), &[]),
+            Source::Matmul(format) | Source::Swiglu(format) | Source::Tile(format) => {
+                (format!("#define FORMAT {format}\n"), &["product.cuh"])
             }
-            _ => String::new(),
+            Source::One(format) => {
+                (format!("#define FORMAT {format}\n"), &["product.cuh", "choose.cuh"])
+            }
+            Source::Route => (String::new(), &["choose.cuh"]),
+            Source::Elementwise | Source::Norm => (String::new(), &[]),
         };
-        format!("{}{define}{}", folders.file("common.cuh"), folders.file(self.file()))
+        let parts: String = parts.iter().map(|part| folders.file(part)).collect();
+        format!("{}{define}{parts}{}", folders.file("common.cuh"), folders.file(self.file()))
     }
 }
 

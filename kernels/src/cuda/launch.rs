@@ -20,17 +20,17 @@ use crate::{
     ops::tree::LEAF,
 };
 
-type Done = Result<(), DeviceError>;
+pub(super) type Done = Result<(), DeviceError>;
 
-const THREADS: u32 = 256;
-const WARPS: usize = 8;
+pub(super) const THREADS: u32 = 256;
+pub(super) const WARPS: usize = 8;
 
 /// A packed matrix in the device's memory.
 pub struct DevMatrix {
-    dtype: DType,
-    n: usize,
-    k: usize,
-    data: Dev<u8>,
+    pub(super) dtype: DType,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) data: Dev<u8>,
 }
 
 impl DevMatrix {
@@ -105,9 +105,9 @@ pub struct Grouped {
     pub items: Dev<[u32; 3]>,
     /// How many items there are.
     pub count: Dev<u32>,
-    /// Rows of an item at most: 1, 4 or 8.
+    /// Rows of an item at most: 1, 4 or 8; 64 or 128 for [`Cuda::swiglu_tiles`].
     pub item_rows: usize,
-    routes: usize,
+    pub(super) routes: usize,
 }
 
 impl Grouped {
@@ -142,9 +142,34 @@ pub struct Choose<'a> {
     pub renormalise: bool,
 }
 
+impl Choose<'_> {
+    /// As `Choice` of choose.cuh.
+    pub(super) fn words(&self) -> [u64; 9] {
+        fn at<T>(memory: Option<&Dev<T>>) -> u64 {
+            memory.map_or(0, |memory| memory.at)
+        }
+        let names = self.tier_names.at;
+        let (masks, tiers, groups) = (at(self.masks), at(self.tiers), at(self.groups));
+        let (sizes, level) = (pair(self.n, self.k), pair(self.n.div_ceil(32), self.level));
+        let parents = at(self.parents);
+        [self.seed, names, masks, tiers, groups, parents, sizes, level, u64::from(self.renormalise)]
+    }
+
+    pub(super) fn check(&self, branches: usize, index: &Dev<u32>, weight: &Dev<f32>) {
+        let Choose { n, k, level, tier_names, .. } = *self;
+        let words = n.div_ceil(32);
+        assert_eq!((index.len(), weight.len()), (branches * k, branches * k), "[branches, k]");
+        assert!(self.masks.is_none_or(|m| m.len() == branches * words), "a bit per candidate");
+        assert!(self.tiers.is_none_or(|t| t.len() == branches), "one per branch");
+        assert!(self.groups.is_none_or(|g| g.len() == branches), "one per branch");
+        assert!(level <= 2 && (level > 0 || tier_names.len() >= n), "a name for every tier");
+        assert!(self.parents.is_none_or(|p| p.len() == branches), "one per branch");
+    }
+}
+
 /// Pages of keys and values in the device's memory.
 pub struct DevKv {
-    shape: KvShape,
+    pub(super) shape: KvShape,
     pages: Dev<u8>,
 }
 
@@ -162,11 +187,11 @@ pub struct DevQueries {
 
 /// Room for what attention's leaves give: made once, for the longest that is asked for.
 pub struct AttentionParts {
-    sums: Dev<[f32; 2]>,
-    values: Dev<f32>,
+    pub(super) sums: Dev<[f32; 2]>,
+    pub(super) values: Dev<f32>,
 }
 
-fn format(dtype: DType) -> u8 {
+pub(super) fn format(dtype: DType) -> u8 {
     match dtype {
         DType::F32 => 0,
         DType::Bf16 => 1,
@@ -176,12 +201,12 @@ fn format(dtype: DType) -> u8 {
     }
 }
 
-fn leaves(k: usize) -> usize {
+pub(super) fn leaves(k: usize) -> usize {
     k.div_ceil(LEAF).max(1)
 }
 
 /// Groups of warps in a block, each with panels of its own.
-fn groups(k: usize) -> usize {
+pub(super) fn groups(k: usize) -> usize {
     WARPS / leaves(k).next_power_of_two().min(WARPS)
 }
 
@@ -197,6 +222,23 @@ fn product_shared(dtype: DType, k: usize, panels: usize, rows: usize) -> usize {
 /// Words of a row as products of a format read it.
 pub fn row_words(dtype: DType, k: usize) -> usize {
     if dtype.is_quantised() { record_words(k) } else { k }
+}
+
+/// As `Linears` of product.cuh, and the blocks of so many panels that they take together.
+pub(super) fn linears(m: usize, products: &[Linear<'_>], panels: usize) -> ([u64; 17], usize) {
+    let first = products[0].weight;
+    let (mut words, mut blocks) = ([0; 17], 0);
+    for (i, p) in products.iter().enumerate() {
+        assert_eq!((p.weight.dtype, p.weight.k), (first.dtype, first.k), "one kind of weights");
+        assert_eq!(p.out.len(), m * p.weight.n, "out is [m, n]");
+        assert!(p.bias.is_none_or(|b| b.len() == p.weight.n), "bias is [n]");
+        let bias = p.bias.map_or(0, |b| b.at);
+        let at = [p.weight.data.at, bias, p.out.at, pair(p.weight.n, blocks)];
+        words[i * 4..][..4].copy_from_slice(&at);
+        blocks += p.weight.n.div_ceil(PANEL).div_ceil(panels);
+    }
+    words[16] = pair(products.len(), 0);
+    (words, blocks)
 }
 
 impl Cuda {
@@ -258,22 +300,7 @@ impl Cuda {
         let (dtype, k) = (first.weight.dtype, first.weight.k);
         assert!(products.len() <= 4, "at most four products at once");
         assert_eq!(x.len(), m * row_words(dtype, k), "x is [m, k]");
-        let (mut words, mut blocks) = ([0; 17], 0);
-        let panels = groups(k) * variant.panels;
-        for (i, p) in products.iter().enumerate() {
-            assert_eq!((p.weight.dtype, p.weight.k), (dtype, k), "one kind of weights");
-            assert_eq!(p.out.len(), m * p.weight.n, "out is [m, n]");
-            assert!(p.bias.is_none_or(|b| b.len() == p.weight.n), "bias is [n]");
-            let bias = p.bias.map_or(0, |b| b.at);
-            words[i * 4..][..4].copy_from_slice(&[
-                p.weight.data.at,
-                bias,
-                p.out.at,
-                pair(p.weight.n, blocks),
-            ]);
-            blocks += p.weight.n.div_ceil(PANEL).div_ceil(panels);
-        }
-        words[16] = pair(products.len(), 0);
+        let (words, blocks) = linears(m, products, groups(k) * variant.panels);
         let grid = Grid {
             blocks: [m.div_ceil(variant.rows), blocks, 1],
             threads: THREADS,
@@ -295,14 +322,14 @@ impl Cuda {
         unsafe { self.launch(Source::Elementwise, "quantise", grid, args) }
     }
 
-    /// Room for `routes` routes over `experts` experts, in items of at most 1, 4 or 8 rows.
+    /// Room for `routes` routes over `experts` experts, in items of at most 1, 4, 8, 64 or 128 rows.
     pub fn grouped(
         &self,
         routes: usize,
         experts: usize,
         item_rows: usize,
     ) -> Result<Grouped, DeviceError> {
-        assert!(matches!(item_rows, 1 | 4 | 8), "items have 1, 4 or 8 rows");
+        assert!(matches!(item_rows, 1 | 4 | 8 | 64 | 128), "items have 1, 4, 8, 64 or 128 rows");
         Ok(Grouped {
             order: self.filled(routes, 0)?,
             items: self.filled(Grouped::items_max(routes, experts, item_rows), 0)?,
@@ -319,9 +346,13 @@ impl Cuda {
         assert!(to.items.len() >= most, "room for the items");
         let args = Args::default().dev(routes).u32(to.routes).u32(experts).u32(to.item_rows);
         let args = args.dev(&to.order).dev(&to.items).dev(&to.count);
-        let threads = experts.next_power_of_two().clamp(32, 1024) as u32;
+        let room = (self.shared_max as usize - (16 << 10)) / size_of::<u32>();
+        assert!(2 * experts <= room, "experts whose counts fit a processor");
+        let warps = to.routes.div_ceil(32).clamp(1, 32).min(room / experts.max(1) - 1);
+        let shared = (warps + 1) * experts * size_of::<u32>();
+        let grid = Grid { shared, ..Grid::new(1, warps as u32 * 32) };
         // SAFETY: an expert outside the table is in no item; there is room for all others.
-        unsafe { self.launch(Source::Route, "group_routes", Grid::new(1, threads), args) }
+        unsafe { self.launch(Source::Route, "group_routes", grid, args) }
     }
 
     /// All experts' networks over their rows: route r reads row `r / per_row` of x and writes row
@@ -342,6 +373,7 @@ impl Cuda {
         assert_eq!(x.len() * per_row, routes * row_words(dtype, hidden), "x is [rows, hidden]");
         assert_eq!(between.len(), routes * row_words(dtype, intermediate), "[routes, between]");
         assert_eq!(parts.len(), routes * hidden, "parts are [routes, hidden]");
+        assert!(grouped.item_rows <= 8, "items of few rows");
         let (up, down, wide) = match grouped.item_rows {
             1 => ("gate_up_1", "down_1", 1),
             4 => ("gate_up_4", "down_4", 1),
@@ -409,9 +441,31 @@ impl Cuda {
                 let grid = Grid::new(runs.div_ceil(WARPS), THREADS);
                 self.launch(Source::Norm, "rms_norm_short", grid, args.u32(runs))
             } else {
-                self.launch(Source::Norm, "rms_norm", Grid::new(runs, THREADS), args)
+                self.launch(Source::Norm, "rms_norm", Grid::new(runs, THREADS), args.word(0))
             }
         }
+    }
+
+    /// Norms every row of `weight.len()` values to f32, to records of blocks, or to both.
+    pub fn norm_rows(
+        &self,
+        x: &Dev<f32>,
+        weight: &Dev<f32>,
+        eps: f32,
+        out: Option<&Dev<f32>>,
+        records: Option<&Dev<f32>>,
+    ) -> Done {
+        let width = weight.len();
+        assert!(width > 0 && x.len().is_multiple_of(width), "whole rows");
+        let rows = x.len() / width;
+        assert!(out.is_none_or(|o| o.len() == x.len()), "out is as large as x");
+        let words = rows * record_words(width);
+        assert!(records.is_none_or(|r| r.len() == words), "records of all rows");
+        let at = |memory: Option<&Dev<f32>>| memory.map_or(0, |m| m.at);
+        let args = Args::default().dev(x).dev(weight).u32(width).f32(eps);
+        let args = args.word(at(out)).word(at(records));
+        // SAFETY: shapes as asserted.
+        unsafe { self.launch(Source::Norm, "rms_norm", Grid::new(rows, THREADS), args) }
     }
 
     /// Turns every head by its row of the table `[rows, head_dim]` (cosines, then sines).
@@ -499,21 +553,12 @@ impl Cuda {
         weight: &Dev<f32>,
         bad: &Dev<u32>,
     ) -> Done {
-        let Choose { n, k, seed, masks, tier_names, level, tiers, groups, .. } = how;
-        let Choose { parents, renormalise, .. } = how;
-        let (branches, words) = (bad.len(), n.div_ceil(32));
+        let (n, branches) = (how.n, bad.len());
         assert_eq!(scores.len(), branches * n, "scores are [branches, n]");
-        assert_eq!((index.len(), weight.len()), (branches * k, branches * k), "[branches, k]");
-        assert!(masks.is_none_or(|m| m.len() == branches * words), "a bit per candidate");
-        assert!(tiers.is_none_or(|t| t.len() == branches), "one per branch");
-        assert!(groups.is_none_or(|g| g.len() == branches), "one per branch");
-        assert!(level <= 2 && (level > 0 || tier_names.len() >= n), "a name for every tier");
-        assert!(parents.is_none_or(|p| p.len() == branches), "one per branch");
-        let args = Args::default().dev(scores).u32(n).u32(k).maybe(masks).u32(words);
-        let args = args.word(seed).dev(tier_names).u32(level).maybe(tiers).maybe(groups);
-        let args = args.maybe(parents).u32(usize::from(renormalise));
+        how.check(branches, index, weight);
+        let args = Args::default().dev(scores).structure(&how.words());
         let args = args.dev(index).dev(weight).dev(bad);
-        let shared = (3 * n + n.div_ceil(LEAF) + 4) * size_of::<f32>();
+        let shared = (4 * n + n.div_ceil(LEAF) + 4) * size_of::<f32>();
         let grid = Grid { shared, ..Grid::new(branches, 32) };
         // SAFETY: shapes as asserted.
         unsafe { self.launch(Source::Route, "choose", grid, args) }
@@ -533,7 +578,7 @@ impl Cuda {
         Ok(DevKv { shape, pages: self.filled(pages * shape.page_bytes(), fill)? })
     }
 
-    fn cache(kv: &DevKv, layer: usize) -> [u64; 5] {
+    pub(super) fn cache(kv: &DevKv, layer: usize) -> [u64; 5] {
         let KvShape { layers, kv_heads, head_dim, .. } = kv.shape;
         assert!(layer < layers, "a layer of the arena");
         let head = kv.shape.head_bytes();
@@ -630,7 +675,7 @@ impl Cuda {
     }
 }
 
-fn kv_source(dtype: KvDType) -> Source {
+pub(super) fn kv_source(dtype: KvDType) -> Source {
     Source::Attention(match dtype {
         KvDType::F32 => 0,
         KvDType::Bf16 => 1,

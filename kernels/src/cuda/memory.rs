@@ -76,10 +76,6 @@ impl Args {
         self.word(memory.at)
     }
 
-    pub(super) fn maybe<T>(self, memory: Option<&Dev<T>>) -> Self {
-        self.word(memory.map_or(0, |memory| memory.at))
-    }
-
     /// A structure by value, as words.
     pub(super) fn structure(mut self, words: &[u64]) -> Self {
         self.starts.push(self.words.len());

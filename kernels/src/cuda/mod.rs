@@ -9,6 +9,8 @@
 pub mod compile;
 pub mod launch;
 mod memory;
+pub mod one;
+pub mod tile;
 
 use std::{
     collections::HashMap,
@@ -290,6 +292,9 @@ impl Cuda {
                 A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                 self.shared_max.saturating_sub(fixed).cast_signed(),
             )?;
+            // One division of cache and shared memory for all: a processor that has to change it
+            // must be empty first, and no kernel would start early.
+            function.set_attribute(A::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)?;
             Ok(function)
         };
         let function = ready().map_err(|e| self.fail(e))?;
