@@ -218,6 +218,7 @@ fn step(
         if quantised { cuda.quantise(from, HIDDEN, batch, &records) } else { Ok(()) }
     };
     let spread = cuda.spread(256)?;
+    // Tiles pay for blocks and many outputs; qkv and o of bf16 took 1.8 ms so, and 1.2 otherwise.
     let dense = |x: &Dev<f32>, products: &[Linear<'_>], adds: bool| {
         if quantised && batch >= 32 && products[0].weight.n() > HIDDEN {
             cuda.linear_tiles(x, batch, products, adds, Some(&spread))
