@@ -19,6 +19,7 @@
 //! ([`cluster`], [`lane::LaneMachine`], and the exchange of `transport`); every wait has a deadline,
 //! every queue a bound; one facade actor per node is visible to others, never one per expert.
 
+pub mod archive;
 pub mod cluster;
 pub mod control;
 pub mod coordinator;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use lite_llm_kernels::{cpu::Cpu, kv::KvDType, simd::Simd};
-use lite_llm_runtime::{checkpoint::Checkpoint, store::DramStore};
+use lite_llm_runtime::{checkpoint::Checkpoint, residency::ExpertCache};
 use lite_llm_transport::identity::ClusterCa;
 
 use crate::{
@@ -100,7 +100,7 @@ impl LocalCluster {
     }
 
     /// The stores of its nodes' experts: for a test of what their loss does.
-    pub fn stores(&self) -> Vec<Arc<DramStore>> {
+    pub fn stores(&self) -> Vec<Arc<ExpertCache>> {
         self.workers.iter().filter_map(Worker::store).collect()
     }
 

@@ -44,6 +44,8 @@ use crate::{
 /// How long a lost member may take to come back before others load its share, if all its experts
 /// have other holders.
 pub const REPAIR_DELAY: Duration = Duration::from_secs(2);
+/// The same after a restart of the coordinator, when all members look for it anew.
+pub const RETURN_DELAY: Duration = Duration::from_secs(5);
 /// How long a member that could not load is left out.
 pub const RETRY_DELAY: Duration = Duration::from_secs(10);
 /// How long a link must be down before experts move because of it, and up before they move back.
@@ -51,6 +53,8 @@ pub const LINK_REPAIR: Duration = Duration::from_secs(1);
 /// Most slots. More than any cluster of one coordinator has members.
 pub const SLOTS_MAX: usize = 4096;
 
+/// Experts that a member's memory must hold at least for it to be given more than it holds.
+const OVERCOMMIT_EXPERTS_MIN: u64 = 4;
 /// Plans, one from the outcome of the other, that an event may cause.
 const PLANS_MAX: usize = 64;
 
@@ -250,6 +254,9 @@ pub struct MembershipOptions {
     pub copies: u16,
     /// How experts are spread.
     pub policy: PlacementPolicy,
+    /// Whether members may be given more experts than their memory holds, if all do not fit: the
+    /// rest is read when it is needed.
+    pub overcommit: bool,
 }
 
 /// See the module's text.
@@ -531,12 +538,12 @@ impl Membership {
             if !self.form(waited) {
                 // Who held something comes back one after the other.
                 let enough = self.lobby.len() >= self.options.workers;
-                let until = self.repair_at.unwrap_or(now + REPAIR_DELAY);
+                let until = self.repair_at.unwrap_or(now + RETURN_DELAY);
                 self.repair_at = Some(until).filter(|_| enough);
                 return false;
             }
             if self.serving.is_some() {
-                self.repair_at = Some(now + REPAIR_DELAY);
+                self.repair_at = Some(now + RETURN_DELAY);
                 return true;
             }
         }
@@ -570,7 +577,49 @@ impl Membership {
             let budgets: Vec<Option<u64>> = self.slots.iter().map(budget).collect();
             plan(config, expert_bytes, old, &budgets, *copies, *policy)
         };
-        with(false, false).or_else(|_| with(true, false)).or_else(|_| with(true, true))
+        let planned =
+            with(false, false).or_else(|_| with(true, false)).or_else(|_| with(true, true));
+        match planned {
+            Err(refused) if self.options.overcommit && self.thinner(old).is_none() => {
+                self.overcommitted(old, &refused)
+            }
+            planned => planned,
+        }
+    }
+
+    /// A plan that gives members more than their memory holds, each as much more as the others.
+    fn overcommitted(
+        &self,
+        old: Option<&Placement>,
+        refused: &DoesNotFit,
+    ) -> Result<Placement, DoesNotFit> {
+        let MembershipOptions { config, expert_bytes, copies, policy, .. } = &self.options;
+        let largest = expert_bytes.iter().copied().max().unwrap_or(0);
+        let with = |draining: bool| {
+            let budget = |slot: &Slot| {
+                let member = slot.member.as_ref().filter(|member| {
+                    member.unfit.is_none() && (draining || !member.draining) && !member.cut_off
+                })?;
+                // So much that a member holds what it serves and what it is to load together.
+                let enough = member.info.budget_bytes >= largest * OVERCOMMIT_EXPERTS_MIN;
+                enough.then(|| member.info.budget_bytes.saturating_mul(refused.times()))
+            };
+            let budgets: Vec<Option<u64>> = self.slots.iter().map(budget).collect();
+            plan(config, expert_bytes, old, &budgets, *copies, *policy)
+        };
+        with(false).or_else(|_| with(true)).map_err(|_| refused.clone())
+    }
+
+    /// What serves with fewer copies, if some expert has no holder and copies of others take the
+    /// room that it needs.
+    fn thinner(&self, old: Option<&Placement>) -> Option<Placement> {
+        let here = |index: u16| {
+            let slot = self.slots.get(usize::from(index));
+            slot.and_then(|slot| slot.member.as_ref())
+                .is_some_and(|m| m.unfit.is_none() && (self.serving.is_none() || m.serves))
+        };
+        let thin = old.filter(|old| old.missing(here)).map(|old| old.thinned(here));
+        thin.filter(|thin| Some(thin) != old)
     }
 
     /// Makes a placement the target, unless it is, or serves. Returns whether it serves now.
@@ -622,13 +671,7 @@ impl Membership {
     /// hold, too: gives up copies. Returns whether that made room.
     fn make_room(&mut self) -> bool {
         let old = self.serving.as_ref().map(|epoch| &epoch.placement).or(self.base.as_ref());
-        let here = |index: u16| {
-            let slot = self.slots.get(usize::from(index));
-            slot.and_then(|slot| slot.member.as_ref())
-                .is_some_and(|m| m.unfit.is_none() && (self.serving.is_none() || m.serves))
-        };
-        let thin = old.filter(|old| old.missing(here)).map(|old| old.thinned(here));
-        let Some(thin) = thin.filter(|thin| Some(thin) != old) else { return false };
+        let Some(thin) = self.thinner(old) else { return false };
         if self.planned(Some(&thin)).is_err() {
             return false;
         }

@@ -1,8 +1,8 @@
 //! The expert shard actor: which experts of one layer this node holds.
 //!
-//! It owns their lifetime: it has them fetched when they are assigned, says when all are resident,
-//! and lets them go when they are assigned no more, or when it stops. Their arithmetic runs on the
-//! node's lane.
+//! It owns their lifetime: it has them served when they are assigned, and loaded as far as the node's
+//! memory holds them, says when that is done, and lets them go when they are assigned no more, or
+//! when it stops. Their arithmetic runs on the node's lane.
 
 use std::{
     collections::BTreeSet,
@@ -21,7 +21,7 @@ use crate::storage::StorageMessage;
 /// How far a node is with loading; read by `status` while shards count.
 #[derive(Debug, Default)]
 pub struct LoadCounters {
-    /// Experts that are resident.
+    /// Experts that are served: what has room is in memory.
     pub loaded: AtomicU32,
     /// Experts that were assigned.
     pub total: AtomicU32,
@@ -30,7 +30,7 @@ pub struct LoadCounters {
 /// What a shard is told.
 #[derive(RactorMessage)]
 pub enum ShardMessage {
-    /// Fetch what of this is not here; answered when all are resident, or why they cannot be.
+    /// Serve this, too; answered when all that has room is in memory, or why it cannot be.
     Load(BTreeSet<ExpertKey>, RpcReplyPort<Result<(), String>>),
     /// Let everything go but this; answered when that is done.
     Keep(BTreeSet<ExpertKey>, RpcReplyPort<()>),
@@ -50,18 +50,23 @@ pub struct ExpertShard;
 /// A shard between messages.
 pub struct ShardState {
     arguments: ShardArguments,
-    /// Experts that are resident.
+    /// Experts that are served.
     held: BTreeSet<ExpertKey>,
 }
 
 impl ShardState {
     async fn load(&mut self, keys: BTreeSet<ExpertKey>) -> Result<(), String> {
-        let missing = keys.into_iter().filter(|key| !self.held.contains(key));
-        let fetches = missing.map(|key| {
+        let missing: Vec<ExpertKey> =
+            keys.into_iter().filter(|key| !self.held.contains(key)).collect();
+        let storage = &self.arguments.storage;
+        let served = missing.clone();
+        ractor::call!(storage, |reply| StorageMessage::Serve(served, reply))
+            .map_err(|error| format!("the storage actor is gone: {error}"))?;
+        let fetches = missing.into_iter().map(|key| {
             let storage = self.arguments.storage.clone();
             let counters = self.arguments.counters.clone();
             async move {
-                let fetched = ractor::call!(storage, |reply| StorageMessage::Fetch { key, reply });
+                let fetched = ractor::call!(storage, |reply| StorageMessage::Load { key, reply });
                 fetched
                     .map_err(|error| format!("the storage actor is gone: {error}"))?
                     .map_err(|error| error.to_string())?;

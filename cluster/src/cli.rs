@@ -1,5 +1,7 @@
 //! What can be asked of `lite-llm`: commands and flags, as people type them.
 
+mod import;
+
 use std::{
     hash::{BuildHasher, RandomState},
     net::SocketAddr,
@@ -9,6 +11,8 @@ use std::{
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
+
+pub use import::{ImportArgs, ModelPath};
 
 use crate::{size::Size, time::Time};
 
@@ -225,8 +229,8 @@ impl FromStr for HostPort {
 pub struct RunArgs {
     /// What to continue; `-` reads standard input [default: a few prompts that show the model].
     pub prompt: Option<String>,
-    /// Checkpoint folder [default: the small model inside this program].
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint folder or URL [default: the small model inside this program].
+    #[arg(long, value_name = "DIR|URL")]
     pub model: Option<PathBuf>,
     /// Sampling.
     #[command(flatten)]
@@ -236,45 +240,23 @@ pub struct RunArgs {
     pub local: LocalArgs,
 }
 
-/// `import`.
-#[derive(Debug, Args)]
-pub struct ImportArgs {
-    /// Hugging Face folder (config.json, safetensors, tokenizer.json), GGUF file (F32, BF16, F16,
-    /// Q8_0, Q4_0), or a checkpoint to convert.
-    pub source: PathBuf,
-    /// Folder to write: new or empty.
-    pub out_dir: PathBuf,
-    /// Weight format: f32, bf16, int8, int6 or int4 [default: the source's own].
-    #[arg(long)]
-    pub dtype: Option<lite_llm_kernels::dtype::DType>,
-    /// Cut the experts into tiers, in order: NAME:GROUPSxEXPERTS each, then if they are not the
-    /// model's the format and the routes, for example tier_1b:2x4,tier_10b:1x8:int4:k1x2.
-    #[arg(long, value_name = "CUT")]
-    pub tiers: Option<String>,
-    /// With --tiers: how many tiers x groups x experts a token goes to, for example 1x1x2.
-    #[arg(long, value_name = "TxGxE", requires = "tiers")]
-    pub routes: Option<String>,
-}
-
-/// A checkpoint.
-#[derive(Debug, Args)]
-pub struct ModelPath {
-    /// Checkpoint folder.
-    pub dir: PathBuf,
-}
-
 /// `eval`.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// Checkpoint folder.
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint folder or URL.
+    #[arg(long, value_name = "DIR|URL")]
     pub model: PathBuf,
     /// JSON: {"prompts": [[ids…], …]}.
     #[arg(long, value_name = "FILE")]
     pub tokens: PathBuf,
     /// Safetensors file to write: p0.logits, p1.logits, …, and what is asked for below.
+    #[arg(long, value_name = "FILE", required_unless_present = "trace")]
+    pub out: Option<PathBuf>,
+    /// Safetensors file to write the routing of all prompts into, one after the other, for `bench
+    /// store`: routes.NAME, what could be predicted of them, predicted.NAME, and tokens.NAME, NAME
+    /// being that of the file of tokens.
     #[arg(long, value_name = "FILE")]
-    pub out: PathBuf,
+    pub trace: Option<PathBuf>,
     /// Also write p0.router_ids, …
     #[arg(long)]
     pub routes: bool,
@@ -295,8 +277,8 @@ pub struct EvalArgs {
 /// `perplexity`.
 #[derive(Debug, Args)]
 pub struct PerplexityArgs {
-    /// Checkpoint folder [default: the small model inside this program].
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint folder or URL [default: the small model inside this program].
+    #[arg(long, value_name = "DIR|URL")]
     pub model: Option<PathBuf>,
     /// UTF-8 text.
     #[arg(long, value_name = "FILE")]
@@ -318,8 +300,8 @@ pub struct TokenizeArgs {
     /// What to look at; `-` reads standard input.
     #[arg(required_unless_present = "conversation", conflicts_with = "conversation")]
     pub text: Option<String>,
-    /// Checkpoint folder [default: the small model inside this program].
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint folder or URL [default: the small model inside this program].
+    #[arg(long, value_name = "DIR|URL")]
     pub model: Option<PathBuf>,
     /// Chat.
     #[command(flatten)]
@@ -339,8 +321,9 @@ pub const DEFAULT_LISTEN: ([u8; 4], u16) = ([127, 0, 0, 1], 7450);
 /// `coordinator`.
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
-    /// Checkpoint folder, at a path that the workers see too.
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint folder, at a path that the workers see too, or URL; each worker needs credentials
+    /// of its own for it.
+    #[arg(long, value_name = "DIR|URL")]
     pub model: PathBuf,
     /// Where workers and clients connect (QUIC, UDP).
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7450")]
@@ -391,8 +374,8 @@ pub struct WorkerArgs {
     /// from which the coordinator is reached].
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
-    /// Checkpoint folder on this machine, if it is not where the coordinator has it.
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint folder on this machine, or URL, if it is not where the coordinator has it.
+    #[arg(long, value_name = "DIR|URL")]
     pub model: Option<PathBuf>,
     /// What computes: cpu.
     #[arg(long, default_value = "cpu")]
@@ -513,6 +496,8 @@ pub enum BenchCommand {
     /// The other half of `bench transport`; it is started by it.
     #[command(hide = true)]
     TransportPeer(BenchTransportPeerArgs),
+    /// Hit rates of the expert cache on recorded routing, policy by policy.
+    Store(BenchStoreArgs),
     /// Write a Hugging Face folder with random weights.
     RandomModel(RandomModelArgs),
 }
@@ -534,8 +519,8 @@ pub struct BenchKernelsArgs {
 /// `bench decode` and `bench prefill`.
 #[derive(Debug, Args)]
 pub struct BenchModelArgs {
-    /// Checkpoint folder [default: the small model inside this program].
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint folder or URL [default: the small model inside this program].
+    #[arg(long, value_name = "DIR|URL")]
     pub model: Option<PathBuf>,
     /// Tokens of the prompt [default: 64 for decode, 512 for prefill, if the context has room].
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
@@ -569,6 +554,53 @@ pub struct BenchModelArgs {
     /// Workers.
     #[command(flatten)]
     pub local: LocalArgs,
+}
+
+/// `bench store`.
+#[derive(Debug, Args)]
+pub struct BenchStoreArgs {
+    /// Routing that `eval --trace` has recorded; several times for several texts of one model.
+    #[arg(long, value_name = "FILE", required = true)]
+    pub trace: Vec<PathBuf>,
+    /// Experts of each layer that have room [default: 12, 25, 50 and 75 % of them].
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub slots: Vec<u32>,
+    /// Experts that the disk brings in the time that a layer takes to be computed.
+    #[arg(
+        long,
+        value_name = "EXPERTS,…",
+        value_delimiter = ',',
+        default_value = "2",
+        value_parser = disk_rate
+    )]
+    pub disk: Vec<f64>,
+    /// Read only so many tokens of each text.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = u32::MAX,
+        hide_default_value = true,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    pub tokens: u32,
+    /// Tokens after which another text has its turn.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 512,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    pub turn: u32,
+    /// SVG file to draw the hit rates into.
+    #[arg(long, value_name = "FILE")]
+    pub picture: Option<PathBuf>,
+}
+
+fn disk_rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if rate.is_finite() && rate > 0.0 => Ok(rate),
+        _ => Err("a positive number of experts is expected".into()),
+    }
 }
 
 /// What a round trip of `bench transport` carries.

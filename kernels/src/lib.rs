@@ -22,6 +22,7 @@ pub mod pool;
 pub mod rows;
 mod scratch;
 pub mod simd;
+pub mod slots;
 
 /// Whether this build adds leaves in the order in which they come instead of the contract's tree.
 /// Such a build is for measuring what the contract costs, and for nothing else: see

@@ -219,6 +219,15 @@ pub enum Scoring {
 }
 
 impl MoeConfig {
+    /// That of a model without sparse layers.
+    pub fn without_experts() -> Self {
+        let scoring = Scoring::SoftmaxTopK;
+        let (k_tier, k_group, k_expert) = (0, 0, 0);
+        let routing =
+            RoutingConfig { k_tier, k_group, k_expert, scoring, renormalize: false, seed: 0 };
+        Self { intermediate: 0, tiers: Vec::new(), routing, shared: None }
+    }
+
     /// Inner width of a tier's experts.
     pub fn intermediate(&self, tier: usize) -> usize {
         self.tiers[tier].intermediate.unwrap_or(self.intermediate)

@@ -17,7 +17,7 @@
 //! [`Event::Failed`]; what fails a sequence ends no other; after a failure the next pass begins.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
@@ -31,7 +31,7 @@ use tracing::{Span, debug_span};
 pub use crate::schedule::{PASS_TOKENS_MAX, WAITING_MAX};
 use crate::{
     backbone::Backbone,
-    expert::ExpertStore,
+    expert::{ExpertKey, ExpertStore},
     forward::{Chunk, Dispatch, FailedRoute, ForwardPass, Progress},
     moe_layer::{ExpertFailure, run_all},
     routing::{Route, Routes},
@@ -42,6 +42,9 @@ use crate::{
 
 /// Passes in flight at most.
 pub const PASSES_MAX: usize = 2;
+
+/// Rows of a pass for which the next experts are predicted, at most.
+const PREDICTED_ROWS_MAX: usize = 16;
 
 /// A pass in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -254,6 +257,25 @@ impl<D: Device> Engine<D> {
         if let Some(pass) = self.passes.get(&pass) {
             pass.forward.prefetch_next();
         }
+    }
+
+    /// What the next sparse layer's gates say of the rows of a pass: see [`ForwardPass::predict`].
+    pub fn predicted(&self, pass: PassId) -> Result<Routes, DeviceError> {
+        self.passes.get(&pass).map_or_else(|| Ok(Routes::default()), |pass| pass.forward.predict())
+    }
+
+    /// Experts of the next sparse layer that a pass will probably need, the likeliest first, by the
+    /// hidden states at hand. Nothing for a pass of many rows, which needs nearly all of them.
+    pub fn predict(&self, pass: PassId) -> Vec<ExpertKey> {
+        let pass = self.passes.get(&pass).filter(|pass| pass.forward.rows() <= PREDICTED_ROWS_MAX);
+        let Some(Ok(routes)) = pass.map(|pass| pass.forward.predict()) else { return Vec::new() };
+        let longest = (0..routes.rows()).map(|row| routes.row(row).len()).max().unwrap_or(0);
+        let (mut seen, mut keys) = (BTreeSet::new(), Vec::new());
+        for place in 0..longest {
+            let keyed = |row: usize| routes.row(row).get(place).map(|route| route.key);
+            keys.extend((0..routes.rows()).filter_map(keyed).filter(|key| seen.insert(*key)));
+        }
+        keys
     }
 
     /// The span of the layer that a pass is in.

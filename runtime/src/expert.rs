@@ -89,6 +89,12 @@ pub enum StoreError {
         /// Which expert.
         key: ExpertKey,
     },
+    /// It is not here yet; whoever has asked for it will be woken.
+    #[error("{key} is on its way to this node's memory")]
+    Coming {
+        /// Which expert.
+        key: ExpertKey,
+    },
     /// The budget has no room.
     #[error(
         "{key} takes {needed} bytes, {free} of {budget} are free; raise the budget or add nodes"
@@ -113,10 +119,32 @@ pub enum StoreError {
     },
 }
 
+/// Called when experts have come.
+pub type Waker = Box<dyn Fn() + Send + Sync>;
+
 /// Where experts come from. While a caller holds the [`Arc`], the expert stays where it is.
+///
+/// A store that holds less than it serves is asked in this order: [`ExpertStore::want`] once for
+/// what is to be computed; [`ExpertStore::fetch`], then and whenever it says that more has come;
+/// [`ExpertStore::used`] for what was computed with. Other stores have everything, and do nothing
+/// at all but fetch.
 pub trait ExpertStore<M = PackedMatrix>: Send + Sync {
-    /// The expert's weights, ready to be computed with.
+    /// The expert's weights, ready to be computed with; [`StoreError::Coming`] if they are wanted
+    /// and not here yet.
     fn fetch(&self, key: ExpertKey) -> Result<Arc<GatedMlp<M>>, StoreError>;
+    /// These experts are to be computed with, so many rows each. They stay until they were used.
+    fn want(&self, _experts: &[(ExpertKey, u32)]) {}
+    /// These were computed with, or are wanted no more.
+    fn used(&self, _experts: &[ExpertKey]) {}
+    /// These will probably be wanted next, the likeliest first.
+    fn predict(&self, _experts: &[ExpertKey]) {}
+    /// Calls this, from any thread, whenever something that was wanted has come, or cannot. Whoever
+    /// was to be called before is not any more.
+    fn on_arrival(&self, _wake: Waker) {}
+    /// Whether predictions are of use.
+    fn wants_predictions(&self) -> bool {
+        false
+    }
     /// Bytes held now.
     fn resident_bytes(&self) -> u64;
 }

@@ -157,6 +157,11 @@ struct Tensors<D: Device> {
     logits: D::Tensor,
 }
 
+/// The tiers that each row may use.
+fn tiers(chunks: &[Chunk]) -> Vec<&TierMask> {
+    chunks.iter().flat_map(|c| std::iter::repeat_n(&*c.tiers, c.tokens.len())).collect()
+}
+
 /// Where a position of a sequence lies in the cache.
 fn slot(pages: &[u32], position: usize) -> KvSlot {
     KvSlot { page: pages[position / PAGE_TOKENS], offset: (position % PAGE_TOKENS) as u32 }
@@ -270,11 +275,7 @@ impl<D: Device> ForwardPass<D> {
                     self.layer += 1;
                 }
                 FeedForwardLayer::Sparse(moe) => {
-                    let tiers: Vec<&TierMask> = self
-                        .chunks
-                        .iter()
-                        .flat_map(|c| std::iter::repeat_n(&*c.tiers, c.tokens.len()))
-                        .collect();
+                    let tiers = tiers(&self.chunks);
                     debug_span!("route").in_scope(|| {
                         moe.router.route(device, &t.normed, &tiers, &mut self.routes)
                     })?;
@@ -303,6 +304,29 @@ impl<D: Device> ForwardPass<D> {
     /// wait for them.
     pub fn prefetch_next(&self) {
         self.prefetch(self.layer + 1);
+    }
+
+    /// Rows of this batch.
+    pub fn rows(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Where the next sparse layer will probably route the rows: what its gates say of the hidden
+    /// states that this layer's gates have seen, the likeliest first and half as many again as they
+    /// choose. No rows if there is no such layer.
+    pub fn predict(&self) -> Result<Routes, DeviceError> {
+        let mut routes = Routes::default();
+        let mut next = self.backbone.layers.iter().skip(self.layer + 1);
+        let next = next.find_map(|layer| match &layer.feed_forward {
+            FeedForwardLayer::Sparse(moe) => Some(moe),
+            FeedForwardLayer::Dense(_) => None,
+        });
+        if let Some(moe) = next {
+            let device = &*self.backbone.device;
+            let (states, tiers) = (&self.tensors.normed, tiers(&self.chunks));
+            moe.router.route_wider(device, states, &tiers, &mut routes)?;
+        }
+        Ok(routes)
     }
 
     /// Says that a layer, or the logits after the last, come next.

@@ -4,6 +4,7 @@
 //! No sockets, no async, no clock: time, randomness and I/O arrive as arguments.
 
 pub mod backbone;
+pub mod blocks;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
@@ -15,6 +16,7 @@ pub mod kv;
 pub mod moe_layer;
 pub mod prompt;
 pub mod random;
+pub mod residency;
 pub mod rope;
 pub mod routing;
 pub mod sampler;
@@ -24,3 +26,4 @@ pub mod stop;
 pub mod store;
 pub mod tier;
 pub mod tokenizer;
+pub mod trace;

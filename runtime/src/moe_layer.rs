@@ -118,6 +118,10 @@ pub fn run_experts<'a, D: Device>(
         }
         failures.sort_by_key(|failure| failure.key);
     }
+    drop(groups);
+    let used: Vec<ExpertKey> =
+        experts.into_iter().filter(|(.., expert)| expert.is_some()).map(|(key, ..)| key).collect();
+    store.used(&used);
     failures
 }
 

@@ -1,5 +1,6 @@
 //! What the tests of this folder share: reference models, clusters in one process, evaluations.
 
+pub mod s3;
 pub mod tiny;
 
 use std::{
@@ -10,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use lite_llm_actors::{
+    coordinator::ServeError,
     local::{LocalCluster, LocalOptions},
     placement::PlacementPolicy,
 };
@@ -56,9 +58,9 @@ pub fn reference_as(
 pub fn imported(source: PathBuf, dtype: Option<DType>) -> (tempfile::TempDir, Arc<Checkpoint>) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let out = folder.path().join("checkpoint");
-    let options = ImportOptions { source, out, dtype, tiers: None, routes: None };
+    let options = ImportOptions { dtype, ..ImportOptions::new(source, &*out) };
     import(&options, &mut |_, _, _| {}).expect("the test data can be imported");
-    let checkpoint = Checkpoint::open(&options.out).expect("what was imported can be opened");
+    let checkpoint = Checkpoint::open(out).expect("what was imported can be opened");
     (folder, Arc::new(checkpoint))
 }
 
@@ -171,6 +173,8 @@ pub struct Setup {
     pub replicas: u16,
     /// How long parts of a job wait for a node that is gone.
     pub patience: Duration,
+    /// Bytes of experts that each node holds in memory.
+    pub dram_bytes: u64,
     /// How keys and values are kept: it does change bits.
     pub kv_dtype: KvDType,
     /// Positions with which the model is served; of a model whose rotary table depends on it, it
@@ -187,6 +191,7 @@ impl Default for Setup {
             placement: PlacementPolicy::Balanced,
             replicas: 1,
             patience: Duration::from_secs(5),
+            dram_bytes: 1 << 30,
             kv_dtype: KvDType::F32,
             context: None,
         }
@@ -196,11 +201,19 @@ impl Default for Setup {
 impl Setup {
     /// Starts such a cluster in this process.
     pub async fn start(&self, checkpoint: &Arc<Checkpoint>) -> LocalCluster {
+        self.try_start(checkpoint).await.expect("a cluster starts")
+    }
+
+    /// The same, which may fail.
+    pub async fn try_start(
+        &self,
+        checkpoint: &Arc<Checkpoint>,
+    ) -> Result<LocalCluster, ServeError> {
         let options = LocalOptions {
             workers: self.workers,
             threads: self.threads,
             simd: self.simd,
-            dram_bytes: 1 << 30,
+            dram_bytes: self.dram_bytes,
             kv_bytes: 256 << 20,
             kv_dtype: self.kv_dtype,
             context: self.context,
@@ -211,7 +224,6 @@ impl Setup {
         tokio::time::timeout(PATIENCE, LocalCluster::start(checkpoint.clone(), &options))
             .await
             .expect("a cluster starts in time")
-            .expect("a cluster starts")
     }
 }
 

@@ -35,9 +35,7 @@ impl TinyModel {
         let (source, out) = (folder.path().join("hf"), folder.path().join("model"));
         let shape = RandomShape { layers: 2, ..RandomShape::tiny(RandomClass::Olmoe) };
         write_random_hf(&source, &shape, &mut |_, _| {}).unwrap();
-        let options =
-            ImportOptions { source, out: out.clone(), dtype: None, tiers: None, routes: None };
-        import(&options, &mut |_, _, _| {}).unwrap();
+        import(&ImportOptions::new(source, &*out), &mut |_, _, _| {}).unwrap();
         let checkpoint = Checkpoint::open(out).unwrap();
         let config = checkpoint.config().clone();
         let tiers = config.moe.as_ref().unwrap().tiers.len();

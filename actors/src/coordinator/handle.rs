@@ -8,7 +8,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
 use lite_llm_runtime::{
     chat::Conversation,
-    checkpoint::{Checkpoint, layout::expert_bytes},
+    checkpoint::{Checkpoint, DATA_ALIGN},
     prompt::{PromptError, Prompts},
 };
 use lite_llm_transport::{
@@ -97,9 +97,9 @@ impl CoordinatorHandle {
     pub async fn start(options: CoordinatorOptions) -> Result<Self, ServeError> {
         let CoordinatorOptions { listen, authority, checkpoint, workers, placement, .. } = options;
         let config = checkpoint.config().served(options.context).map_err(failed)?;
-        let tiers = 0..config.moe.as_ref().map_or(0, |moe| moe.tiers.len());
-        let expert_bytes =
-            tiers.map(|tier| expert_bytes(&config, checkpoint.dtype(), tier)).collect();
+        // In memory they take whole pages.
+        let pages = |bytes: u64| bytes.next_multiple_of(DATA_ALIGN);
+        let expert_bytes = checkpoint.tier_expert_bytes().into_iter().map(pages).collect();
         let identity = authority.identity(Role::Coordinator, "coordinator").map_err(failed)?;
         let mut hello = Hello::new(DETERMINISM_VERSION);
         hello.checkpoint = Some(checkpoint.id());

@@ -1,8 +1,8 @@
 //! One dispatch of a pass: where each of its calls is computed, what came back, and what must be
 //! asked of somebody else.
 //!
-//! Invariants: every route of the dispatch is, at any time, to be run here, owed by one batch,
-//! waiting for a holder, done, or failed for good; an output is taken from one place only; a holder
+//! Invariants: every route of the dispatch is, at any time, to be run here (now, or when its expert
+//! has come), owed by one batch, waiting for a holder, done, or failed for good; an output is taken from one place only; a holder
 //! that could not answer is not asked again before something has changed.
 
 use std::{
@@ -73,6 +73,16 @@ pub(super) enum Failing {
     Broken,
 }
 
+/// A call that is to be run here.
+#[derive(Debug, Clone, Copy)]
+struct Call {
+    route: u32,
+    /// Row of the dispatch's hidden states.
+    row: u32,
+    /// Row of the outputs that are computed here.
+    here: u32,
+}
+
 /// What a pass waits for.
 pub(super) struct Flight {
     width: usize,
@@ -80,8 +90,9 @@ pub(super) struct Flight {
     parts: Vec<Part>,
     /// Outputs computed here, `[calls, width]`.
     here: Vec<f32>,
-    /// Routes, and their rows, whose outputs are the last of `here` and have not been computed.
-    pending: Vec<(u32, u32)>,
+    /// Calls to be run now, and those whose experts are on their way; each by `here`.
+    pending: Vec<Call>,
+    parked: Vec<Call>,
     sent: BTreeMap<u64, Sent>,
     /// Batches that have not been answered.
     owing: usize,
@@ -142,6 +153,7 @@ impl Flight {
             parts: Vec::new(),
             here,
             pending: Vec::new(),
+            parked: Vec::new(),
             sent: BTreeMap::new(),
             owing: 0,
             troubles: BTreeMap::new(),
@@ -186,7 +198,7 @@ impl Flight {
             };
             if holder == way.peers.me() {
                 self.parts[index as usize] = Part::Here(rows_here);
-                self.pending.push((index, row));
+                self.pending.push(Call { route: index, row, here: rows_here });
                 rows_here += 1;
                 continue;
             }
@@ -267,18 +279,44 @@ impl Flight {
         !self.pending.is_empty()
     }
 
+    /// Calls that are to be run here now: their number grows with [`Flight::place`].
+    pub(super) fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Experts of the pending calls from the `first` on, with their rows.
+    pub(super) fn wanted(&self, first: usize, routes: &[Route]) -> Vec<(ExpertKey, u32)> {
+        count(self.pending[first..].iter().map(|call| routes[call.route as usize].key))
+    }
+
+    /// Experts of all calls that were not run.
+    pub(super) fn unused(&self, routes: &[Route]) -> Vec<ExpertKey> {
+        let calls = self.pending.iter().chain(&self.parked);
+        calls.map(|call| routes[call.route as usize].key).collect()
+    }
+
+    /// Experts have come: what waited for some is to be tried again.
+    pub(super) fn unpark(&mut self) {
+        if !self.parked.is_empty() {
+            self.pending.append(&mut self.parked);
+            self.pending.sort_unstable_by_key(|call| call.here);
+        }
+    }
+
     /// The calls that are to be run here.
     pub(super) fn pending_calls<'a>(
         &'a mut self,
         dispatch: &'a Dispatch<'_>,
     ) -> impl Iterator<Item = ExpertCall<'a>> {
-        let width = self.width;
-        let first = self.here.len() - self.pending.len() * width;
-        let outputs = self.here[first..].chunks_exact_mut(width);
-        self.pending.iter().zip(outputs).map(move |(&(route, row), output)| ExpertCall {
-            key: dispatch.routes.all()[route as usize].key,
-            row: &dispatch.hidden[row as usize * width..][..width],
-            output,
+        let (width, mut next) = (self.width, 0);
+        let mut outputs = self.here.chunks_exact_mut(width);
+        self.pending.iter().filter_map(move |call| {
+            let skip = call.here as usize - std::mem::replace(&mut next, call.here as usize + 1);
+            Some(ExpertCall {
+                key: dispatch.routes.all()[call.route as usize].key,
+                row: &dispatch.hidden[call.row as usize * width..][..width],
+                output: outputs.nth(skip)?,
+            })
         })
     }
 
@@ -295,17 +333,22 @@ impl Flight {
         }
         let failed: BTreeMap<ExpertKey, &ExpertFailure> =
             failures.iter().map(|failure| (failure.key, failure)).collect();
-        let first = self.here.len() - pending.len() * self.width;
+        let rows = self.here.len() / self.width;
+        let first = pending.first().map_or(rows, |call| call.here as usize);
         let (mut again, all) = (Vec::new(), pending.len());
-        for (route, _) in pending {
-            let Some(failure) = failed.get(&routes[route as usize].key) else { continue };
+        for call in pending {
+            let Some(failure) = failed.get(&routes[call.route as usize].key) else { continue };
+            if is_coming(&failure.error) {
+                self.parked.push(call);
+                continue;
+            }
             let how = failing(&failure.error);
-            self.trouble(route, way.peers.me(), &failure.error.to_string(), how, way);
-            again.push(route);
+            self.trouble(call.route, way.peers.me(), &failure.error.to_string(), how, way);
+            again.push(call.route);
         }
-        if again.len() == all {
+        if again.len() == all && first + all == rows {
             // They are tried again and again: their place is not taken anew each time.
-            self.here.truncate(first);
+            self.here.truncate(first * self.width);
         }
         again
     }
@@ -439,7 +482,10 @@ impl Flight {
     /// Whether every output is there, or known not to come.
     pub(super) fn is_complete(&self) -> bool {
         let waiting = |route: &u32| self.parts[*route as usize] == Part::Waiting;
-        self.owing == 0 && self.pending.is_empty() && !self.troubles.keys().any(waiting)
+        self.owing == 0
+            && self.pending.is_empty()
+            && self.parked.is_empty()
+            && !self.troubles.keys().any(waiting)
     }
 
     /// The routes of the dispatch whose outputs will not come.
@@ -466,6 +512,18 @@ impl Flight {
         };
         self.parts.iter().map(part).collect()
     }
+}
+
+/// Experts, each once, with how often they occur.
+pub(super) fn count(keys: impl Iterator<Item = ExpertKey>) -> Vec<(ExpertKey, u32)> {
+    let mut keys: Vec<ExpertKey> = keys.collect();
+    keys.sort_unstable();
+    keys.chunk_by(|a, b| a == b).map(|same| (same[0], same.len() as u32)).collect()
+}
+
+/// Whether an expert was only not here yet.
+pub(super) fn is_coming(error: &ExpertError) -> bool {
+    matches!(error, ExpertError::Store(StoreError::Coming { .. }))
 }
 
 /// What it means that an expert could not be run here.

@@ -12,6 +12,8 @@
 //! - Who computes an expert never changes a result: all holders have the same weights.
 //! - An expert that cannot be run here is named in the answers to the batches that call it; all their
 //!   other calls are answered.
+//! - What is here of a node's own experts is computed with first, the rest as it comes; who waits
+//!   for none of it goes on meanwhile.
 //! - Hidden states are gathered once, into the frame that leaves; outputs are combined where they
 //!   arrived.
 
@@ -104,6 +106,8 @@ pub enum Event<R> {
     Suspects(Vec<String>),
     /// Experts are held by others from now on.
     Rearrange(Arrangement),
+    /// Experts that were on their way to this node's memory have come.
+    Experts,
     /// Time went by.
     Tick,
 }
@@ -183,6 +187,9 @@ pub struct LaneParts<D: Device> {
 pub(super) struct RemoteBatch<R> {
     pub(super) view: ExpertBatchView,
     pub(super) reply: R,
+    /// What is computed of it; nothing before it was first looked at.
+    answer: Option<Reply>,
+    bytes: usize,
 }
 
 /// See the module's text.
@@ -201,6 +208,8 @@ pub struct LaneMachine<D: Device, R> {
     dispatches: HashMap<u64, PassId>,
     next_dispatch: u64,
     batches: Vec<RemoteBatch<R>>,
+    /// Batches some of whose experts are on their way.
+    parked: Vec<RemoteBatch<R>>,
     batch_bytes: usize,
     commands: VecDeque<Command<R>>,
     /// The engine can go no further until something happens.
@@ -225,6 +234,7 @@ impl<D: Device, R> LaneMachine<D, R> {
             dispatches: HashMap::new(),
             next_dispatch: 0,
             batches: Vec::new(),
+            parked: Vec::new(),
             batch_bytes: 0,
             commands: VecDeque::new(),
             idle: true,
@@ -266,6 +276,10 @@ impl<D: Device, R> LaneMachine<D, R> {
             }
             Event::Suspects(names) => self.suspects(now, &names),
             Event::Rearrange(arrangement) => self.rearrange(now, arrangement),
+            Event::Experts => {
+                self.flights.values_mut().for_each(Flight::unpark);
+                self.batches.append(&mut self.parked);
+            }
             Event::Tick => self.tick(now),
         }
         self.settle(now);
@@ -328,7 +342,7 @@ impl<D: Device, R> LaneMachine<D, R> {
     fn batch(&mut self, view: ExpertBatchView, reply: R) {
         let answer = view.calls().len() * view.head().width as usize * size_of::<f32>();
         let bytes = size_of_val(view.hidden()) + size_of_val(view.calls()) + answer;
-        if self.batch_bytes + bytes > BATCH_BYTES_MAX && !self.batches.is_empty() {
+        if self.batch_bytes + bytes > BATCH_BYTES_MAX && self.batch_bytes > 0 {
             let waiting = self.batch_bytes;
             let reason = format!("batches of {waiting} bytes wait for it already");
             let failure = ExpertFailure::new(view.head().id, reason);
@@ -338,7 +352,8 @@ impl<D: Device, R> LaneMachine<D, R> {
             return;
         }
         self.batch_bytes += bytes;
-        self.batches.push(RemoteBatch { view, reply });
+        self.store.want(&Reply::wanted(&view));
+        self.batches.push(RemoteBatch { view, reply, answer: None, bytes });
     }
 
     fn peer_lost(&mut self, now: Instant, peer: u16, reason: String) {
@@ -396,6 +411,9 @@ impl<D: Device, R> LaneMachine<D, R> {
         let flight = Flight::new(width, self.spare.pop().unwrap_or_default());
         self.flights.insert(pass, flight);
         self.place(now, pass, None);
+        if self.store.wants_predictions() {
+            self.store.predict(&self.engine.predict(pass));
+        }
         self.combine_if_complete(pass);
         if self.flights.get(&pass).is_some_and(|flight| !flight.has_pending()) {
             self.engine.prefetch_next(pass);
@@ -429,10 +447,14 @@ impl<D: Device, R> LaneMachine<D, R> {
             now,
             patience: self.limits.patience,
         };
+        let before = flight.pending();
         let outgoing = match routes {
             None => flight.place(&dispatch, &mut way),
             Some(routes) => flight.place_again(routes, &dispatch, &mut way),
         };
+        if flight.pending() > before {
+            self.store.want(&flight.wanted(before, dispatch.routes.all()));
+        }
         span.record("remote", outgoing.len());
         for Outgoing { id, peer, frame } in outgoing {
             self.dispatches.insert(id, pass);
@@ -443,14 +465,9 @@ impl<D: Device, R> LaneMachine<D, R> {
 
     /// Runs the expert calls of passes that belong here, and all that other nodes sent.
     fn run_calls(&mut self, now: Instant) {
-        let batches = std::mem::take(&mut self.batches);
-        self.batch_bytes = 0;
+        let mut batches = std::mem::take(&mut self.batches);
         let backbone = self.engine.backbone().clone();
         let width = backbone.config.hidden;
-        let mut replies: Vec<Reply> = Vec::with_capacity(batches.len());
-        for batch in &batches {
-            replies.push(Reply::reserve(&batch.view, width, &self.buffers));
-        }
         let with_calls: Vec<PassId> = self
             .flights
             .iter()
@@ -468,8 +485,9 @@ impl<D: Device, R> LaneMachine<D, R> {
             }
             layer = layer.or(Some(*pass));
         }
-        for (batch, reply) in batches.iter().zip(&mut replies) {
-            calls.extend(reply.calls(&batch.view, width));
+        for RemoteBatch { view, answer, .. } in &mut batches {
+            let reserve = || Reply::reserve(view, width, &self.buffers);
+            calls.extend(answer.get_or_insert_with(reserve).calls(view, width));
         }
         let failures = {
             let _span =
@@ -480,8 +498,15 @@ impl<D: Device, R> LaneMachine<D, R> {
             }
         };
         drop(dispatches);
-        for (batch, reply) in batches.into_iter().zip(replies) {
-            if let Some(frame) = reply.finish(&batch.view, &failures, &self.buffers) {
+        for mut batch in batches {
+            let Some(mut answer) = batch.answer.take() else { continue };
+            if !answer.ran(&batch.view, &failures) {
+                batch.answer = Some(answer);
+                self.parked.push(batch);
+                continue;
+            }
+            self.batch_bytes -= batch.bytes;
+            if let Some(frame) = answer.finish(&batch.view, &self.buffers) {
                 self.commands.push_back(Command::Answer { reply: batch.reply, frame });
             }
         }
@@ -570,7 +595,10 @@ impl<D: Device, R> LaneMachine<D, R> {
     }
 
     fn fail(&mut self, pass: PassId, reason: &str) {
-        self.flights.remove(&pass);
+        if let (Some(flight), Some(routes)) = (self.flights.remove(&pass), self.engine.routes(pass))
+        {
+            self.store.used(&flight.unused(routes.all()));
+        }
         self.engine.fail(pass, reason);
         self.idle = false;
     }

@@ -100,6 +100,8 @@ pub enum LaneEvent {
     Suspects(Vec<String>),
     /// Experts are held by others from now on.
     Rearrange(Arrangement),
+    /// Experts have come: see [`Lane`]'s flag.
+    Wake,
     /// End; what runs is given back without a last event.
     Stop,
 }
@@ -172,6 +174,8 @@ pub struct Lane {
     jobs: Jobs,
     stats: Arc<LaneStats>,
     inbox: Receiver<LaneEvent>,
+    /// Experts have come since this was last looked at.
+    experts: Arc<AtomicBool>,
     /// Another node has sent a batch lately.
     served: bool,
     stopped: bool,
@@ -185,12 +189,23 @@ impl Lane {
         gone: impl FnOnce(Option<String>) + Send + 'static,
     ) -> std::io::Result<LaneHandle> {
         let (sender, inbox) = bounded(INBOX_MAX);
+        let experts = Arc::new(AtomicBool::new(false));
+        parts.store.on_arrival(Box::new({
+            let (experts, lane) = (experts.clone(), sender.clone());
+            move || {
+                if !experts.swap(true, Relaxed) {
+                    // A lane whose inbox is full is awake.
+                    let _ = lane.try_send(LaneEvent::Wake);
+                }
+            }
+        }));
         let mut lane = Lane {
             machine: LaneMachine::new(parts),
             outboxes: HashMap::new(),
             jobs: Jobs::default(),
             stats,
             inbox,
+            experts,
             served: false,
             stopped: false,
         };
@@ -211,6 +226,9 @@ impl Lane {
             self.stats.rounds.fetch_add(1, Relaxed);
             self.receive();
             let now = Instant::now();
+            if self.experts.swap(false, Relaxed) {
+                self.machine.handle(now, Event::Experts);
+            }
             if self.machine.poll_timeout().is_some_and(|at| at <= now) {
                 self.machine.handle(now, Event::Tick);
             }
@@ -271,6 +289,7 @@ impl Lane {
             }
             LaneEvent::Suspects(names) => Event::Suspects(names),
             LaneEvent::Rearrange(arrangement) => Event::Rearrange(arrangement),
+            LaneEvent::Wake => return,
             LaneEvent::Stop => {
                 self.stopped = true;
                 return;

@@ -1,6 +1,6 @@
 //! The answer to a batch of another node, computed where it will be sent from.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lite_llm_runtime::{
     expert::ExpertKey,
@@ -15,7 +15,7 @@ use lite_llm_transport::{
 use tokio::sync::mpsc;
 use tracing::Span;
 
-use super::flight::{Failing, failing};
+use super::flight::{Failing, count, failing, is_coming};
 use crate::trace;
 
 /// Where the answers to a peer's batches go.
@@ -44,7 +44,13 @@ impl ReplyQueue {
 /// An answer in the making.
 pub(super) enum Reply {
     /// Outputs, to be written by the down projections.
-    Outputs(OutgoingExpertOutputs, Span),
+    Outputs {
+        outputs: OutgoingExpertOutputs,
+        /// Calls that were run, or cannot be.
+        done: Vec<bool>,
+        failed: Vec<FailedExpert>,
+        span: Span,
+    },
     /// The batch cannot be computed.
     Refused(String),
 }
@@ -71,57 +77,85 @@ impl Reply {
             rows: head.calls.len() as u32,
         };
         match OutgoingExpertOutputs::new(outputs, buffers) {
-            Ok(outputs) => Self::Outputs(outputs, span),
+            Ok(outputs) => {
+                let (done, failed) = (vec![false; head.calls.len()], Vec::new());
+                Self::Outputs { outputs, done, failed, span }
+            }
             Err(error) => Self::Refused(error.to_string()),
         }
     }
 
-    /// The calls whose outputs this answer holds.
+    /// Experts of all calls of a batch, with their rows.
+    pub(super) fn wanted(view: &ExpertBatchView) -> Vec<(ExpertKey, u32)> {
+        count(view.calls().iter().map(|call| key(view.head().layer, call)))
+    }
+
+    /// The calls that are still to be run.
     pub(super) fn calls<'a>(
         &'a mut self,
         view: &'a ExpertBatchView,
         width: usize,
     ) -> impl Iterator<Item = ExpertCall<'a>> {
-        let outputs = match self {
-            Self::Outputs(outputs, _) => outputs.rows_mut(),
-            Self::Refused(_) => &mut [],
+        let (outputs, done) = match self {
+            Self::Outputs { outputs, done, .. } => (outputs.rows_mut(), &done[..]),
+            Self::Refused(_) => (&mut [][..], &[][..]),
         };
-        view.calls().iter().zip(outputs.chunks_exact_mut(width)).map(|(call, output)| ExpertCall {
+        let calls = view.calls().iter().zip(done).zip(outputs.chunks_exact_mut(width));
+        calls.filter(|((_, done), _)| !**done).map(|((call, _), output)| ExpertCall {
             key: key(view.head().layer, call),
             row: view.row(call.row as usize),
             output,
         })
     }
 
-    /// The frame to be sent. Of the experts that could not be run, it names those of this batch;
-    /// its other calls are answered.
+    /// Notes that they were run, but for these experts. Returns whether all is done: of some,
+    /// the expert may only be on its way.
+    pub(super) fn ran(&mut self, view: &ExpertBatchView, failures: &[ExpertFailure]) -> bool {
+        let Self::Outputs { done, failed, .. } = self else { return true };
+        if failures.is_empty() {
+            done.fill(true);
+            return true;
+        }
+        let failures: BTreeMap<ExpertKey, &ExpertFailure> =
+            failures.iter().map(|failure| (failure.key, failure)).collect();
+        let mut named = BTreeSet::new();
+        for (call, done) in view.calls().iter().zip(done.iter_mut()).filter(|(_, done)| !**done) {
+            let key = key(view.head().layer, call);
+            let Some(failure) = failures.get(&key) else {
+                *done = true;
+                continue;
+            };
+            if is_coming(&failure.error) {
+                continue;
+            }
+            *done = true;
+            if named.insert(key) {
+                let ExpertKey { tier, group, expert, .. } = key;
+                let reason = failure.error.to_string();
+                let expert = FailedExpert { tier, group, expert, reason };
+                failed.push(match failing(&failure.error) {
+                    Failing::Absent => expert.absent(),
+                    Failing::Broken => expert,
+                });
+            }
+        }
+        done.iter().all(|done| *done)
+    }
+
+    /// The frame to be sent. It names the experts that could not be run; the other calls are
+    /// answered.
     pub(super) fn finish(
         self,
         view: &ExpertBatchView,
-        failures: &[ExpertFailure],
         buffers: &BufferPool,
     ) -> Option<OutgoingFrame> {
-        let head = view.head();
         let refuse = |reason: &str| {
-            OutgoingFrame::message(&messages::ExpertFailure::new(head.id, reason)).ok()
+            OutgoingFrame::message(&messages::ExpertFailure::new(view.head().id, reason)).ok()
         };
-        let (outputs, _span) = match self {
-            Self::Outputs(outputs, span) => (outputs, span),
+        let (outputs, failed, _span) = match self {
+            Self::Outputs { outputs, failed, span, .. } => (outputs, failed, span),
             Self::Refused(reason) => return refuse(&reason),
         };
-        let keys = || head.calls.iter().map(|call| key(head.layer, call));
-        let called: BTreeSet<ExpertKey> =
-            if failures.is_empty() { BTreeSet::new() } else { keys().collect() };
-        let called = |failure: &&ExpertFailure| called.contains(&failure.key);
-        let named = |failure: &ExpertFailure| {
-            let ExpertKey { tier, group, expert, .. } = failure.key;
-            let failed = FailedExpert { tier, group, expert, reason: failure.error.to_string() };
-            match failing(&failure.error) {
-                Failing::Absent => failed.absent(),
-                Failing::Broken => failed,
-            }
-        };
-        let failed: Vec<FailedExpert> = failures.iter().filter(called).map(named).collect();
         if failed.is_empty() {
             return Some(outputs.finish());
         }

@@ -64,6 +64,7 @@ impl World {
             workers: 1 + random.below(3) as usize,
             copies: 1 + random.below(2) as u16,
             policy: PlacementPolicy::Balanced,
+            overcommit: false,
         };
         Self {
             seed,

@@ -35,6 +35,7 @@ fn cluster(workers: usize, copies: u16) -> Cluster {
         workers,
         copies,
         policy: PlacementPolicy::Balanced,
+        overcommit: false,
     });
     Cluster { membership, now: Instant::now(), commands: Vec::new() }
 }

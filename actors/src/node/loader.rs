@@ -8,7 +8,16 @@ use std::{
 
 use lite_llm_kernels::{cpu::Cpu, kv::KvDType};
 use lite_llm_runtime::{
-    backbone::Backbone, checkpoint::Checkpoint, engine::Engine, expert::ExpertKey, store::DramStore,
+    backbone::Backbone,
+    blocks::{BlockOptions, BlockReader},
+    checkpoint::Checkpoint,
+    config::MoeConfig,
+    engine::Engine,
+    expert::ExpertKey,
+    residency::{
+        CacheOptions, ExpertCache, LocalFetcher,
+        policy::{self, Shape},
+    },
 };
 use lite_llm_transport::messages::Assignment;
 use parking_lot::Mutex;
@@ -21,9 +30,12 @@ use crate::{
     node::{Loaded, Model, NodeOptions},
     placement::Placement,
     shard::{ExpertShard, LoadCounters, ShardArguments, ShardMessage},
-    storage::{StorageActor, StorageArguments, StorageMessage},
+    storage::{StorageActor, StorageMessage},
     wire::Wire,
 };
+
+/// Threads that verify what was read, at most: one hashes faster than most disks read.
+const VERIFY_THREADS_MAX: usize = 2;
 
 /// See the module's text.
 pub(super) struct Loader;
@@ -45,7 +57,7 @@ pub(super) struct LoaderMessage {
 pub(super) struct OpenModel {
     checkpoint: Arc<Checkpoint>,
     backbone: Arc<Backbone<Cpu>>,
-    store: Arc<DramStore>,
+    store: Arc<ExpertCache>,
     storage: ActorRef<StorageMessage>,
 }
 
@@ -237,6 +249,26 @@ impl LoaderState {
         Ok((model, placement))
     }
 
+    /// An empty cache for the experts of a checkpoint.
+    fn cache(&self, checkpoint: &Arc<Checkpoint>) -> Result<Arc<ExpertCache>, String> {
+        let threads = self.options.device.pool().threads().min(VERIFY_THREADS_MAX);
+        let failed = |error: std::io::Error| format!("experts cannot be read: {error}");
+        let reader = BlockReader::new(BlockOptions::default()).map_err(failed)?;
+        let fetcher = LocalFetcher::new(checkpoint.clone(), reader, threads).map_err(failed)?;
+        let config = checkpoint.config();
+        let budget = self.options.info.budget_bytes;
+        let moe = config.moe.clone().unwrap_or_else(MoeConfig::without_experts);
+        let shape = Shape::new(config.sparse_layers().count(), &moe);
+        Ok(ExpertCache::new(CacheOptions {
+            moe: Arc::new(moe),
+            budget,
+            expert_bytes: checkpoint.tier_expert_bytes(),
+            policy: policy::best(shape, budget),
+            prefetch: true,
+            fetcher: Arc::new(fetcher),
+        }))
+    }
+
     /// The shard of a layer.
     async fn shard(
         &mut self,
@@ -293,15 +325,11 @@ impl LoaderState {
         };
         let (checkpoint, backbone) =
             tokio::task::spawn_blocking(open).await.map_err(|error| error.to_string())??;
-        let store = Arc::new(DramStore::new(self.options.info.budget_bytes));
-        let arguments = StorageArguments {
-            store: store.clone(),
-            checkpoint: checkpoint.clone(),
-            reads: self.options.device.pool().threads(),
-        };
-        let (storage, _) = Actor::spawn_linked(None, StorageActor, arguments, self.node.clone())
-            .await
-            .map_err(|error| error.to_string())?;
+        let store = self.cache(&checkpoint)?;
+        let (storage, _) =
+            Actor::spawn_linked(None, StorageActor, store.clone(), self.node.clone())
+                .await
+                .map_err(|error| error.to_string())?;
         *self.options.store.lock() = Some(store.clone());
         let model = OpenModel { checkpoint, backbone, store, storage };
         // Shards of another checkpoint hold other experts, though under equal keys.

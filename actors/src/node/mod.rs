@@ -21,7 +21,7 @@ use std::{
 };
 
 use lite_llm_kernels::{cpu::Cpu, device::Device};
-use lite_llm_runtime::{checkpoint::Checkpoint, expert::ExpertStore, store::DramStore};
+use lite_llm_runtime::{checkpoint::Checkpoint, expert::ExpertStore, residency::ExpertCache};
 use lite_llm_transport::{
     messages::{Assignment, NodeInfo, NodeReport, NodeStatus, NodeVitals, RevokedNames},
     pool::BufferPool,
@@ -105,7 +105,7 @@ pub struct NodeOptions {
 }
 
 /// Where a node's store is found; empty before its first assignment.
-pub type StoreSlot = Arc<Mutex<Option<Arc<DramStore>>>>;
+pub type StoreSlot = Arc<Mutex<Option<Arc<ExpertCache>>>>;
 
 /// Where a node finds its model.
 #[derive(Clone)]

@@ -39,6 +39,13 @@ pub struct DoesNotFit {
     nodes: usize,
 }
 
+impl DoesNotFit {
+    /// How many times the budgets would do for everything twice, and some more.
+    pub(crate) fn times(&self) -> u64 {
+        2 + 3 * self.needed.div_ceil(self.budget.max(1))
+    }
+}
+
 /// Spreads a model's experts, `bytes[tier]` each, over members with these budgets in bytes; at an
 /// index of `None` there is nobody, or somebody who is to hold nothing.
 pub fn plan(

@@ -6,7 +6,10 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use lite_llm_actors::coordinator::{CoordinatorHandle, CoordinatorOptions};
+use lite_llm_actors::{
+    archive,
+    coordinator::{CoordinatorHandle, CoordinatorOptions},
+};
 use lite_llm_transport::{
     identity::{ClusterCa, Role},
     messages::ClusterStatus,
@@ -25,8 +28,11 @@ const REMIND_INTERVAL: Duration = Duration::from_secs(10);
 
 pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     // Workers open the same path, wherever they were started.
-    let model = std::path::absolute(&args.model)
-        .with_context(|| format!("{}: no such path", args.model.display()))?;
+    let model = match archive::is_url(&args.model) {
+        true => args.model.clone(),
+        false => std::path::absolute(&args.model)
+            .with_context(|| format!("{}: no such path", args.model.display()))?,
+    };
     let checkpoint = open_model(Some(&model))?;
     checkpoint.config().served(args.context).map_err(bad_input)?;
     let state = match args.state {

@@ -9,7 +9,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{bad_input, open_model, run::drain};
+use super::{bad_input, open_model, record, run::drain};
 use crate::{
     cli::EvalArgs,
     progress::{Progress, Unit},
@@ -73,6 +73,10 @@ pub(super) async fn eval(args: EvalArgs, json: bool) -> Result<()> {
             bad_input(anyhow!("{}: prompt {index}: {reason}", args.tokens.display()))
         })?;
     }
+    if let Some(path) = &args.trace {
+        record::record(&args, &checkpoint, &tokens.prompts, path, json).await?;
+    }
+    let Some(out) = &args.out else { return Ok(()) };
     let cluster = args.local.cluster(checkpoint).await?;
     let mut progress = Progress::new("eval", Unit::Things("prompts"), json);
     let mut done: Vec<Option<Evaluated>> = tokens.prompts.iter().map(|_| None).collect();
@@ -111,11 +115,11 @@ pub(super) async fn eval(args: EvalArgs, json: bool) -> Result<()> {
     cluster.stop().await;
     result.and_then(|()| {
         let done: Vec<Evaluated> = done.into_iter().flatten().collect();
-        write(&args, &done)?;
+        write(&args, out, &done)?;
         if json {
-            say!("{}", json!({ "out": args.out, "prompts": done.len() }));
+            say!("{}", json!({ "out": out, "prompts": done.len() }));
         } else {
-            say!("{} prompts written to {}", done.len(), args.out.display());
+            say!("{} prompts written to {}", done.len(), out.display());
         }
         Ok(())
     })
@@ -140,7 +144,7 @@ fn request(args: &EvalArgs, prompt: Vec<u32>) -> JobRequest {
     }
 }
 
-fn write(args: &EvalArgs, done: &[Evaluated]) -> Result<()> {
+fn write(args: &EvalArgs, out: &Path, done: &[Evaluated]) -> Result<()> {
     let routes: Vec<_> = done.iter().map(Evaluated::merged_routes).collect();
     let mut tensors = BTreeMap::new();
     for (i, evaluated) in done.iter().enumerate() {
@@ -161,6 +165,6 @@ fn write(args: &EvalArgs, done: &[Evaluated]) -> Result<()> {
             add("greedy_ids", Dtype::I32, vec![ids.len()], bytemuck::cast_slice(ids))?;
         }
     }
-    safetensors::serialize_to_file(&tensors, None, &args.out)
-        .with_context(|| format!("{}: cannot write", args.out.display()))
+    safetensors::serialize_to_file(&tensors, None, out)
+        .with_context(|| format!("{}: cannot write", out.display()))
 }

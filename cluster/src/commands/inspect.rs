@@ -38,6 +38,15 @@ pub(super) fn print(summary: &Summary, json: bool) -> Result<()> {
         s.shards,
         s.bits_per_parameter
     );
+    if let Some(c) = s.compressed {
+        let share = c.stored as f64 / c.bytes.max(1) as f64;
+        say!(
+            "compressed   {} experts (zstd): {} stored in {}, {share:.3} of it",
+            c.sections,
+            Size(c.bytes),
+            Size(c.stored)
+        );
+    }
     say!("per token    {} of weights are read", Size(s.bytes_per_token));
     say!("layers       {} ({} sparse), hidden {}", s.layers, s.sparse_layers, s.hidden);
     say!("vocabulary   {}, context {}", s.vocab, s.context);
@@ -95,6 +104,9 @@ pub(super) async fn verify(args: ModelPath, json: bool) -> Result<()> {
             report.sections,
             Size(report.bytes)
         );
+        if report.compressed > 0 {
+            say!("{} sections are compressed and were unpacked", report.compressed);
+        }
         for tier in &report.absent_tiers {
             say!("the files of {tier} are not here and were not verified");
         }

@@ -10,6 +10,7 @@ mod eval;
 mod import;
 mod inspect;
 mod perplexity;
+mod record;
 mod run;
 mod tokenize;
 mod worker;
@@ -18,6 +19,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Du
 
 use anyhow::{Context, Result};
 use lite_llm_actors::{
+    archive,
     local::{LocalCluster, LocalOptions},
     placement::PlacementPolicy,
 };
@@ -223,10 +225,10 @@ async fn interrupted() {
     }
 }
 
-/// Opens a checkpoint, or the built-in model.
-fn open_model(dir: Option<&PathBuf>) -> Result<Arc<Checkpoint>> {
-    let checkpoint = match dir {
-        Some(dir) => Checkpoint::open(dir).map_err(bad_input)?,
+/// Opens a checkpoint in a folder or at a URL, or the built-in model.
+fn open_model(location: Option<&PathBuf>) -> Result<Arc<Checkpoint>> {
+    let checkpoint = match location {
+        Some(location) => archive::open_checkpoint(location).map_err(bad_input)?,
         None => demo::open()?,
     };
     Ok(Arc::new(checkpoint))

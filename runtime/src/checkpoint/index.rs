@@ -88,7 +88,7 @@ pub struct Section {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stored {
-    /// What packed them, such as `zstd`.
+    /// What packed them: [`super::codec::ZSTD`].
     pub codec: String,
     /// Bytes in the file.
     pub bytes: u64,
@@ -221,6 +221,13 @@ impl Shard {
                     "section {name:?} holds {} bytes from {}, expected {bytes:?} from {from:?} by \
                      the model's configuration",
                     section.bytes, section.offset
+                ));
+            }
+            // Compression that does not shrink is not used, and memory is taken by this number.
+            if let Some(stored) = section.stored.as_ref().filter(|s| s.bytes >= section.bytes) {
+                return bad(format!(
+                    "section {name:?} is stored in {} bytes, expected fewer than {}",
+                    stored.bytes, section.bytes
                 ));
             }
             at = match section.offset.checked_add(section.stored_bytes()) {

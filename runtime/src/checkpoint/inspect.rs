@@ -36,6 +36,8 @@ pub struct Summary {
     pub bits_per_parameter: f64,
     /// Shards.
     pub shards: usize,
+    /// Experts that are stored compressed, if any are.
+    pub compressed: Option<Compressed>,
     /// Layers.
     pub layers: usize,
     /// Layers with experts.
@@ -52,6 +54,17 @@ pub struct Summary {
     pub tiers: Vec<TierSummary>,
     /// Whether it has a template of conversations.
     pub chat_template: bool,
+}
+
+/// What is stored compressed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Compressed {
+    /// Sections.
+    pub sections: u64,
+    /// Bytes as kernels use them.
+    pub bytes: u64,
+    /// Bytes as they are stored.
+    pub stored: u64,
 }
 
 /// One tier of a checkpoint.
@@ -87,6 +100,14 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Summary, CheckpointError> {
     }
     let (parameters, active_parameters) = count_parameters(config);
     let bytes = shards.iter().map(|s| s.bytes).sum();
+    let mut compressed = Compressed::default();
+    for section in shards.iter().flat_map(|shard| &shard.sections) {
+        if let Some(stored) = &section.stored {
+            compressed.sections += 1;
+            compressed.bytes += section.bytes;
+            compressed.stored += stored.bytes;
+        }
+    }
     let summary = |moe: &MoeConfig, tier: usize| {
         let config = &moe.tiers[tier];
         TierSummary {
@@ -113,6 +134,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Result<Summary, CheckpointError> {
         bytes,
         bits_per_parameter: bytes as f64 * 8.0 / parameters.max(1) as f64,
         shards: shards.len(),
+        compressed: (compressed.sections > 0).then_some(compressed),
         layers: config.layers.len(),
         sparse_layers: config.sparse_layers().count(),
         hidden: config.hidden,

@@ -15,15 +15,23 @@
 //! - **Consistency.** Files are written under staging names and synced; the manifest comes last,
 //!   and only if there is none of its number. A folder without a manifest is no checkpoint, and
 //!   opening it says so. A file that a manifest names is never written to.
+//! - **Stores.** A checkpoint may be the prefix of an object store ([`archive::Archive`]) with the
+//!   same paths and bytes, so the same root hash; shards are uploaded whole and read back before
+//!   the manifest is created ([`writer::Writer::upload`]).
+//! - **Compression.** A section may be stored compressed ([`codec`]); its index entry has the hashes
+//!   of both. What kernels compute with is the same to the bit.
 //! - **Distrust.** Sizes are compared with the file before anything is allocated, shapes with the
 //!   model's configuration before anything is read, and no path leaves the folder.
 //! - **Memory.** Weights on disk are mapped, not read: they take the page cache's memory, which
 //!   processes share. Whoever truncates a shard that is in use kills its users
 //!   ([`lite_llm_kernels::buffer::Buffer::map`]), and a byte changed after it was verified is
 //!   computed with; nobody but the owner of a checkpoint should be able to write to it.
-//! - **Concurrency.** Reading takes `&self` from any number of threads. Nothing retries: an error
-//!   names the file and what is wrong with it.
+//! - **Concurrency.** Reading takes `&self` from any number of threads. Nothing here retries: an
+//!   error names the file and what is wrong with it. An archive has retried before it says so.
 
+pub mod archive;
+pub mod codec;
+mod folder;
 pub mod index;
 pub mod inspect;
 pub mod layout;
@@ -31,14 +39,15 @@ pub mod manifest;
 mod parallel;
 mod reader;
 pub mod source;
+mod upload;
 pub mod verify;
 pub mod writer;
 
-use std::{io, path::PathBuf};
+use std::io;
 
 pub(crate) use parallel::try_map;
-pub use reader::Checkpoint;
 pub(crate) use reader::Tensor;
+pub use reader::{Checkpoint, ExpertPlace};
 
 /// Version of the layout that is described here.
 pub const FORMAT_VERSION: u32 = 2;
@@ -64,7 +73,7 @@ pub enum CheckpointError {
     },
     /// There is no manifest.
     #[error(
-        "{location} is no checkpoint: it has no manifest.N.json; name the folder that `lite-llm import` wrote"
+        "{location} is no checkpoint: it has no manifest.N.json; name the folder or URL that `lite-llm import` wrote"
     )]
     NoManifest {
         /// Where it was looked for.
@@ -154,7 +163,7 @@ pub enum CheckpointError {
     },
     /// Another writer extended the checkpoint meanwhile.
     #[error(
-        "{location}: {manifest} appeared while an extension with this name was written; extend the checkpoint again"
+        "{location}: {manifest} appeared while a checkpoint with this name was written; look at what is there, and write again"
     )]
     Raced {
         /// The folder.
@@ -174,11 +183,24 @@ pub enum CheckpointError {
         /// What packed it.
         codec: String,
     },
-    /// The folder to write to is in use.
-    #[error("{} {reason}; choose another folder, or remove it first", dir.display())]
+    /// A section does not unpack to what was packed.
+    #[error("{path}: {section} does not unpack: {reason}; the file is damaged: copy it again")]
+    Unpack {
+        /// The shard.
+        path: String,
+        /// Which section of it.
+        section: String,
+        /// What the decoder said.
+        reason: String,
+    },
+    /// An object store refused or did not answer.
+    #[error(transparent)]
+    Archive(#[from] archive::ArchiveError),
+    /// The place to write to is in use.
+    #[error("{location} {reason}; choose another place, or remove it first")]
     Occupied {
-        /// The folder.
-        dir: PathBuf,
+        /// The folder or URL.
+        location: String,
         /// By what.
         reason: &'static str,
     },

@@ -1,8 +1,8 @@
 //! Reads a checkpoint, part by part, checking every byte that it hands out.
 //!
-//! A shard on disk is mapped once, for all sections that are in use; with the last of them the
-//! mapping goes too. Hashing is what loading costs, so where many tensors are wanted, several
-//! threads share them.
+//! Weights are read into memory of our own, and verified there: a file that changes afterwards cannot
+//! change a result, and what a process holds is what its memory says. Hashing is what loading costs,
+//! so where many tensors are wanted, several threads share them.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -11,7 +11,7 @@ use std::{
 };
 
 use lite_llm_kernels::{
-    buffer::{Buffer, WeakBuffer},
+    buffer::{AlignedBytes, Buffer},
     dtype::DType,
     matrix::PackedMatrix,
 };
@@ -20,6 +20,8 @@ use serde::de::DeserializeOwned;
 
 use super::{
     CheckpointError, MANIFEST_BYTES_MAX,
+    archive::Archive,
+    codec::unpack_section,
     index::{
         DenseIndex, FileRef, GroupPage, Hash, LayerShard, Section, Shard, StateIndex, TierIndex,
     },
@@ -49,7 +51,19 @@ pub struct Checkpoint {
     tiers: Mutex<HashMap<usize, Arc<TierIndex>>>,
     pages: Mutex<HashMap<(usize, u32), Arc<GroupPage>>>,
     headers_seen: Mutex<HashSet<String>>,
-    maps: Mutex<HashMap<String, WeakBuffer>>,
+}
+
+/// Where an expert's bytes lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertPlace {
+    /// The shard's path within the checkpoint.
+    pub path: String,
+    /// The shard in the local file system, if the bytes lie there as they are used.
+    pub file: Option<PathBuf>,
+    /// Where they begin, a multiple of 4 KiB.
+    pub offset: u64,
+    /// How many they are.
+    pub bytes: u64,
 }
 
 /// The values of one tensor.
@@ -76,6 +90,14 @@ impl Checkpoint {
             }
             _ => Self::from_files(Files::dir(&location)?, None),
         }
+    }
+
+    /// Opens the checkpoint in an object store, by its highest manifest or by one of a number.
+    pub fn open_archive(
+        archive: Arc<dyn Archive>,
+        number: Option<u64>,
+    ) -> Result<Self, CheckpointError> {
+        Self::from_files(Files::Archive(archive), number)
     }
 
     /// Opens a checkpoint that is part of the program.
@@ -105,7 +127,7 @@ impl Checkpoint {
         let mut config = manifest.model.clone();
         let tiers = config.moe.iter_mut().flat_map(|moe| &mut moe.tiers);
         for (tier, reference) in tiers.zip(&manifest.tiers) {
-            tier.absent = !files.exists(&reference.index.path);
+            tier.absent = !files.exists(&reference.index.path)?;
         }
         Ok(Self {
             files,
@@ -116,7 +138,6 @@ impl Checkpoint {
             tiers: Mutex::default(),
             pages: Mutex::default(),
             headers_seen: Mutex::default(),
-            maps: Mutex::default(),
         })
     }
 
@@ -173,7 +194,7 @@ impl Checkpoint {
             .filter(|(_, _, spec)| spec.is_matrix())
             .collect();
         let loaded = try_map(threads, &tensors, |(shard, section, spec)| {
-            Ok((spec.name.clone(), self.matrix(shard, section, spec)?))
+            Ok::<_, CheckpointError>((spec.name.clone(), self.matrix(shard, section, spec)?))
         })?;
         Ok(loaded.into_iter().collect())
     }
@@ -231,9 +252,58 @@ impl Checkpoint {
         let at = expert_position(key.expert);
         let section = shard.sections.get(at).ok_or_else(|| self.absent(key.to_string()))?;
         let whole = self.section_bytes(shard, section)?;
+        self.expert_of(shard, section, key, &whole)
+    }
+
+    /// Where an expert's bytes lie.
+    pub fn expert_place(&self, key: ExpertKey) -> Result<ExpertPlace, CheckpointError> {
+        let page = self.page(key.tier as usize, key.group)?;
+        let shard = self.layer_shard(&page, key.layer as usize)?;
+        let at = expert_position(key.expert);
+        let section = shard.sections.get(at).ok_or_else(|| self.absent(key.to_string()))?;
+        let Section { offset, bytes, .. } = *section;
+        let file = match &self.files {
+            Files::Dir(dir) if section.stored.is_none() => Some(dir.join(&shard.path)),
+            _ => None,
+        };
+        Ok(ExpertPlace { path: shard.path.clone(), file, offset, bytes })
+    }
+
+    /// Reads an expert's bytes, unverified, into memory of their size: what
+    /// [`Checkpoint::expert_from`] makes an expert of.
+    pub fn read_expert(&self, key: ExpertKey, out: &mut [u8]) -> Result<(), CheckpointError> {
+        let page = self.page(key.tier as usize, key.group)?;
+        let shard = self.layer_shard(&page, key.layer as usize)?;
+        let at = expert_position(key.expert);
+        let section = shard.sections.get(at).ok_or_else(|| self.absent(key.to_string()))?;
+        let file = self.files.open_sized(&shard.path, shard.bytes)?;
+        match &section.stored {
+            Some(stored) => unpack_section(shard, section, stored, &file, out),
+            None => file.read_into(&shard.path, section.offset, out),
+        }
+    }
+
+    /// An expert of its bytes, verified.
+    pub fn expert_from(&self, key: ExpertKey, bytes: Buffer) -> Result<GatedMlp, CheckpointError> {
+        let page = self.page(key.tier as usize, key.group)?;
+        let shard = self.layer_shard(&page, key.layer as usize)?;
+        let at = expert_position(key.expert);
+        let section = shard.sections.get(at).ok_or_else(|| self.absent(key.to_string()))?;
+        check_section(shard, section, Hash::of(&bytes))?;
+        self.expert_of(shard, section, key, &bytes)
+    }
+
+    /// An expert of a section's bytes: three matrices, one after the other.
+    fn expert_of(
+        &self,
+        shard: &Shard,
+        section: &Section,
+        key: ExpertKey,
+        whole: &Buffer,
+    ) -> Result<GatedMlp, CheckpointError> {
         let specs = expert_tensors(&self.config, self.dtype(), key.tier.into(), &section.name);
         let mut matrices = Vec::with_capacity(specs.len());
-        for (spec, bytes) in specs.iter().zip(split(shard, &whole, &specs)?) {
+        for (spec, bytes) in specs.iter().zip(split(shard, whole, &specs)?) {
             matrices.push(to_matrix(shard, spec, bytes)?);
         }
         let Ok([gate, up, down]) = <[PackedMatrix; 3]>::try_from(matrices) else {
@@ -250,6 +320,12 @@ impl Checkpoint {
             true => Ok(expert_bytes(&self.config, self.dtype(), key.tier.into())),
             false => Err(self.absent(key.to_string())),
         }
+    }
+
+    /// Bytes of an expert, by tier.
+    pub fn tier_expert_bytes(&self) -> Vec<u64> {
+        let tiers = self.config.moe.as_ref().map_or(0, |moe| moe.tiers.len());
+        (0..tiers).map(|tier| expert_bytes(&self.config, self.dtype(), tier)).collect()
     }
 
     /// The tokenizer, in the format of the `tokenizers` library.
@@ -393,38 +469,27 @@ impl Checkpoint {
         Ok(page)
     }
 
-    /// Opens a shard of the right size whose header is the one that was written; on disk, one
-    /// mapping serves all who use the shard at a time.
+    /// Opens a shard of the right size whose header is the one that was written.
     fn open_shard(&self, shard: &Shard) -> Result<OpenFile, CheckpointError> {
-        let mapped = |maps: &HashMap<String, WeakBuffer>| maps.get(&shard.path)?.upgrade();
-        if let Some(map) = mapped(&self.maps.lock()) {
-            return Ok(OpenFile::Mapped(map));
-        }
         let file = self.files.open_sized(&shard.path, shard.bytes)?;
         if !self.headers_seen.lock().contains(&shard.path) {
             check_header(shard, &file)?;
             self.headers_seen.lock().insert(shard.path.clone());
-        }
-        let file = file.map();
-        if let OpenFile::Mapped(map) = &file {
-            let mut maps = self.maps.lock();
-            // Another thread may have been faster.
-            if let Some(map) = mapped(&maps) {
-                return Ok(OpenFile::Mapped(map));
-            }
-            maps.insert(shard.path.clone(), map.downgrade());
         }
         Ok(file)
     }
 
     /// A section as kernels use it, verified.
     fn section_bytes(&self, shard: &Shard, section: &Section) -> Result<Buffer, CheckpointError> {
-        if let Some(stored) = &section.stored {
-            let (path, section) = (shard.path.clone(), section.name.clone());
-            return Err(CheckpointError::Codec { path, section, codec: stored.codec.clone() });
-        }
         let file = self.open_shard(shard)?;
-        let bytes = file.read(&shard.path, section.offset..section.offset + section.bytes)?;
+        let bytes = match &section.stored {
+            Some(stored) => {
+                let mut bytes = AlignedBytes::zeroed(section.bytes as usize);
+                unpack_section(shard, section, stored, &file, &mut bytes)?;
+                bytes.into()
+            }
+            None => file.read(&shard.path, section.offset..section.offset + section.bytes)?,
+        };
         check_section(shard, section, Hash::of(&bytes))?;
         Ok(bytes)
     }
@@ -455,8 +520,8 @@ fn manifest_path(files: &Files, number: Option<u64>) -> Result<String, Checkpoin
         }
         (None, Some(&last)) => Ok(manifest_name(last)),
         // Reading it says which version it is.
-        (_, None) if files.exists(MANIFEST_V1) => Ok(MANIFEST_V1.into()),
-        (_, None) if files.exists(STAGING_MARK) => Err(CheckpointError::Unfinished { location }),
+        (_, None) if files.exists(MANIFEST_V1)? => Ok(MANIFEST_V1.into()),
+        (_, None) if files.exists(STAGING_MARK)? => Err(CheckpointError::Unfinished { location }),
         (_, None) => Err(CheckpointError::NoManifest { location }),
     }
 }

@@ -1,7 +1,9 @@
-//! Where a checkpoint's files are: a folder, or bytes within the program.
+//! Where a checkpoint's files are: a folder, an object store, or bytes within the program.
 //!
 //! Invariants: no path reaches outside (no absolute path, no `..`, no link that leads out), and
-//! nothing is allocated or mapped before the file was seen to be as large as the index says.
+//! nothing is allocated or mapped before the file was seen to be as large as the index says. The
+//! size of an object is known from the index and compared with every answer: asking for it first
+//! would cost a round trip per read.
 //!
 //! Weights are used where they lie: shards on disk are mapped ([`OpenFile::map`]), so they are
 //! read when they are first touched, and worker processes of one host share their pages.
@@ -11,23 +13,32 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use lite_llm_kernels::buffer::{AlignedBytes, Buffer};
 
 use super::{
     CheckpointError,
-    manifest::{MANIFEST_V1, manifest_number},
+    archive::Archive,
+    manifest::{MANIFEST_V1, manifest_name, manifest_number},
 };
 
 /// Files compiled into a program: path within the checkpoint, and content.
 pub type EmbeddedFiles = &'static [(&'static str, &'static [u8])];
+
+/// Threads that read from a store at once.
+const ARCHIVE_READERS: usize = 8;
+/// Memory that an index may ask for before the size of its object was seen.
+const TRUSTED_BYTES: usize = 64 << 20;
 
 /// The files of one checkpoint.
 #[derive(Debug, Clone)]
 pub enum Files {
     /// A folder, by its canonical path.
     Dir(PathBuf),
+    /// A prefix of an object store.
+    Archive(Arc<dyn Archive>),
     /// Bytes within the program.
     Embedded(EmbeddedFiles),
 }
@@ -44,6 +55,13 @@ pub enum OpenFile {
     },
     /// On disk, and mapped.
     Mapped(Buffer),
+    /// In an object store.
+    Object {
+        /// The store.
+        archive: Arc<dyn Archive>,
+        /// Size that it has to have; every read compares it.
+        bytes: u64,
+    },
     /// Within the program.
     Embedded(&'static [u8]),
 }
@@ -68,16 +86,26 @@ impl Files {
     pub fn location(&self) -> String {
         match self {
             Files::Dir(dir) => dir.display().to_string(),
+            Files::Archive(archive) => archive.location(),
             Files::Embedded(_) => "the embedded checkpoint".into(),
         }
     }
 
-    /// Whether a plain path exists.
-    pub fn exists(&self, path: &str) -> bool {
+    /// Threads that read from here at once to good effect: in a store, latency is what costs.
+    pub fn readers(&self) -> usize {
         match self {
-            Files::Dir(dir) => dir.join(path).exists(),
-            Files::Embedded(files) => files.iter().any(|(name, _)| *name == path),
+            Files::Archive(_) => ARCHIVE_READERS,
+            _ => std::thread::available_parallelism().map_or(1, |n| n.get()),
         }
+    }
+
+    /// Whether a plain path exists. A store that does not answer is an error, not an absence.
+    pub fn exists(&self, path: &str) -> Result<bool, CheckpointError> {
+        Ok(match self {
+            Files::Dir(dir) => dir.join(path).exists(),
+            Files::Archive(archive) => archive.size(path)?.is_some(),
+            Files::Embedded(files) => files.iter().any(|(name, _)| *name == path),
+        })
     }
 
     /// Numbers of the manifests that are there, upwards.
@@ -90,6 +118,12 @@ impl Files {
                 let names = names.collect::<Result<Vec<_>, _>>().map_err(io())?;
                 names.iter().filter_map(|name| manifest_number(name.to_str()?)).collect()
             }
+            Files::Archive(archive) => match archive.list("")? {
+                Some(objects) => {
+                    objects.iter().filter_map(|(name, _)| manifest_number(name)).collect()
+                }
+                None => count_up(&**archive)?,
+            },
             Files::Embedded(files) => {
                 files.iter().filter_map(|(name, _)| manifest_number(name)).collect()
             }
@@ -100,7 +134,7 @@ impl Files {
 
     /// Whether there is a checkpoint of this or an earlier format.
     pub fn holds_checkpoint(&self) -> Result<bool, CheckpointError> {
-        Ok(self.exists(MANIFEST_V1) || !self.manifests()?.is_empty())
+        Ok(!self.manifests()?.is_empty() || self.exists(MANIFEST_V1)?)
     }
 
     /// Opens one file.
@@ -111,6 +145,12 @@ impl Files {
             return Err(unsafe_path());
         }
         match self {
+            Files::Archive(archive) => {
+                let absent =
+                    || CheckpointError::Absent { location: self.location(), what: path.into() };
+                let bytes = archive.size(path)?.ok_or_else(absent)?;
+                Ok(OpenFile::Object { archive: archive.clone(), bytes })
+            }
             Files::Dir(dir) => {
                 let io = |action| CheckpointError::io(dir.join(path).display().to_string(), action);
                 let real = fs::canonicalize(dir.join(path)).map_err(io("open"))?;
@@ -136,8 +176,14 @@ impl Files {
         }
     }
 
-    /// Opens one file that must have exactly this size.
+    /// Opens one file that must have exactly this size. Of an object that is found out when it is
+    /// read.
     pub fn open_sized(&self, path: &str, expected: u64) -> Result<OpenFile, CheckpointError> {
+        if let Files::Archive(archive) = self
+            && is_plain(path)
+        {
+            return Ok(OpenFile::Object { archive: archive.clone(), bytes: expected });
+        }
         let file = self.open(path)?;
         if file.bytes() != expected {
             return Err(CheckpointError::Size { path: path.into(), found: file.bytes(), expected });
@@ -150,7 +196,7 @@ impl OpenFile {
     /// Size of the file.
     pub fn bytes(&self) -> u64 {
         match self {
-            OpenFile::File { bytes, .. } => *bytes,
+            OpenFile::File { bytes, .. } | OpenFile::Object { bytes, .. } => *bytes,
             OpenFile::Mapped(map) => map.len() as u64,
             OpenFile::Embedded(bytes) => bytes.len() as u64,
         }
@@ -185,7 +231,7 @@ impl OpenFile {
     pub fn read(&self, path: &str, range: Range<u64>) -> Result<Buffer, CheckpointError> {
         let at = self.checked(path, &range)?;
         let borrowed = match self {
-            OpenFile::File { .. } => None,
+            OpenFile::File { .. } | OpenFile::Object { .. } => None,
             OpenFile::Mapped(map) => {
                 let slice = map.slice(at.clone()).ok();
                 slice.inspect(Buffer::will_need)
@@ -194,6 +240,15 @@ impl OpenFile {
         };
         if let Some(buffer) = borrowed {
             return Ok(buffer);
+        }
+        if let OpenFile::Object { archive, bytes } = self
+            && at.len() > TRUSTED_BYTES
+        {
+            let found = archive.size(path)?.unwrap_or(0);
+            if found != *bytes {
+                let (path, expected) = (path.into(), *bytes);
+                return Err(CheckpointError::Size { path, found, expected });
+            }
         }
         let mut bytes = AlignedBytes::zeroed(at.len());
         self.read_into(path, range.start, &mut bytes)?;
@@ -207,6 +262,10 @@ impl OpenFile {
             OpenFile::File { file, .. } => {
                 file.read_exact_at(out, from).map_err(CheckpointError::io(path, "read"))
             }
+            OpenFile::Object { archive, bytes } => match archive.read_into(path, from, out)? {
+                found if found == *bytes => Ok(()),
+                found => Err(CheckpointError::Size { path: path.into(), found, expected: *bytes }),
+            },
             OpenFile::Mapped(map) => {
                 out.copy_from_slice(&map[at]);
                 Ok(())
@@ -217,6 +276,18 @@ impl OpenFile {
             }
         }
     }
+}
+
+/// Numbers of the manifests in a store without listings: they are counted from 1 without gaps.
+fn count_up(archive: &dyn Archive) -> Result<Vec<u64>, CheckpointError> {
+    let mut numbers = Vec::new();
+    for number in 1.. {
+        if archive.size(&manifest_name(number))?.is_none() {
+            break;
+        }
+        numbers.push(number);
+    }
+    Ok(numbers)
 }
 
 #[cfg(test)]

@@ -1,15 +1,25 @@
-//! Verification of a whole checkpoint: every file's size and every hash.
+//! Verification of a whole checkpoint: every file's size and every hash, of what is compressed both
+//! as it is stored and as it is used.
 //!
 //! Memory stays small: sections are hashed in pieces, never held. Damage does not stop it, so one
 //! run names every damaged file.
 
-use std::fmt;
+use std::{
+    fmt,
+    sync::{
+        atomic::{AtomicUsize, Ordering::Relaxed},
+        mpsc,
+    },
+    thread,
+};
 
 use serde::Serialize;
 
 use super::{
     Checkpoint, CheckpointError,
-    index::{Hash, Section, Shard},
+    codec::{HashUnpacked, bad_frame, check_codec, check_stored},
+    index::{Hash, Shard},
+    parallel::try_map,
     reader::{check_header, check_section, read_whole},
     source::OpenFile,
 };
@@ -23,6 +33,8 @@ pub struct Report {
     pub files: u64,
     /// Sections (tensors of the dense part, gates, experts) whose hashes agree.
     pub sections: u64,
+    /// Those of them that are stored compressed, and were unpacked.
+    pub compressed: u64,
     /// Tiers whose files are not here, and were not verified.
     pub absent_tiers: Vec<String>,
     /// Bytes of weights.
@@ -63,36 +75,81 @@ pub fn verify(
 
     let shards = shards(checkpoint, &mut report, &mut errors);
     let total = shards.iter().map(|s| s.bytes).sum();
-    let mut done = 0;
-    let mut piece = vec![0; PIECE_BYTES];
-    for shard in &shards {
-        let before = done;
-        let result = (|| {
-            let file = checkpoint.files().open_sized(&shard.path, shard.bytes)?;
-            check_header(shard, &file)?;
-            let mut at = shard.header_bytes;
-            for section in &shard.sections {
-                progress(done, total, &shard.path);
-                let checked = check_padding(shard, at..section.offset, &file)
-                    .and_then(|()| check_stored(shard, section, &file, &mut piece));
-                match checked {
-                    Ok(()) => report.sections += 1,
-                    Err(error) => errors.push(error),
-                }
-                at = section.offset + section.stored_bytes();
-                done = before + at;
-            }
-            Ok(())
-        })();
-        match result {
-            Ok(()) => report.files += 1,
+    let threads = checkpoint.files().readers();
+    let open = |shard: &Shard| checkpoint.files().open_sized(&shard.path, shard.bytes);
+
+    // A shard that is not there is one error, not one per section.
+    let mut whole = Vec::new();
+    each(
+        threads,
+        &shards,
+        |shard, _| check_header(shard, &open(shard)?),
+        |shard, result| match result {
+            Ok(()) => whole.push(shard),
             Err(error) => errors.push(error),
-        }
-        done = before + shard.bytes;
-        report.bytes += shard.bytes;
-        progress(done, total, &shard.path);
-    }
+        },
+    );
+    report.files += whole.len() as u64;
+    report.bytes = whole.iter().map(|shard| shard.bytes).sum();
+    // What cannot be read counts as done.
+    let mut done = total - report.bytes + whole.iter().map(|s| s.header_bytes).sum::<u64>();
+    let sections: Vec<(&Shard, usize)> =
+        whole.iter().flat_map(|shard| (0..shard.sections.len()).map(|i| (*shard, i))).collect();
+    each(
+        threads,
+        &sections,
+        |(shard, i), piece| check_bytes(shard, *i, &open(shard)?, piece),
+        |(shard, i), result| {
+            let section = &shard.sections[*i];
+            done += section.offset + section.stored_bytes() - end_before(shard, *i);
+            progress(done, total, &shard.path);
+            match result {
+                Ok(()) => {
+                    report.sections += 1;
+                    report.compressed += u64::from(section.stored.is_some());
+                }
+                Err(error) => errors.push(error),
+            }
+        },
+    );
+    progress(total, total, "");
     if errors.is_empty() { Ok(report) } else { Err(Damage { errors }) }
+}
+
+/// Checks every item on several threads, and hears of each here, in the order of the items.
+fn each<'a, T: Sync>(
+    threads: usize,
+    items: &'a [T],
+    check: impl Fn(&T, &mut Vec<u8>) -> Result<(), CheckpointError> + Sync,
+    mut hear: impl FnMut(&'a T, Result<(), CheckpointError>),
+) {
+    let next = AtomicUsize::new(0);
+    let (sender, receiver) = mpsc::channel();
+    thread::scope(|scope| {
+        for _ in 0..threads.min(items.len()) {
+            let (sender, next, check) = (sender.clone(), &next, &check);
+            scope.spawn(move || {
+                let mut piece = Vec::new();
+                loop {
+                    let i = next.fetch_add(1, Relaxed);
+                    let Some(item) = items.get(i) else { return };
+                    // The other end hears every item.
+                    let _ = sender.send((i, check(item, &mut piece)));
+                }
+            });
+        }
+        drop(sender);
+        let mut early: Vec<Option<Result<(), CheckpointError>>> = Vec::new();
+        early.resize_with(items.len(), || None);
+        let mut heard = 0;
+        for (i, result) in receiver {
+            early[i] = Some(result);
+            while let Some(result) = early.get_mut(heard).and_then(Option::take) {
+                hear(&items[heard], result);
+                heard += 1;
+            }
+        }
+    });
 }
 
 /// Every shard whose index can be read.
@@ -119,6 +176,10 @@ pub(super) fn shards(
             }
         };
         report.files += 1;
+        // Pages are kept when they are read; errors are met again below.
+        let groups: Vec<u32> = (0..index.pages.len() as u32).collect();
+        let read = |group: &u32| Ok::<_, ()>(drop(checkpoint.page(tier, *group)));
+        let _ = try_map(checkpoint.files().readers(), &groups, read);
         shards.extend(index.routers.iter().map(|l| l.shard.clone()));
         for group in 0..index.pages.len() {
             match checkpoint.page(tier, group as u32) {
@@ -133,43 +194,55 @@ pub(super) fn shards(
     shards
 }
 
-/// Hashes what is stored. What is packed is not unpacked: its stored bytes are those that were
-/// written if their hash is.
-fn check_stored(
-    shard: &Shard,
-    section: &Section,
-    file: &OpenFile,
-    piece: &mut [u8],
-) -> Result<(), CheckpointError> {
-    let mut hasher = blake3::Hasher::new();
-    let mut at = 0;
-    while at < section.stored_bytes() {
-        let len = (section.stored_bytes() - at).min(piece.len() as u64) as usize;
-        file.read_into(&shard.path, section.offset + at, &mut piece[..len])?;
-        hasher.update(&piece[..len]);
-        at += len as u64;
+/// Where what precedes a section ends.
+fn end_before(shard: &Shard, section: usize) -> u64 {
+    match section.checked_sub(1).map(|before| &shard.sections[before]) {
+        Some(before) => before.offset + before.stored_bytes(),
+        None => shard.header_bytes,
     }
-    let found = Hash(*hasher.finalize().as_bytes());
-    let as_stored = Section { blake3: section.stored_blake3(), ..section.clone() };
-    check_section(shard, &as_stored, found)
 }
 
-/// What lies between sections is zeros.
-fn check_padding(
+/// Checks a section and the padding before it: zeros, then bytes of the right hash that unpack, if
+/// they are compressed, to bytes of the right hash.
+fn check_bytes(
     shard: &Shard,
-    range: std::ops::Range<u64>,
+    at: usize,
     file: &OpenFile,
+    piece: &mut Vec<u8>,
 ) -> Result<(), CheckpointError> {
-    let mut bytes = [0; super::DATA_ALIGN as usize];
-    let mut at = range.start;
-    while at < range.end {
-        let len = (range.end - at).min(bytes.len() as u64) as usize;
-        file.read_into(&shard.path, at, &mut bytes[..len])?;
-        if let Some(odd) = bytes[..len].iter().position(|b| *b != 0) {
+    piece.resize(PIECE_BYTES, 0);
+    let section = &shard.sections[at];
+    let frame = |error: std::io::Error| bad_frame(shard, section, error.to_string());
+    let mut unpacked = None;
+    if let Some(stored) = &section.stored {
+        check_codec(shard, section, stored)?;
+        unpacked = Some(HashUnpacked::new(section).map_err(frame)?);
+    }
+    let mut as_stored = blake3::Hasher::new();
+    let mut bad = None;
+    let (mut at, end) = (end_before(shard, at), section.offset + section.stored_bytes());
+    while at < end {
+        let len = (end - at).min(piece.len() as u64) as usize;
+        file.read_into(&shard.path, at, &mut piece[..len])?;
+        let zeros = section.offset.saturating_sub(at).min(len as u64) as usize;
+        if let Some(odd) = piece[..zeros].iter().position(|b| *b != 0) {
             let reason = format!("byte {} between sections is not zero", at + odd as u64);
             return Err(CheckpointError::malformed(&shard.path, reason));
         }
+        let bytes = &piece[zeros..len];
+        as_stored.update(bytes);
+        if let Some(hash) = &mut unpacked
+            && bad.is_none()
+        {
+            bad = hash.update(bytes).err();
+        }
         at += len as u64;
     }
-    Ok(())
+    // Damage in the file is named as such, not by what it does to the decoder.
+    check_stored(shard, section, Hash(*as_stored.finalize().as_bytes()))?;
+    match (unpacked, bad) {
+        (None, _) => Ok(()),
+        (Some(_), Some(error)) => Err(frame(error)),
+        (Some(hash), None) => check_section(shard, section, hash.finish().map_err(frame)?),
+    }
 }

@@ -1,20 +1,22 @@
 //! Writes a checkpoint: shards first, then pages and indexes, and the manifest last.
 //!
-//! [`Writer::create`] begins one, [`Writer::extend`] adds tiers to one that exists: what they need
-//! stands in a folder of its own (`v2/` for `manifest.2.json`), so that no file that an earlier
-//! manifest names is touched, and every earlier manifest still opens.
+//! [`Writer::create`] begins one in a folder, [`Writer::upload`] in an object store;
+//! [`Writer::extend`] adds tiers to one that exists: what they need stands in a folder of its own
+//! (`v2/` for `manifest.2.json`), so that no file that an earlier manifest names is touched, and
+//! every earlier manifest still opens.
 //!
 //! Invariants: a file appears under its name only when it is complete and synced; a manifest
-//! appears when everything that it names is on disk, and only if there is none of its number;
+//! appears when everything that it names is there, and only if there is none of its number;
 //! nothing but the leftovers of an interrupted writer is ever overwritten. Memory is bounded by
-//! what the caller hands over at once.
+//! what the caller hands over at once, and with compression by a few experts.
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File, TryLockError},
-    io::Write,
-    os::unix::fs::MetadataExt,
+    fs::File,
+    io::{Seek, SeekFrom, Write},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use lite_llm_kernels::{DETERMINISM_VERSION, dtype::DType};
@@ -23,16 +25,23 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Checkpoint, CheckpointError, DATA_ALIGN, FORMAT_VERSION,
-    index::{DenseIndex, FileRef, GroupPage, Hash, LayerShard, Section, Shard, TierIndex},
+    archive::Archive,
+    codec::{Compression, Packed, ZSTD},
+    folder::{Folder, Staged},
+    index::{DenseIndex, FileRef, GroupPage, Hash, LayerShard, Section, Shard, Stored, TierIndex},
     layout::{Part, SectionSpec, TensorSpec, padding},
     manifest::{Manifest, TextFiles, TierRef, manifest_name},
-    source::Files,
+    upload::Upload,
 };
 use crate::{config::ModelConfig, tier::TierConfig};
 
-/// File that marks a folder as being written to.
+/// File that marks a folder or prefix as being written to.
 pub const STAGING_MARK: &str = "import.staging";
-const STAGING_SUFFIX: &str = ".staging";
+
+/// Bytes of sections that wait to be compressed together, beyond the first.
+const BATCH_BYTES_MAX: usize = 256 << 20;
+/// What the padding behind a compressed section can add to a header.
+const PADDING_ENTRY_BYTES: usize = 192;
 
 /// What is known about text when a checkpoint is written.
 #[derive(Debug, Clone, Default)]
@@ -48,7 +57,7 @@ pub struct Text {
 /// A checkpoint that is being written.
 #[derive(Debug)]
 pub struct Writer {
-    dir: PathBuf,
+    target: Target,
     config: ModelConfig,
     dtype: DType,
     /// What it extends.
@@ -56,17 +65,31 @@ pub struct Writer {
     /// Folder of the files that it writes, with a `/`; empty for the first manifest.
     folder: String,
     shards: BTreeMap<Part, Shard>,
-    /// The mark, locked as long as this writer lives.
-    _lock: File,
+    compression: Option<Compression>,
+    packed: Packed,
+}
+
+/// Where files go.
+#[derive(Debug)]
+enum Target {
+    Folder(Folder),
+    Store(Upload),
 }
 
 /// Receives the bytes of one tensor, in as many pieces as suits the caller.
 #[derive(Debug)]
 pub struct TensorSink<'a> {
-    file: &'a mut File,
+    out: Out<'a>,
     path: &'a str,
-    hasher: &'a mut blake3::Hasher,
     left: u64,
+}
+
+/// Where a sink's bytes go.
+#[derive(Debug)]
+enum Out<'a> {
+    File(&'a mut File, &'a mut blake3::Hasher),
+    /// A section that will be compressed.
+    Memory(&'a mut Vec<u8>),
 }
 
 impl TensorSink<'_> {
@@ -77,47 +100,50 @@ impl TensorSink<'_> {
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
         assert!(bytes.len() as u64 <= self.left, "a tensor gets the bytes of its shape");
         self.left -= bytes.len() as u64;
-        self.hasher.update(bytes);
-        self.file.write_all(bytes).map_err(CheckpointError::io(self.path, "write"))
+        match &mut self.out {
+            Out::Memory(memory) => {
+                memory.extend_from_slice(bytes);
+                Ok(())
+            }
+            Out::File(file, hasher) => {
+                hasher.update(bytes);
+                file.write_all(bytes).map_err(CheckpointError::io(self.path, "write"))
+            }
+        }
     }
 }
 
 impl Writer {
     /// Begins a checkpoint in a folder that is empty, new, or left by an interrupted writer.
     pub fn create(dir: &Path, config: &ModelConfig, dtype: DType) -> Result<Self, CheckpointError> {
-        config.check().map_err(|source| CheckpointError::Config {
-            path: dir.display().to_string(),
-            source,
-        })?;
-        let io = |action| CheckpointError::io(dir.display().to_string(), action);
-        let occupied = |reason| CheckpointError::Occupied { dir: dir.to_owned(), reason };
-        if dir.exists() && !dir.is_dir() {
-            return Err(occupied("is a file"));
-        }
-        fs::create_dir_all(dir).map_err(io("create"))?;
-        let files = Files::dir(dir)?;
-        let unfinished = dir.join(STAGING_MARK).exists();
-        if files.holds_checkpoint()? {
-            return Err(occupied("already holds a checkpoint"));
-        }
-        if !unfinished && fs::read_dir(dir).map_err(io("list"))?.next().is_some() {
-            return Err(occupied("is not empty"));
-        }
-        let lock = lock(dir)?;
-        // Another import may have ended since.
-        if files.holds_checkpoint()? {
-            return Err(occupied("already holds a checkpoint"));
-        }
-        remove_leftovers(dir).map_err(io("remove the leftovers of an unfinished import"))?;
-        Ok(Self {
-            dir: dir.to_owned(),
-            config: config.clone(),
+        check(config, || dir.display().to_string())?;
+        Ok(Self::new(Target::Folder(Folder::create(dir)?), config.clone(), dtype))
+    }
+
+    /// Begins a checkpoint in an object store, below a prefix that is empty or was left by an
+    /// interrupted import of the same: `stamp` is the hash of all that decides what is written.
+    /// [`Writer::is_written`] tells which shards an interrupted import brought there.
+    pub fn upload(
+        archive: Arc<dyn Archive>,
+        stamp: Hash,
+        config: &ModelConfig,
+        dtype: DType,
+    ) -> Result<Self, CheckpointError> {
+        check(config, || archive.location())?;
+        Ok(Self::new(Target::Store(Upload::begin(archive, stamp)?), config.clone(), dtype))
+    }
+
+    fn new(target: Target, config: ModelConfig, dtype: DType) -> Self {
+        Self {
+            target,
+            config,
             dtype,
             parent: None,
             folder: String::new(),
             shards: BTreeMap::new(),
-            _lock: lock,
-        })
+            compression: None,
+            packed: Packed::default(),
+        }
     }
 
     /// Begins to add tiers to the checkpoint in a folder: behind its tiers, or in the place of none.
@@ -133,36 +159,50 @@ impl Writer {
             };
             moe.tiers.extend_from_slice(tiers);
             let path = manifest_name(parent.number + 1);
-            config.check().map_err(|source| CheckpointError::Config { path, source })?;
+            check(&config, || path)?;
             Ok((parent, config))
         };
         // A mistake leaves no mark; and what is highest is asked again under the lock.
         extended(tiers)?;
-        let lock = lock(dir)?;
+        let target = Folder::lock(dir)?;
         let (parent, config) = extended(tiers)?;
-        let number = parent.number + 1;
         // Nobody names these: a writer of this number was interrupted.
-        let folder = format!("v{number}/");
-        match fs::remove_dir_all(dir.join(&folder)) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(CheckpointError::io(folder, "remove the leftovers in")(e));
-            }
-            _ => {}
-        }
-        Ok(Self {
-            dir: dir.to_owned(),
-            config,
-            dtype: parent.dtype,
-            parent: Some(parent),
-            folder,
-            shards: BTreeMap::new(),
-            _lock: lock,
-        })
+        let folder = format!("v{}/", parent.number + 1);
+        target.remove(&folder)?;
+        let new = Self::new(Target::Folder(target), config, parent.dtype);
+        Ok(Self { parent: Some(parent), folder, ..new })
+    }
+
+    /// Compresses the sections of experts, each by itself.
+    pub fn compress(self, compression: Option<Compression>) -> Self {
+        Self { compression, ..self }
     }
 
     /// The model that is being written.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// What compression did so far.
+    pub fn packed(&self) -> Packed {
+        self.packed
+    }
+
+    /// Whether an interrupted import wrote this part already: then it is not to be written again.
+    pub fn is_written(&mut self, part: Part) -> Result<bool, CheckpointError> {
+        let path = self.path_of(part);
+        let Target::Store(upload) = &mut self.target else { return Ok(false) };
+        let Some(shard) = upload.uploaded(&path)? else { return Ok(false) };
+        // An entry that another version or hand wrote is as good as none.
+        let good = shard.check(&path, part, &self.config, self.dtype).is_ok();
+        if good {
+            self.shards.insert(part, shard);
+        }
+        Ok(good)
+    }
+
+    fn path_of(&self, part: Part) -> String {
+        format!("{}{}", self.folder, part.path(&self.config))
     }
 
     /// Writes one shard. `fill` is called for every tensor in order and hands its bytes to the
@@ -175,43 +215,49 @@ impl Writer {
         part: Part,
         mut fill: impl FnMut(&TensorSpec, &mut TensorSink<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let path = format!("{}{}", self.folder, part.path(&self.config));
+        let path = self.path_of(part);
         let specs: Vec<_> = part.sections(&self.config, self.dtype).collect();
-        let header = header(&specs);
-        let (mut file, staging) = self.create_staging(&path)?;
-        let io = |action| CheckpointError::io(&path, action);
-        file.write_all(&header).map_err(io("write"))?;
-        let mut at = header.len() as u64;
-        let mut sections = Vec::with_capacity(specs.len());
-        for spec in &specs {
-            let offset = at.next_multiple_of(spec.align);
-            file.write_all(&vec![0; (offset - at) as usize]).map_err(io("write"))?;
-            at = offset;
-            let mut hasher = blake3::Hasher::new();
-            for tensor in &spec.tensors {
-                let bytes = tensor.bytes().expect("ModelConfig::check bounds every width");
-                let mut sink =
-                    TensorSink { file: &mut file, path: &path, hasher: &mut hasher, left: bytes };
-                fill(tensor, &mut sink)?;
-                assert_eq!(sink.left, 0, "{} gets all its bytes", tensor.name);
-                at += bytes;
-            }
-            sections.push(Section {
-                name: spec.name.clone(),
-                offset,
-                bytes: at - offset,
-                blake3: Hash(*hasher.finalize().as_bytes()),
-                stored: None,
-            });
-        }
-        self.commit(file, &staging, &path)?;
-        let shard = Shard {
-            path,
-            bytes: at,
-            header_bytes: header.len() as u64,
-            header_blake3: Hash::of(&header),
-            sections,
+        let compression = self.compression.filter(|_| matches!(part, Part::Group { .. }));
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let mut staged = self.stage(&path)?;
+        let header_bytes = header_room(&specs, compression.is_some());
+        let mut shard = ShardWriter {
+            file: &mut staged.file,
+            path: &path,
+            at: header_bytes,
+            sections: Vec::with_capacity(specs.len()),
         };
+        shard.seek()?;
+        let mut waiting: Vec<(&SectionSpec, Vec<u8>)> = Vec::new();
+        for (i, spec) in specs.iter().enumerate() {
+            match compression.filter(|_| is_expert(spec)) {
+                None => shard.write(spec, &mut fill)?,
+                Some(compression) => {
+                    waiting.push((spec, shard.collect(spec, &mut fill)?));
+                    let bytes: usize = waiting.iter().map(|(_, bytes)| bytes.len()).sum();
+                    let last = i + 1 == specs.len();
+                    if last || waiting.len() >= threads || bytes >= BATCH_BYTES_MAX {
+                        let (specs, sections): (Vec<_>, Vec<_>) = waiting.drain(..).unzip();
+                        let packed =
+                            compression.pack_all(&path, threads, &sections, &mut self.packed)?;
+                        for ((spec, bytes), packed) in specs.iter().zip(&sections).zip(packed) {
+                            shard.write_packed(spec, bytes, packed)?;
+                        }
+                    }
+                }
+            }
+        }
+        // Experts are a shard's last sections, so none waits here, and sections are in their order.
+        assert!(waiting.is_empty(), "the last section of a group is an expert");
+        let ShardWriter { at, sections, .. } = shard;
+        let header = header(&specs, &sections, header_bytes);
+        staged.file.write_all_at(&header, 0).map_err(CheckpointError::io(&path, "write"))?;
+        let shard =
+            Shard { path, bytes: at, header_bytes, header_blake3: Hash::of(&header), sections };
+        match &mut self.target {
+            Target::Folder(folder) => folder.commit(staged, &shard.path)?,
+            Target::Store(upload) => upload.commit(staged, &shard)?,
+        }
         self.shards.insert(part, shard);
         Ok(())
     }
@@ -246,11 +292,12 @@ impl Writer {
             state: None,
         };
         let (bytes, root) = manifest.to_bytes();
-        self.sync_folders()?;
-        self.write_manifest(&manifest_name(number), &bytes)?;
-        let mark = self.dir.join(STAGING_MARK);
-        fs::remove_file(&mark)
-            .map_err(CheckpointError::io(mark.display().to_string(), "remove"))?;
+        let path = manifest_name(number);
+        let folders = self.folders();
+        match self.target {
+            Target::Folder(folder) => folder.finish(&folders, &path, &bytes)?,
+            Target::Store(upload) => upload.finish(&path, &bytes)?,
+        }
         Ok(root)
     }
 
@@ -284,34 +331,6 @@ impl Writer {
         Ok(TextFiles { tokenizer, chat_template, special_tokens: text.special_tokens.clone() })
     }
 
-    /// Makes the manifest appear, whole and only if there is none of its name.
-    fn write_manifest(&self, path: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
-        let (mut file, staging) = self.create_staging(path)?;
-        let io = |action| CheckpointError::io(path, action);
-        file.write_all(bytes).map_err(io("write"))?;
-        file.sync_all().map_err(io("sync"))?;
-        let linked = match fs::hard_link(&staging, self.dir.join(path)) {
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Err(e),
-            // A file system without links: what is torn by a crash is refused by its hash.
-            Err(_) => File::create_new(self.dir.join(path)).and_then(|mut file| {
-                file.write_all(bytes)?;
-                file.sync_all()
-            }),
-            Ok(()) => Ok(()),
-        };
-        match linked {
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-                return Err(CheckpointError::Raced {
-                    location: self.dir.display().to_string(),
-                    manifest: path.into(),
-                });
-            }
-            linked => linked.map_err(io("create"))?,
-        }
-        fs::remove_file(&staging).map_err(io("remove the staging name of"))?;
-        sync_folder(&self.dir)
-    }
-
     fn take(&mut self, part: Part) -> Shard {
         let shard = self.shards.remove(&part);
         shard.unwrap_or_else(|| panic!("{part:?} was written before the checkpoint is finished"))
@@ -322,25 +341,22 @@ impl Writer {
         layers.iter().map(shard).collect()
     }
 
-    fn create_staging(&self, path: &str) -> Result<(File, PathBuf), CheckpointError> {
-        let staging = self.dir.join(format!("{path}{STAGING_SUFFIX}"));
-        let io = |action| CheckpointError::io(staging.display().to_string(), action);
-        if let Some(parent) = staging.parent() {
-            fs::create_dir_all(parent).map_err(io("create the folder of"))?;
+    fn stage(&self, path: &str) -> Result<Staged, CheckpointError> {
+        match &self.target {
+            Target::Folder(folder) => folder.stage(path),
+            Target::Store(upload) => upload.stage(),
         }
-        let file = File::create(&staging).map_err(io("create"))?;
-        Ok((file, staging))
-    }
-
-    fn commit(&self, file: File, staging: &Path, path: &str) -> Result<(), CheckpointError> {
-        file.sync_all().map_err(CheckpointError::io(path, "sync"))?;
-        fs::rename(staging, self.dir.join(path)).map_err(CheckpointError::io(path, "rename"))
     }
 
     fn write_file(&self, path: &str, bytes: &[u8]) -> Result<FileRef, CheckpointError> {
-        let (mut file, staging) = self.create_staging(path)?;
-        file.write_all(bytes).map_err(CheckpointError::io(path, "write"))?;
-        self.commit(file, &staging, path)?;
+        match &self.target {
+            Target::Folder(folder) => {
+                let mut staged = folder.stage(path)?;
+                staged.file.write_all(bytes).map_err(CheckpointError::io(path, "write"))?;
+                folder.commit(staged, path)?;
+            }
+            Target::Store(upload) => upload.write(path, bytes)?,
+        }
         Ok(FileRef { path: path.into(), bytes: bytes.len() as u64, blake3: Hash::of(bytes) })
     }
 
@@ -349,76 +365,179 @@ impl Writer {
         self.write_file(path, &bytes)
     }
 
-    fn sync_folders(&self) -> Result<(), CheckpointError> {
-        let top = self.dir.join(&self.folder);
-        let mut folders = vec![top.join("dense"), top.clone(), self.dir.clone()];
+    /// Folders on disk of the files that were written.
+    fn folders(&self) -> Vec<PathBuf> {
+        let Target::Folder(folder) = &self.target else { return vec![] };
+        let top = folder.dir().join(&self.folder);
+        let mut folders = vec![top.join("dense"), top.clone(), folder.dir().to_owned()];
         if let Some(moe) = &self.config.moe {
             folders.extend(moe.tiers.iter().map(|t| top.join("tiers").join(t.id.as_str())));
             folders.push(top.join("tiers"));
         }
-        folders.iter().filter(|dir| dir.exists()).try_for_each(|dir| sync_folder(dir))
+        folders
     }
 }
 
-fn sync_folder(dir: &Path) -> Result<(), CheckpointError> {
-    let synced = File::open(dir).and_then(|dir| dir.sync_all());
-    synced.map_err(CheckpointError::io(dir.display().to_string(), "sync"))
+fn check(config: &ModelConfig, path: impl FnOnce() -> String) -> Result<(), CheckpointError> {
+    config.check().map_err(|source| CheckpointError::Config { path: path(), source })
 }
 
-/// Makes the mark of a folder that is being written to, and locks it: one writer at a time, and none
-/// that died is in the way.
-fn lock(dir: &Path) -> Result<File, CheckpointError> {
-    let mark = dir.join(STAGING_MARK);
-    let io = |action| CheckpointError::io(mark.display().to_string(), action);
-    loop {
-        let file = File::options().create(true).append(true).open(&mark).map_err(io("create"))?;
-        // A file system without locks has none to be in the way either.
-        if let Err(TryLockError::WouldBlock) = file.try_lock() {
-            let reason = "is being written to by another process";
-            return Err(CheckpointError::Occupied { dir: dir.to_owned(), reason });
+/// Writes the sections of one shard, one behind the other.
+struct ShardWriter<'a> {
+    file: &'a mut File,
+    path: &'a str,
+    at: u64,
+    sections: Vec<Section>,
+}
+
+impl ShardWriter<'_> {
+    fn seek(&mut self) -> Result<(), CheckpointError> {
+        let sought = self.file.seek(SeekFrom::Start(self.at));
+        sought.map(drop).map_err(CheckpointError::io(self.path, "write"))
+    }
+
+    /// Zeros up to where a section begins.
+    fn align(&mut self, spec: &SectionSpec) -> Result<u64, CheckpointError> {
+        let offset = self.at.next_multiple_of(spec.align);
+        self.append(&vec![0; (offset - self.at) as usize])?;
+        Ok(offset)
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        self.at += bytes.len() as u64;
+        self.file.write_all(bytes).map_err(CheckpointError::io(self.path, "write"))
+    }
+
+    /// Writes a section as kernels use it, tensor by tensor.
+    fn write<E: From<CheckpointError>>(
+        &mut self,
+        spec: &SectionSpec,
+        fill: &mut impl FnMut(&TensorSpec, &mut TensorSink<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let offset = self.align(spec)?;
+        let mut hasher = blake3::Hasher::new();
+        for tensor in &spec.tensors {
+            let out = Out::File(self.file, &mut hasher);
+            fill_tensor(out, self.path, tensor, fill)?;
+            self.at += bytes_of(tensor);
         }
-        // Whoever held it may have removed it since it was opened: then it locks nothing.
-        let (ours, there) = (file.metadata().map_err(io("look at"))?, fs::metadata(&mark));
-        if there.is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
-            return Ok(file);
+        let blake3 = Hash(*hasher.finalize().as_bytes());
+        let (name, bytes) = (spec.name.clone(), self.at - offset);
+        self.sections.push(Section { name, offset, bytes, blake3, stored: None });
+        Ok(())
+    }
+
+    /// A section's bytes in memory.
+    fn collect<E: From<CheckpointError>>(
+        &self,
+        spec: &SectionSpec,
+        fill: &mut impl FnMut(&TensorSpec, &mut TensorSink<'_>) -> Result<(), E>,
+    ) -> Result<Vec<u8>, E> {
+        let bytes = spec.tensors.iter().map(bytes_of).sum::<u64>();
+        let mut memory = Vec::with_capacity(bytes as usize);
+        for tensor in &spec.tensors {
+            fill_tensor(Out::Memory(&mut memory), self.path, tensor, fill)?;
         }
+        Ok(memory)
+    }
+
+    /// Writes a section compressed, or as it is where that would not shrink it.
+    fn write_packed(
+        &mut self,
+        spec: &SectionSpec,
+        bytes: &[u8],
+        packed: Option<Vec<u8>>,
+    ) -> Result<(), CheckpointError> {
+        let offset = self.align(spec)?;
+        let stored = packed.as_ref().map(|packed| Stored {
+            codec: ZSTD.into(),
+            bytes: packed.len() as u64,
+            blake3: Hash::of(packed),
+        });
+        self.append(packed.as_deref().unwrap_or(bytes))?;
+        self.sections.push(Section {
+            name: spec.name.clone(),
+            offset,
+            bytes: bytes.len() as u64,
+            blake3: Hash::of(bytes),
+            stored,
+        });
+        Ok(())
     }
 }
 
-/// Removes what an interrupted writer left.
-fn remove_leftovers(dir: &Path) -> std::io::Result<()> {
-    for name in ["dense", "tiers"] {
-        match fs::remove_dir_all(dir.join(name)) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-    }
-    for name in ["tokenizer.json", "chat_template.jinja", &manifest_name(1)] {
-        for name in [name.to_owned(), format!("{name}{STAGING_SUFFIX}")] {
-            match fs::remove_file(dir.join(name)) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
-        }
-    }
+fn fill_tensor<E: From<CheckpointError>>(
+    out: Out<'_>,
+    path: &str,
+    tensor: &TensorSpec,
+    fill: &mut impl FnMut(&TensorSpec, &mut TensorSink<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut sink = TensorSink { out, path, left: bytes_of(tensor) };
+    fill(tensor, &mut sink)?;
+    assert_eq!(sink.left, 0, "{} gets all its bytes", tensor.name);
     Ok(())
 }
 
-/// The safetensors header: length, JSON, and blanks up to the alignment of data.
-fn header(specs: &[SectionSpec]) -> Vec<u8> {
+fn bytes_of(tensor: &TensorSpec) -> u64 {
+    tensor.bytes().expect("ModelConfig::check bounds every width")
+}
+
+/// Whether a section is an expert's: only those are worth compressing.
+fn is_expert(spec: &SectionSpec) -> bool {
+    spec.align == DATA_ALIGN
+}
+
+/// Bytes of the header of a shard: of one that is compressed at most, for where its sections end
+/// is known when they are written.
+fn header_room(specs: &[SectionSpec], compressed: bool) -> u64 {
+    let mut at = 0u64;
+    let sections: Vec<Section> = specs
+        .iter()
+        .map(|spec| {
+            let (name, bytes) = (spec.name.clone(), spec.tensors.iter().map(bytes_of).sum());
+            let offset = at.next_multiple_of(spec.align);
+            at = offset + bytes;
+            Section { name, offset, bytes, blake3: Hash([0; 32]), stored: None }
+        })
+        .collect();
+    let padding = if compressed { specs.len() * PADDING_ENTRY_BYTES } else { 0 };
+    let text = header_text(specs, &sections, 0);
+    (8 + text.len() as u64 + padding as u64).next_multiple_of(DATA_ALIGN)
+}
+
+/// The safetensors header: length, JSON, and blanks up to where the data begins.
+fn header(specs: &[SectionSpec], sections: &[Section], bytes: u64) -> Vec<u8> {
+    let mut text = header_text(specs, sections, bytes);
+    let padded = bytes - 8;
+    assert!(text.len() as u64 <= padded, "the header has room");
+    text.resize(padded as usize, b' ');
+    [&padded.to_le_bytes()[..], &text].concat()
+}
+
+/// The JSON of a header, where data begins at `data` in the file. A compressed section is one
+/// tensor of bytes, named after its codec.
+fn header_text(specs: &[SectionSpec], sections: &[Section], data: u64) -> Vec<u8> {
     let mut map = Map::new();
     let version = FORMAT_VERSION.to_string();
     map.insert("__metadata__".into(), json!({ "format": "lite-llm", "version": version }));
     let mut at = 0u64;
-    for spec in specs {
-        let begin = at.next_multiple_of(spec.align);
+    for (spec, section) in specs.iter().zip(sections) {
+        let begin = section.offset - data;
         if let Some((name, bytes)) = padding(at, begin) {
             let entry = json!({ "dtype": "U8", "shape": [bytes], "data_offsets": [at, begin] });
             map.insert(name, entry);
             at = begin;
         }
+        if let Some(stored) = &section.stored {
+            let end = at + stored.bytes;
+            let entry =
+                json!({ "dtype": "U8", "shape": [stored.bytes], "data_offsets": [at, end] });
+            map.insert(format!("{}.{}", section.name, stored.codec), entry);
+            at = end;
+            continue;
+        }
         for tensor in &spec.tensors {
-            let end = at + tensor.bytes().expect("ModelConfig::check bounds every width");
+            let end = at + bytes_of(tensor);
             let dtype = match tensor.dtype {
                 DType::F32 => "F32",
                 DType::Bf16 => "BF16",
@@ -431,8 +550,5 @@ fn header(specs: &[SectionSpec]) -> Vec<u8> {
             at = end;
         }
     }
-    let mut text = Value::Object(map).to_string().into_bytes();
-    let padded = (8 + text.len() as u64).next_multiple_of(DATA_ALIGN) - 8;
-    text.resize(padded as usize, b' ');
-    [&padded.to_le_bytes()[..], &text].concat()
+    Value::Object(map).to_string().into_bytes()
 }

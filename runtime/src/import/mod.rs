@@ -6,13 +6,14 @@
 //!   ([`hf_config`]), every tensor is found with the right shape and format (`names`), none is
 //!   left over, and the tokenizer loads. Then weights are copied, piece by piece.
 //! - **Memory** does not grow with the model or with its largest tensor: a few buffers of
-//!   [`PIECE_BYTES`].
+//!   [`PIECE_BYTES`], and with compression one expert per core.
 //! - **Values** are those of the source, bit for bit, unless `dtype` asks for rounding; what becomes
 //!   of GGUF's blocks is said in [`gguf`]. Gates, norms and biases become f32, which is exact from
 //!   every source format. Weights that are NaN or infinite are refused in every format.
 //! - **Checkpoints** as sources are converted, so that tokenizer, template and tiers stay. A damaged
 //!   tensor ends the conversion where it is met, and one tensor of the source is mapped at a time.
-//! - **Interruption** leaves a folder without a manifest; the next import into it starts over.
+//! - **Interruption** leaves a place without a manifest: nothing opens. The next import into a
+//!   folder starts over; the next import of the same into a store goes on behind its last shard.
 //! - **Distrust.** A folder or file is data from strangers: sizes are checked against files before use,
 //!   nothing in it is executed, and no name in it reaches another folder.
 
@@ -31,8 +32,10 @@ pub mod text;
 pub mod tiers;
 
 use std::{
-    io,
+    fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
+    time::UNIX_EPOCH,
 };
 
 use lite_llm_kernels::dtype::DType;
@@ -40,6 +43,9 @@ use lite_llm_kernels::dtype::DType;
 use crate::{
     checkpoint::{
         Checkpoint, CheckpointError,
+        archive::Archive,
+        codec::{Compression, Packed},
+        index::Hash,
         inspect::{Summary, inspect},
         layout::Part,
         writer::Writer,
@@ -59,8 +65,8 @@ pub const PIECE_BYTES: usize = 8 << 20;
 pub struct ImportOptions {
     /// The Hugging Face folder, a GGUF file, or a checkpoint.
     pub source: PathBuf,
-    /// The checkpoint's folder: new, empty, or left by an interrupted import.
-    pub out: PathBuf,
+    /// Where the checkpoint is to be.
+    pub out: Destination,
     /// Format of projections and experts, and with them of embeddings; by default the source's
     /// own, widened to f32 where it is f16 or mixed; of GGUF's Q8_0 int8, of Q4_0 int4. Needed to convert a checkpoint.
     pub dtype: Option<DType>,
@@ -68,6 +74,80 @@ pub struct ImportOptions {
     pub tiers: Option<TierCut>,
     /// How many tiers, groups and experts a token goes to.
     pub routes: Option<Routes>,
+    /// Compress experts.
+    pub compress: Option<Compression>,
+}
+
+/// Where a checkpoint is to be.
+#[derive(Debug, Clone)]
+pub enum Destination {
+    /// A folder: new, empty, or left by an interrupted import.
+    Folder(PathBuf),
+    /// A prefix of an object store: empty, or left by an interrupted import of the same.
+    Store(Arc<dyn Archive>),
+}
+
+impl From<&Path> for Destination {
+    fn from(folder: &Path) -> Self {
+        Self::Folder(folder.to_owned())
+    }
+}
+
+impl ImportOptions {
+    /// Imports a source as it is.
+    pub fn new(source: impl Into<PathBuf>, out: impl Into<Destination>) -> Self {
+        let (source, out) = (source.into(), out.into());
+        Self { source, out, dtype: None, tiers: None, routes: None, compress: None }
+    }
+
+    /// Begins to write the checkpoint.
+    fn writer(&self, config: &ModelConfig, dtype: DType) -> Result<Writer, ImportError> {
+        let writer = match &self.out {
+            Destination::Folder(folder) => Writer::create(folder, config, dtype)?,
+            Destination::Store(archive) => {
+                Writer::upload(archive.clone(), self.stamp(config, dtype)?, config, dtype)?
+            }
+        };
+        Ok(writer.compress(self.compress))
+    }
+
+    /// Opens what was written.
+    fn open(&self) -> Result<Checkpoint, CheckpointError> {
+        match &self.out {
+            Destination::Folder(folder) => Checkpoint::open(folder),
+            Destination::Store(archive) => Checkpoint::open_archive(archive.clone(), None),
+        }
+    }
+
+    /// Hash of all that decides which bytes are written, as far as it can be told without reading
+    /// the weights: an import that was interrupted is continued by one of the same stamp.
+    fn stamp(&self, config: &ModelConfig, dtype: DType) -> Result<Hash, ImportError> {
+        let io = |action| ImportError::io(&self.source, action);
+        let mut files = vec![self.source.clone()];
+        if self.source.is_dir() {
+            let entries = fs::read_dir(&self.source).map_err(io("list"))?;
+            files = entries
+                .map(|entry| entry.map(|entry| entry.path()))
+                .collect::<Result<_, _>>()
+                .map_err(io("list"))?;
+            files.sort();
+        }
+        let mut text = format!(
+            "{} {dtype} {:?}\n",
+            env!("CARGO_PKG_VERSION"),
+            self.compress.map(|compression| compression.level)
+        );
+        for file in files {
+            let metadata = fs::metadata(&file).map_err(ImportError::io(&file, "look at"))?;
+            let changed = metadata.modified().ok();
+            let changed = changed.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+            let name = file.file_name().unwrap_or_default();
+            text.push_str(&format!("{name:?} {} {changed:?}\n", metadata.len()));
+        }
+        let config = serde_json::to_string(config).expect("a configuration has only string keys");
+        text.push_str(&config);
+        Ok(Hash::of(text.as_bytes()))
+    }
 }
 
 /// Why a folder was not imported.
@@ -180,6 +260,14 @@ pub fn import(
     options: &ImportOptions,
     progress: &mut dyn FnMut(u64, u64, &str),
 ) -> Result<Summary, ImportError> {
+    import_measured(options, progress).map(|(summary, _)| summary)
+}
+
+/// The same, with what compression did.
+pub fn import_measured(
+    options: &ImportOptions,
+    progress: &mut dyn FnMut(u64, u64, &str),
+) -> Result<(Summary, Packed), ImportError> {
     if native::is_checkpoint(options) {
         return native::convert(options, progress);
     }
@@ -213,12 +301,18 @@ pub fn import(
     let total = plan.iter().map(|origin| origin.bytes()).sum();
 
     let dtype = options.dtype.unwrap_or_else(|| own_dtype(&formats));
-    let mut writer = Writer::create(&options.out, &config, dtype)?;
+    let mut writer = options.writer(&config, dtype)?;
     let mut copier = copy::Copier::new(&tensors);
     let mut plan = plan.iter();
     let mut done = 0;
     for part in Part::all(&config) {
         let path = part.path(&config);
+        if writer.is_written(part)? {
+            let tensors = part.tensors(&config, DType::F32).count();
+            done += plan.by_ref().take(tensors).map(|origin| origin.bytes()).sum::<u64>();
+            progress(done, total, &path);
+            continue;
+        }
         writer.write_part(part, |spec, sink| {
             let origin = plan.next().expect("the plan has an origin for every tensor");
             progress(done, total, &path);
@@ -228,8 +322,9 @@ pub fn import(
         })?;
     }
     progress(done, total, "the manifest");
+    let packed = writer.packed();
     writer.finish(&text)?;
-    Ok(inspect(&Checkpoint::open(&options.out)?)?)
+    Ok((inspect(&options.open()?)?, packed))
 }
 
 /// The format for weights that come in these, of so many bytes each: one that loses nothing or,

@@ -3,23 +3,25 @@
 //! Tokenizer, chat template, tiers and routing stay as they are. Every tensor is verified, widened
 //! to f32, which is exact from every format, and packed again; tensors whose format stays are
 //! copied. So a checkpoint that was imported without rounding converts to the same bytes, root
-//! hash and all, as its source imports to. A conversion that would change nothing is refused.
+//! hash and all, as its source imports to. Compressing one, or bringing it into an object store,
+//! keeps its formats unless another is asked for. A conversion that would change nothing is refused.
 
 use std::path::Path;
 
 use lite_llm_kernels::matrix::{PANEL, PackedMatrix, Source};
 
 use super::{
-    ImportError, ImportOptions, PIECE_BYTES, not_finite,
+    Destination, ImportError, ImportOptions, PIECE_BYTES, not_finite,
     pack::{NotFinite, Packer},
 };
 use crate::checkpoint::{
     Checkpoint, Tensor,
+    codec::Packed,
     index::Shard,
     inspect::{Summary, inspect},
     layout::{Part, TensorSpec},
     source::Files,
-    writer::{TensorSink, Text, Writer},
+    writer::{TensorSink, Text},
 };
 
 /// Whether a folder is a checkpoint and no Hugging Face folder.
@@ -34,11 +36,16 @@ pub(super) fn is_checkpoint(options: &ImportOptions) -> bool {
     checkpoint && !dir.join("config.json").exists()
 }
 
+/// Whether a conversion that keeps the format of weights changes something else.
+fn moves(options: &ImportOptions) -> bool {
+    options.compress.is_some() || matches!(options.out, Destination::Store(_))
+}
+
 /// Converts a checkpoint. `progress` is as for an import.
 pub(super) fn convert(
     options: &ImportOptions,
     progress: &mut dyn FnMut(u64, u64, &str),
-) -> Result<Summary, ImportError> {
+) -> Result<(Summary, Packed), ImportError> {
     let tiers = options.tiers.as_ref().map(|cut| ("--tiers", &cut.text));
     let routes = options.routes.as_ref().map(|routes| ("--routes", &routes.text));
     if let Some((option, text)) = tiers.or(routes) {
@@ -53,18 +60,21 @@ pub(super) fn convert(
     let checkpoint = Checkpoint::open(&options.source)?;
     let dtype = match options.dtype {
         Some(dtype) if dtype != checkpoint.dtype() => dtype,
+        _ if moves(options) => checkpoint.dtype(),
         _ => {
             return Err(ImportError::file(
                 &options.source,
                 format!("a checkpoint in {} already", checkpoint.dtype()),
-                "name another format with --dtype, or copy the folder",
+                "name another format with --dtype, compress it with --compress, or copy the folder",
             ));
         }
     };
     let mut config = checkpoint.config().clone();
     for tier in config.moe.iter_mut().flat_map(|moe| &mut moe.tiers) {
-        // What was asked for is one format for all.
-        tier.dtype = None;
+        // A format that was asked for is one for all.
+        if options.dtype.is_some() {
+            tier.dtype = None;
+        }
         if tier.absent {
             return Err(ImportError::file(
                 &options.source,
@@ -83,11 +93,15 @@ pub(super) fn convert(
     for part in Part::all(config) {
         total += checkpoint.shard(part)?.bytes;
     }
-    let mut writer = Writer::create(&options.out, config, dtype)?;
+    let mut writer = options.writer(config, dtype)?;
     let mut converter = Converter { packer: Packer::new(), rows: vec![] };
     let mut done = 0;
     for part in Part::all(config) {
         let shard = checkpoint.shard(part)?;
+        if writer.is_written(part)? {
+            done += shard.bytes;
+            continue;
+        }
         let sections = part.sections(checkpoint.config(), checkpoint.dtype());
         let mut sections = shard.sections.iter().zip(sections);
         let mut tensors = Vec::new().into_iter();
@@ -106,8 +120,9 @@ pub(super) fn convert(
         done += shard.header_bytes;
     }
     progress(total, total, "the manifest");
+    let packed = writer.packed();
     writer.finish(&text)?;
-    Ok(inspect(&Checkpoint::open(&options.out)?)?)
+    Ok((inspect(&options.open()?)?, packed))
 }
 
 /// Buffers that are used again.

@@ -117,14 +117,18 @@ impl HierarchicalRouter {
     }
 }
 
-impl Router<Cpu> for HierarchicalRouter {
-    fn route(
+type Tensor = <Cpu as lite_llm_kernels::device::Device>::Tensor;
+
+impl HierarchicalRouter {
+    /// Routes with so many experts for each chosen group of a tier.
+    fn route_to(
         &self,
+        k_expert: impl Fn(usize) -> usize,
         cpu: &Cpu,
-        hidden: &<Cpu as lite_llm_kernels::device::Device>::Tensor,
+        hidden: &Tensor,
         masks: &[&TierMask],
         out: &mut Routes,
-    ) -> Result<(), DeviceError> {
+    ) {
         out.clear();
         let routing = &self.moe.routing;
         let rows: Vec<&[f32]> = (0..hidden.rows()).map(|row| hidden.row(row)).collect();
@@ -186,7 +190,7 @@ impl Router<Cpu> for HierarchicalRouter {
                 &rows,
                 Some(&self.tiers[tier as usize].experts[group as usize]),
                 Among::Experts { tier: self.names[tier as usize], group },
-                self.moe.k_expert(tier as usize) as usize,
+                k_expert(tier as usize),
                 here,
                 |_, _| true,
                 out,
@@ -219,6 +223,32 @@ impl Router<Cpu> for HierarchicalRouter {
                 priority,
             }));
         }
+    }
+}
+
+impl Router<Cpu> for HierarchicalRouter {
+    fn route(
+        &self,
+        cpu: &Cpu,
+        hidden: &Tensor,
+        masks: &[&TierMask],
+        out: &mut Routes,
+    ) -> Result<(), DeviceError> {
+        self.route_to(|tier| self.moe.k_expert(tier) as usize, cpu, hidden, masks, out);
+        Ok(())
+    }
+
+    fn route_wider(
+        &self,
+        cpu: &Cpu,
+        hidden: &Tensor,
+        masks: &[&TierMask],
+        out: &mut Routes,
+    ) -> Result<(), DeviceError> {
+        // An order of choice has 10 bits.
+        let wider = |k: usize| (k + k.div_ceil(2)).min(1024);
+        self.route_to(|tier| wider(self.moe.k_expert(tier) as usize), cpu, hidden, masks, out);
+        out.sort_by_weight();
         Ok(())
     }
 }

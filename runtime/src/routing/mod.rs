@@ -114,6 +114,14 @@ impl Routes {
         self.routes.truncate(to);
     }
 
+    /// Orders the routes of each row by weight, the greatest first.
+    fn sort_by_weight(&mut self) {
+        for row in 0..self.rows() {
+            let routes = self.range(row);
+            self.routes[routes].sort_by(|a, b| b.weight.total_cmp(&a.weight));
+        }
+    }
+
     /// Flat indices of a row's experts, in route order.
     pub fn flat_row<'a>(
         &'a self,
@@ -176,6 +184,18 @@ pub trait Router<D: Device>: Send + Sync {
         tiers: &[&TierMask],
         out: &mut Routes,
     ) -> Result<(), DeviceError>;
+
+    /// The same with half as many experts again of each chosen group, and a row's routes by weight:
+    /// where else it might have gone. Nothing is computed with it.
+    fn route_wider(
+        &self,
+        device: &D,
+        hidden: &D::Tensor,
+        tiers: &[&TierMask],
+        out: &mut Routes,
+    ) -> Result<(), DeviceError> {
+        self.route(device, hidden, tiers, out)
+    }
 }
 
 #[cfg(test)]

@@ -127,8 +127,7 @@ pub(crate) fn edit_json(path: &Path, change: impl FnOnce(&mut Value)) {
 }
 
 pub(crate) fn options(source: &Path, out: &Path) -> ImportOptions {
-    let (source, out) = (source.to_owned(), out.to_owned());
-    ImportOptions { source, out, dtype: None, tiers: None, routes: None }
+    ImportOptions::new(source, out)
 }
 
 pub(crate) fn try_import(source: &Path, out: &Path) -> Result<Summary, ImportError> {

@@ -6,6 +6,7 @@ mod processes;
 mod profile;
 mod random_model;
 mod samples;
+mod store;
 mod transport;
 
 use anyhow::Result;
@@ -20,6 +21,7 @@ pub(super) async fn bench(args: BenchArgs, json: bool) -> Result<()> {
         BenchCommand::Prefill(args) => model::measure(Phase::Prefill, args, json).await,
         BenchCommand::Transport(args) => transport::measure(args, json).await,
         BenchCommand::TransportPeer(args) => transport::peer(args).await,
+        BenchCommand::Store(args) => store::measure(args, json).await,
         BenchCommand::RandomModel(args) => random_model::write(args, json).await,
     }
 }

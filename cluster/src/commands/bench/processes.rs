@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use lite_llm_actors::{
+    archive,
     coordinator::{CoordinatorHandle, CoordinatorOptions},
     local::LocalCluster,
 };
@@ -85,7 +86,10 @@ impl Processes {
         let model = args.model.as_ref().ok_or_else(|| {
             bad_input(anyhow::anyhow!("--processes needs --model: workers open it by its path"))
         })?;
-        let model = std::path::absolute(model)?;
+        let model = match archive::is_url(model) {
+            true => model.clone(),
+            false => std::path::absolute(model)?,
+        };
         let count = usize::from(local.workers);
         let authority = Arc::new(ClusterCa::ephemeral()?);
         let coordinator = CoordinatorHandle::start(CoordinatorOptions {

@@ -164,6 +164,7 @@ impl World {
                 workers: self.first,
                 copies: self.copies,
                 policy: PlacementPolicy::Balanced,
+                overcommit: false,
             });
             self.head = Some(Head {
                 cluster,

@@ -1,0 +1,297 @@
+//! The experts in the memory of the host: what lanes compute with.
+//!
+//! Carries out what [`Residency`] decides: slots come from a pool under the same budget, bytes from
+//! a [`Fetcher`]. A caller demands ([`ExpertStore::want`]), computes with what is here
+//! ([`ExpertStore::fetch`]), says that it has ([`ExpertStore::used`]), and is woken when more has
+//! come.
+//!
+//! Invariant: while all of a node's share has room and is here, none of that takes a lock but the
+//! one that readers share.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use lite_llm_kernels::slots::SlotPool;
+use parking_lot::{Mutex, MutexGuard, RwLock};
+
+use super::{
+    fetch::{Done, Fetched, Fetcher},
+    machine::{Command, Counters, Event, Residency, ResidencyOptions},
+    policy::Policy,
+};
+use crate::config::MoeConfig;
+use crate::expert::{ExpertKey, ExpertStore, GatedMlp, StoreError, Waker};
+
+/// Told the bytes of an expert that was to be loaded; 0 if it had no room.
+type Loaded = Box<dyn FnOnce(Result<u64, StoreError>) + Send>;
+
+/// What a cache is made of.
+#[derive(Debug)]
+pub struct CacheOptions {
+    /// What there is of experts.
+    pub moe: Arc<MoeConfig>,
+    /// Bytes that it may hold.
+    pub budget: u64,
+    /// Bytes of an expert, by tier.
+    pub expert_bytes: Vec<u64>,
+    /// What experts are worth.
+    pub policy: Box<dyn Policy>,
+    /// Whether predicted experts are fetched before they are demanded.
+    pub prefetch: bool,
+    /// Where bytes come from.
+    pub fetcher: Arc<dyn Fetcher>,
+}
+
+/// See the module's text.
+pub struct ExpertCache {
+    me: Weak<Self>,
+    here: RwLock<HashMap<ExpertKey, Arc<GatedMlp>>>,
+    inner: Mutex<Inner>,
+    share: RwLock<Arc<BTreeSet<ExpertKey>>>,
+    /// All of the share has room and is here.
+    complete: AtomicBool,
+    resident: AtomicU64,
+    pool: Arc<SlotPool>,
+    /// Bytes of an expert, by tier; the machine counts those of its slot.
+    expert_bytes: Vec<u64>,
+    fetcher: Arc<dyn Fetcher>,
+    waker: RwLock<Option<Waker>>,
+}
+
+struct Inner {
+    residency: Residency,
+    loads: HashMap<ExpertKey, Vec<Loaded>>,
+    refused: HashMap<ExpertKey, StoreError>,
+}
+
+impl fmt::Debug for ExpertCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ExpertCache({} of {} bytes)", self.resident_bytes(), self.pool.budget())
+    }
+}
+
+impl ExpertCache {
+    /// An empty cache that serves nothing yet.
+    pub fn new(options: CacheOptions) -> Arc<Self> {
+        let CacheOptions { moe, budget, expert_bytes, policy, prefetch, fetcher } = options;
+        let slot = |bytes: u64| bytes.next_multiple_of(lite_llm_kernels::slots::SLOT_ALIGN as u64);
+        let slots = expert_bytes.iter().copied().map(slot).collect();
+        let residency =
+            Residency::new(ResidencyOptions { moe, budget, expert_bytes: slots, policy, prefetch });
+        let (loads, refused) = (HashMap::new(), HashMap::new());
+        Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            here: RwLock::default(),
+            inner: Mutex::new(Inner { residency, loads, refused }),
+            share: RwLock::default(),
+            complete: AtomicBool::new(false),
+            resident: AtomicU64::new(0),
+            pool: SlotPool::new(budget),
+            expert_bytes,
+            fetcher,
+            waker: RwLock::new(None),
+        })
+    }
+
+    /// Bytes that it may hold.
+    pub fn budget(&self) -> u64 {
+        self.pool.budget()
+    }
+
+    /// Number of experts that are here.
+    pub fn len(&self) -> usize {
+        self.here.read().len()
+    }
+
+    /// Whether nothing is here.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What it has done so far.
+    pub fn counters(&self) -> Counters {
+        self.inner.lock().residency.counters()
+    }
+
+    /// How it reads, for people.
+    pub fn describe(&self) -> String {
+        self.fetcher.describe()
+    }
+
+    /// Serves these experts from now on, and no others.
+    pub fn keep(&self, keys: BTreeSet<ExpertKey>) {
+        *self.share.write() = Arc::new(keys.clone());
+        self.complete.store(false, Relaxed);
+        self.happened(Event::Keep(keys));
+    }
+
+    /// Serves an expert no more.
+    pub fn remove(&self, key: ExpertKey) {
+        let mut share = BTreeSet::clone(&self.share.read());
+        if share.remove(&key) {
+            self.keep(share);
+        }
+    }
+
+    /// Has an expert of its share here, if there is room for it: `loaded` is told when it is, or
+    /// that there is none.
+    pub fn load(
+        &self,
+        key: ExpertKey,
+        loaded: impl FnOnce(Result<u64, StoreError>) + Send + 'static,
+    ) {
+        let mut inner = self.inner.lock();
+        inner.loads.entry(key).or_default().push(Box::new(loaded));
+        inner.residency.handle(Event::Load(key));
+        self.carry_out(inner);
+    }
+
+    /// Takes note of an event, and wakes who waits if something came of it.
+    fn happened(&self, event: Event) {
+        let mut inner = self.inner.lock();
+        inner.residency.handle(event);
+        self.carry_out(inner);
+    }
+
+    fn carry_out(&self, mut guard: MutexGuard<'_, Inner>) {
+        let inner = &mut *guard;
+        let (mut told, mut came) = (Vec::new(), false);
+        while let Some(command) = inner.residency.poll_command() {
+            match command {
+                Command::Fetch(key, urgency) => {
+                    let bytes = self.expert_bytes.get(usize::from(key.tier));
+                    let bytes = bytes.copied().unwrap_or(0) as usize;
+                    match self.pool.take(bytes) {
+                        Ok(slot) => self.fetcher.fetch(key, slot, urgency, self.done(key)),
+                        Err(error) => {
+                            let reason = error.to_string();
+                            let error = StoreError::Unreadable { key, reason: reason.clone() };
+                            let loads = inner.loads.remove(&key).unwrap_or_default();
+                            told.extend(loads.into_iter().map(|load| (load, Err(error.clone()))));
+                            inner.residency.handle(Event::Failed(key, reason));
+                        }
+                    }
+                }
+                Command::Promote(key) => self.fetcher.promote(key),
+                Command::Cancel(key) => self.fetcher.cancel(key),
+                Command::Evict(key) => {
+                    if let Some(expert) = self.here.write().remove(&key) {
+                        self.resident.fetch_sub(expert.bytes(), Relaxed);
+                    }
+                }
+                Command::Ready(_) => came = true,
+                Command::Refuse(key, reason) => {
+                    inner.refused.entry(key).or_insert(StoreError::Unreadable { key, reason });
+                    came = true;
+                }
+                Command::Loaded(key) => {
+                    let bytes = self.here.read().get(&key).map_or(0, |expert| expert.bytes());
+                    let loads = inner.loads.remove(&key).unwrap_or_default();
+                    told.extend(loads.into_iter().map(|load| (load, Ok(bytes))));
+                }
+            }
+        }
+        if inner.residency.is_whole() && self.here.read().len() == self.share.read().len() {
+            self.complete.store(true, Relaxed);
+        }
+        drop(guard);
+        for (load, result) in told {
+            load(result);
+        }
+        if came && let Some(waker) = &*self.waker.read() {
+            waker();
+        }
+    }
+
+    fn done(&self, key: ExpertKey) -> Done {
+        let me = self.me.clone();
+        Box::new(move |fetched| {
+            if let Some(me) = me.upgrade() {
+                me.fetched(key, fetched);
+            }
+        })
+    }
+
+    fn fetched(&self, key: ExpertKey, fetched: Fetched) {
+        let mut inner = self.inner.lock();
+        let event = match fetched {
+            Fetched::Here(expert) => {
+                self.resident.fetch_add(expert.bytes(), Relaxed);
+                self.here.write().insert(key, Arc::new(expert));
+                Event::Arrived(key)
+            }
+            Fetched::Cancelled => Event::Cancelled(key),
+            Fetched::Failed(error) => {
+                let loads = inner.loads.remove(&key).unwrap_or_default();
+                let reason = match &error {
+                    StoreError::Unreadable { reason, .. } => reason.clone(),
+                    other => other.to_string(),
+                };
+                inner.residency.handle(Event::Failed(key, reason));
+                self.carry_out(inner);
+                return loads.into_iter().for_each(|load| load(Err(error.clone())));
+            }
+        };
+        inner.residency.handle(event);
+        self.carry_out(inner);
+    }
+}
+
+impl ExpertStore for ExpertCache {
+    fn want(&self, experts: &[(ExpertKey, u32)]) {
+        if self.complete.load(Relaxed) {
+            return;
+        }
+        let share = self.share.read().clone();
+        let mut wanted: Vec<(ExpertKey, u32)> =
+            experts.iter().filter(|(key, _)| share.contains(key)).copied().collect();
+        let mut inner = self.inner.lock();
+        // What failed is told before it is tried again.
+        wanted.retain(|(key, _)| !inner.refused.contains_key(key));
+        inner.residency.handle(Event::Demand(wanted));
+        self.carry_out(inner);
+    }
+
+    fn fetch(&self, key: ExpertKey) -> Result<Arc<GatedMlp>, StoreError> {
+        if let Some(expert) = self.here.read().get(&key) {
+            return Ok(expert.clone());
+        }
+        if let Some(error) = self.inner.lock().refused.remove(&key) {
+            return Err(error);
+        }
+        match self.share.read().contains(&key) {
+            true => Err(StoreError::Coming { key }),
+            false => Err(StoreError::NotHere { key }),
+        }
+    }
+
+    fn used(&self, experts: &[ExpertKey]) {
+        if !self.complete.load(Relaxed) {
+            self.happened(Event::Used(experts.to_vec()));
+        }
+    }
+
+    fn on_arrival(&self, wake: Waker) {
+        *self.waker.write() = Some(wake);
+    }
+
+    fn predict(&self, experts: &[ExpertKey]) {
+        if !self.complete.load(Relaxed) {
+            self.happened(Event::Predicted(experts.to_vec()));
+        }
+    }
+
+    fn wants_predictions(&self) -> bool {
+        !self.complete.load(Relaxed) && self.inner.lock().residency.follows_predictions()
+    }
+
+    fn resident_bytes(&self) -> u64 {
+        self.resident.load(Relaxed)
+    }
+}
