@@ -297,8 +297,8 @@ impl Endpoint {
         self.connect_with(Patience::with_the_busy(now, BUSY_PATIENCE), address, expect).await
     }
 
-    /// Like [`Self::connect`], with another patience, after which no further try is begun. Silence
-    /// is tried twice.
+    /// Like [`Self::connect`], to somebody who has answered lately: silence is tried again, too, until
+    /// patience ends, after which no further try is begun.
     pub async fn connect_within(
         &self,
         patience: Duration,
@@ -306,7 +306,7 @@ impl Endpoint {
         expect: &Expect,
     ) -> Result<Connection, ConnectError> {
         let now = tokio::time::Instant::now().into_std();
-        self.connect_with(Patience::new(now, patience), address, expect).await
+        self.connect_with(Patience::new(now, patience).known(), address, expect).await
     }
 
     async fn connect_with(

@@ -16,8 +16,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 const DOUBLINGS_MAX: u32 = 4;
 /// The longest pause that anybody can impose.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
-/// How often silence is tried.
-const SILENCES_MAX: u32 = 2;
+/// How long silence is tried where nobody has ever answered: a crowd at a coordinator's door may keep
+/// it from answering for some seconds, and an address that is wrong will never answer.
+pub const SILENCE_PATIENCE: Duration = Duration::from_secs(15);
 
 /// What a failure says about trying again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,20 +37,25 @@ pub(crate) struct Patience {
     end: Instant,
     /// Somebody is there, and was busy.
     was_busy: bool,
-    /// How often silence is tried where nobody has ever answered.
-    silences: u32,
+    /// Until when silence is tried where nobody has ever answered.
+    silent_until: Instant,
     tries: u32,
 }
 
 impl Patience {
     pub(crate) fn new(now: Instant, patience: Duration) -> Self {
         let end = now.checked_add(patience).unwrap_or(now + Duration::from_secs(365 * 24 * 3600));
-        Self { end, was_busy: false, silences: SILENCES_MAX, tries: 0 }
+        Self { end, was_busy: false, silent_until: now + SILENCE_PATIENCE, tries: 0 }
     }
 
     /// Patience with those who are busy, but not with those who say nothing.
     pub(crate) fn with_the_busy(now: Instant, patience: Duration) -> Self {
-        Self { silences: 1, ..Self::new(now, patience) }
+        Self { silent_until: now, ..Self::new(now, patience) }
+    }
+
+    /// The same with somebody who has answered lately.
+    pub(crate) fn known(self) -> Self {
+        Self { was_busy: true, ..self }
     }
 
     /// How long to pause before another try; `None` if there is to be none.
@@ -63,7 +69,7 @@ impl Patience {
                 named.unwrap_or(pause).min(PAUSE_MAX)
             }
             // In a crowd packets are lost; where nobody is, waiting does not help.
-            Hint::Silence if self.was_busy || self.tries < self.silences => pause,
+            Hint::Silence if self.was_busy || now < self.silent_until => pause,
             Hint::Silence => return None,
         };
         (now + pause <= self.end).then_some(pause)
@@ -104,11 +110,14 @@ mod tests {
     }
 
     #[test]
-    fn where_nobody_ever_answered_there_are_two_tries() {
+    fn where_nobody_ever_answered_patience_ends_sooner() {
         let now = Instant::now();
         let mut patience = Patience::new(now, 60 * SECOND);
         assert!(patience.pause(now, Hint::Silence).is_some());
-        assert!(patience.pause(now, Hint::Silence).is_none());
+        assert!(patience.pause(now + SILENCE_PATIENCE - SECOND, Hint::Silence).is_some());
+        assert!(patience.pause(now + SILENCE_PATIENCE, Hint::Silence).is_none());
+        let mut known = Patience::new(now, 60 * SECOND).known();
+        assert!(known.pause(now + SILENCE_PATIENCE, Hint::Silence).is_some());
         let mut patience = Patience::with_the_busy(now, 60 * SECOND);
         assert!(patience.pause(now, Hint::Silence).is_none());
         assert!(patience.pause(now, Hint::Busy(None)).is_some());

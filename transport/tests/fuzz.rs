@@ -13,6 +13,7 @@ use lite_llm_transport::{
         Assignment, ClientReply, ClientRequest, ExpertBatchView, ExpertFailure, ExpertOutputs,
         ExpertReplyView, JobEvent, JobEventBody, JobStart, Message, NodeInfo, OutgoingExpertBatch,
         OutgoingExpertOutputs, PlacementRule, RevokedNames, TraceContext, Wire, decode, encode,
+        experts::REASON_BYTES_MAX,
     },
     pool::BufferPool,
     session::Hello,
@@ -176,6 +177,13 @@ fn values_that_contradict_their_shape_are_refused() {
     assert!(!refused(logits(2, 3)) && !refused(routes(2, 3, 2)));
     assert!(refused(logits(2, 2)) && refused(logits(u32::MAX, u32::MAX)));
     assert!(refused(routes(2, 3, 3)) && refused(routes(u32::MAX, u32::MAX, u32::MAX)));
+
+    let reason = |bytes: usize| ExpertFailure { id: 1, reason: "x".repeat(bytes) };
+    let checked = |bytes| {
+        let bytes = encode(&reason(bytes));
+        ExpertReplyView::check(&frame(FrameKind::ExpertFailure, &bytes))
+    };
+    assert!(checked(REASON_BYTES_MAX).is_ok() && checked(REASON_BYTES_MAX + 1).is_err());
 
     assert!(assignment().check().is_ok());
     assert!(Assignment { you: 2, ..assignment() }.check().is_err());

@@ -392,6 +392,7 @@ impl ExpertOutputsView {
                 expected: format!("at most {rows}, one per call,"),
             });
         }
+        root.failed.iter().try_for_each(|expert| check_reason(WHAT, &expert.reason))?;
         let failed = root.failed.iter().map(|expert| FailedExpert {
             tier: expert.tier.to_native(),
             group: expert.group.to_native(),
@@ -479,6 +480,19 @@ fn check_batch(batch: &ExpertBatch) -> Result<(), MessageError> {
             field: "row of a call",
             found: call.row.into(),
             expected: format!("less than the batch's {} rows", batch.rows),
+        }),
+    }
+}
+
+/// A receiver keeps a reason for every call that it is for.
+pub(super) fn check_reason(what: &'static str, reason: &str) -> Result<(), MessageError> {
+    match reason.len() {
+        ..=REASON_BYTES_MAX => Ok(()),
+        found => Err(MessageError::Field {
+            what,
+            field: "bytes of a reason",
+            found: found as u64,
+            expected: format!("at most {REASON_BYTES_MAX}"),
         }),
     }
 }

@@ -117,6 +117,10 @@ pub trait Message: Wire {
 
 impl Message for ExpertFailure {
     const KIND: FrameKind = FrameKind::ExpertFailure;
+
+    fn check(&self) -> Result<(), MessageError> {
+        experts::check_reason("ExpertFailure", &self.reason)
+    }
 }
 impl Message for JobEvent {
     const KIND: FrameKind = FrameKind::JobEvent;
