@@ -44,6 +44,8 @@ use crate::{
 /// How long a lost member may take to come back before others load its share, if all its experts
 /// have other holders.
 pub const REPAIR_DELAY: Duration = Duration::from_secs(2);
+/// The same after a restart of the coordinator, when all members look for it anew.
+pub const RETURN_DELAY: Duration = Duration::from_secs(5);
 /// How long a member that could not load is left out.
 pub const RETRY_DELAY: Duration = Duration::from_secs(10);
 /// How long a link must be down before experts move because of it, and up before they move back.
@@ -531,12 +533,12 @@ impl Membership {
             if !self.form(waited) {
                 // Who held something comes back one after the other.
                 let enough = self.lobby.len() >= self.options.workers;
-                let until = self.repair_at.unwrap_or(now + REPAIR_DELAY);
+                let until = self.repair_at.unwrap_or(now + RETURN_DELAY);
                 self.repair_at = Some(until).filter(|_| enough);
                 return false;
             }
             if self.serving.is_some() {
-                self.repair_at = Some(now + REPAIR_DELAY);
+                self.repair_at = Some(now + RETURN_DELAY);
                 return true;
             }
         }

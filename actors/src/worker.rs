@@ -38,6 +38,8 @@ use crate::{
 
 /// How long a worker waits for a coordinator that is gone, if it is not told.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a node that has something to do may take to move, in milliseconds.
+const MOVES_WITHIN_MS: u64 = 300;
 /// Pauses between two attempts to reach a coordinator: the first, and the longest.
 const RECONNECT_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
@@ -250,6 +252,7 @@ impl Worker {
                 }
                 let lost = lost.reason;
                 warn!(worker = %self.name, reason = %lost, "lost the coordinator; trying again");
+                moves(&self.node, self.home.patience).await?;
                 self.home.reconnect(&lost).await
             };
             let session = tokio::select! {
@@ -287,6 +290,28 @@ impl Worker {
             Some(_) => drop(tokio::time::timeout(CLOSE_ALONE_TIMEOUT, closing).await),
         }
     }
+}
+
+/// Waits until a node makes progress, if it has something to do: one that is stuck would take a
+/// share that it cannot serve.
+async fn moves(node: &ActorRef<NodeMessage>, patience: Duration) -> Result<(), WorkerError> {
+    let deadline = tokio::time::Instant::now() + patience;
+    let mut before = None;
+    while tokio::time::Instant::now() < deadline {
+        let vitals = ractor::call_t!(node, NodeMessage::Vitals, MOVES_WITHIN_MS);
+        let Some(vitals) = vitals.ok().and_then(|vitals| vitals.into_inner().ok()) else {
+            // It has stopped, which is noticed elsewhere.
+            return Ok(());
+        };
+        if !vitals.busy || before.is_some_and(|before| before != vitals.progress) {
+            return Ok(());
+        }
+        before = Some(vitals.progress);
+        tokio::time::sleep(Duration::from_millis(MOVES_WITHIN_MS)).await;
+    }
+    Err(WorkerError(format!(
+        "its compute thread has made no progress for {patience:?} (--patience): start it again"
+    )))
 }
 
 /// The address, with any port, from which this machine reaches another.

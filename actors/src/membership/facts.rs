@@ -168,7 +168,14 @@ impl Membership {
     fn find_state(&self, homes: &[String]) -> State {
         if let Some(serving) = self.serving.as_ref().filter(|_| self.is_complete()) {
             let copies = serving.placement.copies(|index| self.serves(index));
-            let whole = copies >= usize::from(self.options.copies) && !homes.is_empty();
+            // A holder that shows no progress counts, but what only it holds is in doubt.
+            let sound = |index: u16| {
+                let member = self.slots.get(usize::from(index)).and_then(|s| s.member.as_ref());
+                member.is_some_and(|member| member.serves && !member.suspect)
+            };
+            let whole = copies >= usize::from(self.options.copies)
+                && !homes.is_empty()
+                && !serving.placement.missing(sound);
             return if whole { State::Ready } else { State::Degraded { complete: true } };
         }
         let members = self.members().count();
