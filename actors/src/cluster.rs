@@ -64,7 +64,8 @@ pub enum Event {
     Wants {
         /// The job.
         job: u64,
-        /// Nodes that did not take it lately: asked again only if there is no other.
+        /// Nodes that did not take it lately, or lost it, the last one last: asked again only if
+        /// there is no other, the last one last.
         refused: Vec<String>,
     },
     /// A job is no longer at its node, or wants none any more.
@@ -418,9 +419,8 @@ impl Cluster {
             let job = *job;
             let jobs = |name: &&str| self.nodes.get(*name).map(|node| node.jobs);
             let homes = self.membership.homes().filter(|name| jobs(name).is_some());
-            let Some(name) =
-                homes.min_by_key(|name| (refused.iter().any(|it| it == name), jobs(name), *name))
-            else {
+            let refused = |name: &str| refused.iter().position(|it| it == name);
+            let Some(name) = homes.min_by_key(|name| (refused(name), jobs(name), *name)) else {
                 return;
             };
             let name = name.to_owned();

@@ -3,6 +3,11 @@
 //! ractor_cluster always opens a TCP listener of its own. It is bound to loopback on a port that
 //! nobody is told, and behind TLS that demands a certificate of the cluster: nothing plain is
 //! ever spoken, and nobody uses it.
+//!
+//! All workers know the cookie, and ractor_cluster believes any name and shows any number of actors:
+//! what a worker says to a coordinator is vetted first ([`Vetted`]).
+
+mod vetted;
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -10,6 +15,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use self::vetted::Vetted;
 use lite_llm_transport::{
     connection::{RawReceiver, RawSender},
     identity::Identity,
@@ -31,11 +37,17 @@ struct ControlStream {
     sender: RawSender,
     receiver: RawReceiver,
     peer: String,
+    /// The peer opened it, and may say only what a node has to.
+    accepted: bool,
 }
 
 impl ClusterBidiStream for ControlStream {
     fn split(self: Box<Self>) -> (BoxRead, BoxWrite) {
-        (Box::new(self.receiver), Box::new(self.sender))
+        let Self { sender, receiver, peer, accepted } = *self;
+        match accepted {
+            true => (Box::new(Vetted::new(receiver, peer)), Box::new(sender)),
+            false => (Box::new(receiver), Box::new(sender)),
+        }
     }
 
     fn peer_label(&self) -> Option<String> {
@@ -84,7 +96,8 @@ impl ControlPlane {
     /// Speaks with a peer over an open stream; `accepted` if the peer opened it.
     pub fn connect(&self, peer: &str, stream: (RawSender, RawReceiver), accepted: bool) {
         let (sender, receiver) = stream;
-        let stream = Box::new(ControlStream { sender, receiver, peer: peer.to_owned() });
+        let peer = peer.to_owned();
+        let stream = Box::new(ControlStream { sender, receiver, peer, accepted });
         let message = NodeServerMessage::ConnectionOpenedExternal { stream, is_server: accepted };
         // Its server stops only with the process.
         let _ = self.server.cast(message);

@@ -87,7 +87,7 @@ impl Job {
     pub(super) async fn run(mut self) {
         let mut text = self.text();
         let mut offered_until = Instant::now() + self.patience;
-        // Nodes that did not take it, since one did.
+        // Nodes that did not take it or lost it, the last one last.
         let mut refused = Vec::new();
         let last = loop {
             let home = match self.home(offered_until, refused.clone()).await {
@@ -108,7 +108,7 @@ impl Job {
                             // What fails at once, again and again, is not to be tried in a rush.
                             sleep(OFFER_PAUSE * self.progress.barren().saturating_sub(1)).await;
                             offered_until = Instant::now() + self.patience;
-                            refused.clear();
+                            avoid(&mut refused, home.name);
                         }
                         Next::GiveUp(last) => break Some(last),
                         Next::Ended => return,
@@ -120,8 +120,7 @@ impl Job {
                     break self.progress.fail(reason);
                 }
                 Attempt::NotTaken(_) => {
-                    refused.retain(|name| *name != home.name);
-                    refused.push(home.name);
+                    avoid(&mut refused, home.name);
                     sleep(OFFER_PAUSE).await;
                 }
             }
@@ -199,7 +198,10 @@ impl Job {
             let event = match frame {
                 Ok(Some(frame)) => match frame.decode::<JobEvent>() {
                     Ok(event) => event,
-                    Err(error) => return lost(&error),
+                    Err(error) => {
+                        connection.close(&error.to_string());
+                        return lost(&error);
+                    }
                 },
                 Ok(None) => return lost(&"it is stopping"),
                 Err(error) => return lost(&error),
@@ -261,6 +263,12 @@ impl Job {
         let event = JobEvent { job: self.id, trace: self.request.trace, body };
         self.events.send(event).await.map_err(|_| Gone)
     }
+}
+
+/// Puts a node behind all others.
+fn avoid(refused: &mut Vec<String>, name: String) {
+    refused.retain(|other| *other != name);
+    refused.push(name);
 }
 
 /// The reader of a job is gone.

@@ -11,6 +11,7 @@ pub mod progress;
 use std::{
     collections::{BTreeMap, HashMap},
     hash::{BuildHasher, RandomState},
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -57,6 +58,9 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 pub const TICK_INTERVAL: Duration = Duration::from_millis(50);
 /// How long a worker whose node has stopped may take to close its connection by itself.
 const LEAVES_WITHIN: Duration = Duration::from_secs(2);
+/// As much of an address, and of what a node says that it is doing, as `status` shows.
+const ADDRESS_BYTES_MAX: usize = 64;
+const STATE_BYTES_MAX: usize = 1024;
 /// Jobs that may run or wait at the nodes.
 pub const JOBS_MAX: usize = 4096;
 
@@ -235,7 +239,14 @@ impl Actor for Coordinator {
             CoordinatorMessage::Cluster(event) => state.cluster.handle(now, event),
             CoordinatorMessage::Status(name, status) => {
                 if let Some(node) = state.nodes.get_mut(&name) {
-                    node.status = NodeStatus { name, ..status };
+                    let speed = status.tokens_per_second;
+                    node.status = NodeStatus {
+                        name,
+                        address: cut(status.address, ADDRESS_BYTES_MAX),
+                        state: cut(status.state, STATE_BYTES_MAX),
+                        tokens_per_second: if speed.is_finite() { speed.max(0.0) } else { 0.0 },
+                        ..status
+                    };
                 }
             }
             CoordinatorMessage::Submit(submission, reply) => {
@@ -314,6 +325,13 @@ impl Actor for Coordinator {
     }
 }
 
+/// As much of a text as is kept.
+fn cut(mut text: String, bytes: usize) -> String {
+    text.truncate(text.floor_char_boundary(bytes));
+    text.shrink_to_fit();
+    text
+}
+
 /// Asks a node who it is, and sees that its certificate says the same.
 fn describe(
     myself: &ActorRef<CoordinatorMessage>,
@@ -367,6 +385,12 @@ impl CoordinatorState {
         let name = info.name.clone();
         // Its control plane comes through its connection: one that is lost already comes again.
         if !self.connections.contains_key(&name) {
+            return;
+        }
+        // It is told to all others.
+        if info.address.parse::<SocketAddr>().is_err() {
+            let address = cut(info.address, ADDRESS_BYTES_MAX);
+            warn!(worker = %name, %address, "a node is nowhere; it is ignored");
             return;
         }
         self.gone(now, &name, "it has connected again");
@@ -518,7 +542,9 @@ impl CoordinatorState {
         tokio::spawn(async move {
             // Loading takes as long as it takes; a node that dies meanwhile drops the sender.
             let result = match (sent, answer.await.map(Wire::into_inner)) {
-                (Ok(()), Ok(Ok(Loaded { error }))) => error.map_or(Ok(()), Err),
+                (Ok(()), Ok(Ok(Loaded { error }))) => {
+                    error.map_or(Ok(()), |error| Err(cut(error, STATE_BYTES_MAX)))
+                }
                 (Ok(()), Ok(Err(error))) => Err(error.to_string()),
                 (Ok(()), Err(_)) => Err("it ended before it answered".to_owned()),
                 (Err(error), _) => Err(error.to_string()),
@@ -571,7 +597,7 @@ impl CoordinatorState {
         let job = Job {
             id,
             progress: JobProgress::new(prompt)
-                .with_tokens_max(request.max_new_tokens)
+                .of(&request, &self.arguments.config)
                 .after(generated),
             request,
             coordinator: myself.clone(),

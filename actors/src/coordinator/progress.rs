@@ -7,7 +7,8 @@
 //! attempts, and one last event; a token that was given is never changed: an attempt that says
 //! otherwise, or leaves something out, is not to be believed in anything.
 
-use lite_llm_transport::messages::{EndReason, JobEventBody};
+use lite_llm_runtime::config::ModelConfig;
+use lite_llm_transport::messages::{EndReason, JobEventBody, JobRequest, LogitsWanted};
 
 use crate::words;
 
@@ -38,12 +39,25 @@ pub enum Next {
     Ended,
 }
 
+/// What a job's events can be, by what was asked of which model.
+#[derive(Debug, Clone)]
+struct Bounds {
+    vocab: u32,
+    context: u32,
+    layers: u32,
+    logits: bool,
+    routes: bool,
+    /// Tokens that end it.
+    ends: Vec<u32>,
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub struct JobProgress {
     prompt: u32,
     tokens: Vec<u32>,
     tokens_max: u32,
+    bounds: Option<Bounds>,
     /// Rows that the reader has.
     logits: u32,
     routes: u32,
@@ -63,6 +77,7 @@ impl JobProgress {
             prompt: u32::try_from(prompt_len).unwrap_or(u32::MAX),
             tokens: Vec::new(),
             tokens_max: u32::MAX,
+            bounds: None,
             logits: 0,
             routes: 0,
             prefilled: 0,
@@ -81,6 +96,21 @@ impl JobProgress {
     /// The same, which may generate so many tokens: an attempt that generates more lies.
     pub fn with_tokens_max(self, tokens_max: u32) -> Self {
         Self { tokens_max, ..self }
+    }
+
+    /// The same, of which is known what was asked of which model: an attempt that reports something
+    /// else lies.
+    pub fn of(self, request: &JobRequest, config: &ModelConfig) -> Self {
+        let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let bounds = Bounds {
+            vocab: number(config.vocab),
+            context: number(config.context),
+            layers: number(config.sparse_layers().count()),
+            logits: request.want_logits == LogitsWanted::All,
+            routes: request.want_routes,
+            ends: if request.stop_at_eos { config.eos_tokens.clone() } else { Vec::new() },
+        };
+        Self { bounds: Some(bounds), tokens_max: request.max_new_tokens, ..self }
     }
 
     /// Number of the attempt that runs, or is to run.
@@ -103,6 +133,10 @@ impl JobProgress {
     pub fn take(&mut self, attempt: u32, body: JobEventBody) -> Take {
         if self.ended || attempt > self.attempt {
             return Take::Drop;
+        }
+        if let Some(reason) = self.bounds.as_ref().and_then(|bounds| self.beyond(bounds, &body)) {
+            // It is abandoned already, if it is an earlier one.
+            return if attempt < self.attempt { Take::Drop } else { Take::Violation(reason) };
         }
         let taken = match body {
             JobEventBody::Token { index, id, text } => self.token(index, id, text),
@@ -134,6 +168,53 @@ impl JobProgress {
             Take::Violation(_) if attempt < self.attempt => Take::Drop,
             taken => taken,
         }
+    }
+
+    /// Why an event cannot be one of this job, if it cannot.
+    fn beyond(&self, bounds: &Bounds, body: &JobEventBody) -> Option<String> {
+        let tokens = self.tokens.len() as u64;
+        let positions = u64::from(self.prompt) + tokens;
+        let fits = |first: u32, rows: u32| u64::from(first) + u64::from(rows) <= positions;
+        let possible = match body {
+            JobEventBody::Token { index, id, .. } => {
+                *id < bounds.vocab
+                    && u64::from(self.prompt) + u64::from(*index) < u64::from(bounds.context)
+            }
+            JobEventBody::Logits { first_row, rows, width, .. } => {
+                bounds.logits && *width == bounds.vocab && *rows > 0 && fits(*first_row, *rows)
+            }
+            JobEventBody::Routes { first_row, layers, rows, .. } => {
+                bounds.routes && *layers == bounds.layers && *rows > 0 && fits(*first_row, *rows)
+            }
+            JobEventBody::Done { reason: EndReason::Length, .. } => {
+                tokens == u64::from(self.tokens_max)
+            }
+            JobEventBody::Done { reason: EndReason::EndOfText, .. } => {
+                self.tokens.last().is_some_and(|id| bounds.ends.contains(id))
+            }
+            JobEventBody::Done { reason: EndReason::Context, .. } => {
+                positions >= u64::from(bounds.context)
+            }
+            // Nobody told it to; and what a job's text is, its reader hears from here.
+            JobEventBody::Done { reason: EndReason::Cancelled, .. } | JobEventBody::Text(_) => {
+                false
+            }
+            JobEventBody::Progress { .. }
+            | JobEventBody::Failed { .. }
+            | JobEventBody::NotTaken { .. } => true,
+        };
+        let what = match body {
+            JobEventBody::Token { index, id, .. } => format!("token {index}, which is {id}"),
+            JobEventBody::Logits { first_row, rows, width, .. } => {
+                format!("{rows} rows of {width} logits from {first_row}")
+            }
+            JobEventBody::Routes { first_row, rows, layers, .. } => {
+                format!("{rows} rows of routes in {layers} layers from {first_row}")
+            }
+            JobEventBody::Done { reason, .. } => format!("its end ({reason:?})"),
+            _ => "text".to_owned(),
+        };
+        (!possible).then(|| format!("it reports {what}, after {tokens} tokens of the job"))
     }
 
     /// The attempt is lost: its home, its stream, or its credit.
