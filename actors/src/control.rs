@@ -5,7 +5,7 @@
 //! ever spoken, and nobody uses it.
 //!
 //! All workers know the cookie, and ractor_cluster believes any name and shows any number of actors:
-//! what a worker says to a coordinator is vetted first ([`Vetted`]).
+//! what a worker says to a coordinator is vetted first (`vetted.rs`).
 
 mod vetted;
 

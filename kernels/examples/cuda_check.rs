@@ -6,6 +6,7 @@
 
 mod cuda_check {
     pub(crate) mod checks;
+    pub(crate) mod fused;
     pub(crate) mod speed;
     pub(crate) mod step;
     pub(crate) mod truth;

@@ -134,8 +134,11 @@ fn name_of<'a>(message: &[(u64, Option<&'a [u8]>)]) -> Option<&'a [u8]> {
     only(&names, NAME)
 }
 
+/// A field's number, and its bytes if it has some.
+type Field<'a> = (u64, Option<&'a [u8]>);
+
 /// The fields of a protobuf message, with the bytes of those that have a length.
-fn fields(mut bytes: &[u8]) -> Option<Vec<(u64, Option<&[u8]>)>> {
+fn fields(mut bytes: &[u8]) -> Option<Vec<Field<'_>>> {
     let mut fields = Vec::new();
     while !bytes.is_empty() {
         if fields.len() == FIELDS_MAX {

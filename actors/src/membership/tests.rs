@@ -396,9 +396,13 @@ fn a_suspect_gets_no_jobs_and_keeps_its_experts() {
     let mut c = ready(&["a", "b"], 1);
     c.handle(Event::Suspect { name: "a".into(), reason: "silent".into() });
     assert_eq!(c.take(), [Command::Changed]);
-    assert_eq!((c.homes(), c.state()), (vec!["b"], State::Ready));
+    // Nobody else has its experts: that is not ready.
+    assert_eq!((c.homes(), c.state()), (vec!["b"], State::Degraded { complete: true }));
     c.handle(Event::Recovered { name: "a".into() });
-    assert_eq!(c.homes().len(), 2);
+    assert_eq!((c.homes().len(), c.state()), (2, State::Ready));
+    let mut c = ready(&["a", "b"], 2);
+    c.handle(Event::Suspect { name: "a".into(), reason: "silent".into() });
+    assert_eq!((c.homes(), c.state()), (vec!["b"], State::Ready), "the other has them, too");
 }
 
 #[test]

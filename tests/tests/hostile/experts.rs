@@ -223,10 +223,13 @@ fn is_sound(batch: &ExpertBatch, body: &[u8]) -> bool {
     (id, width, rows as usize) == (batch.id, batch.width, batch.calls.len())
 }
 
+/// What an answer says to a batch.
+type Body = Box<dyn Fn(&ExpertBatch) -> Vec<u8> + Send>;
+
 /// Answers that can be told from right ones.
 fn wrong_answers() -> VecDeque<Answer> {
     let mut all: VecDeque<Answer> = VecDeque::new();
-    let mut says = |kind: u16, body: Box<dyn Fn(&ExpertBatch) -> Vec<u8> + Send>| {
+    let mut says = |kind: u16, body: Body| {
         all.push_back(Box::new(move |batch| framed(&(kind, body(batch)))));
     };
     for more in [-1, 1, 1000] {
@@ -321,7 +324,7 @@ async fn own(member: &Member, mut answers: VecDeque<Answer>) {
         let served = async {
             let Some(stream) = connection.accept_stream().await else { return };
             let (mut sender, mut receiver) = stream.into_raw();
-            while let Some((kind, body)) = frames::read(&mut receiver).await {
+            if let Some((kind, body)) = frames::read(&mut receiver).await {
                 assert_eq!(kind, EXPERT_BATCH);
                 let frame = Frame::copied(FrameKind::ExpertBatch, &body, &pool).unwrap();
                 let view = ExpertBatchView::check(&frame).unwrap();
@@ -330,7 +333,6 @@ async fn own(member: &Member, mut answers: VecDeque<Answer>) {
                 // Who is not sent away for it goes by itself, so that the batch is sent again.
                 let away = connection.closed();
                 let _ = tokio::time::timeout(Duration::from_millis(100), away).await;
-                return;
             }
         };
         let _ = tokio::time::timeout(Duration::from_secs(5), served).await;
