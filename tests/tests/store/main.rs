@@ -3,7 +3,6 @@
 
 mod faults;
 mod imports;
-mod real;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
