@@ -339,6 +339,10 @@ impl Endpoint {
             (None, ConnectionError::TimedOut) => {
                 Some(silent(format!("nothing answered for {IDLE_TIMEOUT:?}")))
             }
+            // So ends a handshake that took too long there, or whose place others needed.
+            (None, ConnectionError::ApplicationClosed(close)) if close.reason.is_empty() => {
+                Some(silent("it ended the handshake without a word, as in a crowd".to_owned()))
+            }
             _ => is_revoked(error).then(|| revoked(describe(error))),
         };
         let config = client_config(self.inner.tls.clone(), address);
