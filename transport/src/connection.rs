@@ -549,6 +549,16 @@ fn describe_write(quic: &quinn::Connection, error: quinn::WriteError) -> String 
     quic.close_reason().map_or_else(|| error.to_string(), |error| describe(&error))
 }
 
+/// Whether a connection ended without a word: nobody answered, or the other side cut the handshake off
+/// because it took too long there or others needed its place.
+pub(crate) fn is_silence(error: &ConnectionError) -> bool {
+    match error {
+        ConnectionError::TimedOut => true,
+        ConnectionError::ApplicationClosed(close) => close.reason.is_empty(),
+        _ => false,
+    }
+}
+
 /// Why a connection ended, for people.
 pub(crate) fn describe(error: &ConnectionError) -> String {
     match error {
@@ -556,6 +566,9 @@ pub(crate) fn describe(error: &ConnectionError) -> String {
         ConnectionError::LocallyClosed => "this side closed it".to_owned(),
         ConnectionError::Reset => "it was restarted".to_owned(),
         ConnectionError::ApplicationClosed(close) => {
+            if close.reason.is_empty() {
+                return "it ended the connection without a word, as in a crowd".to_owned();
+            }
             let reason = String::from_utf8_lossy(&close.reason);
             let reason: String = reason.chars().filter(|c| !c.is_control()).take(500).collect();
             format!("it closed the connection ({reason})")

@@ -15,8 +15,8 @@ use tokio::{
 use crate::{
     admission::{Admission, Desk, accept, certified},
     connection::{
-        CLOSE_DONE, CLOSE_REFUSED, CLOSE_REVOKED, Connection, IDLE_TIMEOUT, busy_in, describe,
-        greet, is_revoked,
+        CLOSE_DONE, CLOSE_REFUSED, CLOSE_REVOKED, Connection, busy_in, describe, greet, is_revoked,
+        is_silence,
     },
     identity::{ClusterCa, Identity, PeerIdentity, Role},
     messages::Revoked,
@@ -336,13 +336,7 @@ impl Endpoint {
                 let (peer, retry_after) = (expect.to_string(), full.retry_after);
                 Some(ConnectError::Busy { peer, address, retry_after })
             }
-            (None, ConnectionError::TimedOut) => {
-                Some(silent(format!("nothing answered for {IDLE_TIMEOUT:?}")))
-            }
-            // So ends a handshake that took too long there, or whose place others needed.
-            (None, ConnectionError::ApplicationClosed(close)) if close.reason.is_empty() => {
-                Some(silent("it ended the handshake without a word, as in a crowd".to_owned()))
-            }
+            _ if is_silence(error) => Some(silent(describe(error))),
             _ => is_revoked(error).then(|| revoked(describe(error))),
         };
         let config = client_config(self.inner.tls.clone(), address);

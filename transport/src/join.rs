@@ -19,7 +19,7 @@ use rustls_pki_types::CertificateDer;
 use tokio::time::timeout;
 
 use crate::{
-    connection::{CLOSE_DONE, CLOSE_REFUSED, busy_in, describe, greet},
+    connection::{CLOSE_DONE, CLOSE_REFUSED, busy_in, describe, greet, is_silence},
     identity::{ClusterCa, Identity, IdentityError, OPERATOR, Role, checked_name, signing_request},
     messages::{decode, encode},
     moment::utc,
@@ -198,16 +198,14 @@ async fn join_once(
                 cluster: token.cluster(),
                 reason: describe(&error),
             },
-            (None, quinn::ConnectionError::TimedOut) => unreachable(describe(&error), true),
-            _ => unreachable(describe(&error), false),
+            _ => unreachable(describe(&error), is_silence(&error)),
         })?;
         // Whatever fails from here on fails because it had no room, if it says so.
         let ended = || {
             let error = quic.close_reason()?;
-            let silent = || matches!(error, quinn::ConnectionError::TimedOut);
             match busy_in(&error) {
                 Some(busy) => Some(JoinError::Busy { address, retry_after: busy.retry_after }),
-                None => silent().then(|| unreachable(describe(&error), true)),
+                None => is_silence(&error).then(|| unreachable(describe(&error), true)),
             }
         };
         let peer = format!("the coordinator at {address}");

@@ -297,5 +297,7 @@ async fn nobody_there_is_an_error_within_its_deadline() {
     let expect = Expect::coordinator();
     let error = soon("connect", w1.connect(address, &expect)).await.unwrap_err().to_string();
     assert!(error.contains("is it running"), "{error}");
-    assert!(started.elapsed() < Duration::from_secs(10));
+    // A joiner tries again, for there may be a crowd; a member's connection ends with its first try.
+    let patience = lite_llm_transport::patience::BUSY_PATIENCE;
+    assert!(started.elapsed() < patience + Duration::from_secs(20));
 }
