@@ -62,7 +62,7 @@ impl ShardState {
         let served = missing.clone();
         ractor::call!(storage, |reply| StorageMessage::Serve(served, reply))
             .map_err(|error| format!("the storage actor is gone: {error}"))?;
-        let fetches = missing.into_iter().map(|key| {
+        let fetches = missing.iter().map(|&key| {
             let storage = self.arguments.storage.clone();
             let counters = self.arguments.counters.clone();
             async move {
@@ -71,17 +71,24 @@ impl ShardState {
                     .map_err(|error| format!("the storage actor is gone: {error}"))?
                     .map_err(|error| error.to_string())?;
                 counters.loaded.fetch_add(1, Relaxed);
-                Ok::<ExpertKey, String>(key)
+                Ok::<(), String>(())
             }
         });
         // All are waited for, so that it is known what is here.
         let fetched = futures::future::join_all(fetches).await;
-        let mut result = Ok(());
-        for fetched in fetched {
+        let (mut result, mut failed) = (Ok(()), Vec::new());
+        for (key, fetched) in missing.into_iter().zip(fetched) {
             match fetched {
-                Ok(key) => drop(self.held.insert(key)),
-                Err(error) => result = Err(error),
+                Ok(()) => drop(self.held.insert(key)),
+                Err(error) => {
+                    failed.push(key);
+                    result = Err(error);
+                }
             }
+        }
+        if !failed.is_empty() {
+            // A storage actor that is gone has let everything go.
+            let _ = ractor::call!(storage, |reply| StorageMessage::Release(failed, reply));
         }
         result
     }

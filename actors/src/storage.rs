@@ -68,7 +68,7 @@ impl Actor for StorageActor {
                 state.cache.load(key, move |loaded| drop(reply.send(loaded)));
             }
             StorageMessage::Release(keys, reply) => {
-                state.served.retain(|key| !keys.contains(key));
+                state.served = &state.served - &keys.into_iter().collect();
                 state.cache.keep(state.served.clone());
                 let _ = reply.send(());
             }
@@ -82,6 +82,7 @@ impl Actor for StorageActor {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         state.cache.keep(BTreeSet::new());
+        state.cache.trim();
         Ok(())
     }
 }

@@ -4,13 +4,9 @@
 
 use std::{
     fmt,
-    fs::File,
-    io,
     ops::{Deref, DerefMut, Range},
-    sync::{Arc, Weak},
+    sync::Arc,
 };
-
-use memmap2::{Advice, Mmap, MmapOptions};
 
 /// Alignment of buffers in bytes: a cache line, and the widest vector.
 pub const ALIGN: usize = 64;
@@ -58,77 +54,18 @@ impl AsRef<[u8]> for AlignedBytes {
     }
 }
 
-/// What a buffer keeps alive.
-trait Owner: Send + Sync {
-    fn bytes(&self) -> &[u8];
-    /// Says that these bytes will be read soon.
-    fn will_need(&self, _: Range<usize>) {}
-}
-
-struct Memory<T>(T);
-
-impl<T: AsRef<[u8]> + Send + Sync> Owner for Memory<T> {
-    fn bytes(&self) -> &[u8] {
-        self.0.as_ref()
-    }
-}
-
-impl Owner for Mmap {
-    fn bytes(&self) -> &[u8] {
-        self
-    }
-
-    fn will_need(&self, range: Range<usize>) {
-        // It is only advice: where it is not taken, pages are read as they are touched.
-        let _ = self.advise_range(Advice::WillNeed, range.start, range.len());
-    }
-}
-
-/// Shared, immutable, aligned bytes: owned memory, a mapped file, or a received message.
+/// Shared, immutable, aligned bytes: owned memory or a received message.
 #[derive(Clone)]
 pub struct Buffer {
-    owner: Arc<dyn Owner>,
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,
 }
 
 impl Buffer {
     /// Shares all of `owner`'s bytes without copying them.
     pub fn from_owner(owner: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self, Misaligned> {
-        Self::owned_by(Arc::new(Memory(owner)))
-    }
-
-    fn owned_by(owner: Arc<dyn Owner>) -> Result<Self, Misaligned> {
-        let whole = 0..owner.bytes().len();
-        Self { owner, range: 0..0 }.at(whole)
-    }
-
-    /// Maps the first `bytes` bytes of a file, to be read in place: nothing is read before it is
-    /// used, and all processes that map the file share its pages.
-    ///
-    /// The file must not change while it is mapped, which holds for the shards of a checkpoint:
-    /// they are complete before they get their names, and are never written to again. As with
-    /// every program that maps files, truncating one kills the process with SIGBUS, and so does a
-    /// disk that cannot be read; bytes written over are seen by whoever reads them next.
-    pub fn map(file: &File, bytes: usize) -> io::Result<Self> {
-        if file.metadata()?.len() < bytes as u64 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        // SAFETY: the mapping is read-only and lies within the file, as just seen. That nobody
-        // writes to or truncates the file meanwhile is asked for above; no system can enforce it.
-        let map = unsafe { MmapOptions::new().len(bytes).map(file)? };
-        Ok(Self::owned_by(Arc::new(map)).expect("mappings start at pages"))
-    }
-
-    /// Says that all of it will be read soon, so that the system fetches what is not in memory
-    /// in large pieces. Several threads that read a mapped file at several places look to it as if
-    /// they jumped about, and it would fetch single pages.
-    pub fn will_need(&self) {
-        self.owner.will_need(self.range.clone());
-    }
-
-    /// The same bytes, without keeping their memory.
-    pub fn downgrade(&self) -> WeakBuffer {
-        WeakBuffer { owner: Arc::downgrade(&self.owner), range: self.range.clone() }
+        let whole = 0..owner.as_ref().len();
+        Self { owner: Arc::new(owner), range: 0..0 }.at(whole)
     }
 
     /// A part of this buffer, sharing its memory.
@@ -142,7 +79,7 @@ impl Buffer {
     }
 
     fn at(self, range: Range<usize>) -> Result<Self, Misaligned> {
-        let found = self.owner.bytes()[range.clone()].as_ptr() as usize % ALIGN;
+        let found = (*self.owner).as_ref()[range.clone()].as_ptr() as usize % ALIGN;
         if found != 0 && !range.is_empty() {
             return Err(Misaligned { found });
         }
@@ -150,30 +87,10 @@ impl Buffer {
     }
 }
 
-/// A [`Buffer`] that does not keep its memory.
-#[derive(Clone)]
-pub struct WeakBuffer {
-    owner: Weak<dyn Owner>,
-    range: Range<usize>,
-}
-
-impl WeakBuffer {
-    /// The buffer, if something still holds its memory.
-    pub fn upgrade(&self) -> Option<Buffer> {
-        Some(Buffer { owner: self.owner.upgrade()?, range: self.range.clone() })
-    }
-}
-
-impl fmt::Debug for WeakBuffer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "WeakBuffer({} bytes)", self.range.len())
-    }
-}
-
 impl Deref for Buffer {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.owner.bytes()[self.range.clone()]
+        &(*self.owner).as_ref()[self.range.clone()]
     }
 }
 
@@ -191,8 +108,6 @@ impl fmt::Debug for Buffer {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
     #[test]
@@ -204,24 +119,5 @@ mod tests {
         assert_eq!(part[0], 7);
         assert_eq!(part.as_ptr(), whole[128..].as_ptr());
         assert!(whole.slice(1..64).is_err());
-    }
-
-    #[test]
-    fn a_mapped_file_is_read_in_place_and_let_go_with_its_last_buffer() {
-        let mut file = tempfile::tempfile().unwrap();
-        let bytes: Vec<u8> = (0..10_000u32).map(|i| i as u8).collect();
-        file.write_all(&bytes).unwrap();
-        let whole = Buffer::map(&file, bytes.len()).unwrap();
-        whole.will_need();
-        assert_eq!(whole[..], bytes);
-        let weak = whole.downgrade();
-        let part = whole.slice(4096..5000).unwrap();
-        assert_eq!(part.as_ptr(), whole[4096..].as_ptr());
-        drop(whole);
-        assert_eq!(weak.upgrade().unwrap()[..], bytes, "the part keeps the mapping");
-        drop(part);
-        assert!(weak.upgrade().is_none());
-        assert!(Buffer::map(&file, bytes.len() + 1).is_err(), "more than the file has");
-        assert!(Buffer::map(&file, 0).unwrap().is_empty());
     }
 }

@@ -133,6 +133,20 @@ impl SlotPool {
         Ok(Slot { begin, bytes, size, region, index, pool: self.clone() })
     }
 
+    /// Gives the memory of regions without slots in use back to the system.
+    pub fn trim(&self) {
+        let mut inner = self.inner.lock();
+        let unused: Vec<(usize, u64)> = inner
+            .classes
+            .iter()
+            .flat_map(|(&size, class)| {
+                let unused = class.regions.iter().filter(|(_, region)| region.is_unused());
+                unused.map(move |(&id, _)| (size, id))
+            })
+            .collect();
+        unused.into_iter().for_each(|(size, id)| inner.unmap(size, id));
+    }
+
     fn put_back(&self, slot: &Slot) {
         let mut inner = self.inner.lock();
         inner.used -= slot.size as u64;

@@ -17,7 +17,7 @@
 //! [`Event::Failed`]; what fails a sequence ends no other; after a failure the next pass begins.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::Arc,
 };
 
@@ -34,6 +34,7 @@ use crate::{
     expert::{ExpertKey, ExpertStore},
     forward::{Chunk, Dispatch, FailedRoute, ForwardPass, Progress},
     moe_layer::{ExpertFailure, run_all},
+    residency::{ROUTED_ROWS_MAX, RoutedRow},
     routing::{Route, Routes},
     sampler::sample,
     schedule::{Plan, Schedule},
@@ -264,18 +265,39 @@ impl<D: Device> Engine<D> {
         self.passes.get(&pass).map_or_else(|| Ok(Routes::default()), |pass| pass.forward.predict())
     }
 
-    /// Experts of the next sparse layer that a pass will probably need, the likeliest first, by the
-    /// hidden states at hand. Nothing for a pass of many rows, which needs nearly all of them.
-    pub fn predict(&self, pass: PassId) -> Vec<ExpertKey> {
+    /// The same, but no rows for a pass of so many that it needs nearly all experts.
+    pub fn predict(&self, pass: PassId) -> Routes {
         let pass = self.passes.get(&pass).filter(|pass| pass.forward.rows() <= PREDICTED_ROWS_MAX);
-        let Some(Ok(routes)) = pass.map(|pass| pass.forward.predict()) else { return Vec::new() };
-        let longest = (0..routes.rows()).map(|row| routes.row(row).len()).max().unwrap_or(0);
-        let (mut seen, mut keys) = (BTreeSet::new(), Vec::new());
-        for place in 0..longest {
-            let keyed = |row: usize| routes.row(row).get(place).map(|route| route.key);
-            keys.extend((0..routes.rows()).filter_map(keyed).filter(|key| seen.insert(*key)));
+        // What the device cannot do now it will say when it is to do it.
+        pass.and_then(|pass| pass.forward.predict().ok()).unwrap_or_default()
+    }
+
+    /// What the rows of a pass's dispatch are routed to, for a policy to learn from: the layer, and
+    /// the last rows of each sequence. `early` is what was predicted for them, if anything was.
+    pub fn routed(&self, pass: PassId, early: &Routes) -> Option<(u16, Vec<RoutedRow>)> {
+        let Pass { forward, sequences, .. } = self.passes.get(&pass)?;
+        let routes = forward.routes();
+        let layer = routes.all().first()?.key.layer;
+        let keys = |routes: &[Route]| routes.iter().map(|route| route.key).collect();
+        let (mut rows, mut first) = (Vec::new(), 0);
+        for (chunk, &stream) in forward.chunks().iter().zip(sequences) {
+            let tokens = self.schedule.get(stream).map_or(&[][..], |sequence| &sequence.tokens);
+            let all = chunk.tokens.len();
+            for row in all.saturating_sub(ROUTED_ROWS_MAX)..all {
+                let experts: Vec<ExpertKey> = keys(routes.row(first + row));
+                if experts.is_empty() {
+                    continue;
+                }
+                let near = (early.rows() == routes.rows()).then(|| keys(early.row(first + row)));
+                let at = chunk.start + row;
+                let token =
+                    |back: usize| at.checked_sub(back).and_then(|at| tokens.get(at)).copied();
+                let last = std::array::from_fn(|back| token(back).unwrap_or(0));
+                rows.push(RoutedRow { stream, last, experts, near: near.unwrap_or_default() });
+            }
+            first += all;
         }
-        keys
+        Some((layer, rows))
     }
 
     /// The span of the layer that a pass is in.

@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 use lite_llm_kernels::{device::Swiglu, matrix::PackedMatrix};
 use serde::{Deserialize, Serialize};
 
-use crate::config::MoeConfig;
+use crate::{config::MoeConfig, residency::RoutedRow};
 
 /// Which expert of which layer. Tiers and layers are indices into the model's configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -141,6 +141,15 @@ pub trait ExpertStore<M = PackedMatrix>: Send + Sync {
     /// Calls this, from any thread, whenever something that was wanted has come, or cannot. Whoever
     /// was to be called before is not any more.
     fn on_arrival(&self, _wake: Waker) {}
+    /// A pass routes these rows in a layer; said before [`ExpertStore::want`], unless
+    /// [`ExpertStore::is_complete`].
+    fn routed(&self, _layer: u16, _rows: Vec<RoutedRow>) {}
+    /// A sequence is over.
+    fn ended(&self, _stream: u64) {}
+    /// Whether all that it serves is here and stays: then it need not be told anything.
+    fn is_complete(&self) -> bool {
+        true
+    }
     /// Whether predictions are of use.
     fn wants_predictions(&self) -> bool {
         false

@@ -55,6 +55,10 @@ impl Schedule {
     }
 
     /// A sequence that has not ended.
+    pub(crate) fn get(&self, id: u64) -> Option<&Sequence> {
+        self.sequences.get(&id)
+    }
+
     pub(crate) fn get_mut(&mut self, id: u64) -> Option<&mut Sequence> {
         self.sequences.get_mut(&id)
     }

@@ -1,7 +1,5 @@
-//! Experts held in the memory of the host, within a budget.
-//!
-//! Experts of a checkpoint on disk are mapped: the budget counts the bytes that computing with
-//! them needs in memory, however many processes of the host share those.
+//! Experts held in the memory of the host, within a budget, until they are let go by name: for those
+//! who compute without a cluster. Nodes have a [cache](crate::residency::ExpertCache).
 
 use std::{
     collections::HashMap,

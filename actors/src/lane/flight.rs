@@ -93,6 +93,8 @@ pub(super) struct Flight {
     /// Calls to be run now, and those whose experts are on their way; each by `here`.
     pending: Vec<Call>,
     parked: Vec<Call>,
+    /// Until when those are waited for, unless others come meanwhile.
+    parked_until: Option<Instant>,
     sent: BTreeMap<u64, Sent>,
     /// Batches that have not been answered.
     owing: usize,
@@ -154,6 +156,7 @@ impl Flight {
             here,
             pending: Vec::new(),
             parked: Vec::new(),
+            parked_until: None,
             sent: BTreeMap::new(),
             owing: 0,
             troubles: BTreeMap::new(),
@@ -329,6 +332,7 @@ impl Flight {
     ) -> Vec<u32> {
         let pending = std::mem::take(&mut self.pending);
         if failures.is_empty() {
+            self.parked_until = None;
             return Vec::new();
         }
         let failed: BTreeMap<ExpertKey, &ExpertFailure> =
@@ -345,6 +349,13 @@ impl Flight {
             let how = failing(&failure.error);
             self.trouble(call.route, way.peers.me(), &failure.error.to_string(), how, way);
             again.push(call.route);
+        }
+        match self.parked.len() {
+            0 => self.parked_until = None,
+            parked if self.parked_until.is_none() || parked < all => {
+                self.parked_until = Some(way.now + way.patience);
+            }
+            _ => {}
         }
         if again.len() == all && first + all == rows {
             // They are tried again and again: their place is not taken anew each time.
@@ -462,10 +473,26 @@ impl Flight {
         again
     }
 
-    /// When [`Flight::expire`] is to be called at the latest.
+    /// Gives up waiting for experts that have not come in time. Returns their routes, to be placed
+    /// again: others may hold them.
+    pub(super) fn give_up(&mut self, way: &Way<'_>) -> Vec<u32> {
+        if self.parked_until.is_none_or(|until| until > way.now) {
+            return Vec::new();
+        }
+        self.parked_until = None;
+        let parked = std::mem::take(&mut self.parked);
+        for call in &parked {
+            let reason = not_come(way.patience);
+            self.trouble(call.route, way.peers.me(), &reason, Failing::Absent, way);
+        }
+        parked.into_iter().map(|call| call.route).collect()
+    }
+
+    /// When [`Flight::expire`] and [`Flight::give_up`] are to be called at the latest.
     pub(super) fn wakes_at(&self) -> Option<Instant> {
         let waiting = |(route, _): &(&u32, &Trouble)| self.parts[**route as usize] == Part::Waiting;
-        self.troubles.iter().filter(waiting).map(|(_, t)| t.until.min(t.retry)).min()
+        let troubles = self.troubles.iter().filter(waiting).map(|(_, t)| t.until.min(t.retry));
+        troubles.chain(self.parked_until).min()
     }
 
     /// Batches that a node owes although every one of their calls could be had from somebody else.
@@ -512,6 +539,11 @@ impl Flight {
         };
         self.parts.iter().map(part).collect()
     }
+}
+
+/// Why an expert is not waited for any longer.
+pub(super) fn not_come(waited: Duration) -> String {
+    format!("its weights did not come into this node's memory for {waited:?}")
 }
 
 /// Experts, each once, with how often they occur.

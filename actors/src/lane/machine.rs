@@ -25,10 +25,10 @@ use std::{
 
 use lite_llm_kernels::device::Device;
 use lite_llm_runtime::{
-    engine::{self, Engine, PassId, Step},
-    expert::ExpertStore,
+    engine::{self, Engine, PASSES_MAX, PassId, Step},
+    expert::{ExpertKey, ExpertStore},
     moe_layer::{ExpertCall, run_experts},
-    routing::Route,
+    routing::{Route, Routes},
     sequence::{Request, RequestError},
 };
 use lite_llm_transport::{
@@ -190,6 +190,8 @@ pub(super) struct RemoteBatch<R> {
     /// What is computed of it; nothing before it was first looked at.
     answer: Option<Reply>,
     bytes: usize,
+    /// Until when its experts are waited for, unless some of them come meanwhile.
+    until: Option<Instant>,
 }
 
 /// See the module's text.
@@ -201,6 +203,8 @@ pub struct LaneMachine<D: Device, R> {
     limits: LaneLimits,
     exchange: Exchange,
     flights: BTreeMap<PassId, Flight>,
+    /// What was predicted of passes' next layers.
+    early: BTreeMap<PassId, Routes>,
     /// Memory of flights that have ended: a layer of a long prompt fills many pages, and getting
     /// them from the system each time would cost more than it seems.
     spare: Vec<Vec<f32>>,
@@ -230,6 +234,7 @@ impl<D: Device, R> LaneMachine<D, R> {
             limits,
             exchange: Exchange::new(limits.answer, IN_FLIGHT_DISPATCHES_MAX),
             flights: BTreeMap::new(),
+            early: BTreeMap::new(),
             spare: Vec::new(),
             dispatches: HashMap::new(),
             next_dispatch: 0,
@@ -304,7 +309,8 @@ impl<D: Device, R> LaneMachine<D, R> {
     /// When to call [`Self::handle`] with [`Event::Tick`] at the latest.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let flights = self.flights.values().filter_map(Flight::wakes_at);
-        flights.chain(self.exchange.poll_timeout()).min()
+        let batches = self.parked.iter().chain(&self.batches).filter_map(|batch| batch.until);
+        flights.chain(batches).chain(self.exchange.poll_timeout()).min()
     }
 
     /// Computes one piece of work: all expert calls that are here, of this node's passes and of
@@ -352,8 +358,11 @@ impl<D: Device, R> LaneMachine<D, R> {
             return;
         }
         self.batch_bytes += bytes;
-        self.store.want(&Reply::wanted(&view));
-        self.batches.push(RemoteBatch { view, reply, answer: None, bytes });
+        if !self.store.is_complete() {
+            self.store.routed(view.head().layer, Reply::routed(&view));
+            self.store.want(&Reply::wanted(&view));
+        }
+        self.batches.push(RemoteBatch { view, reply, answer: None, bytes, until: None });
     }
 
     fn peer_lost(&mut self, now: Instant, peer: u16, reason: String) {
@@ -390,9 +399,26 @@ impl<D: Device, R> LaneMachine<D, R> {
         }
         let passes: Vec<PassId> = self.flights.keys().copied().collect();
         for pass in passes {
-            let again = self.flights.get_mut(&pass).map_or_else(Vec::new, |f| f.expire(now));
+            let mut again = self.flights.get_mut(&pass).map_or_else(Vec::new, |f| f.expire(now));
+            let store = self.store.clone();
+            again.extend(self.with_flight(now, pass, |flight, routes, way| {
+                let late = flight.give_up(way);
+                let keys: Vec<_> = late.iter().map(|&route| routes[route as usize].key).collect();
+                store.used(&keys);
+                late
+            }));
+            again.sort_unstable();
             self.place_again(now, pass, &again);
             self.combine_if_complete(pass);
+        }
+        let late = |batch: &mut RemoteBatch<R>| batch.until.is_some_and(|until| until <= now);
+        let late: Vec<_> = self.parked.extract_if(.., late).collect();
+        for mut batch in late {
+            if let Some(answer) = &mut batch.answer {
+                answer.give_up(&batch.view, self.limits.patience);
+            }
+            self.unused(Reply::wanted(&batch.view));
+            self.answer(batch);
         }
     }
 
@@ -410,9 +436,22 @@ impl<D: Device, R> LaneMachine<D, R> {
         let width = self.engine.backbone().config.hidden;
         let flight = Flight::new(width, self.spare.pop().unwrap_or_default());
         self.flights.insert(pass, flight);
+        let early = self.early.remove(&pass).unwrap_or_default();
+        if !self.store.is_complete()
+            && let Some((layer, rows)) = self.engine.routed(pass, &early)
+        {
+            self.store.routed(layer, rows);
+        }
         self.place(now, pass, None);
         if self.store.wants_predictions() {
-            self.store.predict(&self.engine.predict(pass));
+            let early = self.engine.predict(pass);
+            if early.rows() > 0 {
+                self.store.predict(&early.likeliest());
+                self.early.insert(pass, early);
+            }
+            while self.early.len() > PASSES_MAX {
+                self.early.pop_first();
+            }
         }
         self.combine_if_complete(pass);
         if self.flights.get(&pass).is_some_and(|flight| !flight.has_pending()) {
@@ -452,7 +491,7 @@ impl<D: Device, R> LaneMachine<D, R> {
             None => flight.place(&dispatch, &mut way),
             Some(routes) => flight.place_again(routes, &dispatch, &mut way),
         };
-        if flight.pending() > before {
+        if flight.pending() > before && !self.store.is_complete() {
             self.store.want(&flight.wanted(before, dispatch.routes.all()));
         }
         span.record("remote", outgoing.len());
@@ -499,16 +538,16 @@ impl<D: Device, R> LaneMachine<D, R> {
         };
         drop(dispatches);
         for mut batch in batches {
-            let Some(mut answer) = batch.answer.take() else { continue };
-            if !answer.ran(&batch.view, &failures) {
-                batch.answer = Some(answer);
-                self.parked.push(batch);
+            let Some(answer) = &mut batch.answer else { continue };
+            let before = answer.done();
+            if answer.ran(&batch.view, &failures) {
+                self.answer(batch);
                 continue;
             }
-            self.batch_bytes -= batch.bytes;
-            if let Some(frame) = answer.finish(&batch.view, &self.buffers) {
-                self.commands.push_back(Command::Answer { reply: batch.reply, frame });
+            if batch.until.is_none() || answer.done() > before {
+                batch.until = Some(now + self.limits.patience);
             }
+            self.parked.push(batch);
         }
         for (pass, reason) in unreadable {
             self.fail(pass, &reason);
@@ -522,6 +561,26 @@ impl<D: Device, R> LaneMachine<D, R> {
                 self.engine.prefetch_next(pass);
             }
         }
+    }
+
+    /// Sends the answer to a batch.
+    fn answer(&mut self, batch: RemoteBatch<R>) {
+        let RemoteBatch { view, reply, answer, bytes, .. } = batch;
+        self.batch_bytes -= bytes;
+        let Some(answer) = answer else { return };
+        if answer.is_refusal() {
+            // It was wanted before it was looked at.
+            self.unused(Reply::wanted(&view));
+        }
+        if let Some(frame) = answer.finish(&view, &self.buffers) {
+            self.commands.push_back(Command::Answer { reply, frame });
+        }
+    }
+
+    /// These are not wanted any more.
+    fn unused(&self, wanted: Vec<(ExpertKey, u32)>) {
+        let keys: Vec<ExpertKey> = wanted.into_iter().map(|(key, _)| key).collect();
+        self.store.used(&keys);
     }
 
     /// Does something with a pass's flight, if both exist.
@@ -605,6 +664,10 @@ impl<D: Device, R> LaneMachine<D, R> {
 
     fn publish(&mut self) {
         while let Some(event) = self.engine.poll_event() {
+            use engine::Event::{Ended, Failed};
+            if let Ended { sequence, .. } | Failed { sequence, .. } = event {
+                self.store.ended(sequence);
+            }
             self.commands.push_back(Command::Publish(event));
         }
     }

@@ -17,7 +17,10 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicU32, AtomicU64,
+            Ordering::{AcqRel, Relaxed},
+        },
     },
     time::{Duration, Instant},
 };
@@ -193,7 +196,7 @@ impl Lane {
         parts.store.on_arrival(Box::new({
             let (experts, lane) = (experts.clone(), sender.clone());
             move || {
-                if !experts.swap(true, Relaxed) {
+                if !experts.swap(true, AcqRel) {
                     // A lane whose inbox is full is awake.
                     let _ = lane.try_send(LaneEvent::Wake);
                 }
@@ -226,7 +229,7 @@ impl Lane {
             self.stats.rounds.fetch_add(1, Relaxed);
             self.receive();
             let now = Instant::now();
-            if self.experts.swap(false, Relaxed) {
+            if self.experts.swap(false, AcqRel) {
                 self.machine.handle(now, Event::Experts);
             }
             if self.machine.poll_timeout().is_some_and(|at| at <= now) {

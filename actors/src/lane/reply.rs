@@ -1,10 +1,14 @@
 //! The answer to a batch of another node, computed where it will be sent from.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use lite_llm_runtime::{
     expert::ExpertKey,
     moe_layer::{ExpertCall, ExpertFailure},
+    residency::{ROUTED_ROWS_MAX, RoutedRow},
 };
 use lite_llm_transport::{
     connection::Connection,
@@ -15,7 +19,7 @@ use lite_llm_transport::{
 use tokio::sync::mpsc;
 use tracing::Span;
 
-use super::flight::{Failing, count, failing, is_coming};
+use super::flight::{Failing, count, failing, is_coming, not_come};
 use crate::trace;
 
 /// Where the answers to a peer's batches go.
@@ -90,6 +94,18 @@ impl Reply {
         count(view.calls().iter().map(|call| key(view.head().layer, call)))
     }
 
+    /// What the rows of a batch are routed to on this node, for a policy to learn from: whose rows
+    /// they are is not said, so all are taken for one sequence's.
+    pub(super) fn routed(view: &ExpertBatchView) -> Vec<RoutedRow> {
+        let mut rows: BTreeMap<u32, Vec<ExpertKey>> = BTreeMap::new();
+        for call in view.calls() {
+            rows.entry(call.row).or_default().push(key(view.head().layer, call));
+        }
+        let skipped = rows.len().saturating_sub(ROUTED_ROWS_MAX);
+        let row = |experts| RoutedRow { stream: u64::MAX, last: [0; 3], experts, near: vec![] };
+        rows.into_values().skip(skipped).map(row).collect()
+    }
+
     /// The calls that are still to be run.
     pub(super) fn calls<'a>(
         &'a mut self,
@@ -140,6 +156,34 @@ impl Reply {
             }
         }
         done.iter().all(|done| *done)
+    }
+
+    /// Whether it says only that nothing of the batch is computed.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused(_))
+    }
+
+    /// How many calls were run, or cannot be.
+    pub(super) fn done(&self) -> usize {
+        match self {
+            Self::Outputs { done, .. } => done.iter().filter(|done| **done).count(),
+            Self::Refused(_) => 0,
+        }
+    }
+
+    /// Says of the calls whose experts have not come in time that they are absent.
+    pub(super) fn give_up(&mut self, view: &ExpertBatchView, waited: Duration) {
+        let Self::Outputs { done, failed, .. } = self else { return };
+        let mut named = BTreeSet::new();
+        for (call, done) in view.calls().iter().zip(done.iter_mut()).filter(|(_, done)| !**done) {
+            *done = true;
+            let key = key(view.head().layer, call);
+            if named.insert(key) {
+                let ExpertKey { tier, group, expert, .. } = key;
+                let reason = format!("{key}: {}", not_come(waited));
+                failed.push(FailedExpert { tier, group, expert, reason }.absent());
+            }
+        }
     }
 
     /// The frame to be sent. It names the experts that could not be run; the other calls are

@@ -53,8 +53,6 @@ pub enum OpenFile {
         /// Size when it was opened.
         bytes: u64,
     },
-    /// On disk, and mapped.
-    Mapped(Buffer),
     /// In an object store.
     Object {
         /// The store.
@@ -197,21 +195,8 @@ impl OpenFile {
     pub fn bytes(&self) -> u64 {
         match self {
             OpenFile::File { bytes, .. } | OpenFile::Object { bytes, .. } => *bytes,
-            OpenFile::Mapped(map) => map.len() as u64,
             OpenFile::Embedded(bytes) => bytes.len() as u64,
         }
-    }
-
-    /// Maps a file that is on disk, all of it. One that cannot be mapped (some file systems have
-    /// no mappings, and a process may have only so many) is read instead, as it was.
-    pub fn map(self) -> Self {
-        if let OpenFile::File { file, bytes } = &self
-            && let Ok(bytes) = usize::try_from(*bytes)
-            && let Ok(map) = Buffer::map(file, bytes)
-        {
-            return OpenFile::Mapped(map);
-        }
-        self
     }
 
     fn checked(&self, path: &str, range: &Range<u64>) -> Result<Range<usize>, CheckpointError> {
@@ -226,16 +211,12 @@ impl OpenFile {
         }
     }
 
-    /// A range in memory that kernels can use: mapped and embedded bytes are borrowed when they
-    /// are aligned, others are read.
+    /// A range in memory that kernels can use: embedded bytes are borrowed when they are aligned,
+    /// others are read.
     pub fn read(&self, path: &str, range: Range<u64>) -> Result<Buffer, CheckpointError> {
         let at = self.checked(path, &range)?;
         let borrowed = match self {
             OpenFile::File { .. } | OpenFile::Object { .. } => None,
-            OpenFile::Mapped(map) => {
-                let slice = map.slice(at.clone()).ok();
-                slice.inspect(Buffer::will_need)
-            }
             OpenFile::Embedded(bytes) => Buffer::from_owner(&bytes[at.clone()]).ok(),
         };
         if let Some(buffer) = borrowed {
@@ -266,10 +247,6 @@ impl OpenFile {
                 found if found == *bytes => Ok(()),
                 found => Err(CheckpointError::Size { path: path.into(), found, expected: *bytes }),
             },
-            OpenFile::Mapped(map) => {
-                out.copy_from_slice(&map[at]);
-                Ok(())
-            }
             OpenFile::Embedded(bytes) => {
                 out.copy_from_slice(&bytes[at]);
                 Ok(())

@@ -178,7 +178,10 @@ pub(super) fn shards(
         report.files += 1;
         // Pages are kept when they are read; errors are met again below.
         let groups: Vec<u32> = (0..index.pages.len() as u32).collect();
-        let read = |group: &u32| Ok::<_, ()>(drop(checkpoint.page(tier, *group)));
+        let read = |group: &u32| {
+            let _ = checkpoint.page(tier, *group);
+            Ok::<_, ()>(())
+        };
         let _ = try_map(checkpoint.files().readers(), &groups, read);
         shards.extend(index.routers.iter().map(|l| l.shard.clone()));
         for group in 0..index.pages.len() {

@@ -17,12 +17,12 @@ use std::{
     },
 };
 
-use lite_llm_kernels::slots::SlotPool;
+use lite_llm_kernels::slots::{NoSlot, SlotPool};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use super::{
     fetch::{Done, Fetched, Fetcher},
-    machine::{Command, Counters, Event, Residency, ResidencyOptions},
+    machine::{Command, Counters, Event, Residency, ResidencyOptions, RoutedRow, Urgency},
     policy::Policy,
 };
 use crate::config::MoeConfig;
@@ -30,6 +30,8 @@ use crate::expert::{ExpertKey, ExpertStore, GatedMlp, StoreError, Waker};
 
 /// Told the bytes of an expert that was to be loaded; 0 if it had no room.
 type Loaded = Box<dyn FnOnce(Result<u64, StoreError>) + Send>;
+
+type Told = (Loaded, Result<u64, StoreError>);
 
 /// What a cache is made of.
 #[derive(Debug)]
@@ -68,6 +70,8 @@ struct Inner {
     residency: Residency,
     loads: HashMap<ExpertKey, Vec<Loaded>>,
     refused: HashMap<ExpertKey, StoreError>,
+    /// Fetches for which the pool has no slot yet: what was let go is still being computed with.
+    deferred: Vec<(ExpertKey, Urgency)>,
 }
 
 impl fmt::Debug for ExpertCache {
@@ -84,11 +88,11 @@ impl ExpertCache {
         let slots = expert_bytes.iter().copied().map(slot).collect();
         let residency =
             Residency::new(ResidencyOptions { moe, budget, expert_bytes: slots, policy, prefetch });
-        let (loads, refused) = (HashMap::new(), HashMap::new());
+        let (loads, refused, deferred) = (HashMap::new(), HashMap::new(), Vec::new());
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
             here: RwLock::default(),
-            inner: Mutex::new(Inner { residency, loads, refused }),
+            inner: Mutex::new(Inner { residency, loads, refused, deferred }),
             share: RwLock::default(),
             complete: AtomicBool::new(false),
             resident: AtomicU64::new(0),
@@ -126,9 +130,16 @@ impl ExpertCache {
 
     /// Serves these experts from now on, and no others.
     pub fn keep(&self, keys: BTreeSet<ExpertKey>) {
+        let mut inner = self.inner.lock();
         *self.share.write() = Arc::new(keys.clone());
         self.complete.store(false, Relaxed);
-        self.happened(Event::Keep(keys));
+        inner.residency.handle(Event::Keep(keys));
+        self.carry_out(inner);
+    }
+
+    /// Gives memory that no expert uses back to the system.
+    pub fn trim(&self) {
+        self.pool.trim();
     }
 
     /// Serves an expert no more.
@@ -162,24 +173,22 @@ impl ExpertCache {
     fn carry_out(&self, mut guard: MutexGuard<'_, Inner>) {
         let inner = &mut *guard;
         let (mut told, mut came) = (Vec::new(), false);
+        for (key, urgency) in std::mem::take(&mut inner.deferred) {
+            self.begin(inner, key, urgency, &mut told);
+        }
         while let Some(command) = inner.residency.poll_command() {
             match command {
-                Command::Fetch(key, urgency) => {
-                    let bytes = self.expert_bytes.get(usize::from(key.tier));
-                    let bytes = bytes.copied().unwrap_or(0) as usize;
-                    match self.pool.take(bytes) {
-                        Ok(slot) => self.fetcher.fetch(key, slot, urgency, self.done(key)),
-                        Err(error) => {
-                            let reason = error.to_string();
-                            let error = StoreError::Unreadable { key, reason: reason.clone() };
-                            let loads = inner.loads.remove(&key).unwrap_or_default();
-                            told.extend(loads.into_iter().map(|load| (load, Err(error.clone()))));
-                            inner.residency.handle(Event::Failed(key, reason));
+                Command::Fetch(key, urgency) => self.begin(inner, key, urgency, &mut told),
+                Command::Promote(key) => self.fetcher.promote(key),
+                Command::Cancel(key) => {
+                    match inner.deferred.iter().position(|(deferred, _)| *deferred == key) {
+                        Some(at) => {
+                            inner.deferred.remove(at);
+                            inner.residency.handle(Event::Cancelled(key));
                         }
+                        None => self.fetcher.cancel(key),
                     }
                 }
-                Command::Promote(key) => self.fetcher.promote(key),
-                Command::Cancel(key) => self.fetcher.cancel(key),
                 Command::Evict(key) => {
                     if let Some(expert) = self.here.write().remove(&key) {
                         self.resident.fetch_sub(expert.bytes(), Relaxed);
@@ -187,7 +196,11 @@ impl ExpertCache {
                 }
                 Command::Ready(_) => came = true,
                 Command::Refuse(key, reason) => {
-                    inner.refused.entry(key).or_insert(StoreError::Unreadable { key, reason });
+                    let error = match self.share.read().contains(&key) {
+                        true => StoreError::Unreadable { key, reason },
+                        false => StoreError::NotHere { key },
+                    };
+                    inner.refused.entry(key).or_insert(error);
                     came = true;
                 }
                 Command::Loaded(key) => {
@@ -197,7 +210,8 @@ impl ExpertCache {
                 }
             }
         }
-        if inner.residency.is_whole() && self.here.read().len() == self.share.read().len() {
+        let all = self.here.read().len() == self.share.read().len();
+        if all && inner.residency.is_settled() {
             self.complete.store(true, Relaxed);
         }
         drop(guard);
@@ -206,6 +220,24 @@ impl ExpertCache {
         }
         if came && let Some(waker) = &*self.waker.read() {
             waker();
+        }
+    }
+
+    /// Has the fetcher begin, if there is a slot.
+    fn begin(&self, inner: &mut Inner, key: ExpertKey, urgency: Urgency, told: &mut Vec<Told>) {
+        let bytes = self.expert_bytes.get(usize::from(key.tier)).copied().unwrap_or(0);
+        match self.pool.take(bytes as usize) {
+            Ok(slot) => self.fetcher.fetch(key, slot, urgency, self.done(key)),
+            // The machine knows of room: it is there when who computes with an expert that was let
+            // go has done so, and says so.
+            Err(NoSlot::OverBudget { .. }) => inner.deferred.push((key, urgency)),
+            Err(error) => {
+                let reason = error.to_string();
+                let error = StoreError::Unreadable { key, reason: reason.clone() };
+                let loads = inner.loads.remove(&key).unwrap_or_default();
+                told.extend(loads.into_iter().map(|load| (load, Err(error.clone()))));
+                inner.residency.handle(Event::Failed(key, reason));
+            }
         }
     }
 
@@ -262,13 +294,26 @@ impl ExpertStore for ExpertCache {
         if let Some(expert) = self.here.read().get(&key) {
             return Ok(expert.clone());
         }
-        if let Some(error) = self.inner.lock().refused.remove(&key) {
+        let mut inner = self.inner.lock();
+        if let Some(error) = inner.refused.remove(&key) {
             return Err(error);
         }
-        match self.share.read().contains(&key) {
-            true => Err(StoreError::Coming { key }),
-            false => Err(StoreError::NotHere { key }),
+        if let Some(expert) = self.here.read().get(&key) {
+            return Ok(expert.clone());
         }
+        if !self.share.read().contains(&key) {
+            // It may be on its way for somebody who will not ask again either.
+            inner.residency.handle(Event::Used(vec![key]));
+            self.carry_out(inner);
+            return Err(StoreError::NotHere { key });
+        }
+        // Several may want it, and the first to have used it lets it go, or is told why it cannot be
+        // had: the others want it anew.
+        if !inner.residency.awaits(key) {
+            inner.residency.handle(Event::Demand(vec![(key, 1)]));
+            self.carry_out(inner);
+        }
+        Err(StoreError::Coming { key })
     }
 
     fn used(&self, experts: &[ExpertKey]) {
@@ -279,6 +324,25 @@ impl ExpertStore for ExpertCache {
 
     fn on_arrival(&self, wake: Waker) {
         *self.waker.write() = Some(wake);
+        // Who was called before is no more, and what it wanted is wanted no more.
+        let mut inner = self.inner.lock();
+        inner.refused.clear();
+        inner.residency.handle(Event::Abandoned);
+        self.carry_out(inner);
+    }
+
+    fn routed(&self, layer: u16, rows: Vec<RoutedRow>) {
+        self.happened(Event::Routed { layer, rows });
+    }
+
+    fn ended(&self, stream: u64) {
+        if !self.complete.load(Relaxed) {
+            self.happened(Event::Ended(stream));
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.complete.load(Relaxed)
     }
 
     fn predict(&self, experts: &[ExpertKey]) {

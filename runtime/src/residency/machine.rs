@@ -75,6 +75,8 @@ pub enum Event {
     Demand(Vec<(ExpertKey, u32)>),
     /// They were computed with, or are no longer wanted.
     Used(Vec<ExpertKey>),
+    /// Whoever demanded anything is no more.
+    Abandoned,
     /// These, all of one layer, will probably be demanded next there, the likeliest first: the early
     /// gate's choice.
     Predicted(Vec<ExpertKey>),
@@ -302,6 +304,7 @@ impl Residency {
             Event::Ended(stream) => return self.options.policy.ended(stream),
             Event::Demand(wanted) => self.demand(&wanted),
             Event::Used(keys) => keys.into_iter().for_each(|key| self.used(key)),
+            Event::Abandoned => self.pinned().into_iter().for_each(|key| self.used(key)),
             Event::Predicted(keys) => self.predict(&keys),
             Event::Load(key) => self.load(key),
             Event::Arrived(key) => self.arrived(key),
@@ -335,6 +338,22 @@ impl Residency {
     /// Whether all that is served has room: then nothing that is here is ever let go.
     pub fn is_whole(&self) -> bool {
         self.whole
+    }
+
+    /// Whether all that is served has room and nobody computes with what is here, as far as was said:
+    /// whether, when all of it has come, nothing of it can go before [`Event::Keep`].
+    pub fn is_settled(&self) -> bool {
+        self.whole && self.pinned().is_empty()
+    }
+
+    /// Whether somebody is told when it comes, or that it cannot.
+    pub fn awaits(&self, key: ExpertKey) -> bool {
+        self.entries.get(&key).is_some_and(|entry| entry.pinned)
+    }
+
+    fn pinned(&self) -> Vec<ExpertKey> {
+        let pinned = self.entries.iter().filter(|(_, entry)| entry.pinned);
+        pinned.map(|(&key, _)| key).collect()
     }
 
     /// Whether predictions are followed at present.
@@ -509,7 +528,8 @@ impl Residency {
         };
         self.entries.insert(key, Entry { load: true, ..Entry::waiting(flat) });
         self.counters.fetches += 1;
-        self.fetch(key, Urgency::Demand);
+        // Whoever waits for another goes first.
+        self.fetch(key, Urgency::Prefetch);
     }
 
     fn fetch(&mut self, key: ExpertKey, urgency: Urgency) {
@@ -531,9 +551,7 @@ impl Residency {
         let bytes = self.bytes(key);
         let serves = self.serves(key);
         let Some(entry) = self.entries.get_mut(&key) else { return };
-        if !matches!(entry.state, State::Fetching { .. }) {
-            return;
-        }
+        let State::Fetching { urgency, .. } = entry.state else { return };
         entry.state = State::Here;
         self.fetching -= 1;
         self.counters.bytes_in += bytes;
@@ -544,9 +562,11 @@ impl Residency {
         if load {
             self.commands.push_back(Command::Loaded(key));
         }
-        if pinned {
+        if pinned || urgency == Urgency::Demand {
+            // One of several who demanded it may have taken that back for all.
             self.commands.push_back(Command::Ready(key));
-        } else if !serves {
+        }
+        if !pinned && !serves {
             self.evict(key);
         }
     }

@@ -9,6 +9,8 @@
 mod hierarchical;
 mod select;
 
+use std::collections::BTreeSet;
+
 use lite_llm_kernels::device::{Device, DeviceError};
 
 pub use self::hierarchical::{HierarchicalRouter, TierGates};
@@ -112,6 +114,17 @@ impl Routes {
             from = end;
         }
         self.routes.truncate(to);
+    }
+
+    /// All experts, each once: the first choices of all rows, then the second, …
+    pub fn likeliest(&self) -> Vec<ExpertKey> {
+        let longest = (0..self.rows()).map(|row| self.row(row).len()).max().unwrap_or(0);
+        let (mut seen, mut keys) = (BTreeSet::new(), Vec::new());
+        for place in 0..longest {
+            let keyed = |row: usize| self.row(row).get(place).map(|route| route.key);
+            keys.extend((0..self.rows()).filter_map(keyed).filter(|key| seen.insert(*key)));
+        }
+        keys
     }
 
     /// Orders the routes of each row by weight, the greatest first.
