@@ -44,6 +44,7 @@ pub struct LocalOptions {
 
 /// A running local cluster.
 pub struct LocalCluster {
+    dram_bytes: u64,
     coordinator: CoordinatorHandle,
     workers: Vec<Worker>,
 }
@@ -89,7 +90,7 @@ impl LocalCluster {
         });
         let workers =
             futures::future::try_join_all(starts).await.map_err(|error| failed(&error))?;
-        let cluster = Self { coordinator, workers };
+        let cluster = Self { dram_bytes: options.dram_bytes, coordinator, workers };
         cluster.coordinator.ready().await?;
         Ok(cluster)
     }
@@ -97,6 +98,11 @@ impl LocalCluster {
     /// The coordinator, to submit jobs to.
     pub fn coordinator(&self) -> &CoordinatorHandle {
         &self.coordinator
+    }
+
+    /// Bytes of experts that each node holds at most.
+    pub fn dram_bytes(&self) -> u64 {
+        self.dram_bytes
     }
 
     /// The stores of its nodes' experts: for a test of what their loss does.

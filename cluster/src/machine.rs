@@ -1,23 +1,40 @@
 //! What this machine has: cores and memory.
 
-use std::{fs, thread};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    thread,
+};
 
 /// Cores that this process may use.
 pub(crate) fn cores() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Bytes of memory that are free for new use, if the system says; the tighter of the machine's
-/// and the control group's.
+/// Bytes of memory that are free for new use, if the system says; the tightest of the machine's and
+/// of every control group that this process is in.
 pub(crate) fn free_memory() -> Option<u64> {
-    let machine = meminfo("MemAvailable:");
-    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let group = number("/sys/fs/cgroup/memory.max")
-        .map(|limit| limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
-    match (machine, group) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    }
+    let groups = control_groups().into_iter().filter_map(|group| free_in(&group));
+    groups.chain(meminfo("MemAvailable:")).min()
+}
+
+/// The folders of this process's control groups, the innermost first.
+fn control_groups() -> Vec<PathBuf> {
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let root = Path::new("/sys/fs/cgroup");
+    // Where the group's folder is not to be seen, as in a container, the root is the group.
+    Path::new(own).ancestors().map(|path| root.join(path)).collect()
+}
+
+/// Bytes that a control group's limit leaves; what it holds of files counts as free.
+fn free_in(group: &Path) -> Option<u64> {
+    let number = |file: &str| fs::read_to_string(group.join(file)).ok()?.trim().parse::<u64>().ok();
+    let limit = number("memory.max")?;
+    let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
+    let files = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.parse().ok());
+    let used = number("memory.current").unwrap_or(0).saturating_sub(files.unwrap_or(0));
+    Some(limit.saturating_sub(used))
 }
 
 /// Bytes of memory of the machine, if the system says.

@@ -25,6 +25,7 @@ use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
 
 use crate::{
+    archive,
     lane::{Arrangement, LaneEvent, LaneMessage, LaneParts, LaneStats},
     links::deliver,
     node::{Loaded, Model, NodeOptions},
@@ -360,8 +361,11 @@ fn wanted(
 /// A folder with the number of the manifest that the coordinator's `DIR@N` ends with: the folder may
 /// have been extended since, here or there. A folder that names a number itself keeps it.
 fn same_manifest(folder: PathBuf, assigned: &str) -> PathBuf {
+    let numbered =
+        |text: &str| text.rsplit_once('@').is_some_and(|(_, n)| n.parse::<u64>().is_ok());
+    let store = archive::is_url(&folder) && !folder.to_str().is_some_and(numbered);
     match assigned.rsplit_once('@') {
-        Some((_, number)) if folder.exists() => {
+        Some((_, number)) if folder.exists() || store => {
             let mut numbered = folder.into_os_string();
             numbered.push(format!("@{number}"));
             numbered.into()
@@ -370,6 +374,6 @@ fn same_manifest(folder: PathBuf, assigned: &str) -> PathBuf {
     }
 }
 
-fn open_checkpoint(folder: PathBuf) -> Result<Checkpoint, String> {
-    Checkpoint::open(folder).map_err(|error| error.to_string())
+fn open_checkpoint(location: PathBuf) -> Result<Checkpoint, String> {
+    archive::open_checkpoint(&location).map_err(|error| error.to_string())
 }

@@ -238,8 +238,10 @@ fn placement(seed: Option<u64>) -> PlacementPolicy {
     seed.map_or(PlacementPolicy::Balanced, PlacementPolicy::Random)
 }
 
-/// How much of the free memory experts may take when nobody says.
-const DRAM_SHARE: f64 = 0.85;
+/// How much of the free memory workers may take when nobody says.
+const MEMORY_SHARE: f64 = 0.9;
+/// Of that, what experts may have at least, however much is asked for caches.
+const EXPERTS_SHARE_MIN: f64 = 0.25;
 
 impl ComputeArgs {
     /// Threads of one of `workers` workers on this machine.
@@ -276,10 +278,33 @@ impl ComputeArgs {
         }
     }
 
-    /// Bytes of experts of one of `workers` workers on this machine.
-    fn dram_bytes(&self, workers: usize) -> u64 {
-        let free = || machine::free_memory().unwrap_or(u64::MAX);
-        self.dram.map_or_else(|| (free() as f64 * DRAM_SHARE / workers as f64) as u64, |s| s.0)
+    /// Bytes of experts of one of `workers` workers on this machine, each of which holds so many bytes
+    /// of the rest of the model.
+    fn dram_bytes(&self, workers: usize, dense: u64) -> u64 {
+        let here = || {
+            let Some(free) = machine::free_memory() else { return u64::MAX };
+            let each = free as f64 * MEMORY_SHARE / workers as f64;
+            let rest = dense.saturating_add(self.kv.0) as f64;
+            (each - rest).max(each * EXPERTS_SHARE_MIN) as u64
+        };
+        self.dram.map_or_else(here, |size| size.0)
+    }
+}
+
+/// Where the experts of a worker will be, in a line for people.
+fn budgets(experts: Option<u64>, dram: u64, kv: u64) -> String {
+    let caches = format!("up to {} for key/value caches", Size(kv));
+    match experts {
+        Some(experts) if experts <= dram => {
+            format!("memory: {} for all experts, {caches}", Size(experts))
+        }
+        Some(experts) => format!(
+            "memory: {} for experts, of which there are {}: the rest is read when it is needed; \
+             {caches}",
+            Size(dram),
+            Size(experts)
+        ),
+        None => format!("memory: up to {} for experts, {caches}", Size(dram)),
     }
 }
 
@@ -295,7 +320,7 @@ impl LocalArgs {
             workers,
             threads: self.compute.threads(workers),
             simd: self.compute.simd()?,
-            dram_bytes: self.compute.dram_bytes(workers),
+            dram_bytes: self.compute.dram_bytes(workers, checkpoint.dense_bytes()),
             kv_bytes: self.compute.kv_bytes()?,
             kv_dtype: self.kv_dtype,
             context: self.context,

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 
 use super::{
     answer::{Answer, BROKEN_OFF},
-    bad_input, open_model,
+    bad_input, budgets, open_model,
 };
 use crate::{
     cli::{ChatArgs, RunArgs, SamplingArgs},
@@ -46,7 +46,7 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
     let started = Instant::now();
     let cluster = args.local.cluster(checkpoint.clone()).await?;
     if !json {
-        describe(&checkpoint, &args, started)?;
+        describe(&checkpoint, &args, cluster.dram_bytes(), started)?;
     }
     let result = async {
         for (prompt, request) in prompts.iter().zip(requests) {
@@ -95,7 +95,7 @@ pub(super) async fn read_prompt(prompt: &str, bytes_max: usize) -> Result<String
     })
 }
 
-fn describe(checkpoint: &Checkpoint, args: &RunArgs, started: Instant) -> Result<()> {
+fn describe(checkpoint: &Checkpoint, args: &RunArgs, dram: u64, started: Instant) -> Result<()> {
     let summary = checkpoint::inspect::inspect(checkpoint)?;
     let workers = args.local.workers;
     let threads = args.local.compute.threads(workers.into());
@@ -113,6 +113,9 @@ fn describe(checkpoint: &Checkpoint, args: &RunArgs, started: Instant) -> Result
         args.local.compute.simd()?,
         started.elapsed().as_secs_f64(),
     );
+    let kv = args.local.compute.kv_bytes()?;
+    let each = budgets(Some(checkpoint.all_expert_bytes().div_ceil(workers.into())), dram, kv);
+    remark!("{each}{}", if workers == 1 { "" } else { " (each worker)" });
     Ok(())
 }
 

@@ -8,8 +8,10 @@ use lite_llm_actors::{
 use lite_llm_kernels::device::Device;
 use lite_llm_transport::identity::Role;
 
-use super::{bad_input, coordinator_addresses, first_that_answers, interrupted, read_token};
-use crate::{cli::WorkerArgs, size::Size};
+use super::{
+    bad_input, budgets, coordinator_addresses, first_that_answers, interrupted, read_token,
+};
+use crate::cli::WorkerArgs;
 
 /// The worker's name in the cluster.
 pub(super) fn name(args: &WorkerArgs) -> String {
@@ -24,10 +26,10 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
     let token = read_token(args.token.as_ref(), Role::Worker)?;
     let addresses = coordinator_addresses(args.join.as_ref(), &token).await?;
     let device = args.compute.device(1)?;
-    let dram_bytes = args.compute.dram_bytes(1);
+    let dram_bytes = args.compute.dram_bytes(1, 0);
     let kv_bytes = args.compute.kv_bytes()?;
     let name = name(&args);
-    say!("worker {name}: {}, {} for experts", device.describe(), Size(dram_bytes));
+    say!("worker {name}: {} · {}", device.describe(), budgets(None, dram_bytes, kv_bytes));
     let join = async |coordinator| {
         let options = WorkerOptions {
             coordinator,

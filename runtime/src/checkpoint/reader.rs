@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 
 use super::{
-    CheckpointError, MANIFEST_BYTES_MAX,
+    CheckpointError, DATA_ALIGN, MANIFEST_BYTES_MAX,
     archive::Archive,
     codec::unpack_section,
     index::{
@@ -320,6 +320,19 @@ impl Checkpoint {
             true => Ok(expert_bytes(&self.config, self.dtype(), key.tier.into())),
             false => Err(self.absent(key.to_string())),
         }
+    }
+
+    /// Bytes of all that every token needs: everything but experts and their gates.
+    pub fn dense_bytes(&self) -> u64 {
+        let shards = self.dense.layers.iter().map(|layer| &layer.shard).chain([&self.dense.model]);
+        shards.flat_map(|shard| &shard.sections).map(|section| section.bytes).sum()
+    }
+
+    /// Bytes of all experts that are there, as they lie in memory.
+    pub fn all_expert_bytes(&self) -> u64 {
+        let bytes = self.tier_expert_bytes();
+        let slot = |key: ExpertKey| bytes[usize::from(key.tier)].next_multiple_of(DATA_ALIGN);
+        self.config.expert_keys().map(slot).sum()
     }
 
     /// Bytes of an expert, by tier.

@@ -110,7 +110,7 @@ impl Processes {
         authority.join_token(Role::Worker, coordinator.address().to_string())?.write(&token)?;
         let program = std::env::current_exe().context("the path of this program")?;
         // Asked once: workers that load already would leave less for the next.
-        let (dram, simd) = (local.compute.dram_bytes(count).to_string(), local.compute.simd()?);
+        let (dram, simd) = (local.compute.dram_bytes(count, 0).to_string(), local.compute.simd()?);
         let mut workers = Vec::with_capacity(count);
         for number in 1..=count {
             let mut command = Command::new(&program);
