@@ -317,6 +317,11 @@ impl Residency {
         self.commands.pop_front()
     }
 
+    /// Whether it is here.
+    pub fn is_here(&self, key: ExpertKey) -> bool {
+        self.entries.get(&key).is_some_and(|entry| entry.state == State::Here)
+    }
+
     /// Bytes of what is here and of what is on its way.
     pub fn held_bytes(&self) -> u64 {
         self.held
