@@ -86,6 +86,8 @@ pub enum Event {
     Cancelled(ExpertKey),
     /// A fetch has failed.
     Failed(ExpertKey, String),
+    /// What was here is gone: its place has lost it.
+    Lost(ExpertKey),
     /// These are served from now on, and no others; in the beginning, none.
     Keep(BTreeSet<ExpertKey>),
 }
@@ -307,6 +309,7 @@ impl Residency {
             Event::Arrived(key) => self.arrived(key),
             Event::Cancelled(key) => self.ended(key, None),
             Event::Failed(key, reason) => self.ended(key, Some(reason)),
+            Event::Lost(key) => self.lost(key),
             Event::Keep(keys) => self.keep(keys),
         }
         self.serve_waiting();
@@ -608,6 +611,14 @@ impl Residency {
         }
         self.counters.evictions += 1;
         self.commands.push_back(Command::Evict(key));
+    }
+
+    fn lost(&mut self, key: ExpertKey) {
+        let Some(entry) = self.entries.get(&key).copied().filter(|e| e.state == State::Here) else {
+            return;
+        };
+        self.free(key, &entry);
+        self.entries.remove(&key);
     }
 
     fn keep(&mut self, keys: BTreeSet<ExpertKey>) {
