@@ -7,7 +7,10 @@ use std::{
 };
 
 use lite_llm_kernels::{cpu::Cpu, kv::KvDType, simd::Simd};
-use lite_llm_runtime::{checkpoint::Checkpoint, residency::ExpertCache};
+use lite_llm_runtime::{
+    checkpoint::Checkpoint,
+    residency::{ExpertCache, NvmeFolder},
+};
 use lite_llm_transport::identity::ClusterCa;
 
 use crate::{
@@ -26,8 +29,10 @@ pub struct LocalOptions {
     pub threads: usize,
     /// Vector instructions.
     pub simd: Simd,
-    /// Bytes of experts per node.
+    /// Bytes of experts in memory per node.
     pub dram_bytes: u64,
+    /// A folder of a local disk that all nodes share, and its bytes: each has a part of its own.
+    pub nvme: Option<NvmeFolder>,
     /// Bytes of caches of keys and values per node.
     pub kv_bytes: u64,
     /// How they are kept.
@@ -82,6 +87,10 @@ impl LocalCluster {
                 listen: loopback,
                 device: Arc::new(Cpu::new(options.threads, options.simd)),
                 dram_bytes: options.dram_bytes,
+                nvme: options.nvme.as_ref().map(|nvme| NvmeFolder {
+                    folder: nvme.folder.join(format!("w{number}")),
+                    budget: nvme.budget / options.workers as u64,
+                }),
                 kv_bytes: options.kv_bytes,
                 model: Model::Open(checkpoint.clone()),
                 remote: false,

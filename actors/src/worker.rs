@@ -13,7 +13,7 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use lite_llm_kernels::{DETERMINISM_VERSION, cpu::Cpu};
-use lite_llm_runtime::residency::ExpertCache;
+use lite_llm_runtime::residency::{ExpertCache, NvmeFolder};
 use lite_llm_transport::{
     PROTOCOL_VERSION, RELEASE,
     connection::{Connection, StreamKind},
@@ -58,8 +58,10 @@ pub struct WorkerOptions {
     pub listen: SocketAddr,
     /// What computes.
     pub device: Arc<Cpu>,
-    /// Bytes of experts that it holds at most.
+    /// Bytes of experts that it holds in memory at most.
     pub dram_bytes: u64,
+    /// A folder of a local disk for experts that memory does not hold, if there is to be one.
+    pub nvme: Option<NvmeFolder>,
     /// Bytes of caches of keys and values.
     pub kv_bytes: u64,
     /// Where the model is.
@@ -209,6 +211,7 @@ impl Worker {
         let node = NodeOptions {
             info,
             device,
+            nvme: options.nvme,
             kv_bytes: options.kv_bytes,
             model: options.model,
             links: links.clone(),

@@ -14,7 +14,10 @@ use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
 pub use import::{ImportArgs, ModelPath};
 
-use crate::{size::Size, time::Time};
+use crate::{
+    size::{NvmeArg, Size},
+    time::Time,
+};
 
 /// Serve sparse mixture-of-experts models from many machines, with the same bits on any of them.
 #[derive(Debug, Parser)]
@@ -86,9 +89,14 @@ pub struct ComputeArgs {
     /// Vector instructions: scalar, avx2, avx512, neon [default: the best here]. Never changes a result.
     #[arg(long)]
     pub simd: Option<Simd>,
-    /// Memory for experts, per worker [default: what is free, shared by the workers].
+    /// Memory for experts, per worker; what has no room is read when it is needed [default: most of
+    /// what is free, shared by the workers].
     #[arg(long, value_name = "SIZE")]
     pub dram: Option<Size>,
+    /// A folder on a local disk, and bytes of it, for experts that memory does not hold and that would
+    /// be read from farther away again.
+    #[arg(long, value_name = "DIR:SIZE")]
+    pub nvme: Option<NvmeArg>,
     /// Memory for key/value caches, per worker; taken as it is used.
     #[arg(long, value_name = "SIZE", default_value = "2GiB", value_parser = some_bytes)]
     pub kv: Size,

@@ -13,7 +13,7 @@ use std::{
 use lite_llm_kernels::slots::{Slot, SlotPool};
 use lite_llm_runtime::blocks::{
     BlockFile, BlockOptions, BlockReader, Priority, Priority::Demand, Priority::Prefetch, Read,
-    ReadId,
+    ReadId, Unread,
 };
 
 const KIB: usize = 1024;
@@ -114,7 +114,9 @@ impl<T: Send + 'static> Client<T> {
         priority: Priority,
     ) -> ReadId {
         let (tell, slot) = (self.tell.clone(), self.pool.take(bytes).unwrap());
-        let done = Box::new(move |result| tell.send((name, result)).unwrap());
+        let done = Box::new(move |result: Result<_, Unread>| {
+            tell.send((name, result.map_err(io::Error::from))).unwrap();
+        });
         self.reader.submit(Read { file: file.clone(), offset, slot, priority, done })
     }
 
@@ -358,10 +360,10 @@ fn an_answer_may_drop_the_reader_or_panic() {
         let Client { reader, pool, tell, answers } = client;
         let (last, slot) = (reader.clone(), pool.take(10).unwrap());
         let (let_go, gone) = mpsc::channel::<()>();
-        let done = Box::new(move |result| {
+        let done = Box::new(move |result: Result<_, Unread>| {
             gone.recv_timeout(PATIENCE).unwrap();
             drop(last);
-            tell.send((2, result)).unwrap();
+            tell.send((2, result.map_err(io::Error::from))).unwrap();
         });
         reader.submit(Read { file, offset: 0, slot, priority: Demand, done });
         drop(reader);
@@ -390,7 +392,8 @@ fn histories_of_many_threads_are_answered_once_each() {
                             let bytes = 1 + random.below(600 * KIB);
                             let offset = random.below(1500) as u64 * 4096;
                             let (slot, tell) = (pool.take(bytes).unwrap(), tell.clone());
-                            let done = Box::new(move |result: io::Result<Slot>| {
+                            let done = Box::new(move |result: Result<Slot, Unread>| {
+                                let result = result.map_err(io::Error::from);
                                 tell.send((offset, bytes, result)).unwrap()
                             });
                             let priority = [Demand, Prefetch][random.below(2)];

@@ -214,6 +214,7 @@ impl Setup {
             threads: self.threads,
             simd: self.simd,
             dram_bytes: self.dram_bytes,
+            nvme: None,
             kv_bytes: 256 << 20,
             kv_dtype: self.kv_dtype,
             context: self.context,

@@ -79,6 +79,9 @@ fn what_protocol_3_added_is_written_and_read_as_it_was() {
     message("client_request_continue.v3", &ClientRequest::Continue(fixtures::resumed().into()));
     message("client_request_drain.v3", &ClientRequest::Drain("w1".into()));
     message("client_reply_noted.v3", &ClientReply::Noted);
+    message("client_request_residences.v3", &ClientRequest::Residences);
+    let residences = fixtures::residences();
+    message("client_reply_residences.v3", &ClientReply::Residences(vec![residences]));
     let body = JobEventBody::NotTaken { reason: "it is full".into() };
     message("job_event_not_taken.v3", &JobEvent { job: 1, trace: Default::default(), body });
     let report = NodeReport { info: fixtures::info(), holding: Some(fixtures::assignment()) };

@@ -17,7 +17,8 @@ use lite_llm_transport::{
     frame::{FrameReceiver, FrameSender},
     identity::{ClusterCa, OPERATOR, Role},
     messages::{
-        ClientReply, ClientRequest, ClusterStatus, JobContinue, JobEvent, JobRequest, Prompt,
+        ClientReply, ClientRequest, ClusterStatus, JobContinue, JobEvent, JobRequest,
+        NodeResidences, Prompt,
     },
     session::Hello,
     token::JoinToken,
@@ -232,6 +233,11 @@ impl CoordinatorHandle {
         ractor::call!(self.actor, CoordinatorMessage::Describe).map_err(failed)
     }
 
+    /// Where the experts of its nodes are.
+    pub async fn residences(&self) -> Result<Vec<NodeResidences>, ServeError> {
+        ractor::call!(self.actor, CoordinatorMessage::Residences).map_err(failed)
+    }
+
     /// Moves a worker's work and experts away, and lets it go when that is done.
     pub async fn drain(&self, name: String) -> Result<(), ServeError> {
         ractor::call!(self.actor, |reply| CoordinatorMessage::Drain(name, reply))
@@ -306,6 +312,13 @@ impl CoordinatorHandle {
                 Ok(ClientRequest::Status) => {
                     let reply = match self.status().await {
                         Ok(status) => ClientReply::Status(status),
+                        Err(error) => ClientReply::Refused { reason: error.to_string() },
+                    };
+                    sender.send_message(&reply).await
+                }
+                Ok(ClientRequest::Residences) => {
+                    let reply = match self.residences().await {
+                        Ok(residences) => ClientReply::Residences(residences),
                         Err(error) => ClientReply::Refused { reason: error.to_string() },
                     };
                     sender.send_message(&reply).await

@@ -22,8 +22,8 @@ use lite_llm_transport::{
     connection::Connection,
     identity::Role,
     messages::{
-        Assignment, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeStatus, NodeVitals,
-        Prompt, Revoked, RevokedNames,
+        Assignment, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeResidences, NodeStatus,
+        NodeVitals, Prompt, Revoked, RevokedNames,
     },
 };
 use ractor::{
@@ -103,6 +103,8 @@ pub enum CoordinatorMessage {
     Ended(u64),
     /// How is the cluster?
     Describe(RpcReplyPort<ClusterStatus>),
+    /// Where are the nodes' experts?
+    Residences(RpcReplyPort<Vec<NodeResidences>>),
     /// Move a node's work and experts away, and let it go.
     Drain(String, RpcReplyPort<Result<(), String>>),
     /// Answered when the cluster is ready or has failed.
@@ -279,6 +281,7 @@ impl Actor for Coordinator {
             CoordinatorMessage::Describe(reply) => {
                 let _ = reply.send(state.status());
             }
+            CoordinatorMessage::Residences(reply) => state.residences(reply),
             CoordinatorMessage::Drain(name, reply) => {
                 let _ = reply.send(state.drain(now, name));
             }
@@ -495,6 +498,27 @@ impl CoordinatorState {
             node.leave.send_replace(Some(words::gone(name, reason)));
             self.names.retain(|_, other| other != name);
         }
+    }
+
+    /// Asks all nodes where their experts are, and answers with what those say who do in time.
+    fn residences(&self, reply: RpcReplyPort<Vec<NodeResidences>>) {
+        let asked = self.nodes.iter().map(|(name, node)| {
+            let (name, actor) = (name.clone(), node.actor.clone());
+            async move {
+                let timeout = liveness::LOST_AFTER.as_millis() as u64;
+                let answer = ractor::call_t!(actor, NodeMessage::Residences, timeout).ok()?;
+                let said = answer.into_inner().ok()?;
+                said.check().ok()?;
+                Some(NodeResidences { name, ..said })
+            }
+        });
+        let asked = futures::future::join_all(asked.collect::<Vec<_>>());
+        tokio::spawn(async move {
+            let mut said: Vec<NodeResidences> = asked.await.into_iter().flatten().collect();
+            said.sort_by(|a, b| a.name.cmp(&b.name));
+            // Whoever asked may be gone.
+            let _ = reply.send(said);
+        });
     }
 
     fn ask(&self, myself: &ActorRef<CoordinatorMessage>, name: String, incarnation: u64) {

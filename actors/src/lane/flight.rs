@@ -282,6 +282,11 @@ impl Flight {
         !self.pending.is_empty()
     }
 
+    /// Whether calls wait for experts on their way here.
+    pub(super) fn is_parked(&self) -> bool {
+        !self.parked.is_empty()
+    }
+
     /// Calls that are to be run here now: their number grows with [`Flight::place`].
     pub(super) fn pending(&self) -> usize {
         self.pending.len()

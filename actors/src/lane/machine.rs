@@ -257,6 +257,11 @@ impl<D: Device, R> LaneMachine<D, R> {
         !self.flights.is_empty()
     }
 
+    /// Whether something waits for experts on their way to this node's memory.
+    pub fn is_starved(&self) -> bool {
+        !self.parked.is_empty() || self.flights.values().any(Flight::is_parked)
+    }
+
     /// Something happened.
     pub fn handle(&mut self, now: Instant, event: Event<R>) {
         match event {

@@ -139,6 +139,8 @@ pub struct LaneStats {
     pub busy: AtomicBool,
     /// Times that it went around: it stands still where the thread is stuck.
     pub rounds: AtomicU64,
+    /// How long it had nothing to compute because experts were on their way, in microseconds.
+    pub waited_us: AtomicU64,
 }
 
 /// A handle to a running lane.
@@ -246,7 +248,11 @@ impl Lane {
                 self.machine.compute(Instant::now());
             } else if !self.stopped {
                 self.stats.busy.store(false, Relaxed);
+                let (starved, from) = (self.machine.is_starved(), Instant::now());
                 self.wait();
+                if starved {
+                    self.stats.waited_us.fetch_add(from.elapsed().as_micros() as u64, Relaxed);
+                }
             }
         }
         self.stats.busy.store(false, Relaxed);

@@ -15,7 +15,7 @@ use lite_llm_runtime::{
     engine::Engine,
     expert::ExpertKey,
     residency::{
-        CacheOptions, ExpertCache, LocalFetcher,
+        CacheOptions, ExpertCache, FetchOptions, REQUESTS, fetcher_for,
         policy::{self, Shape},
     },
 };
@@ -255,7 +255,9 @@ impl LoaderState {
         let threads = self.options.device.pool().threads().min(VERIFY_THREADS_MAX);
         let failed = |error: std::io::Error| format!("experts cannot be read: {error}");
         let reader = BlockReader::new(BlockOptions::default()).map_err(failed)?;
-        let fetcher = LocalFetcher::new(checkpoint.clone(), reader, threads).map_err(failed)?;
+        let nvme = self.options.nvme.clone();
+        let ways = FetchOptions { reader, nvme, threads, requests: REQUESTS };
+        let fetcher = fetcher_for(checkpoint, ways).map_err(failed)?;
         let config = checkpoint.config();
         let budget = self.options.info.budget_bytes;
         let moe = config.moe.clone().unwrap_or_else(MoeConfig::without_experts);
@@ -266,7 +268,7 @@ impl LoaderState {
             expert_bytes: checkpoint.tier_expert_bytes(),
             policy: policy::best(shape, budget),
             prefetch: true,
-            fetcher: Arc::new(fetcher),
+            fetcher,
         }))
     }
 

@@ -21,9 +21,16 @@ use std::{
 };
 
 use lite_llm_kernels::{cpu::Cpu, device::Device};
-use lite_llm_runtime::{checkpoint::Checkpoint, expert::ExpertStore, residency::ExpertCache};
+use lite_llm_runtime::{
+    checkpoint::Checkpoint,
+    expert::ExpertStore,
+    residency::{ExpertCache, NvmeFolder, ResidenceStats},
+};
 use lite_llm_transport::{
-    messages::{Assignment, NodeInfo, NodeReport, NodeStatus, NodeVitals, RevokedNames},
+    messages::{
+        Assignment, NodeInfo, NodeReport, NodeResidences, NodeStatus, NodeVitals, RESIDENCES_MAX,
+        ResidenceStatus, RevokedNames,
+    },
     pool::BufferPool,
 };
 use parking_lot::Mutex;
@@ -64,6 +71,9 @@ pub enum NodeMessage {
     Revoked(Wire<RevokedNames>),
     /// Leave, for this reason.
     Dismiss(String),
+    /// Where are your experts?
+    #[rpc]
+    Residences(RpcReplyPort<Wire<NodeResidences>>),
 }
 
 /// How an assignment ended.
@@ -80,6 +90,8 @@ pub struct NodeOptions {
     pub info: NodeInfo,
     /// What computes.
     pub device: Arc<Cpu>,
+    /// A folder of a local disk for experts that memory does not hold.
+    pub nvme: Option<NvmeFolder>,
     /// Bytes of caches of keys and values.
     pub kv_bytes: u64,
     /// Where the checkpoint is, if not where the coordinator says. In one process it is shared.
@@ -203,6 +215,9 @@ impl Actor for NodeActor {
             NodeMessage::Vitals(reply) => {
                 let _ = reply.send(Wire::new(state.vitals()));
             }
+            NodeMessage::Residences(reply) => {
+                let _ = reply.send(Wire::new(state.residences()));
+            }
             NodeMessage::Suspects(names) => {
                 if let (Ok(names), Some(lane)) =
                     (names.into_inner(), state.options.inbox.load_full())
@@ -282,6 +297,31 @@ impl NodeState {
             busy: waits || self.stats.busy.load(Relaxed),
             progress: device.wrapping_add(self.stats.rounds.load(Relaxed)),
             unreachable: self.options.links.unreachable(),
+        }
+    }
+
+    fn residences(&self) -> NodeResidences {
+        let store = self.options.store.lock().clone();
+        let places = store.map_or_else(Vec::new, |store| store.residences());
+        let status = |place: ResidenceStats| ResidenceStatus {
+            name: place.name,
+            held: place.held,
+            budget: place.budget,
+            hits: place.hits,
+            misses: place.misses,
+            prefetches: place.prefetches,
+            prefetches_used: place.prefetches_used,
+            evictions: place.evictions,
+            bytes: place.bytes_read,
+            bytes_in_vain: place.bytes_in_vain,
+            damaged: place.damaged,
+            failures: place.failures,
+        };
+        NodeResidences {
+            name: self.options.info.name.clone(),
+            tokens: self.stats.tokens.load(Relaxed),
+            waited_us: self.stats.waited_us.load(Relaxed),
+            residences: places.into_iter().map(status).take(RESIDENCES_MAX).collect(),
         }
     }
 

@@ -15,7 +15,9 @@ use lite_llm_transport::{
     frame::{FrameReceiver, FrameSender},
     identity::{Identity, OPERATOR, Role},
     join::join_within,
-    messages::{ClientReply, ClientRequest, ClusterStatus, JobContinue, JobRequest},
+    messages::{
+        ClientReply, ClientRequest, ClusterStatus, JobContinue, JobRequest, NodeResidences,
+    },
     session::Hello,
     token::JoinToken,
 };
@@ -93,6 +95,18 @@ impl Client {
         }
     }
 
+    async fn residences(&self) -> Result<Vec<NodeResidences>> {
+        let (_sender, mut receiver) = self.ask(&ClientRequest::Residences).await?;
+        let reply = tokio::time::timeout(ANSWER_TIMEOUT, next(&mut receiver)).await.with_context(
+            || format!("the coordinator did not answer within {ANSWER_TIMEOUT:?}"),
+        )??;
+        match reply {
+            ClientReply::Residences(residences) => Ok(residences),
+            ClientReply::Refused { reason } => bail!("{reason}"),
+            _ => bail!("the coordinator answered another question than was asked"),
+        }
+    }
+
     /// Runs a job from its beginning, or goes on where its answer is.
     async fn run(&self, request: JobRequest, answer: &mut Answer) -> Result<()> {
         let generated = answer.ids().to_vec();
@@ -111,7 +125,7 @@ impl Client {
                     }
                 }
                 ClientReply::Refused { reason } => bail!("{reason}"),
-                ClientReply::Status(_) | ClientReply::Noted => {
+                ClientReply::Status(_) | ClientReply::Residences(_) | ClientReply::Noted => {
                     bail!("the coordinator answered another question")
                 }
             }
@@ -292,9 +306,10 @@ fn read_jobs(args: &SubmitArgs) -> Result<Vec<(String, SamplingArgs, JobRequest)
 pub(super) async fn status(args: ClientArgs, json: bool) -> Result<()> {
     let client = Client::connect(&args).await?;
     let status = client.status().await?;
+    let residences = client.residences().await?;
     client.endpoint.close("done").await;
     if json {
-        say!("{}", status_json(&status));
+        say!("{}", status_json(&status, &residences));
         return Ok(());
     }
     say!("model       {} ({}…)", status.model, status.checkpoint.get(..12).unwrap_or_default());
@@ -330,7 +345,83 @@ pub(super) async fn status(args: ClientArgs, json: bool) -> Result<()> {
             node.tokens_per_second
         );
     }
+    say_residences(&residences);
     Ok(())
+}
+
+/// Where experts are, and what moving them has cost so far.
+fn say_residences(nodes: &[NodeResidences]) {
+    say!();
+    say!(
+        "{:<16} {:>21} {:>9} {:>9} {:>6} {:>15} {:>9} {:>10}  experts in",
+        "node",
+        "holds",
+        "hits",
+        "misses",
+        "hits",
+        "early (used)",
+        "let go",
+        "moved"
+    );
+    for node in nodes {
+        for place in &node.residences {
+            let of = place.budget.map_or(String::new(), |budget| format!(" of {}", Size(budget)));
+            let held = match place.budget {
+                None => "all".to_owned(),
+                Some(_) => format!("{}{of}", Size(place.held)),
+            };
+            let asked = place.hits + place.misses;
+            let rate = match asked {
+                0 => "-".to_owned(),
+                _ => format!("{:.0} %", 100.0 * place.hits as f64 / asked as f64),
+            };
+            let early = format!("{} ({})", place.prefetches, place.prefetches_used);
+            let (hits, misses, gone) = (place.hits, place.misses, place.evictions);
+            let (name, moved) = (&node.name, Size(place.bytes).to_string());
+            say!(
+                "{name:<16} {held:>21} {hits:>9} {misses:>9} {rate:>6} {early:>15} {gone:>9} \
+                 {moved:>10}  {}",
+                place.name
+            );
+            if place.damaged + place.failures > 0 {
+                let (damaged, failed) = (place.damaged, place.failures);
+                say!("{:<16} {damaged} experts were damaged there, {failed} transfers failed", "");
+            }
+        }
+        if node.tokens > 0 && node.waited_us > 0 {
+            let each = node.waited_us as f64 / 1e3 / node.tokens as f64;
+            say!("{:<16} waited for experts {each:.1} ms per token", node.name);
+        }
+    }
+}
+
+fn residences_json(node: &NodeResidences) -> serde_json::Value {
+    let places: Vec<_> = node
+        .residences
+        .iter()
+        .map(|place| {
+            json!({
+                "name": place.name,
+                "bytes": place.held,
+                "budget_bytes": place.budget,
+                "hits": place.hits,
+                "misses": place.misses,
+                "prefetches": place.prefetches,
+                "prefetches_used": place.prefetches_used,
+                "evictions": place.evictions,
+                "bytes_moved": place.bytes,
+                "bytes_in_vain": place.bytes_in_vain,
+                "damaged": place.damaged,
+                "failures": place.failures,
+            })
+        })
+        .collect();
+    json!({
+        "node": node.name,
+        "tokens": node.tokens,
+        "waited_us": node.waited_us,
+        "residences": places,
+    })
 }
 
 /// Asks the coordinator to move a worker's work away and to let it go.
@@ -354,7 +445,7 @@ pub(super) async fn drain(args: DrainArgs) -> Result<()> {
     Ok(())
 }
 
-fn status_json(status: &ClusterStatus) -> serde_json::Value {
+fn status_json(status: &ClusterStatus, residences: &[NodeResidences]) -> serde_json::Value {
     let nodes: Vec<_> = status
         .nodes
         .iter()
@@ -379,6 +470,7 @@ fn status_json(status: &ClusterStatus) -> serde_json::Value {
         "state": status.state,
         "waiting_for": status.waiting_for,
         "nodes": nodes,
+        "residences": residences.iter().map(residences_json).collect::<Vec<_>>(),
         "jobs_running": status.jobs_running,
         "jobs_done": status.jobs_done,
         "tokens_per_second": status.tokens_per_second,

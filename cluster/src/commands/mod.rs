@@ -321,6 +321,7 @@ impl LocalArgs {
             threads: self.compute.threads(workers),
             simd: self.compute.simd()?,
             dram_bytes: self.compute.dram_bytes(workers, checkpoint.dense_bytes()),
+            nvme: self.compute.nvme.clone().map(Into::into),
             kv_bytes: self.compute.kv_bytes()?,
             kv_dtype: self.kv_dtype,
             context: self.context,

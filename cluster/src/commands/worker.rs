@@ -38,6 +38,7 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
             listen: args.listen.map_or_else(|| local_address(coordinator), Ok)?,
             device: device.clone(),
             dram_bytes,
+            nvme: args.compute.nvme.clone().map(Into::into),
             kv_bytes,
             model: args.model.clone().map_or(Model::AsAssigned, Model::Folder),
             remote: true,

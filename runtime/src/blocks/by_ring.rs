@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Done, LOOK_AGAIN, Shared,
+    Done, LOOK_AGAIN, Shared, Unread,
     by_threads::{self, AGAIN},
     interrupted, part_bytes,
     queue::{Job, Priority, Queue},
@@ -97,13 +97,11 @@ impl Open {
         let Self { target, done, wanted, end, error, .. } = self;
         let end = end.filter(|&end| end < wanted);
         let ended = end.map(|end| target.file().ends(target.offset(), wanted, end));
-        let result = match error.or(ended) {
-            // Nothing is in flight, so it has the slot.
-            None => Target::into_slot(target).ok_or_else(|| io::ErrorKind::ResourceBusy.into()),
-            Some(error) => {
-                drop(target);
-                Err(error)
-            }
+        // Of what is in flight the kernel has the slot.
+        let result = match (error.or(ended), Target::into_slot(target)) {
+            (None, Some(slot)) => Ok(slot),
+            (None, None) => Err(Unread { error: io::ErrorKind::ResourceBusy.into(), slot: None }),
+            (Some(error), slot) => Err(Unread { error, slot }),
         };
         shared.answer(done, result);
     }

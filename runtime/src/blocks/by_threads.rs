@@ -34,8 +34,8 @@ pub(super) fn work(shared: &Shared) {
                 }
                 Err(error) => {
                     shared.queue.lock().ended(job.id);
-                    drop(job.slot);
-                    shared.answer(job.done, Err(error));
+                    let slot = Some(job.slot);
+                    shared.answer(job.done, Err(super::Unread { error, slot }));
                 }
             },
         }

@@ -10,7 +10,7 @@ use std::{
 
 use lite_llm_kernels::slots::{Slot, SlotPool};
 
-use super::{BLOCK_ALIGN, BlockFile, BlockOptions, BlockReader, Priority, Read};
+use super::{BLOCK_ALIGN, BlockFile, BlockOptions, BlockReader, Priority, Read, Unread};
 
 /// How long a block may take before the disk counts as stuck.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -100,7 +100,7 @@ impl Setting {
             if waiting == 0 {
                 return Ok(begun.elapsed());
             }
-            let result: io::Result<Slot> =
+            let result: Result<Slot, Unread> =
                 told.recv_timeout(PATIENCE).map_err(|_| io::ErrorKind::TimedOut)?;
             drop(result?);
             waiting -= 1;

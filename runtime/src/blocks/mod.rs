@@ -23,7 +23,10 @@ use lite_llm_kernels::slots::Slot;
 use parking_lot::{Condvar, Mutex};
 
 use self::queue::{Job, Queue};
-pub use self::{file::BlockFile, queue::Priority};
+pub use self::{
+    file::{BlockFile, write_file},
+    queue::Priority,
+};
 
 #[cfg(target_os = "linux")]
 mod by_ring;
@@ -41,7 +44,22 @@ pub const BLOCK_ALIGN: u64 = lite_llm_kernels::slots::SLOT_ALIGN as u64;
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Told when a read ended: the slot, full, or why it is not.
-pub type Done = Box<dyn FnOnce(io::Result<Slot>) + Send>;
+pub type Done = Box<dyn FnOnce(Result<Slot, Unread>) + Send>;
+
+/// A read that failed or was cancelled.
+#[derive(Debug)]
+pub struct Unread {
+    /// Why.
+    pub error: io::Error,
+    /// The slot, with any content; none where the system may still write into it.
+    pub slot: Option<Slot>,
+}
+
+impl From<Unread> for io::Error {
+    fn from(unread: Unread) -> Self {
+        unread.error
+    }
+}
 
 /// A read to be done.
 pub struct Read {
@@ -272,7 +290,7 @@ impl Drop for BlockReader {
 
 impl Shared {
     /// Tells a read's owner how it ended.
-    fn answer(&self, done: Done, result: io::Result<Slot>) {
+    fn answer(&self, done: Done, result: Result<Slot, Unread>) {
         let tally = &self.tally;
         tally.waiting.fetch_sub(1, Relaxed);
         let ended = match &result {
@@ -280,7 +298,7 @@ impl Shared {
                 tally.bytes.fetch_add(slot.len() as u64, Relaxed);
                 &tally.reads
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => &tally.cancelled,
+            Err(unread) if unread.error.kind() == io::ErrorKind::Interrupted => &tally.cancelled,
             Err(_) => &tally.failed,
         };
         ended.fetch_add(1, Relaxed);
@@ -292,8 +310,7 @@ impl Shared {
     fn answer_cancelled(&self, jobs: Vec<Job>) {
         for job in jobs {
             let error = job.file.error(job.offset, job.slot.len(), &interrupted());
-            drop(job.slot);
-            self.answer(job.done, Err(error));
+            self.answer(job.done, Err(Unread { error, slot: Some(job.slot) }));
         }
     }
 }

@@ -31,6 +31,7 @@
 
 pub mod archive;
 pub mod codec;
+mod experts;
 mod folder;
 pub mod index;
 pub mod inspect;
@@ -45,9 +46,10 @@ pub mod writer;
 
 use std::io;
 
+pub use experts::ExpertPlace;
 pub(crate) use parallel::try_map;
+pub use reader::Checkpoint;
 pub(crate) use reader::Tensor;
-pub use reader::{Checkpoint, ExpertPlace};
 
 /// Version of the layout that is described here.
 pub const FORMAT_VERSION: u32 = 2;

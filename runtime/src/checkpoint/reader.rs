@@ -19,25 +19,19 @@ use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 
 use super::{
-    CheckpointError, DATA_ALIGN, MANIFEST_BYTES_MAX,
+    CheckpointError, MANIFEST_BYTES_MAX,
     archive::Archive,
     codec::unpack_section,
     index::{
         DenseIndex, FileRef, GroupPage, Hash, LayerShard, Section, Shard, StateIndex, TierIndex,
     },
-    layout::{
-        EXPERT_ROUTER, GROUP_ROUTER, Part, Shape, TIER_ROUTER, TensorSpec, expert_bytes,
-        expert_position, expert_tensors,
-    },
+    layout::{EXPERT_ROUTER, GROUP_ROUTER, Part, Shape, TIER_ROUTER, TensorSpec},
     manifest::{MANIFEST_V1, Manifest, manifest_name},
     parallel::try_map,
     source::{EmbeddedFiles, Files, OpenFile},
     writer::STAGING_MARK,
 };
-use crate::{
-    config::{ModelConfig, MoeConfig},
-    expert::{ExpertKey, GatedMlp},
-};
+use crate::config::{ModelConfig, MoeConfig};
 
 /// An open checkpoint: its manifest and dense index, and the pages that were needed so far.
 #[derive(Debug)]
@@ -51,19 +45,6 @@ pub struct Checkpoint {
     tiers: Mutex<HashMap<usize, Arc<TierIndex>>>,
     pages: Mutex<HashMap<(usize, u32), Arc<GroupPage>>>,
     headers_seen: Mutex<HashSet<String>>,
-}
-
-/// Where an expert's bytes lie.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExpertPlace {
-    /// The shard's path within the checkpoint.
-    pub path: String,
-    /// The shard in the local file system, if the bytes lie there as they are used.
-    pub file: Option<PathBuf>,
-    /// Where they begin, a multiple of 4 KiB.
-    pub offset: u64,
-    /// How many they are.
-    pub bytes: u64,
 }
 
 /// The values of one tensor.
@@ -245,100 +226,10 @@ impl Checkpoint {
         self.gate(self.layer_shard(&page, layer)?, EXPERT_ROUTER, experts)
     }
 
-    /// The weights of one expert: three matrices, one after the other in the same memory.
-    pub fn expert(&self, key: ExpertKey) -> Result<GatedMlp, CheckpointError> {
-        let page = self.page(key.tier as usize, key.group)?;
-        let shard = self.layer_shard(&page, key.layer as usize)?;
-        let at = expert_position(key.expert);
-        let section = shard.sections.get(at).ok_or_else(|| self.absent(key.to_string()))?;
-        let whole = self.section_bytes(shard, section)?;
-        self.expert_of(shard, section, key, &whole)
-    }
-
-    /// Where an expert's bytes lie.
-    pub fn expert_place(&self, key: ExpertKey) -> Result<ExpertPlace, CheckpointError> {
-        let page = self.page(key.tier as usize, key.group)?;
-        let shard = self.layer_shard(&page, key.layer as usize)?;
-        let at = expert_position(key.expert);
-        let section = shard.sections.get(at).ok_or_else(|| self.absent(key.to_string()))?;
-        let Section { offset, bytes, .. } = *section;
-        let file = match &self.files {
-            Files::Dir(dir) if section.stored.is_none() => Some(dir.join(&shard.path)),
-            _ => None,
-        };
-        Ok(ExpertPlace { path: shard.path.clone(), file, offset, bytes })
-    }
-
-    /// Reads an expert's bytes, unverified, into memory of their size: what
-    /// [`Checkpoint::expert_from`] makes an expert of.
-    pub fn read_expert(&self, key: ExpertKey, out: &mut [u8]) -> Result<(), CheckpointError> {
-        let page = self.page(key.tier as usize, key.group)?;
-        let shard = self.layer_shard(&page, key.layer as usize)?;
-        let at = expert_position(key.expert);
-        let section = shard.sections.get(at).ok_or_else(|| self.absent(key.to_string()))?;
-        let file = self.files.open_sized(&shard.path, shard.bytes)?;
-        match &section.stored {
-            Some(stored) => unpack_section(shard, section, stored, &file, out),
-            None => file.read_into(&shard.path, section.offset, out),
-        }
-    }
-
-    /// An expert of its bytes, verified.
-    pub fn expert_from(&self, key: ExpertKey, bytes: Buffer) -> Result<GatedMlp, CheckpointError> {
-        let page = self.page(key.tier as usize, key.group)?;
-        let shard = self.layer_shard(&page, key.layer as usize)?;
-        let at = expert_position(key.expert);
-        let section = shard.sections.get(at).ok_or_else(|| self.absent(key.to_string()))?;
-        check_section(shard, section, Hash::of(&bytes))?;
-        self.expert_of(shard, section, key, &bytes)
-    }
-
-    /// An expert of a section's bytes: three matrices, one after the other.
-    fn expert_of(
-        &self,
-        shard: &Shard,
-        section: &Section,
-        key: ExpertKey,
-        whole: &Buffer,
-    ) -> Result<GatedMlp, CheckpointError> {
-        let specs = expert_tensors(&self.config, self.dtype(), key.tier.into(), &section.name);
-        let mut matrices = Vec::with_capacity(specs.len());
-        for (spec, bytes) in specs.iter().zip(split(shard, whole, &specs)?) {
-            matrices.push(to_matrix(shard, spec, bytes)?);
-        }
-        let Ok([gate, up, down]) = <[PackedMatrix; 3]>::try_from(matrices) else {
-            unreachable!("an expert is three matrices");
-        };
-        Ok(GatedMlp { gate, up, down })
-    }
-
-    /// Bytes that an expert takes, from the configuration alone.
-    pub fn expert_bytes(&self, key: ExpertKey) -> Result<u64, CheckpointError> {
-        let tier = self.moe()?.tiers.get(usize::from(key.tier));
-        let there = tier.is_some_and(|t| key.group < t.groups && key.expert < t.experts_per_group);
-        match there && self.config.sparse_layers().any(|layer| layer == usize::from(key.layer)) {
-            true => Ok(expert_bytes(&self.config, self.dtype(), key.tier.into())),
-            false => Err(self.absent(key.to_string())),
-        }
-    }
-
     /// Bytes of all that every token needs: everything but experts and their gates.
     pub fn dense_bytes(&self) -> u64 {
         let shards = self.dense.layers.iter().map(|layer| &layer.shard).chain([&self.dense.model]);
         shards.flat_map(|shard| &shard.sections).map(|section| section.bytes).sum()
-    }
-
-    /// Bytes of all experts that are there, as they lie in memory.
-    pub fn all_expert_bytes(&self) -> u64 {
-        let bytes = self.tier_expert_bytes();
-        let slot = |key: ExpertKey| bytes[usize::from(key.tier)].next_multiple_of(DATA_ALIGN);
-        self.config.expert_keys().map(slot).sum()
-    }
-
-    /// Bytes of an expert, by tier.
-    pub fn tier_expert_bytes(&self) -> Vec<u64> {
-        let tiers = self.config.moe.as_ref().map_or(0, |moe| moe.tiers.len());
-        (0..tiers).map(|tier| expert_bytes(&self.config, self.dtype(), tier)).collect()
     }
 
     /// The tokenizer, in the format of the `tokenizers` library.
@@ -400,11 +291,11 @@ impl Checkpoint {
         specs.iter().zip(split(shard, &whole, specs)?).map(tensor).collect()
     }
 
-    fn absent(&self, what: String) -> CheckpointError {
+    pub(super) fn absent(&self, what: String) -> CheckpointError {
         CheckpointError::Absent { location: self.location(), what }
     }
 
-    fn moe(&self) -> Result<&MoeConfig, CheckpointError> {
+    pub(super) fn moe(&self) -> Result<&MoeConfig, CheckpointError> {
         self.config().moe.as_ref().ok_or_else(|| self.absent("experts".into()))
     }
 
@@ -436,7 +327,7 @@ impl Checkpoint {
         found.map(|router| &router.shard).ok_or_else(absent)
     }
 
-    fn layer_shard<'a>(
+    pub(super) fn layer_shard<'a>(
         &self,
         page: &'a GroupPage,
         layer: usize,
@@ -493,7 +384,11 @@ impl Checkpoint {
     }
 
     /// A section as kernels use it, verified.
-    fn section_bytes(&self, shard: &Shard, section: &Section) -> Result<Buffer, CheckpointError> {
+    pub(super) fn section_bytes(
+        &self,
+        shard: &Shard,
+        section: &Section,
+    ) -> Result<Buffer, CheckpointError> {
         let file = self.open_shard(shard)?;
         let bytes = match &section.stored {
             Some(stored) => {
@@ -571,7 +466,7 @@ pub(super) fn check_section(
 }
 
 /// Cuts a section into its tensors, which share its memory.
-fn split(
+pub(super) fn split(
     shard: &Shard,
     whole: &Buffer,
     specs: &[TensorSpec],
@@ -588,7 +483,7 @@ fn split(
     specs.iter().map(cut).collect()
 }
 
-fn to_matrix(
+pub(super) fn to_matrix(
     shard: &Shard,
     spec: &TensorSpec,
     bytes: Buffer,

@@ -137,10 +137,8 @@ impl Files {
 
     /// Opens one file.
     pub fn open(&self, path: &str) -> Result<OpenFile, CheckpointError> {
-        let unsafe_path =
-            || CheckpointError::UnsafePath { path: path.into(), location: self.location() };
         if !is_plain(path) {
-            return Err(unsafe_path());
+            return Err(self.unsafe_path(path));
         }
         match self {
             Files::Archive(archive) => {
@@ -151,15 +149,7 @@ impl Files {
             }
             Files::Dir(dir) => {
                 let io = |action| CheckpointError::io(dir.join(path).display().to_string(), action);
-                let real = fs::canonicalize(dir.join(path)).map_err(io("open"))?;
-                if !real.starts_with(dir) {
-                    return Err(unsafe_path());
-                }
-                // Opening a pipe would wait for a writer, so the kind is asked first.
-                if !fs::metadata(&real).map_err(io("read its size"))?.is_file() {
-                    return Err(CheckpointError::malformed(path, "not a regular file"));
-                }
-                let file = File::open(&real).map_err(io("open"))?;
+                let file = File::open(self.real_path(path)?).map_err(io("open"))?;
                 let bytes = file.metadata().map_err(io("read its size"))?.len();
                 Ok(OpenFile::File { file, bytes })
             }
@@ -172,6 +162,31 @@ impl Files {
                 Ok(OpenFile::Embedded(bytes))
             }
         }
+    }
+
+    /// Where a path within a folder leads, to a regular file below that folder.
+    pub fn real_path(&self, path: &str) -> Result<PathBuf, CheckpointError> {
+        let Files::Dir(dir) = self else {
+            let (location, what) = (self.location(), format!("{path} in a local folder"));
+            return Err(CheckpointError::Absent { location, what });
+        };
+        let io = |action| CheckpointError::io(dir.join(path).display().to_string(), action);
+        if !is_plain(path) {
+            return Err(self.unsafe_path(path));
+        }
+        let real = fs::canonicalize(dir.join(path)).map_err(io("open"))?;
+        if !real.starts_with(dir) {
+            return Err(self.unsafe_path(path));
+        }
+        // Opening a pipe would wait for a writer, so the kind is asked first.
+        if !fs::metadata(&real).map_err(io("read its size"))?.is_file() {
+            return Err(CheckpointError::malformed(path, "not a regular file"));
+        }
+        Ok(real)
+    }
+
+    fn unsafe_path(&self, path: &str) -> CheckpointError {
+        CheckpointError::UnsafePath { path: path.into(), location: self.location() }
     }
 
     /// Opens one file that must have exactly this size. Of an object that is found out when it is

@@ -21,7 +21,7 @@ use lite_llm_kernels::slots::{NoSlot, SlotPool};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use super::{
-    fetch::{Done, Fetched, Fetcher},
+    fetch::{Done, Fetched, Fetcher, ResidenceStats},
     machine::{Command, Counters, Event, Residency, ResidencyOptions, RoutedRow, Urgency},
     policy::Policy,
 };
@@ -121,6 +121,25 @@ impl ExpertCache {
     /// What it has done so far.
     pub fn counters(&self) -> Counters {
         self.inner.lock().residency.counters()
+    }
+
+    /// What it holds and has done so far, and then each place that its experts come from.
+    pub fn residences(&self) -> Vec<ResidenceStats> {
+        let counters = self.counters();
+        let memory = ResidenceStats {
+            name: "memory".into(),
+            held: self.resident_bytes(),
+            budget: Some(self.budget()),
+            hits: counters.hits,
+            misses: counters.misses,
+            prefetches: counters.prefetches,
+            prefetches_used: counters.prefetches_used,
+            evictions: counters.evictions,
+            bytes_read: counters.bytes_in,
+            bytes_in_vain: counters.bytes_in_vain,
+            ..ResidenceStats::default()
+        };
+        [vec![memory], self.fetcher.residences()].concat()
     }
 
     /// How it reads, for people.
@@ -227,7 +246,15 @@ impl ExpertCache {
     fn begin(&self, inner: &mut Inner, key: ExpertKey, urgency: Urgency, told: &mut Vec<Told>) {
         let bytes = self.expert_bytes.get(usize::from(key.tier)).copied().unwrap_or(0);
         match self.pool.take(bytes as usize) {
-            Ok(slot) => self.fetcher.fetch(key, slot, urgency, self.done(key)),
+            Ok(slot) => {
+                let why = match urgency {
+                    Urgency::Demand => "demanded",
+                    Urgency::Prefetch => "expected",
+                };
+                let from = self.fetcher.describe();
+                let span = tracing::debug_span!(parent: None, "fetch", %key, from, to = "memory", bytes, why);
+                self.fetcher.fetch(key, slot, urgency, self.done(key, span));
+            }
             // The machine knows of room: it is there when who computes with an expert that was let
             // go has done so, and says so.
             Err(NoSlot::OverBudget { .. }) => inner.deferred.push((key, urgency)),
@@ -241,9 +268,11 @@ impl ExpertCache {
         }
     }
 
-    fn done(&self, key: ExpertKey) -> Done {
+    /// The span ends when the fetch does.
+    fn done(&self, key: ExpertKey, span: tracing::Span) -> Done {
         let me = self.me.clone();
         Box::new(move |fetched| {
+            drop(span);
             if let Some(me) = me.upgrade() {
                 me.fetched(key, fetched);
             }

@@ -1,23 +1,32 @@
-//! Bringing experts' bytes into memory: from a local folder by the block reader, verified on
-//! threads beside it.
+//! Bringing experts' bytes into memory: what is asked of a source of experts, and the source that is
+//! a local folder, read by the block reader.
+//!
+//! [`LocalFetcher`] has the block reader fill the slots, and threads beside it verify them. An expert
+//! that does not lie in its file as it is used (a compressed one) is read and unpacked by those
+//! threads instead. What waits for them is bounded in bytes by the pool that the slots are of.
 
 use std::{
     collections::HashMap,
-    fmt,
-    sync::{Arc, Weak},
-    thread,
+    fmt, io,
+    sync::{Arc, atomic::Ordering::Relaxed},
 };
 
-use crossbeam_channel::{Sender, unbounded};
-use lite_llm_kernels::{buffer::Buffer, slots::Slot};
+use lite_llm_kernels::slots::Slot;
 use parking_lot::Mutex;
 
-use super::machine::Urgency;
+use super::{
+    archive::bring,
+    machine::Urgency,
+    work::{Answer, Next, Queue, Tally},
+};
 use crate::{
-    blocks::{BlockFile, BlockReader, Priority, Read, ReadId},
-    checkpoint::{Checkpoint, ExpertPlace},
+    blocks::{BlockFile, BlockReader, Priority, Read, ReadId, Unread},
+    checkpoint::{Checkpoint, CheckpointError, ExpertPlace},
     expert::{ExpertKey, GatedMlp, StoreError},
 };
+
+/// Files of a folder that stay open.
+const FILES_MAX: usize = 128;
 
 /// How a fetch ended.
 #[derive(Debug)]
@@ -26,17 +35,16 @@ pub enum Fetched {
     Here(GatedMlp),
     /// It was cancelled before it began.
     Cancelled,
-    /// It could not be had.
+    /// It could not be had. Its slot was given back before.
     Failed(StoreError),
 }
 
-/// Told how a fetch ended, from another thread than the one that asked.
+/// Told once how a fetch ended, from another thread than the one that asked.
 pub type Done = Box<dyn FnOnce(Fetched) + Send>;
 
 /// Brings experts. At most one fetch of a key is under way at a time.
 pub trait Fetcher: fmt::Debug + Send + Sync {
-    /// Brings an expert into a slot of at least its bytes. `done` is never called before this
-    /// returns.
+    /// Brings an expert into a slot of its bytes. `done` is never called before this returns.
     fn fetch(&self, key: ExpertKey, slot: Slot, urgency: Urgency, done: Done);
     /// Somebody waits for it now.
     fn promote(&self, key: ExpertKey);
@@ -44,9 +52,42 @@ pub trait Fetcher: fmt::Debug + Send + Sync {
     fn cancel(&self, key: ExpertKey);
     /// How it reads, for people.
     fn describe(&self) -> String;
+    /// The places that it brings experts from, the fastest first.
+    fn residences(&self) -> Vec<ResidenceStats> {
+        Vec::new()
+    }
 }
 
-/// Brings experts of a checkpoint in a local folder, or in the program.
+/// What a place of experts holds and has done so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ResidenceStats {
+    /// What it is and where, for people.
+    pub name: String,
+    /// Bytes that it holds; 0 of a place that holds all there is.
+    pub held: u64,
+    /// Bytes that it may hold; nothing of a place that holds all there is.
+    pub budget: Option<u64>,
+    /// Experts that were brought from it.
+    pub hits: u64,
+    /// Experts that were asked of it and came from the next place, or from nowhere.
+    pub misses: u64,
+    /// Experts that were fetched into it because they were predicted.
+    pub prefetches: u64,
+    /// Of those, the ones that were wanted.
+    pub prefetches_used: u64,
+    /// Experts that were let go.
+    pub evictions: u64,
+    /// Bytes of the experts that were brought: into memory, or from any other place.
+    pub bytes_read: u64,
+    /// Of those, the ones that memory let go without a use.
+    pub bytes_in_vain: u64,
+    /// Experts whose bytes were not what was written, or not there.
+    pub damaged: u64,
+    /// Reads that failed for another reason, and writes.
+    pub failures: u64,
+}
+
+/// Brings experts of a checkpoint in a local folder.
 pub struct LocalFetcher {
     shared: Arc<Shared>,
 }
@@ -54,19 +95,30 @@ pub struct LocalFetcher {
 struct Shared {
     checkpoint: Arc<Checkpoint>,
     reader: Arc<BlockReader>,
-    files: Mutex<HashMap<String, Arc<BlockFile>>>,
-    under_way: Mutex<HashMap<ExpertKey, ReadId>>,
-    verify: Sender<Job>,
+    files: Mutex<OpenFiles>,
+    /// Reads that the reader has.
+    under_way: Mutex<HashMap<ExpertKey, (ReadId, Urgency)>>,
+    queue: Arc<Queue<Job>>,
+    tally: Tally,
 }
 
-/// Work of the verifying threads.
+/// Work of the threads. The slot comes first: it is given back before the answer is told, also in a
+/// panic.
 enum Job {
     /// Bytes that were read.
-    Verify { key: ExpertKey, bytes: Buffer, done: Done },
-    /// An expert that lies in the program.
-    Copy { key: ExpertKey, slot: Slot, done: Done },
-    /// What failed before anything was read.
-    Tell { fetched: Fetched, done: Done },
+    Verify(Slot, Answer),
+    /// An expert that no block reader can read.
+    Bring(Slot, Answer),
+    /// What failed, or was cancelled, before anything was to be verified.
+    Tell(Fetched, Answer),
+}
+
+/// The files that were used last.
+#[derive(Default)]
+struct OpenFiles {
+    uses: u64,
+    /// With when it was used last.
+    files: HashMap<String, (Arc<BlockFile>, u64)>,
 }
 
 impl fmt::Debug for LocalFetcher {
@@ -77,137 +129,187 @@ impl fmt::Debug for LocalFetcher {
 
 impl LocalFetcher {
     /// Reads experts of a checkpoint; `threads` of its own verify them.
+    ///
+    /// # Errors
+    /// If the system gives no thread.
     pub fn new(
         checkpoint: Arc<Checkpoint>,
         reader: Arc<BlockReader>,
         threads: usize,
-    ) -> std::io::Result<Self> {
-        let (verify, jobs) = unbounded::<Job>();
+    ) -> io::Result<Self> {
         let (files, under_way) = (Mutex::default(), Mutex::default());
-        let shared = Arc::new(Shared { checkpoint, reader, files, under_way, verify });
-        for number in 0..threads.max(1) {
-            let (jobs, shared) = (jobs.clone(), Arc::downgrade(&shared));
-            // It ends when the fetcher does, whose sender is the last.
-            thread::Builder::new().name(format!("verify-{number}")).spawn(move || {
-                for job in jobs {
-                    work(&shared, job);
-                }
-            })?;
-        }
+        let (queue, tally) = (Queue::new(), Tally::default());
+        let shared = Arc::new(Shared { checkpoint, reader, files, under_way, queue, tally });
+        let of_threads = shared.clone();
+        shared.queue.work("verify", threads, move |next| of_threads.work(next))?;
         Ok(Self { shared })
     }
 }
 
-fn work(shared: &Weak<Shared>, job: Job) {
-    let checked = |key, bytes: Result<Buffer, StoreError>| {
-        let Some(shared) = shared.upgrade() else { return Fetched::Cancelled };
-        let expert = bytes.and_then(|bytes| {
-            let expert = shared.checkpoint.expert_from(key, bytes);
-            expert.map_err(|error| unreadable(key, &error))
-        });
-        expert.map_or_else(Fetched::Failed, Fetched::Here)
-    };
-    match job {
-        Job::Verify { key, bytes, done } => done(checked(key, Ok(bytes))),
-        Job::Copy { key, mut slot, done } => {
-            let copied = match shared.upgrade() {
-                Some(shared) => shared.checkpoint.read_expert(key, &mut slot),
-                None => return done(Fetched::Cancelled),
-            };
-            let bytes =
-                copied.map_err(|error| unreadable(key, &error)).and_then(|()| own(key, slot));
-            done(checked(key, bytes));
-        }
-        Job::Tell { fetched, done } => done(fetched),
+impl Drop for LocalFetcher {
+    fn drop(&mut self) {
+        // What was read already is answered by the threads, what was not by the reader.
+        self.shared.queue.close();
+        let under_way: Vec<ReadId> =
+            self.shared.under_way.lock().values().map(|&(id, _)| id).collect();
+        under_way.into_iter().for_each(|id| self.shared.reader.cancel(id));
     }
 }
 
-fn own(key: ExpertKey, slot: Slot) -> Result<Buffer, StoreError> {
-    Buffer::from_owner(slot).map_err(|error| unreadable(key, &error))
-}
-
-fn unreadable(key: ExpertKey, error: &dyn fmt::Display) -> StoreError {
-    StoreError::Unreadable { key, reason: error.to_string() }
+impl OpenFiles {
+    fn get(&mut self, place: &ExpertPlace, of: &Checkpoint) -> io::Result<Arc<BlockFile>> {
+        self.uses += 1;
+        if let Some((file, used)) = self.files.get_mut(&place.path) {
+            *used = self.uses;
+            return Ok(file.clone());
+        }
+        let path = of.real_path(&place.path).map_err(io::Error::other)?;
+        let file = Arc::new(BlockFile::open(&path)?);
+        if self.files.len() >= FILES_MAX {
+            let oldest = self.files.iter().min_by_key(|(_, (_, used))| *used);
+            if let Some(oldest) = oldest.map(|(path, _)| path.clone()) {
+                // Reads of it that are under way keep it open.
+                self.files.remove(&oldest);
+            }
+        }
+        self.files.insert(place.path.clone(), (file.clone(), self.uses));
+        Ok(file)
+    }
 }
 
 impl Shared {
-    fn file(&self, place: &ExpertPlace) -> Result<Option<Arc<BlockFile>>, String> {
-        let Some(path) = &place.file else { return Ok(None) };
-        let mut files = self.files.lock();
-        if let Some(file) = files.get(&place.path) {
-            return Ok(Some(file.clone()));
+    fn work(&self, next: Next<Job>) {
+        match next {
+            Next::Begin(_, Job::Verify(slot, answer)) => {
+                let expert = self.checkpoint.expert_from(answer.key, slot);
+                self.tell(expert.map_err(|(error, _)| error), answer);
+            }
+            Next::Begin(_, Job::Bring(slot, answer)) => {
+                let expert = bring(&self.checkpoint, answer.key, slot, &self.tally);
+                self.tell(expert, answer);
+            }
+            Next::Cancelled(Job::Verify(slot, answer) | Job::Bring(slot, answer)) => {
+                drop(slot);
+                answer.tell(Fetched::Cancelled);
+            }
+            Next::Begin(_, Job::Tell(fetched, answer))
+            | Next::Cancelled(Job::Tell(fetched, answer)) => answer.tell(fetched),
         }
-        let file = BlockFile::open(path).map_err(|error| error.to_string())?;
-        let file = Arc::new(file);
-        files.insert(place.path.clone(), file.clone());
-        Ok(Some(file))
+    }
+
+    fn tell(&self, expert: Result<GatedMlp, CheckpointError>, answer: Answer) {
+        match expert {
+            Ok(expert) => {
+                self.tally.hit(expert.bytes());
+                answer.tell(Fetched::Here(expert));
+            }
+            Err(error) => {
+                let damaged = matches!(error, CheckpointError::Damaged { .. });
+                let what = if damaged { &self.tally.damaged } else { &self.tally.failures };
+                what.fetch_add(1, Relaxed);
+                self.tally.misses.fetch_add(1, Relaxed);
+                answer.fail(error);
+            }
+        }
+    }
+
+    /// Hands on what was read.
+    fn was_read(&self, read: Result<Slot, Unread>, answer: Answer) {
+        let key = answer.key;
+        let job = match read {
+            Ok(slot) => Job::Verify(slot, answer),
+            Err(Unread { error, slot }) => {
+                drop(slot);
+                Job::Tell(self.not_read(key, &error), answer)
+            }
+        };
+        // Under the lock: who promotes it finds it there, or in the queue.
+        let mut under_way = self.under_way.lock();
+        let urgency = under_way.remove(&key).map_or(Urgency::Demand, |(_, urgency)| urgency);
+        let closed = self.queue.push(key, urgency, job);
+        drop(under_way);
+        if let Err(job) = closed {
+            self.work(Next::Cancelled(job));
+        }
+    }
+
+    fn not_read(&self, key: ExpertKey, error: &io::Error) -> Fetched {
+        if error.kind() == io::ErrorKind::Interrupted {
+            return Fetched::Cancelled;
+        }
+        self.tally.misses.fetch_add(1, Relaxed);
+        self.tally.failures.fetch_add(1, Relaxed);
+        Fetched::Failed(StoreError::Unreadable { key, reason: error.to_string() })
     }
 }
 
 impl Fetcher for LocalFetcher {
     fn fetch(&self, key: ExpertKey, slot: Slot, urgency: Urgency, done: Done) {
-        let shared = &self.shared;
-        let place = shared.checkpoint.expert_place(key);
-        let file = place.map_err(|error| error.to_string()).and_then(|place| {
-            let file = shared.file(&place)?;
-            Ok((place, file))
+        let (shared, answer) = (&self.shared, Answer::new(key, done));
+        // A file of the folder is read here, if this is the first expert of its group.
+        let place = shared.checkpoint.expert_place(key).map_err(io::Error::other);
+        let file = place.and_then(|place| match place.file {
+            Some(_) => {
+                Ok(Some((shared.files.lock().get(&place, &shared.checkpoint)?, place.offset)))
+            }
+            None => Ok(None),
         });
         let job = match file {
-            Err(reason) => {
-                Job::Tell { fetched: Fetched::Failed(StoreError::Unreadable { key, reason }), done }
-            }
-            Ok((_, None)) => Job::Copy { key, slot, done },
-            Ok((place, Some(file))) => {
-                let weak = Arc::downgrade(shared);
-                let finished = move |read: std::io::Result<Slot>| {
-                    let Some(shared) = weak.upgrade() else { return done(Fetched::Cancelled) };
-                    shared.under_way.lock().remove(&key);
-                    let job = match read {
-                        Ok(slot) => match own(key, slot) {
-                            Ok(bytes) => Job::Verify { key, bytes, done },
-                            Err(error) => Job::Tell { fetched: Fetched::Failed(error), done },
-                        },
-                        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {
-                            Job::Tell { fetched: Fetched::Cancelled, done }
-                        }
-                        Err(error) => {
-                            Job::Tell { fetched: Fetched::Failed(unreadable(key, &error)), done }
-                        }
-                    };
-                    // The threads live as long as the fetcher.
-                    let _ = shared.verify.send(job);
-                };
-                let priority = match urgency {
-                    Urgency::Demand => Priority::Demand,
-                    Urgency::Prefetch => Priority::Prefetch,
-                };
+            Ok(Some((file, offset))) => {
+                let of_reader = shared.clone();
+                let done = Box::new(move |read| of_reader.was_read(read, answer));
+                let priority = priority(urgency);
                 // Locked until its number is noted: it may end before.
                 let mut under_way = shared.under_way.lock();
-                let done = Box::new(finished);
-                let id =
-                    shared.reader.submit(Read { file, offset: place.offset, slot, priority, done });
-                under_way.insert(key, id);
+                let id = shared.reader.submit(Read { file, offset, slot, priority, done });
+                under_way.insert(key, (id, urgency));
                 return;
             }
+            Ok(None) => Job::Bring(slot, answer),
+            Err(error) => {
+                drop(slot);
+                Job::Tell(shared.not_read(key, &error), answer)
+            }
         };
-        // As above.
-        let _ = shared.verify.send(job);
+        if shared.queue.push(key, urgency, job).is_err() {
+            unreachable!("it is closed when the fetcher is dropped");
+        }
     }
 
     fn promote(&self, key: ExpertKey) {
-        if let Some(id) = self.shared.under_way.lock().get(&key) {
-            self.shared.reader.promote(*id);
+        let mut under_way = self.shared.under_way.lock();
+        match under_way.get_mut(&key) {
+            Some((id, urgency)) => {
+                *urgency = Urgency::Demand;
+                self.shared.reader.promote(*id);
+            }
+            None => self.shared.queue.promote(key),
         }
     }
 
     fn cancel(&self, key: ExpertKey) {
-        let id = self.shared.under_way.lock().get(&key).copied();
-        if let Some(id) = id {
-            self.shared.reader.cancel(id);
+        let under_way = self.shared.under_way.lock();
+        match under_way.get(&key) {
+            Some((id, _)) => self.shared.reader.cancel(*id),
+            None => self.shared.queue.cancel(key),
         }
     }
 
     fn describe(&self) -> String {
-        self.shared.reader.describe()
+        let Shared { checkpoint, reader, .. } = &*self.shared;
+        format!("{} by {}", checkpoint.location(), reader.describe())
+    }
+
+    fn residences(&self) -> Vec<ResidenceStats> {
+        let name = format!("folder {}", self.shared.checkpoint.location());
+        vec![self.shared.tally.stats(name, 0, None)]
+    }
+}
+
+/// The reader's word for an urgency.
+pub(super) fn priority(urgency: Urgency) -> Priority {
+    match urgency {
+        Urgency::Demand => Priority::Demand,
+        Urgency::Prefetch => Priority::Prefetch,
     }
 }

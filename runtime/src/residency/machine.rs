@@ -88,6 +88,8 @@ pub enum Event {
     Cancelled(ExpertKey),
     /// A fetch has failed.
     Failed(ExpertKey, String),
+    /// What was here is gone: its place has lost it.
+    Lost(ExpertKey),
     /// These are served from now on, and no others; in the beginning, none.
     Keep(BTreeSet<ExpertKey>),
 }
@@ -310,6 +312,7 @@ impl Residency {
             Event::Arrived(key) => self.arrived(key),
             Event::Cancelled(key) => self.ended(key, None),
             Event::Failed(key, reason) => self.ended(key, Some(reason)),
+            Event::Lost(key) => self.lost(key),
             Event::Keep(keys) => self.keep(keys),
         }
         self.serve_waiting();
@@ -318,6 +321,11 @@ impl Residency {
     /// The next thing to be done.
     pub fn poll_command(&mut self) -> Option<Command> {
         self.commands.pop_front()
+    }
+
+    /// Whether it is here.
+    pub fn is_here(&self, key: ExpertKey) -> bool {
+        self.entries.get(&key).is_some_and(|entry| entry.state == State::Here)
     }
 
     /// Bytes of what is here and of what is on its way.
@@ -623,6 +631,14 @@ impl Residency {
         }
         self.counters.evictions += 1;
         self.commands.push_back(Command::Evict(key));
+    }
+
+    fn lost(&mut self, key: ExpertKey) {
+        let Some(entry) = self.entries.get(&key).copied().filter(|e| e.state == State::Here) else {
+            return;
+        };
+        self.free(key, &entry);
+        self.entries.remove(&key);
     }
 
     fn keep(&mut self, keys: BTreeSet<ExpertKey>) {

@@ -230,3 +230,68 @@ pub struct ClusterStatus {
     /// Tokens generated per second, lately.
     pub tokens_per_second: f32,
 }
+
+/// Most residences that a node lists, and most bytes of the name of one.
+pub const RESIDENCES_MAX: usize = 8;
+/// See [`RESIDENCES_MAX`].
+pub const RESIDENCE_NAME_MAX: usize = 1024;
+
+/// A place of experts on a node: what it holds, and what it has done since the node began.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct ResidenceStatus {
+    /// What it is and where, for people.
+    pub name: String,
+    /// Bytes that it holds.
+    pub held: u64,
+    /// Bytes that it may hold; nothing of a place that holds all there is.
+    pub budget: Option<u64>,
+    /// Experts that were wanted of it and there.
+    pub hits: u64,
+    /// Experts that were wanted of it and not there.
+    pub misses: u64,
+    /// Experts that were fetched because they were predicted.
+    pub prefetches: u64,
+    /// Of those, the ones that were wanted.
+    pub prefetches_used: u64,
+    /// Experts that were let go.
+    pub evictions: u64,
+    /// Bytes that came into it, or out of a place that holds all there is.
+    pub bytes: u64,
+    /// Of those, the ones that were let go unused.
+    pub bytes_in_vain: u64,
+    /// Experts that were damaged there.
+    pub damaged: u64,
+    /// Reads and writes that failed for another reason.
+    pub failures: u64,
+}
+
+/// The places of a node's experts, the fastest first.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct NodeResidences {
+    /// The node's name.
+    pub name: String,
+    /// Tokens that were generated there.
+    pub tokens: u64,
+    /// How long its lane had nothing to compute because experts were on their way, in microseconds.
+    pub waited_us: u64,
+    /// At most [`RESIDENCES_MAX`].
+    pub residences: Vec<ResidenceStatus>,
+}
+
+impl NodeResidences {
+    /// Whether sizes are within bounds. To be asked once, on receipt.
+    pub fn check(&self) -> Result<(), MessageError> {
+        let field = |field, found: usize, most: usize| {
+            let (found, expected) = (found as u64, format!("{most} at most"));
+            Err(MessageError::Field { what: "NodeResidences", field, found, expected })
+        };
+        if self.residences.len() > RESIDENCES_MAX {
+            return field("number of residences", self.residences.len(), RESIDENCES_MAX);
+        }
+        let longest = self.residences.iter().map(|place| place.name.len()).max().unwrap_or(0);
+        match longest {
+            0..=RESIDENCE_NAME_MAX => Ok(()),
+            _ => field("length of a residence's name", longest, RESIDENCE_NAME_MAX),
+        }
+    }
+}

@@ -6,7 +6,7 @@
 
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::{ClusterStatus, MessageError, TraceContext};
+use super::{ClusterStatus, MessageError, NodeResidences, TraceContext};
 
 /// What the model is to continue.
 #[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
@@ -206,6 +206,8 @@ pub enum ClientRequest {
     Continue(Box<JobContinue>),
     /// Move a worker's work and experts away, and let it go.
     Drain(String),
+    /// Where are the nodes' experts?
+    Residences,
 }
 
 /// The coordinator answers a client.
@@ -227,6 +229,8 @@ pub enum ClientReply {
     },
     /// What was asked is being done.
     Noted,
+    /// Where the experts of those nodes are that answered.
+    Residences(Vec<NodeResidences>),
 }
 
 /// The coordinator gives a job to its home node.

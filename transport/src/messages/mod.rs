@@ -19,8 +19,9 @@ pub mod jobs;
 pub mod trace;
 
 pub use cluster::{
-    Assignment, ClusterStatus, NodeAddress, NodeInfo, NodeReport, NodeStatus, NodeVitals,
-    PLACEMENT_HOLDERS_MAX, PLACEMENT_RULES_MAX, PlacementRule, REVOKED_MAX, Revoked, RevokedNames,
+    Assignment, ClusterStatus, NodeAddress, NodeInfo, NodeReport, NodeResidences, NodeStatus,
+    NodeVitals, PLACEMENT_HOLDERS_MAX, PLACEMENT_RULES_MAX, PlacementRule, RESIDENCES_MAX,
+    REVOKED_MAX, ResidenceStatus, Revoked, RevokedNames,
 };
 pub use experts::{
     ExpertBatch, ExpertBatchView, ExpertCall, ExpertFailure, ExpertOutputs, ExpertOutputsView,
