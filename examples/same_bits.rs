@@ -23,6 +23,7 @@ async fn main() -> anyhow::Result<()> {
             threads: 1,
             simd: Simd::best(),
             dram_bytes: 1 << 30,
+            nvme: None,
             kv_bytes: 64 << 20,
             kv_dtype: KvDType::F32,
             context: None,
