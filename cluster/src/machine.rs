@@ -18,23 +18,29 @@ pub(crate) fn free_memory() -> Option<u64> {
     groups.chain(meminfo("MemAvailable:")).min()
 }
 
-/// The folders of this process's control groups, the innermost first.
+/// The folders of this process's control groups that limit memory, the innermost first: of version 2
+/// or of version 1.
 fn control_groups() -> Vec<PathBuf> {
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-    let root = Path::new("/sys/fs/cgroup");
-    // Where the group's folder is not to be seen, as in a container, the root is the group.
-    Path::new(own).ancestors().map(|path| root.join(path)).collect()
+    let groups = |prefix: &str, root: &str| -> Vec<PathBuf> {
+        let own = own.lines().filter_map(|line| line.split_once(':').map(|(_, rest)| rest));
+        let own = own.filter_map(|rest| rest.strip_prefix(prefix)).next().unwrap_or_default();
+        // Where the group's folder is not to be seen, as in a container, the root is the group.
+        Path::new(own).ancestors().map(|path| Path::new(root).join(path)).collect()
+    };
+    let second = groups(":/", "/sys/fs/cgroup");
+    second.into_iter().chain(groups("memory:/", "/sys/fs/cgroup/memory")).collect()
 }
 
 /// Bytes that a control group's limit leaves; what it holds of files counts as free.
 fn free_in(group: &Path) -> Option<u64> {
     let number = |file: &str| fs::read_to_string(group.join(file)).ok()?.trim().parse::<u64>().ok();
-    let limit = number("memory.max")?;
+    let limit = number("memory.max").or_else(|| number("memory.limit_in_bytes"))?;
+    let used = number("memory.current").or_else(|| number("memory.usage_in_bytes")).unwrap_or(0);
     let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
-    let files = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.parse().ok());
-    let used = number("memory.current").unwrap_or(0).saturating_sub(files.unwrap_or(0));
-    Some(limit.saturating_sub(used))
+    let line = |key: &str| stat.lines().find_map(|line| line.strip_prefix(key)?.parse().ok());
+    let files = line("total_inactive_file ").or_else(|| line("inactive_file ")).unwrap_or(0);
+    Some(limit.saturating_sub(used.saturating_sub(files)))
 }
 
 /// Bytes of memory of the machine, if the system says.
