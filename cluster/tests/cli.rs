@@ -81,9 +81,28 @@ fn models_that_are_none_are_named() {
 
 #[test]
 fn a_model_that_does_not_fit_says_what_is_needed_and_what_there_is() {
-    run(&["run", "--dram", "1MiB", "--workers", "2", "hi"])
-        .one_error(2, &["11796480 bytes", "2097152", "2 nodes", "--dram"]);
+    run(&["run", "--dram", "100KiB", "--workers", "2", "hi"])
+        .one_error(2, &["11796480 bytes", "204800", "2 nodes", "--dram"]);
     run(&["run", "--kv", "1KiB", "hi"]).expect(1, &["--kv"]);
+}
+
+#[test]
+fn a_model_that_memory_does_not_hold_gives_the_same_text_and_says_where_the_rest_is() {
+    let text = |more: &[&str]| {
+        let args = ["run", "--max-tokens", "8", "ls - list"];
+        let ended = run(&[&args, more].concat());
+        ended.expect(0, &["memory: "]);
+        (ended.out, ended.err)
+    };
+    let (whole, _) = text(&[]);
+    let (small, said) = text(&["--dram", "1MiB", "--workers", "2"]);
+    assert_eq!(whole, small);
+    assert!(said.contains("1.0 MiB for experts") && said.contains("when it is needed"), "{said}");
+    let folder = tempfile::tempdir().unwrap();
+    let disk = format!("{}:4MiB", folder.path().display());
+    let (cached, _) = text(&["--dram", "1MiB", "--nvme", &disk]);
+    assert_eq!(whole, cached);
+    run(&["run", "--nvme", "/fast/cache", "hi"]).one_error(2, &["/fast/cache:100GiB"]);
 }
 
 #[test]
@@ -142,7 +161,8 @@ fn texts_for_perplexity_are_checked() {
 fn a_clean_run_says_what_it_did_and_nothing_else() {
     let ended = run(&["run", "--max-tokens", "4", "--workers", "2", "ls - list"]);
     ended.expect(0, &["built-in model", "2 workers", "[4 tokens"]);
-    assert_eq!(ended.err.lines().count(), 2, "{ended:#?}");
+    ended.expect(0, &["memory: 5.6 MiB for all experts", "(each worker)"]);
+    assert_eq!(ended.err.lines().count(), 3, "{ended:#?}");
     assert!(ended.out.starts_with("\nls - list") && ended.out.ends_with('\n'), "{ended:#?}");
     let ended = run(&["run", "--json", "--log", "info", "--max-tokens", "4", "ls - list"]);
     let line: serde_json::Value = serde_json::from_str(&ended.out).unwrap();

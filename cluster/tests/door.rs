@@ -132,10 +132,10 @@ fn a_cluster_whose_experts_do_not_fit_says_so_to_everybody() {
     let _alone = alone();
     let mut cluster = Cluster::waiting(1, &[]);
     let token = cluster.worker_token();
-    let _small = process::Process::start(&["worker", "--token", &token, "--dram", "1MiB"]);
+    let _small = process::Process::start(&["worker", "--token", &token, "--dram", "100KiB"]);
     cluster.coordinator.says("failed: the experts take 11796480 bytes");
     let refused = cluster.submit(&["hi"]).ends_within(PATIENCE);
-    refused.one_error(FAILED, &["11796480 bytes", "give 1048576", "--dram"]);
+    refused.one_error(FAILED, &["11796480 bytes", "give 102400", "--dram"]);
 }
 
 #[test]

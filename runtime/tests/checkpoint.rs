@@ -466,7 +466,7 @@ fn files_that_change_after_they_were_read_change_nothing() {
         fs::write(&shard, vec![0x5a; bytes]).unwrap();
         assert_eq!(read.down.data()[..], before[..]);
         let damaged = checkpoint.expert(key).unwrap_err().to_string();
-        assert!(damaged.contains("hash"), "{damaged}");
+        assert!(damaged.contains("damaged"), "{damaged}");
         fs::remove_dir_all(&out).unwrap();
         assert_eq!(read.down.data()[..], before[..]);
     }

@@ -497,7 +497,8 @@ impl<D: Device, R> LaneMachine<D, R> {
             Some(routes) => flight.place_again(routes, &dispatch, &mut way),
         };
         if flight.pending() > before && !self.store.is_complete() {
-            self.store.want(&flight.wanted(before, dispatch.routes.all()));
+            let wanted = flight.wanted(before, dispatch.routes.all());
+            span.in_scope(|| self.store.want(&wanted));
         }
         span.record("remote", outgoing.len());
         for Outgoing { id, peer, frame } in outgoing {

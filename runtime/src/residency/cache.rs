@@ -19,6 +19,7 @@ use std::{
 
 use lite_llm_kernels::slots::{NoSlot, SlotPool};
 use parking_lot::{Mutex, MutexGuard, RwLock};
+use tracing::{Span, debug_span};
 
 use super::{
     fetch::{Done, Fetched, Fetcher, ResidenceStats},
@@ -247,12 +248,18 @@ impl ExpertCache {
         let bytes = self.expert_bytes.get(usize::from(key.tier)).copied().unwrap_or(0);
         match self.pool.take(bytes as usize) {
             Ok(slot) => {
-                let why = match urgency {
-                    Urgency::Demand => "demanded",
-                    Urgency::Prefetch => "expected",
+                let span = match inner.loads.contains_key(&key) {
+                    // Loading is no request's doing, and has as many as there are experts.
+                    true => Span::none(),
+                    false => {
+                        let why = match urgency {
+                            Urgency::Demand => "demanded",
+                            Urgency::Prefetch => "predicted",
+                        };
+                        let from = self.fetcher.describe();
+                        debug_span!("fetch", %key, from, to = "memory", bytes, why)
+                    }
                 };
-                let from = self.fetcher.describe();
-                let span = tracing::debug_span!(parent: None, "fetch", %key, from, to = "memory", bytes, why);
                 self.fetcher.fetch(key, slot, urgency, self.done(key, span));
             }
             // The machine knows of room: it is there when who computes with an expert that was let
@@ -269,7 +276,7 @@ impl ExpertCache {
     }
 
     /// The span ends when the fetch does.
-    fn done(&self, key: ExpertKey, span: tracing::Span) -> Done {
+    fn done(&self, key: ExpertKey, span: Span) -> Done {
         let me = self.me.clone();
         Box::new(move |fetched| {
             drop(span);
