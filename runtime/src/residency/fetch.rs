@@ -172,11 +172,11 @@ impl OpenFiles {
 impl Shared {
     fn work(&self, next: Next<Job>) {
         match next {
-            Next::Begin(_, Job::Verify(slot, answer)) => {
+            Next::Begin(Job::Verify(slot, answer)) => {
                 let expert = self.checkpoint.expert_from(answer.key, slot);
                 self.tell(expert.map_err(|(error, _)| error), answer);
             }
-            Next::Begin(_, Job::Bring(slot, answer)) => {
+            Next::Begin(Job::Bring(slot, answer)) => {
                 let expert = bring(&self.checkpoint, answer.key, slot, &self.tally);
                 self.tell(expert, answer);
             }
@@ -184,7 +184,7 @@ impl Shared {
                 drop(slot);
                 answer.tell(Fetched::Cancelled);
             }
-            Next::Begin(_, Job::Tell(fetched, answer))
+            Next::Begin(Job::Tell(fetched, answer))
             | Next::Cancelled(Job::Tell(fetched, answer)) => answer.tell(fetched),
         }
     }
