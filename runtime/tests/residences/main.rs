@@ -3,18 +3,30 @@
 mod faults;
 mod model;
 
-use std::{collections::BTreeMap, sync::mpsc, thread, time::Instant};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, mpsc},
+    thread,
+    time::Instant,
+};
 
+use lite_llm_kernels::slots::SlotPool;
 use lite_llm_runtime::{
+    checkpoint::Checkpoint,
     expert::ExpertKey,
+    import::{
+        ImportOptions, import,
+        random::{RandomClass, RandomShape, write_random_hf},
+    },
     residency::{
-        Fetched,
+        Fetched, Fetcher, LocalFetcher,
         Urgency::{Demand, Prefetch},
     },
 };
 
 use self::model::{
-    Client, Fault, PATIENCE, PLACES, Place, Random, Source, check, kept, model, wait,
+    Client, Fault, PATIENCE, PLACES, Place, Random, Source, check, folder, kept, model, reader,
+    wait,
 };
 
 /// Every source, with its place in what fails.
@@ -282,6 +294,36 @@ fn what_a_store_does_wrong_is_told_or_read_again() {
             client.right(key);
         }
     }
+}
+
+#[test]
+fn a_folder_of_many_files_keeps_few_of_them_open() {
+    let dir = folder();
+    let (source, out) = (dir.path().join("hf"), dir.path().join("many"));
+    let shape = RandomShape { layers: 20, ..RandomShape::tiny(RandomClass::Olmoe) };
+    write_random_hf(&source, &shape, &mut |_, _| {}).unwrap();
+    let options = ImportOptions {
+        tiers: Some("tier_1b:8x1".parse().unwrap()),
+        routes: Some("1x2x1".parse().unwrap()),
+        ..ImportOptions::new(&*source, &*out)
+    };
+    import(&options, &mut |_, _, _| {}).unwrap();
+    let checkpoint = Arc::new(Checkpoint::open(&out).unwrap());
+    let fetcher = LocalFetcher::new(checkpoint.clone(), reader(true), 1).unwrap();
+    let bytes = checkpoint.tier_expert_bytes()[0] as usize;
+    let (pool, (tell, told)) = (SlotPool::new(1 << 20), mpsc::channel());
+    let keys: Vec<ExpertKey> = checkpoint.config().expert_keys().collect();
+    assert_eq!(keys.len(), 160, "each in a file of its own");
+    for key in keys.iter().chain(keys.iter().rev()) {
+        let (slot, tell) = (pool.take(bytes).unwrap(), tell.clone());
+        fetcher.fetch(*key, slot, Demand, Box::new(move |fetched| tell.send(fetched).unwrap()));
+        let fetched = told.recv_timeout(PATIENCE).unwrap();
+        assert!(matches!(fetched, Fetched::Here(_)), "{fetched:?}");
+    }
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let open = open.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    let open = open.filter(|path| path.starts_with(out.canonicalize().unwrap())).count();
+    assert!((100..=129).contains(&open), "{open} files are open");
 }
 
 #[test]
