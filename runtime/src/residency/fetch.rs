@@ -44,7 +44,8 @@ pub type Done = Box<dyn FnOnce(Fetched) + Send>;
 
 /// Brings experts. At most one fetch of a key is under way at a time.
 pub trait Fetcher: fmt::Debug + Send + Sync {
-    /// Brings an expert into a slot of its bytes. `done` is never called before this returns.
+    /// Brings an expert into a slot of its bytes. `done` is never called from within this, nor from
+    /// within the calls below, so a caller may hold a lock that `done` takes.
     fn fetch(&self, key: ExpertKey, slot: Slot, urgency: Urgency, done: Done);
     /// Somebody waits for it now.
     fn promote(&self, key: ExpertKey);
