@@ -87,7 +87,7 @@ pub(super) fn bring(
 impl Shared {
     fn work(&self, next: Next<Job>) {
         match next {
-            Next::Begin(_, Job(slot, answer)) => {
+            Next::Begin(Job(slot, answer)) => {
                 match bring(&self.checkpoint, answer.key, slot, &self.tally) {
                     Ok(expert) => {
                         self.tally.hit(expert.bytes());

@@ -44,7 +44,8 @@ pub type Done = Box<dyn FnOnce(Fetched) + Send>;
 
 /// Brings experts. At most one fetch of a key is under way at a time.
 pub trait Fetcher: fmt::Debug + Send + Sync {
-    /// Brings an expert into a slot of its bytes. `done` is never called before this returns.
+    /// Brings an expert into a slot of its bytes. `done` is never called from within this, nor from
+    /// within the calls below, so a caller may hold a lock that `done` takes.
     fn fetch(&self, key: ExpertKey, slot: Slot, urgency: Urgency, done: Done);
     /// Somebody waits for it now.
     fn promote(&self, key: ExpertKey);
@@ -180,11 +181,11 @@ impl OpenFiles {
 impl Shared {
     fn work(&self, next: Next<Job>) {
         match next {
-            Next::Begin(_, Job::Verify(slot, answer)) => {
+            Next::Begin(Job::Verify(slot, answer)) => {
                 let expert = self.checkpoint.expert_from(answer.key, slot);
                 self.tell(expert.map_err(|(error, _)| error), answer);
             }
-            Next::Begin(_, Job::Bring(slot, answer)) => {
+            Next::Begin(Job::Bring(slot, answer)) => {
                 let expert = bring(&self.checkpoint, answer.key, slot, &self.tally);
                 self.tell(expert, answer);
             }
@@ -192,7 +193,7 @@ impl Shared {
                 drop(slot);
                 answer.tell(Fetched::Cancelled);
             }
-            Next::Begin(_, Job::Tell(fetched, answer))
+            Next::Begin(Job::Tell(fetched, answer))
             | Next::Cancelled(Job::Tell(fetched, answer)) => answer.tell(fetched),
         }
     }

@@ -172,7 +172,7 @@ impl Drop for NvmeFetcher {
 impl Shared {
     fn work(self: &Arc<Self>, next: Next<Job>) {
         match next {
-            Next::Begin(_, Job::Verify(slot, answer)) => {
+            Next::Begin(Job::Verify(slot, answer)) => {
                 let key = answer.key;
                 match self.checkpoint.expert_from(key, slot) {
                     Ok(expert) => {
@@ -187,13 +187,13 @@ impl Shared {
                     }
                 }
             }
-            Next::Begin(_, Job::Unread(Unread { error, slot }, answer))
+            Next::Begin(Job::Unread(Unread { error, slot }, answer))
                 if error.kind() != io::ErrorKind::Interrupted =>
             {
                 self.lost(answer.key, &error);
                 self.again(slot, answer, &error);
             }
-            Next::Begin(_, Job::Unread(unread, answer))
+            Next::Begin(Job::Unread(unread, answer))
             | Next::Cancelled(Job::Unread(unread, answer)) => {
                 drop(unread);
                 self.cancelled(answer);
@@ -328,6 +328,12 @@ impl Shared {
     }
 }
 
+/// Whether a file that was not opened is not there, or not ours to read.
+fn is_about_the_file(error: &io::Error) -> bool {
+    use io::ErrorKind::{IsADirectory, NotADirectory, NotFound, Other, PermissionDenied};
+    matches!(error.kind(), NotFound | PermissionDenied | NotADirectory | IsADirectory | Other)
+}
+
 /// Writes a file that has its name when it is whole.
 fn write_one(folder: &Path, path: &Path, slot: &mut Slot) -> io::Result<()> {
     let staging = path.with_extension(disk::STAGING);
@@ -350,8 +356,14 @@ impl Fetcher for NvmeFetcher {
         let (shared, answer) = (&self.shared, Answer::new(key, done));
         let here = shared.disk.lock().asked(key);
         let file = here.then(|| BlockFile::open(&shared.folder.join(name(key))));
-        if let Some(Err(error)) = &file {
-            shared.lost(key, error);
+        match &file {
+            // For want of descriptors, say. The file may be what it was.
+            Some(Err(error)) if !is_about_the_file(error) => {
+                shared.tally.failures.fetch_add(1, Relaxed);
+                shared.disk.lock().release(key);
+            }
+            Some(Err(error)) => shared.lost(key, error),
+            Some(Ok(_)) | None => {}
         }
         let mut under_way = shared.under_way.lock();
         let Some(Ok(file)) = file else {

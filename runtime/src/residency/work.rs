@@ -61,7 +61,7 @@ impl Drop for Answer {
 
 /// What a thread is to do.
 pub(super) enum Next<J> {
-    Begin(Urgency, J),
+    Begin(J),
     /// It was cancelled before it began, or the queue was closed.
     Cancelled(J),
 }
@@ -172,10 +172,10 @@ impl<J: Send + 'static> Queue<J> {
                 return Some(Next::Cancelled(job));
             }
             if let Some((_, job)) = waiting.demands.pop_front() {
-                return Some(Next::Begin(Urgency::Demand, job));
+                return Some(Next::Begin(job));
             }
             if let Some((_, job)) = waiting.prefetches.pop_front() {
-                return Some(Next::Begin(Urgency::Prefetch, job));
+                return Some(Next::Begin(job));
             }
             if waiting.closed {
                 return None;

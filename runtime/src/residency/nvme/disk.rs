@@ -189,9 +189,13 @@ impl Disk {
         for key in kept.into_iter().rev() {
             self.asked(key);
             self.level.handle(Event::Demand(vec![(key, 1)]));
-            self.carry_out(key);
-            self.level.handle(Event::Arrived(key));
-            self.release(key);
+            match self.carry_out(key) {
+                true => self.written(key),
+                false => {
+                    self.release(key);
+                    self.delete(self.folder.join(name(key)), self.level.bytes(key));
+                }
+            }
         }
         let mut others = Vec::new();
         for entry in fs::read_dir(root)? {
