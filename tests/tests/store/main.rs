@@ -3,6 +3,7 @@
 
 mod faults;
 mod imports;
+mod real;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
