@@ -262,7 +262,8 @@ pub struct EvalArgs {
     pub out: Option<PathBuf>,
     /// Safetensors file to write the routing of all prompts into, one after the other, for `bench
     /// store`: routes.NAME, what could be predicted of them, predicted.NAME, and tokens.NAME, NAME
-    /// being that of the file of tokens.
+    /// being that of the file of tokens. For this, all of the model is loaded into this process, in
+    /// addition to what workers hold.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
     /// Also write p0.router_ids, …

@@ -53,6 +53,31 @@ pub struct TraceError {
     reason: String,
 }
 
+fn check_experts(experts: usize) -> Result<(), String> {
+    let most = usize::from(NONE) - 1;
+    match experts <= most {
+        true => Ok(()),
+        false => Err(format!("{experts} experts in a layer; a trace has names for {most}")),
+    }
+}
+
+/// A token uses an expert once: what counts its uses relies on it.
+fn check_rows(name: &str, all: &[u16], k: usize) -> Result<(), String> {
+    let mut seen = Vec::new();
+    for token in 0..all.len() / k.max(1) {
+        seen.clear();
+        seen.extend_from_slice(row(all, k, token));
+        seen.sort_unstable();
+        if let Some(twice) = seen.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!(
+                "{name} names expert {} twice in row {token}; each once is expected",
+                twice[0]
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// The experts of a row that are there.
 fn row(all: &[u16], k: usize, token: usize) -> &[u16] {
     let row = &all[token * k..][..k];
@@ -60,15 +85,13 @@ fn row(all: &[u16], k: usize, token: usize) -> &[u16] {
 }
 
 impl Trace {
-    /// One of no tokens yet, of a model with so many sparse layers.
-    ///
-    /// # Panics
-    /// If a layer has more experts than a trace can name.
-    pub fn new(name: &str, layers: usize, moe: &MoeConfig) -> Self {
+    /// One of no tokens yet, of a model with so many sparse layers. Refused if a layer has more
+    /// experts than a trace can name.
+    pub fn new(name: &str, layers: usize, moe: &MoeConfig) -> Result<Self, String> {
         let k = moe.routes_max(|_| true);
         let experts = moe.experts();
-        assert!(experts < usize::from(NONE), "{experts} experts cannot be told apart by 16 bits");
-        Self {
+        check_experts(experts)?;
+        Ok(Self {
             name: name.into(),
             experts,
             tokens: Vec::new(),
@@ -76,7 +99,7 @@ impl Trace {
             routes: vec![Vec::new(); layers],
             predicted_k: (k + k.div_ceil(2)).min(experts),
             predicted: vec![Vec::new(); layers.saturating_sub(1)],
-        }
+        })
     }
 
     /// Sparse layers.
@@ -233,6 +256,8 @@ fn parse(bytes: &[u8]) -> Result<Vec<Trace>, String> {
         }
         let tokens = tensor.data().chunks_exact(4);
         let tokens = tokens.map(|id| u32::from_le_bytes([id[0], id[1], id[2], id[3]])).collect();
+        check_rows(&format!("routes.{name}"), &routes, k)?;
+        check_rows(&format!("predicted.{name}"), &predicted, predicted_k)?;
         let named = routes.iter().chain(&predicted).filter(|&&expert| expert != NONE);
         let seen = named.map(|&expert| usize::from(expert) + 1).max().unwrap_or(0);
         let cut = |all: Vec<u16>, k: usize| all.chunks(length * k).map(<[u16]>::to_vec).collect();
@@ -247,6 +272,7 @@ fn parse(bytes: &[u8]) -> Result<Vec<Trace>, String> {
         });
     }
     let experts = traces.iter().map(|trace| trace.experts).max().unwrap_or(0);
+    check_experts(experts)?;
     traces.iter_mut().for_each(|trace| trace.experts = experts);
     match traces.is_empty() {
         true => {
@@ -279,6 +305,8 @@ mod tests {
     use super::*;
     use crate::{backbone::Backbone, checkpoint::Checkpoint, store::DramStore};
 
+    const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe");
+
     fn trace(name: &str, experts: usize) -> Trace {
         Trace {
             name: name.into(),
@@ -307,15 +335,14 @@ mod tests {
 
     #[test]
     fn what_is_recorded_is_what_the_engine_chose_and_the_early_gate_is_often_right() {
-        let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe");
-        let checkpoint = Checkpoint::open(demo).unwrap();
+        let checkpoint = Checkpoint::open(DEMO).unwrap();
         let store = DramStore::new(u64::MAX);
         store.load_all(&checkpoint).unwrap();
         let backbone = Backbone::load(&checkpoint, Arc::new(Cpu::new(1, Simd::best())), |_, _| {});
         let mut engine = Engine::new(Arc::new(backbone.unwrap()), 64 << 20).unwrap();
         let config = checkpoint.config().clone();
         let (moe, layers) = (config.moe.as_ref().unwrap(), config.sparse_layers().count());
-        let mut trace = Trace::new("demo", layers, moe);
+        let mut trace = Trace::new("demo", layers, moe).unwrap();
         let texts = [(1..60u32).map(|i| i * 31 % 200).collect::<Vec<_>>(), vec![7, 8]];
         for text in &texts {
             trace.record(&mut engine, &store, &TierSet::All, text).unwrap();
@@ -367,5 +394,17 @@ mod tests {
         write(&path, &[bad]).unwrap();
         let error = read(&path).unwrap_err().to_string();
         assert!(error.contains("predicted.a has 2 layers"), "{error}");
+        let mut bad = trace("a", 4);
+        bad.routes[1][5] = 3;
+        write(&path, &[bad]).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("routes.a names expert 3 twice in row 5"), "{error}");
+        write(&path, &[trace("a", 65_535)]).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("65535 experts in a layer"), "{error}");
+        let config = Checkpoint::open(DEMO).unwrap().config().clone();
+        let mut moe = config.moe.unwrap();
+        moe.tiers[0].experts_per_group = 70_000;
+        assert!(Trace::new("a", 2, &moe).unwrap_err().contains("a layer"));
     }
 }

@@ -38,8 +38,12 @@ pub enum Fault {
     Corrupt,
     /// Sends the body at so many bytes per second.
     Slow(u64),
+    /// Sends the body in pieces of so many bytes, each by itself.
+    Pieces(usize),
     /// Takes the request, and never answers.
     Never,
+    /// Answers that all is well, and in the body that it is not.
+    ErrorWithin,
     /// Sends whole objects, whatever range is asked for.
     NoRanges,
     /// Does what it was asked, and closes the connection before it says so.
@@ -278,10 +282,17 @@ fn answer_one(state: &State, request: &Request, stream: &mut TcpStream) -> std::
     });
     let mut answer = match fault {
         Some(Fault::Status(status)) => {
-            let codes = [(403, "AccessDenied"), (404, "NoSuchKey"), (503, "SlowDown")];
+            let codes = [
+                (403, "AccessDenied"),
+                (404, "NoSuchKey"),
+                (409, "ConditionalRequestConflict"),
+                (416, "InvalidRange"),
+                (503, "SlowDown"),
+            ];
             let code = codes.iter().find(|(of, _)| *of == status);
             Answer::error(status, code.map_or("InternalError", |(_, code)| code))
         }
+        Some(Fault::ErrorWithin) => Answer::error(200, "InternalError"),
         _ if refused => Answer::error(403, "InvalidAccessKeyId"),
         _ => respond(state, request, fault),
     };
@@ -319,6 +330,12 @@ fn answer_one(state: &State, request: &Request, stream: &mut TcpStream) -> std::
                 }
                 stream.write_all(piece)?;
                 thread::sleep(Duration::from_millis(50));
+            }
+        }
+        Some(Fault::Pieces(bytes)) => {
+            for piece in body.chunks(bytes) {
+                stream.write_all(piece)?;
+                thread::sleep(Duration::from_millis(1));
             }
         }
         _ => stream.write_all(body)?,

@@ -57,7 +57,7 @@ impl Failure {
     /// Whether the next attempt may go better.
     pub(super) fn may_pass(&self) -> bool {
         match self {
-            Self::Status(status, _) => matches!(status, 408 | 425 | 429 | 500..=599),
+            Self::Status(status, _) => matches!(status, 408 | 409 | 425 | 429 | 500..=599),
             Self::Unreachable
             | Self::Dropped
             | Self::Silent(_)
@@ -95,7 +95,8 @@ impl Failure {
             Self::NoCredentials => Some(kind.about_credentials()),
             Self::NoRanges => Some("use a server that answers range requests, as nginx does"),
             Self::Unreachable => Some(kind.about_address()),
-            Self::Status(301 | 307 | 308 | 400, _) => Some(kind.about_address()),
+            Self::Status(301 | 307 | 308, _) => Some(kind.about_redirects()),
+            Self::Status(400, _) => Some(kind.about_address()),
             _ => None,
         };
         if self.may_pass() || *self == Self::Late {
@@ -123,6 +124,8 @@ impl fmt::Display for Failure {
                 let meaning = match status {
                     401 => "not authenticated",
                     403 => "access denied",
+                    301 | 307 | 308 => "the server sends us elsewhere",
+                    409 => "another request for it was in the way",
                     408 | 504 => "the server timed out",
                     429 | 503 => "the server is overloaded",
                     500..=599 => "the server failed",
@@ -164,18 +167,32 @@ impl From<object_store::Error> for Failure {
             // The machine is no virtual machine of that cloud: nobody gives it credentials.
             return Self::NoCredentials;
         }
+        let named = code(&text);
         match &error {
+            // S3 asks to be asked again; what is there already, it and others name otherwise.
+            E::AlreadyExists { .. } if named.as_deref().is_some_and(is_race) => {
+                return Self::Status(409, named);
+            }
             E::NotFound { .. } => return Self::Absent,
             E::AlreadyExists { .. } | E::Precondition { .. } | E::NotModified { .. } => {
                 return Self::Exists;
             }
             E::NotImplemented { .. } => return Self::Unsupported,
-            E::PermissionDenied { .. } => return Self::Status(403, code(&text)),
-            E::Unauthenticated { .. } => return Self::Status(401, code(&text)),
+            E::PermissionDenied { .. } => return Self::Status(403, named),
+            E::Unauthenticated { .. } => return Self::Status(401, named),
             _ => {}
         }
+        let says = |words: &[&str]| words.iter().any(|words| text.contains(words));
+        // S3 begins to answer that all is well before it has put the parts of an object together.
+        if says(&["Server returned error response", "Got invalid multipart response"]) {
+            return Self::Status(500, named);
+        }
         if let Some(status) = status(&text) {
-            return Self::Status(status, code(&text));
+            return Self::Status(status, named);
+        }
+        // S3 does not say where a bucket of another region is.
+        if says(&["Received redirect without LOCATION"]) {
+            return Self::Status(301, None);
         }
         let mut source: Option<&(dyn Error + 'static)> = Some(&error);
         while let Some(error) = source {
@@ -194,7 +211,6 @@ impl From<object_store::Error> for Failure {
             }
             source = error.source();
         }
-        let says = |words: &[&str]| words.iter().any(|words| text.contains(words));
         if says(&["non-partial response", "does not support range", "RangeNotSupported"]) {
             Self::NoRanges
         } else if says(&["Requested ", "Content-Range"]) {
@@ -205,6 +221,11 @@ impl From<object_store::Error> for Failure {
             Self::Strange
         }
     }
+}
+
+/// Codes of S3's answer 409 to a conditional write while another is under way.
+fn is_race(code: &str) -> bool {
+    matches!(code, "ConditionalRequestConflict" | "OperationAborted")
 }
 
 /// The status in an error's text.
@@ -224,6 +245,17 @@ fn code(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn s3s_conflict_passes_and_azures_means_that_it_exists() {
+        let conflict = |code: &str| {
+            let text = format!("status code: 409 Conflict: <Error><Code>{code}</Code></Error>");
+            let (path, source) = ("x".into(), text.into());
+            Failure::from(object_store::Error::AlreadyExists { path, source })
+        };
+        assert!(conflict("ConditionalRequestConflict").may_pass());
+        assert_eq!(conflict("BlobAlreadyExists"), Failure::Exists);
+    }
 
     #[test]
     fn of_what_a_store_says_only_a_code_is_repeated() {

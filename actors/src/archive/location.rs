@@ -79,6 +79,16 @@ impl Kind {
         }
     }
 
+    /// What to do when somebody else is there.
+    pub(super) fn about_redirects(self) -> &'static str {
+        match self {
+            Self::S3 => {
+                "AWS_REGION must name the bucket's own region, and AWS_ENDPOINT_URL, if set, too"
+            }
+            _ => self.about_address(),
+        }
+    }
+
     /// What to do when nobody is there.
     pub(super) fn about_address(self) -> &'static str {
         match self {
@@ -91,12 +101,13 @@ impl Kind {
     }
 }
 
-/// Whether a location is a URL, not a path.
+/// Whether a location is a URL, not a path: whatever has a scheme, for it is not to be repeated as a
+/// path where it holds credentials.
 pub fn is_url(location: &FsPath) -> bool {
     let scheme = location.to_str().and_then(|text| text.split_once("://"));
     scheme.is_some_and(|(scheme, _)| {
-        scheme.starts_with(|c: char| c.is_ascii_lowercase())
-            && scheme.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
+        scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+            && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b))
     })
 }
 
@@ -134,8 +145,10 @@ pub(super) fn open(
         kind: ArchiveFailure::Unsupported,
         reason: reason.to_owned(),
     };
-    let scheme = text.split_once("://").map_or("", |(scheme, _)| scheme);
-    let Some(kind) = Kind::of(scheme) else {
+    let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+    let scheme = scheme.to_ascii_lowercase();
+    let text = &*format!("{scheme}://{rest}");
+    let Some(kind) = Kind::of(&scheme) else {
         let reason = "no such kind of store; s3, gs, az, http, https and file are known";
         return Err(refused(&format!("{scheme}://…"), reason));
     };
@@ -152,6 +165,11 @@ pub(super) fn open(
         return Err(refused(&shown, reason));
     }
     let location = text.trim_end_matches('/').to_owned();
+    if split_number(&location).1.is_some() {
+        let reason = "the URL of one manifest, which is read and never written; name the checkpoint's \
+                      prefix, without @ and a number";
+        return Err(refused(&location, reason));
+    }
     let bad_path = |_| refused(&location, "a path with empty, . or .. parts");
     let prefix = Path::from_url_path(url.path()).map_err(bad_path)?;
     // What is wrong here is what the environment says; its values are not repeated.
@@ -236,7 +254,7 @@ pub(super) fn open(
                 let reason = "a file of another host; file:// and an absolute path is expected";
                 return Err(refused(&location, reason));
             }
-            (Arc::new(LocalFileSystem::new().with_fsync(true)), None)
+            (Arc::new(LocalFileSystem::new().with_fsync(true).with_automatic_cleanup(true)), None)
         }
     };
     Ok(Opened { kind, location, prefix, store, multipart })
@@ -253,10 +271,10 @@ mod tests {
 
     #[test]
     fn urls_are_told_from_paths_and_numbers_from_names() {
-        for url in ["s3://b/x", "http://h:1/x", "file:///tmp/x", "ftp://h"] {
+        for url in ["s3://b/x", "S3://b/x", "http://h:1/x", "file:///tmp/x", "x-1.y+z://h"] {
             assert!(is_url(url.as_ref()), "{url}");
         }
-        for path in ["models/x", "/tmp/a://b", "C://x", "x@1", "://x", "a b://c"] {
+        for path in ["models/x", "/tmp/a://b", "x@1", "://x", "a b://c", "1x://c"] {
             assert!(!is_url(path.as_ref()), "{path}");
         }
         assert_eq!(split_number("s3://b/x@3"), ("s3://b/x", Some(3)));
@@ -274,6 +292,8 @@ mod tests {
             "https://host/x?X-Amz-Signature=hunter2",
             "https://host/x#hunter2",
             "s3://hunter2@bucket/x",
+            "S3://key:hunter2@bucket/x",
+            "svn+ssh://key:hunter2@bucket/x",
             "hunter2",
         ] {
             let error = open(url, &[], &Limits::default()).err().expect(url).to_string();
@@ -310,7 +330,9 @@ mod tests {
                 (prefix, url.trim_end_matches('/'))
             );
         }
-        for url in ["ftp://host/x", "file://host/x"] {
+        let opened = open("S3://Bucket/Model", &environment, &Limits::default()).unwrap();
+        assert_eq!((opened.prefix.as_ref(), &*opened.location), ("Model", "s3://Bucket/Model"));
+        for url in ["ftp://host/x", "file://host/x", "file:///a/x@3", "s3://bucket/x@3/"] {
             assert!(open(url, &environment, &Limits::default()).is_err(), "{url}");
         }
     }

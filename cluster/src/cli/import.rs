@@ -9,7 +9,8 @@ use lite_llm_runtime::checkpoint::codec;
 #[derive(Debug, Args)]
 pub struct ImportArgs {
     /// Hugging Face folder (config.json, safetensors, tokenizer.json), GGUF file (F32, BF16, F16,
-    /// Q8_0, Q4_0), or a checkpoint to convert.
+    /// Q8_0, Q4_0), or a checkpoint to convert: a folder or URL. One that is compressed and is
+    /// imported without --compress is unpacked.
     pub source: PathBuf,
     /// Folder or URL to write to: new or empty. s3://, gs://, az:// and file:// can be written to.
     #[arg(value_name = "OUT_DIR|URL")]

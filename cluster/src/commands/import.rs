@@ -34,8 +34,15 @@ pub(super) async fn import(args: ImportArgs, json: bool) -> Result<()> {
         }
         _ => Destination::Folder(args.out.clone()),
     };
+    let source = args.source.clone();
+    let opened = match archive::is_url(&source) {
+        // Requests block.
+        true => Some(tokio::task::spawn_blocking(move || archive::open_checkpoint(&source)).await?),
+        false => None,
+    };
     let options = ImportOptions {
         source: args.source,
+        opened: opened.transpose().map_err(bad_input)?.map(Arc::new),
         out,
         dtype: args.dtype,
         tiers: tiers.map_err(|error| parse("--tiers", &error))?,
@@ -86,11 +93,11 @@ struct Speeds {
 
 impl Speeds {
     fn of(packed: &Packed) -> Self {
-        let per_s = |time: Duration| packed.bytes as f64 / time.as_secs_f64().max(1e-9);
+        let per_s = |bytes: u64, time: Duration| bytes as f64 / time.as_secs_f64().max(1e-9);
         Self {
             ratio: packed.stored as f64 / packed.bytes.max(1) as f64,
-            packing: per_s(packed.packing),
-            unpacking: per_s(packed.unpacking),
+            packing: per_s(packed.bytes, packed.packing),
+            unpacking: per_s(packed.unpacked, packed.unpacking),
         }
     }
 }

@@ -38,7 +38,9 @@ pub(super) async fn record(
         )));
     };
     let tiers = args.tiers.parse().map_err(|error| bad_input(anyhow!("--tiers: {error}")))?;
-    let mut trace = Trace::new(&name, config.sparse_layers().count(), moe);
+    let trace = Trace::new(&name, config.sparse_layers().count(), moe);
+    let mut trace =
+        trace.map_err(|reason| bad_input(anyhow!("{}: {reason}", args.model.display())))?;
     let compute = &args.local.compute;
     let device = Arc::new(Cpu::new(compute.threads(1), compute.simd()?));
     let (kv_bytes, kv_dtype) = (compute.kv_bytes()?, args.local.kv_dtype);

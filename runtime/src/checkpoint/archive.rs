@@ -16,8 +16,9 @@ pub trait Archive: Debug + Send + Sync {
     /// The URL of the prefix, for messages and for opening it again. It holds no credentials.
     fn location(&self) -> String;
 
-    /// Names and sizes of the objects that lie in a folder itself, not deeper; `""` is the prefix.
-    /// `None` if this kind of store has no listing.
+    /// What lies in a folder itself, not deeper; `""` is the prefix: names and sizes of objects and,
+    /// of each folder within it, the name with a `/` behind it, and 0. `None` if this kind of store
+    /// has no listing.
     fn list(&self, folder: &str) -> Result<Option<Vec<(String, u64)>>, ArchiveError>;
 
     /// Size of an object; `None` if there is none of this name.
@@ -27,8 +28,25 @@ pub trait Archive: Debug + Send + Sync {
     /// object. Several threads may read at once, and should where latency matters.
     fn read_into(&self, path: &str, from: u64, out: &mut [u8]) -> Result<u64, ArchiveError>;
 
-    /// Writes the first `bytes` bytes of a file as an object, replacing what is there.
-    fn put(&self, path: &str, file: &File, bytes: u64) -> Result<(), ArchiveError>;
+    /// Begins to write an object that is so large that it is written in parts, and returns the
+    /// store's name for that; `None` if one of this size is not. What is begun takes room in the
+    /// store, and nobody sees it, until [`Archive::put`] or [`Archive::abandon_put`] ends it: whoever
+    /// may be killed between notes the name.
+    fn begin_put(&self, path: &str, bytes: u64) -> Result<Option<String>, ArchiveError>;
+
+    /// Writes the first `bytes` bytes of a file as an object, replacing what is there; `begun` is
+    /// what [`Archive::begin_put`] returned, if it was called. Of what fails no part is left, as far
+    /// as the store can be reached.
+    fn put(
+        &self,
+        path: &str,
+        file: &File,
+        bytes: u64,
+        begun: Option<&str>,
+    ) -> Result<(), ArchiveError>;
+
+    /// Ends what was begun and not put. That it is not there any more does not matter.
+    fn abandon_put(&self, path: &str, begun: &str) -> Result<(), ArchiveError>;
 
     /// Creates a small object if there is none of this name; says whether it did. Of several
     /// callers, at most one is told so.

@@ -6,12 +6,15 @@
 //! of integers hardly shrink at all.
 //!
 //! Invariants: unpacking writes exactly as many bytes as the index says, or fails; it never writes
-//! or allocates more, whatever the frame claims.
+//! or allocates more, whatever the frame claims. The index cannot claim more than a frame of that
+//! size can hold ([`EXPANSION_MAX`]).
 
 use std::{
     io::{self, Write},
     time::Duration,
 };
+
+use lite_llm_kernels::buffer::Buffer;
 
 use super::{
     CheckpointError,
@@ -24,6 +27,11 @@ use super::{
 pub const ZSTD: &str = "zstd";
 /// Levels of zstd that can be asked for.
 pub const LEVELS: std::ops::RangeInclusive<i32> = 1..=19;
+
+/// Bytes that a stored byte can stand for, at most: zstd says in 4 that 128 KiB are all alike.
+pub const EXPANSION_MAX: u64 = 33_000;
+/// Binary logarithm of the window that a frame may ask for: what level 19 takes.
+const WINDOW_LOG_MAX: u32 = 23;
 
 /// Sections that would not shrink to this share are stored as they are, and can be read in place.
 const WORTH: f64 = 0.97;
@@ -48,6 +56,8 @@ pub struct Packed {
     pub bytes: u64,
     /// Bytes that are stored.
     pub stored: u64,
+    /// Bytes that were unpacked again.
+    pub unpacked: u64,
     /// Time that packing took, summed over threads.
     pub packing: Duration,
     /// Time that unpacking took, summed over threads: every section is unpacked again to see that
@@ -61,24 +71,34 @@ impl Packed {
         self.left += other.left;
         self.bytes += other.bytes;
         self.stored += other.stored;
+        self.unpacked += other.unpacked;
         self.packing += other.packing;
         self.unpacking += other.unpacking;
     }
 }
 
-/// Reads a compressed section into memory of its size. The bytes in the file are verified before
-/// they are unpacked; what comes of them is not.
-pub(super) fn unpack_section(
+/// Reads a compressed section as it is stored, and verifies that: before memory is taken for what it
+/// unpacks to.
+pub(super) fn read_packed(
     shard: &Shard,
     section: &Section,
     stored: &Stored,
     file: &OpenFile,
-    out: &mut [u8],
-) -> Result<(), CheckpointError> {
+) -> Result<Buffer, CheckpointError> {
     check_codec(shard, section, stored)?;
     let packed = file.read(&shard.path, section.offset..section.offset + stored.bytes)?;
     check_stored(shard, section, Hash::of(&packed))?;
-    unpack(&packed, out).map_err(|reason| bad_frame(shard, section, reason))
+    Ok(packed)
+}
+
+/// Unpacks a section into memory of its size. What comes of it is not verified.
+pub(super) fn unpack_section(
+    shard: &Shard,
+    section: &Section,
+    packed: &[u8],
+    out: &mut [u8],
+) -> Result<(), CheckpointError> {
+    unpack(packed, out).map_err(|reason| bad_frame(shard, section, reason))
 }
 
 /// Compares the hash of a section's bytes in the file with the index.
@@ -142,7 +162,9 @@ impl io::Write for Counted {
 impl HashUnpacked {
     pub(super) fn new(section: &Section) -> io::Result<Self> {
         let counted = Counted { hasher: blake3::Hasher::new(), left: section.bytes };
-        Ok(Self { decoder: zstd::stream::write::Decoder::new(counted)? })
+        let mut decoder = zstd::stream::write::Decoder::new(counted)?;
+        decoder.window_log_max(WINDOW_LOG_MAX)?;
+        Ok(Self { decoder })
     }
 
     pub(super) fn update(&mut self, packed: &[u8]) -> io::Result<()> {
@@ -207,7 +229,7 @@ impl Compression {
         let began = (self.now)();
         let unpacked = unpack(&packed, &mut out);
         did.unpacking = (self.now)().saturating_sub(began);
-        did.stored = packed.len() as u64;
+        (did.stored, did.unpacked) = (packed.len() as u64, did.bytes);
         match unpacked {
             Ok(()) if out == bytes => Ok((Some(packed), did)),
             Ok(()) => Err(io::Error::other("it unpacks to other bytes: this machine errs")),
@@ -219,6 +241,24 @@ impl Compression {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_frame_that_asks_for_more_memory_than_ours_do_is_refused() {
+        let bytes = [7; 100];
+        let (name, blake3) = ("x".into(), Hash::of(&bytes));
+        let section = Section { name, offset: 0, bytes: 100, blake3, stored: None };
+        for (log, good) in [(WINDOW_LOG_MAX, true), (WINDOW_LOG_MAX + 1, false)] {
+            let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+            encoder.window_log(log).unwrap();
+            encoder.write_all(&bytes).unwrap();
+            // The frame does not say how long it is, so the window counts.
+            encoder.flush().unwrap();
+            let frame = encoder.finish().unwrap();
+            let mut hash = HashUnpacked::new(&section).unwrap();
+            let unpacked = hash.update(&frame).and_then(|()| hash.finish());
+            assert_eq!(unpacked.ok() == Some(blake3), good, "{log}");
+        }
+    }
 
     #[test]
     fn what_is_unpacked_is_what_was_packed() {

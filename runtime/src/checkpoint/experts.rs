@@ -8,7 +8,7 @@ use lite_llm_kernels::{buffer::Buffer, matrix::PackedMatrix};
 
 use super::{
     CheckpointError, DATA_ALIGN,
-    codec::unpack_section,
+    codec::{read_packed, unpack_section},
     index::{GroupPage, Hash, Section, Shard},
     layout::{expert_bytes, expert_position, expert_tensors},
     reader::{Checkpoint, check_section, split, to_matrix},
@@ -73,7 +73,10 @@ impl Checkpoint {
         let (shard, section) = self.expert_section(&page, key)?;
         let file = self.files().open_sized(&shard.path, shard.bytes)?;
         match &section.stored {
-            Some(stored) => unpack_section(shard, section, stored, &file, out),
+            Some(stored) => {
+                let packed = read_packed(shard, section, stored, &file)?;
+                unpack_section(shard, section, &packed, out)
+            }
             None => file.read_into(&shard.path, section.offset, out),
         }
     }

@@ -10,7 +10,10 @@ use std::fmt;
 use lite_llm_kernels::dtype::DType;
 use serde::{Deserialize, Serialize};
 
-use super::{CheckpointError, DATA_ALIGN, HEADER_BYTES_MAX, layout::Part, source::is_plain};
+use super::{
+    CheckpointError, DATA_ALIGN, HEADER_BYTES_MAX, codec::EXPANSION_MAX, layout::Part,
+    source::is_plain,
+};
 use crate::{config::ModelConfig, tier::TierId};
 
 /// A blake3 hash, written as 64 lower-case hexadecimal digits.
@@ -223,10 +226,13 @@ impl Shard {
                     section.bytes, section.offset
                 ));
             }
-            // Compression that does not shrink is not used, and memory is taken by this number.
-            if let Some(stored) = section.stored.as_ref().filter(|s| s.bytes >= section.bytes) {
+            // Compression that does not shrink is not used, and memory is taken by these numbers.
+            let least = section.bytes.div_ceil(EXPANSION_MAX);
+            let odd = |stored: &&Stored| !(least..section.bytes).contains(&stored.bytes);
+            if let Some(stored) = section.stored.as_ref().filter(odd) {
                 return bad(format!(
-                    "section {name:?} is stored in {} bytes, expected fewer than {}",
+                    "section {name:?} is stored in {} bytes, expected {least} or more and fewer \
+                     than {}",
                     stored.bytes, section.bytes
                 ));
             }
@@ -275,5 +281,25 @@ impl Shard {
     fn bad(&self, index: &str, reason: String) -> Result<(), CheckpointError> {
         let path = &self.path;
         Err(CheckpointError::malformed(index, format!("shard {path:?}: {reason}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+
+    #[test]
+    fn a_section_is_not_said_to_be_stored_in_fewer_bytes_than_can_be() {
+        let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe");
+        let checkpoint = Checkpoint::open(demo).unwrap();
+        let part = Part::Group { tier: 0, layer: 0, group: 0 };
+        let mut shard = checkpoint.shard(part).unwrap();
+        let Section { bytes, blake3, .. } = shard.sections[1];
+        assert!(bytes > EXPANSION_MAX);
+        shard.sections[1].stored = Some(Stored { codec: "zstd".into(), bytes: 1, blake3 });
+        let checked = shard.check("page", part, checkpoint.config(), checkpoint.dtype());
+        let error = checked.unwrap_err().to_string();
+        assert!(error.contains("stored in 1 bytes, expected"), "{error}");
     }
 }

@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use super::{
     CheckpointError, MANIFEST_BYTES_MAX,
     archive::Archive,
-    codec::unpack_section,
+    codec::{read_packed, unpack_section},
     index::{
         DenseIndex, FileRef, GroupPage, Hash, LayerShard, Section, Shard, StateIndex, TierIndex,
     },
@@ -392,8 +392,9 @@ impl Checkpoint {
         let file = self.open_shard(shard)?;
         let bytes = match &section.stored {
             Some(stored) => {
+                let packed = read_packed(shard, section, stored, &file)?;
                 let mut bytes = AlignedBytes::zeroed(section.bytes as usize);
-                unpack_section(shard, section, stored, &file, &mut bytes)?;
+                unpack_section(shard, section, &packed, &mut bytes)?;
                 bytes.into()
             }
             None => file.read(&shard.path, section.offset..section.offset + section.bytes)?,
@@ -418,6 +419,13 @@ impl Checkpoint {
 
 /// Path of the manifest to open: the highest, or the one that was asked for.
 fn manifest_path(files: &Files, number: Option<u64>) -> Result<String, CheckpointError> {
+    // One that was asked for by its number is not looked for among the others.
+    if let (Some(number), Files::Archive(_)) = (number, files) {
+        let path = manifest_name(number);
+        if files.exists(&path)? {
+            return Ok(path);
+        }
+    }
     let numbers = files.manifests()?;
     let location = files.location();
     match (number, numbers.last()) {

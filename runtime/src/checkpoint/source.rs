@@ -20,7 +20,7 @@ use lite_llm_kernels::buffer::{AlignedBytes, Buffer};
 
 use super::{
     CheckpointError,
-    archive::Archive,
+    archive::{Archive, ArchiveFailure},
     manifest::{MANIFEST_V1, manifest_name, manifest_number},
 };
 
@@ -29,6 +29,8 @@ pub type EmbeddedFiles = &'static [(&'static str, &'static [u8])];
 
 /// Threads that read from a store at once.
 const ARCHIVE_READERS: usize = 8;
+/// Manifests that are counted in a store without listings: each was an extension of the model.
+const MANIFESTS_MAX: u64 = 1000;
 /// Memory that an index may ask for before the size of its object was seen.
 const TRUSTED_BYTES: usize = 64 << 20;
 
@@ -273,13 +275,20 @@ impl OpenFile {
 /// Numbers of the manifests in a store without listings: they are counted from 1 without gaps.
 fn count_up(archive: &dyn Archive) -> Result<Vec<u64>, CheckpointError> {
     let mut numbers = Vec::new();
-    for number in 1.. {
-        if archive.size(&manifest_name(number))?.is_none() {
-            break;
+    for number in 1..=MANIFESTS_MAX {
+        match archive.size(&manifest_name(number)) {
+            Ok(Some(_)) => numbers.push(number),
+            Ok(None) => return Ok(numbers),
+            // A store that does not list for us does not say what is not there, either.
+            Err(error) if error.kind == ArchiveFailure::Denied && number > 1 => return Ok(numbers),
+            Err(error) => return Err(error.into()),
         }
-        numbers.push(number);
     }
-    Ok(numbers)
+    let reason = format!(
+        "the server has an answer for every name from 1 to {MANIFESTS_MAX}, so which is the last \
+         cannot be told; name one with @N behind the URL, or correct the URL"
+    );
+    Err(CheckpointError::malformed(&manifest_name(MANIFESTS_MAX), reason))
 }
 
 #[cfg(test)]

@@ -3,11 +3,14 @@
 //! A shard is written to an unnamed temporary file first (its header tells where everything ends),
 //! and uploaded when it is whole, while the next one is made. What was uploaded is read back and
 //! compared; then its index entry is written to the journal, so that an import that was interrupted
-//! goes on behind its last whole shard. Journal and mark are removed behind the manifest.
+//! goes on behind its last whole shard. What is uploaded in parts is noted there before the first:
+//! whoever goes on behind a kill ends it, for its parts take room in the store. Journal and mark are
+//! removed behind the manifest.
 //!
 //! Invariants: nothing opens before everything is there, for the manifest comes last; the manifest is
 //! created only if there is none. Stores have no locks: the mark says what is being imported, and
-//! only the import of the very same joins it. Two that do write the same bytes.
+//! only the import of the very same joins it. Two that do write the same bytes, and where one ends
+//! what the other is uploading, that one begins it again. The journal of another import is not read.
 
 use std::{
     fs::File,
@@ -19,15 +22,18 @@ use std::{
 
 use super::{
     CheckpointError,
-    archive::Archive,
+    archive::{Archive, ArchiveFailure},
     folder::Staged,
     index::{Hash, Shard},
     source::Files,
     writer::STAGING_MARK,
 };
 
-/// Where index entries of uploaded shards are kept until the manifest names them.
+/// Where index entries of uploaded shards are kept until the manifest names them: in a folder for
+/// each stamp.
 const JOURNAL: &str = "import.journal";
+/// How often a shard is begun again whose upload somebody else has ended.
+const BEGUN_MAX: u32 = 5;
 /// Largest journal entry or mark that is read.
 const NOTE_BYTES_MAX: u64 = 64 << 20;
 /// Bytes that are read back at once: several parts of the archive's.
@@ -37,6 +43,8 @@ const PIECE_BYTES: usize = 32 << 20;
 #[derive(Debug)]
 pub(super) struct Upload {
     archive: Arc<dyn Archive>,
+    /// Hash of all that decides what is written.
+    stamp: Hash,
     /// Whether an interrupted import left shards here.
     resumed: bool,
     /// The shard on its way: one, while the next is made.
@@ -74,7 +82,7 @@ impl Upload {
             }
             return Err(occupied("already holds a checkpoint"));
         }
-        Ok(Self { archive, resumed: !fresh, pending: None, journal: Vec::new() })
+        Ok(Self { archive, stamp, resumed: !fresh, pending: None, journal: Vec::new() })
     }
 
     /// For messages.
@@ -87,16 +95,31 @@ impl Upload {
         if !self.resumed {
             return Ok(None);
         }
-        let entry = format!("{JOURNAL}/{path}.json");
-        let Some(note) = read_note(&*self.archive, &entry)? else { return Ok(None) };
+        let [entry, parts] = self.notes(path);
+        let whole = self.whole(path, &entry)?;
+        if whole.is_none()
+            && let Some(begun) = read_note(&*self.archive, &parts)?
+            && let Ok(begun) = std::str::from_utf8(&begun)
+        {
+            self.archive.abandon_put(path, begun)?;
+        }
+        // One that is not whole is written again, and noted then.
+        self.journal.extend(whole.iter().flat_map(|_| [entry.clone(), parts.clone()]));
+        Ok(whole)
+    }
+
+    /// What the journal says of a shard that is there.
+    fn whole(&self, path: &str, entry: &str) -> Result<Option<Shard>, CheckpointError> {
+        let Some(note) = read_note(&*self.archive, entry)? else { return Ok(None) };
         // What is torn or strange is uploaded again.
         let shard = serde_json::from_slice::<Shard>(&note).ok().filter(|shard| shard.path == path);
         let Some(shard) = shard else { return Ok(None) };
-        if self.archive.size(path)? != Some(shard.bytes) {
-            return Ok(None);
-        }
-        self.journal.push(entry);
-        Ok(Some(shard))
+        Ok((self.archive.size(path)? == Some(shard.bytes)).then_some(shard))
+    }
+
+    /// A shard's entry in the journal, and what is noted there of its upload in parts.
+    fn notes(&self, path: &str) -> [String; 2] {
+        ["json", "parts"].map(|kind| format!("{JOURNAL}/{}/{path}.{kind}", self.stamp))
     }
 
     /// An unnamed file, which is gone with this process, whatever ends it.
@@ -113,10 +136,10 @@ impl Upload {
     pub(super) fn commit(&mut self, staged: Staged, shard: &Shard) -> Result<(), CheckpointError> {
         self.settle()?;
         let (archive, shard) = (self.archive.clone(), shard.clone());
-        let entry = format!("{JOURNAL}/{}.json", shard.path);
-        self.journal.push(entry.clone());
+        let [entry, parts] = self.notes(&shard.path);
+        self.journal.extend([entry.clone(), parts.clone()]);
         let upload = move || {
-            put(&*archive, &shard.path, &staged.file, shard.bytes)?;
+            put(&*archive, &shard.path, &staged.file, shard.bytes, Some(&parts))?;
             let note = serde_json::to_vec(&shard).expect("an index has only string keys");
             write(&*archive, &entry, &note)
         };
@@ -168,12 +191,38 @@ fn write(archive: &dyn Archive, path: &str, bytes: &[u8]) -> Result<(), Checkpoi
     let io = || CheckpointError::io(path, "stage");
     let mut file = tempfile::tempfile().map_err(io())?;
     file.write_all(bytes).map_err(io())?;
-    put(archive, path, &file, bytes.len() as u64)
+    put(archive, path, &file, bytes.len() as u64, None)
 }
 
-/// Uploads a file, reads it back and compares.
-fn put(archive: &dyn Archive, path: &str, file: &File, bytes: u64) -> Result<(), CheckpointError> {
-    archive.put(path, file, bytes)?;
+/// Uploads a file, reads it back and compares. Where `parts` is, the upload is noted if it is one in
+/// parts.
+fn put(
+    archive: &dyn Archive,
+    path: &str,
+    file: &File,
+    bytes: u64,
+    parts: Option<&str>,
+) -> Result<(), CheckpointError> {
+    let mut tries = 1;
+    loop {
+        let mut begun = None;
+        if let Some(parts) = parts {
+            begun = archive.begin_put(path, bytes)?;
+            if let Some(begun) = &begun {
+                write(archive, parts, begun.as_bytes())?;
+            }
+        }
+        match archive.put(path, file, bytes, begun.as_deref()) {
+            Ok(()) => break,
+            // Another import of the same goes on behind this one, and has ended what was begun.
+            Err(error)
+                if error.kind == ArchiveFailure::Absent && begun.is_some() && tries < BEGUN_MAX =>
+            {
+                tries += 1;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
     let piece = bytes.min(PIECE_BYTES as u64) as usize;
     let (mut there, mut here) = (vec![0; piece], vec![0; piece]);
     let mut at = 0;

@@ -2,12 +2,13 @@
 //! as it is stored and as it is used.
 //!
 //! Memory stays small: sections are hashed in pieces, never held. Damage does not stop it, so one
-//! run names every damaged file.
+//! run names every damaged file. A store that does not answer does: each read would wait for its
+//! deadline in vain.
 
 use std::{
     fmt,
     sync::{
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
         mpsc,
     },
     thread,
@@ -17,6 +18,7 @@ use serde::Serialize;
 
 use super::{
     Checkpoint, CheckpointError,
+    archive::{ArchiveError, ArchiveFailure},
     codec::{HashUnpacked, bad_frame, check_codec, check_stored},
     index::{Hash, Shard},
     parallel::try_map,
@@ -46,12 +48,28 @@ pub struct Report {
 pub struct Damage {
     /// Each naming a file.
     pub errors: Vec<CheckpointError>,
+    /// Whether the last of them is that the store does not answer, so that not everything was looked
+    /// at.
+    pub stopped: bool,
+}
+
+impl Damage {
+    fn new(errors: Vec<CheckpointError>) -> Self {
+        let stopped = errors.last().is_some_and(is_unavailable);
+        Self { errors, stopped }
+    }
 }
 
 impl fmt::Display for Damage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} errors", self.errors.len())?;
-        self.errors.iter().try_for_each(|error| write!(f, "\n  {error}"))
+        self.errors.iter().try_for_each(|error| write!(f, "\n  {error}"))?;
+        match self.stopped {
+            true => {
+                f.write_str("\n  the rest was not looked at; verify again when the store answers")
+            }
+            false => Ok(()),
+        }
     }
 }
 
@@ -69,33 +87,53 @@ pub fn verify(
     for file in std::iter::once(&text.tokenizer).chain(&text.chat_template) {
         match read_whole(checkpoint.files(), file) {
             Ok(_) => report.files += 1,
-            Err(error) => errors.push(error),
+            Err(error) => {
+                errors.push(error);
+                if errors.last().is_some_and(is_unavailable) {
+                    return Err(Damage::new(errors));
+                }
+            }
         }
     }
 
     let shards = shards(checkpoint, &mut report, &mut errors);
+    if errors.last().is_some_and(is_unavailable) {
+        return Err(Damage::new(errors));
+    }
     let total = shards.iter().map(|s| s.bytes).sum();
     let threads = checkpoint.files().readers();
     let open = |shard: &Shard| checkpoint.files().open_sized(&shard.path, shard.bytes);
 
     // A shard that is not there is one error, not one per section.
-    let mut whole = Vec::new();
-    each(
+    let (mut whole, mut done) = (Vec::new(), 0);
+    let stopped = each(
         threads,
         &shards,
         |shard, _| check_header(shard, &open(shard)?),
-        |shard, result| match result {
-            Ok(()) => whole.push(shard),
-            Err(error) => errors.push(error),
+        |shard, result| {
+            match result {
+                Ok(()) => {
+                    whole.push(shard);
+                    done += shard.header_bytes;
+                }
+                Err(error) => {
+                    errors.push(error);
+                    // What cannot be read counts as done.
+                    done += shard.bytes;
+                }
+            }
+            progress(done, total, &shard.path);
         },
     );
+    if let Err(error) = stopped {
+        errors.push(error);
+        return Err(Damage::new(errors));
+    }
     report.files += whole.len() as u64;
     report.bytes = whole.iter().map(|shard| shard.bytes).sum();
-    // What cannot be read counts as done.
-    let mut done = total - report.bytes + whole.iter().map(|s| s.header_bytes).sum::<u64>();
     let sections: Vec<(&Shard, usize)> =
         whole.iter().flat_map(|shard| (0..shard.sections.len()).map(|i| (*shard, i))).collect();
-    each(
+    let stopped = each(
         threads,
         &sections,
         |(shard, i), piece| check_bytes(shard, *i, &open(shard)?, piece),
@@ -112,25 +150,35 @@ pub fn verify(
             }
         },
     );
+    if let Err(error) = stopped {
+        errors.push(error);
+        return Err(Damage::new(errors));
+    }
     progress(total, total, "");
-    if errors.is_empty() { Ok(report) } else { Err(Damage { errors }) }
+    if errors.is_empty() { Ok(report) } else { Err(Damage::new(errors)) }
 }
 
-/// Checks every item on several threads, and hears of each here, in the order of the items.
+fn is_unavailable(error: &CheckpointError) -> bool {
+    let kind = |error: &ArchiveError| error.kind == ArchiveFailure::Unavailable;
+    matches!(error, CheckpointError::Archive(error) if kind(error))
+}
+
+/// Checks every item on several threads, and hears of each here, in the order of the items. When a
+/// store does not answer, nothing more is begun, and that is the error.
 fn each<'a, T: Sync>(
     threads: usize,
     items: &'a [T],
     check: impl Fn(&T, &mut Vec<u8>) -> Result<(), CheckpointError> + Sync,
     mut hear: impl FnMut(&'a T, Result<(), CheckpointError>),
-) {
-    let next = AtomicUsize::new(0);
+) -> Result<(), CheckpointError> {
+    let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (sender, receiver) = mpsc::channel();
     thread::scope(|scope| {
         for _ in 0..threads.min(items.len()) {
-            let (sender, next, check) = (sender.clone(), &next, &check);
+            let (sender, next, stop, check) = (sender.clone(), &next, &stop, &check);
             scope.spawn(move || {
                 let mut piece = Vec::new();
-                loop {
+                while !stop.load(Relaxed) {
                     let i = next.fetch_add(1, Relaxed);
                     let Some(item) = items.get(i) else { return };
                     // The other end hears every item.
@@ -141,18 +189,30 @@ fn each<'a, T: Sync>(
         drop(sender);
         let mut early: Vec<Option<Result<(), CheckpointError>>> = Vec::new();
         early.resize_with(items.len(), || None);
-        let mut heard = 0;
+        let (mut heard, mut unavailable) = (0, None);
         for (i, result) in receiver {
-            early[i] = Some(result);
+            match result {
+                Err(error) if is_unavailable(&error) => {
+                    stop.store(true, Relaxed);
+                    unavailable.get_or_insert(error);
+                }
+                result => early[i] = Some(result),
+            }
             while let Some(result) = early.get_mut(heard).and_then(Option::take) {
                 hear(&items[heard], result);
                 heard += 1;
             }
         }
-    });
+        let Some(error) = unavailable else { return Ok(()) };
+        for (item, result) in items.iter().zip(early) {
+            result.into_iter().for_each(|result| hear(item, result));
+        }
+        Err(error)
+    })
 }
 
-/// Every shard whose index can be read.
+/// Every shard whose index can be read. An error that a store does not answer ends the search, and
+/// is the last.
 pub(super) fn shards(
     checkpoint: &Checkpoint,
     report: &mut Report,
@@ -172,20 +232,28 @@ pub(super) fn shards(
             Ok(index) => index,
             Err(error) => {
                 errors.push(error);
+                if errors.last().is_some_and(is_unavailable) {
+                    return shards;
+                }
                 continue;
             }
         };
         report.files += 1;
-        // Pages are kept when they are read; errors are met again below.
         let groups: Vec<u32> = (0..index.pages.len() as u32).collect();
-        let read = |group: &u32| {
-            let _ = checkpoint.page(tier, *group);
-            Ok::<_, ()>(())
+        let read = |group: &u32| match checkpoint.page(tier, *group) {
+            Err(error) if is_unavailable(&error) => Err(error),
+            page => Ok(page),
         };
-        let _ = try_map(checkpoint.files().readers(), &groups, read);
+        let pages = match try_map(checkpoint.files().readers(), &groups, read) {
+            Ok(pages) => pages,
+            Err(error) => {
+                errors.push(error);
+                return shards;
+            }
+        };
         shards.extend(index.routers.iter().map(|l| l.shard.clone()));
-        for group in 0..index.pages.len() {
-            match checkpoint.page(tier, group as u32) {
+        for page in pages {
+            match page {
                 Ok(page) => {
                     report.files += 1;
                     shards.extend(page.layers.iter().map(|l| l.shard.clone()));

@@ -65,6 +65,8 @@ pub const PIECE_BYTES: usize = 8 << 20;
 pub struct ImportOptions {
     /// The Hugging Face folder, a GGUF file, or a checkpoint.
     pub source: PathBuf,
+    /// The checkpoint at `source`, if that is a URL, which this crate cannot open.
+    pub opened: Option<Arc<Checkpoint>>,
     /// Where the checkpoint is to be.
     pub out: Destination,
     /// Format of projections and experts, and with them of embeddings; by default the source's
@@ -97,7 +99,8 @@ impl ImportOptions {
     /// Imports a source as it is.
     pub fn new(source: impl Into<PathBuf>, out: impl Into<Destination>) -> Self {
         let (source, out) = (source.into(), out.into());
-        Self { source, out, dtype: None, tiers: None, routes: None, compress: None }
+        let (dtype, tiers, routes, compress) = (None, None, None, None);
+        Self { source, opened: None, out, dtype, tiers, routes, compress }
     }
 
     /// Begins to write the checkpoint.
@@ -124,7 +127,9 @@ impl ImportOptions {
     fn stamp(&self, config: &ModelConfig, dtype: DType) -> Result<Hash, ImportError> {
         let io = |action| ImportError::io(&self.source, action);
         let mut files = vec![self.source.clone()];
-        if self.source.is_dir() {
+        if self.opened.is_some() {
+            files.clear();
+        } else if self.source.is_dir() {
             let entries = fs::read_dir(&self.source).map_err(io("list"))?;
             files = entries
                 .map(|entry| entry.map(|entry| entry.path()))
@@ -137,6 +142,9 @@ impl ImportOptions {
             env!("CARGO_PKG_VERSION"),
             self.compress.map(|compression| compression.level)
         );
+        if let Some(checkpoint) = &self.opened {
+            text.push_str(&format!("{}\n", checkpoint.manifest().root));
+        }
         for file in files {
             let metadata = fs::metadata(&file).map_err(ImportError::io(&file, "look at"))?;
             let changed = metadata.modified().ok();

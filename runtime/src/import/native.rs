@@ -6,7 +6,7 @@
 //! hash and all, as its source imports to. Compressing one, or bringing it into an object store,
 //! keeps its formats unless another is asked for. A conversion that would change nothing is refused.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use lite_llm_kernels::matrix::{PANEL, PackedMatrix, Source};
 
@@ -26,6 +26,9 @@ use crate::checkpoint::{
 
 /// Whether a folder is a checkpoint and no Hugging Face folder.
 pub(super) fn is_checkpoint(options: &ImportOptions) -> bool {
+    if options.opened.is_some() {
+        return true;
+    }
     let source = &options.source;
     let numbered = source.to_str().and_then(|text| text.rsplit_once('@'));
     let dir = match numbered {
@@ -57,15 +60,18 @@ pub(super) fn convert(
                 .into(),
         });
     }
-    let checkpoint = Checkpoint::open(&options.source)?;
+    let checkpoint = match &options.opened {
+        Some(checkpoint) => checkpoint.clone(),
+        None => Arc::new(Checkpoint::open(&options.source)?),
+    };
     let dtype = match options.dtype {
         Some(dtype) if dtype != checkpoint.dtype() => dtype,
-        _ if moves(options) => checkpoint.dtype(),
+        _ if moves(options) || inspect(&checkpoint)?.compressed.is_some() => checkpoint.dtype(),
         _ => {
             return Err(ImportError::file(
                 &options.source,
                 format!("a checkpoint in {} already", checkpoint.dtype()),
-                "name another format with --dtype, compress it with --compress, or copy the folder",
+                "name another format with --dtype, compress it with --compress, or copy it",
             ));
         }
     };

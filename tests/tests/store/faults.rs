@@ -1,7 +1,10 @@
 //! Stores that are slow, drop connections, refuse, lie or never answer: a right answer, or an error
 //! that names the object, the reason and what to do, before the deadline.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::mpsc,
+    time::{Duration, Instant},
+};
 
 use lite_llm_actors::archive::{Limits, StoreArchive, StoreOptions, open_checkpoint_url};
 use lite_llm_runtime::{
@@ -176,6 +179,121 @@ fn reads_of_several_threads_and_of_one_large_range_overlap() {
     assert_eq!(server.seen().len(), 5, "parts of 8 MiB");
     // A range beyond the end tells the size; the reader of a checkpoint compares it.
     assert_eq!(archive.read_into("large", 1 << 30, &mut out[..10]), Ok(40 << 20));
+}
+
+#[test]
+fn a_task_may_read_as_much_as_it_likes_within_one_poll() {
+    let server = S3Server::start();
+    let bytes: Vec<u8> = (0..300_000u32).map(|i| (i ^ (i >> 8)) as u8).collect();
+    server.put("bucket/x/object", bytes.clone());
+    server.fail("GET", "object", Fault::Pieces(1000), ALWAYS);
+    let archive = store(&server, "s3://bucket/x");
+    let (sender, came) = mpsc::channel();
+    // On a thread of its own: what fails here would spin for ever.
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            for _ in 0..200 {
+                assert_eq!(archive.size("object"), Ok(Some(300_000)));
+            }
+            let mut out = vec![0; 300_000];
+            archive.read_into("object", 0, &mut out).unwrap();
+            sender.send(out).unwrap();
+        });
+    });
+    let read = came.recv_timeout(Duration::from_secs(60)).expect("it comes to an end");
+    assert!(read == bytes);
+}
+
+#[test]
+fn answers_that_contradict_each_other_are_errors_and_not_bytes() {
+    let server = S3Server::start();
+    server.put("bucket/x/object", vec![1; 9 << 20]);
+    let options = StoreOptions { environment: server.environment(), limits: hurried() };
+    let archive = StoreArchive::open("s3://bucket/x", &options).unwrap();
+    let mut out = vec![0; 9 << 20];
+    // One of two parts comes of another object, it seems.
+    server.fail("GET", "object", Fault::WrongSize(1), 1);
+    let error = archive.read_into("object", 0, &mut out).unwrap_err().to_string();
+    assert!(error.contains("other bytes than were asked for"), "{error}");
+    // The range is said to lie behind the end, and does not.
+    server.fail("GET", "object", Fault::Status(416), ALWAYS);
+    let error = archive.read_into("object", 100, &mut out[..10]).unwrap_err().to_string();
+    assert!(error.contains("other bytes than were asked for"), "{error}");
+    server.heal();
+    assert_eq!(archive.read_into("object", 0, &mut out), Ok(9 << 20));
+    assert!(out.iter().all(|byte| *byte == 1));
+}
+
+#[test]
+fn a_bucket_of_another_region_says_so() {
+    let server = S3Server::start();
+    server.put_folder(DEMO, &demo_folder());
+    server.fail("*", "", Fault::Status(301), ALWAYS);
+    let error = open_checkpoint_url(&format!("s3://{DEMO}"), &options(&server)).unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("(301)") && error.contains("AWS_REGION must name"), "{error}");
+}
+
+#[test]
+fn verification_ends_when_the_store_does_and_says_what_it_found() {
+    let server = S3Server::start();
+    server.put_folder(DEMO, &demo_folder());
+    let checkpoint = open(&server);
+    let (mut heard, mut before) = (0, 0);
+    let report = verify(&checkpoint, &mut |done, total, _| {
+        assert!(before <= done && done <= total, "{before} {done} {total}");
+        (heard, before) = (heard + 1, done);
+    });
+    let report = report.unwrap();
+    assert!(heard > report.sections + 4, "headers take their time, too: {heard}");
+
+    server.put(&format!("{DEMO}/tiers/tier_1b/l000-g00000.safetensors"), vec![0; 100]);
+    server.fail("GET", SHARD, Fault::Status(503), ALWAYS);
+    let begun = Instant::now();
+    let damage = verify(&checkpoint, &mut |_, _, _| {}).unwrap_err();
+    assert!(begun.elapsed() < hurried().deadline * 3, "{:?}", begun.elapsed());
+    let text = damage.to_string();
+    assert!(damage.stopped && damage.errors.len() == 2, "{text}");
+    assert!(text.contains("100 bytes, expected") && text.contains("503 SlowDown"), "{text}");
+    assert!(text.contains("the rest was not looked at"), "{text}");
+
+    // Nor is a group's index asked for again.
+    let fresh = open(&server);
+    server.seen();
+    server.fail("GET", "g00000.json", Fault::Status(503), ALWAYS);
+    let begun = Instant::now();
+    let damage = verify(&fresh, &mut |_, _, _| {}).unwrap_err();
+    assert!(begun.elapsed() < hurried().deadline * 2, "{:?}", begun.elapsed());
+    assert!(damage.stopped && damage.errors.len() == 1, "{damage}");
+}
+
+#[test]
+fn manifests_are_counted_where_nothing_lists_but_not_for_ever() {
+    let server = S3Server::start();
+    server.put_folder(DEMO, &demo_folder());
+    let open = |url: &str| open_checkpoint_url(url, &options(&server));
+    // Without permission to list, what is absent is forbidden.
+    server.fail("HEAD", "manifest.2.json", Fault::Status(403), ALWAYS);
+    open(&server.http(DEMO)).unwrap();
+    // Who names a number asks for no other.
+    server.seen();
+    for url in [format!("{}@1", server.http(DEMO)), format!("s3://{DEMO}@1")] {
+        open(&url).unwrap();
+    }
+    let seen = server.seen();
+    assert!(seen.iter().all(|seen| !seen.key.contains("manifest.2")), "{seen:?}");
+    assert!(seen.iter().all(|seen| seen.key.contains(DEMO)), "a listing: {seen:?}");
+    server.heal();
+    server.fail("HEAD", "manifest.1.json", Fault::Status(403), ALWAYS);
+    let error = open(&server.http(DEMO)).unwrap_err().to_string();
+    assert!(error.contains("access denied"), "{error}");
+    server.heal();
+    for number in 2..=1000 {
+        server.put(&format!("{DEMO}/manifest.{number}.json"), b"<html>".to_vec());
+    }
+    let error = open(&server.http(DEMO)).unwrap_err().to_string();
+    assert!(error.contains("an answer for every name"), "{error}");
 }
 
 #[test]

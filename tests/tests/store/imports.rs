@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use lite_llm_actors::archive::StoreArchive;
 use lite_llm_runtime::{
     checkpoint::{Checkpoint, CheckpointError, archive::Archive},
     import::{Destination, ImportError, ImportOptions, import, random},
@@ -16,7 +17,7 @@ use lite_llm_tests::{
     s3::{Fault, S3Server},
 };
 
-use super::{compression, demo_folder, open, store};
+use super::{compression, demo_folder, open, options, store};
 
 const URL: &str = "s3://bucket/new";
 /// The manifest's key.
@@ -87,6 +88,87 @@ fn an_import_that_was_interrupted_opens_nothing_and_goes_on_where_it_was() {
 }
 
 #[test]
+fn the_journal_of_another_import_is_not_believed() {
+    let server = S3Server::start();
+    let packed = ImportOptions { compress: compression(), ..from_demo() };
+    // What the mark of the other one says.
+    server.fail("PUT", "dense/", Fault::Status(403), 1);
+    begin(&server, &packed).unwrap_err();
+    let mark = server.get("bucket/new/import.staging").unwrap();
+    server.keys().iter().for_each(|key| server.remove(key));
+    server.fail("PUT", "tokenizer.json", Fault::Status(403), 1);
+    begin(&server, &from_demo()).unwrap_err();
+    // Two that raced, or a hand: its shards are there, and so is its journal.
+    server.put("bucket/new/import.staging", mark.to_vec());
+    let id = begin(&server, &packed).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let here = ImportOptions { out: dir.path().join("x").as_path().into(), ..packed };
+    assert_eq!(id, import(&here, &mut |_, _, _| {}).unwrap().id);
+    let opened = open(&server, URL).unwrap();
+    lite_llm_runtime::checkpoint::verify::verify(&opened, &mut |_, _, _| {}).unwrap();
+}
+
+#[test]
+fn what_a_kill_left_of_a_large_upload_is_ended_by_the_next_import() {
+    let (dir, server) = (tempfile::tempdir().unwrap(), S3Server::start());
+    let source = dir.path().join("hf");
+    // Its embedding alone is larger than a part.
+    let tiny = random::RandomShape::tiny(random::RandomClass::Olmoe);
+    let shape = random::RandomShape { vocab: 80_000, layers: 1, ..tiny };
+    random::write_random_hf(&source, &shape, &mut |_, _| {}).unwrap();
+    let options = ImportOptions::new(&*source, &*source);
+    let large = "new/dense/model.safetensors";
+    server.fail("PUT", large, Fault::Status(403), 1);
+    // Who is killed takes nothing back.
+    server.fail("DELETE", large, Fault::Status(403), u64::MAX);
+    begin(&server, &options).unwrap_err();
+    assert_eq!(server.unfinished_uploads(), 1);
+    server.heal();
+    // And where another import of the same ends what this one has begun, it begins again.
+    server.fail("PUT", large, Fault::Status(404), 1);
+    begin(&server, &options).unwrap();
+    assert_eq!(server.unfinished_uploads(), 0);
+    assert!(server.keys().iter().all(|key| !key.contains("import")), "{:?}", server.keys());
+}
+
+#[test]
+fn a_conflict_of_two_conditional_writes_passes() {
+    let server = S3Server::start();
+    server.fail("PUT", "import.staging", Fault::Status(409), 2);
+    server.fail("PUT", "manifest.1.json", Fault::Status(409), 2);
+    begin(&server, &from_demo()).unwrap();
+    // Who met another and then finds its object has not made it.
+    let archive = store(&server, "s3://bucket/x");
+    server.put("bucket/x/mark", b"ours".to_vec());
+    server.fail("PUT", "mark", Fault::Status(409), 1);
+    assert_eq!(archive.create("mark", b"ours"), Ok(false));
+}
+
+#[test]
+fn a_checkpoint_in_a_store_is_a_source_and_compressed_ones_unpack_into_folders() {
+    let (dir, server) = (tempfile::tempdir().unwrap(), S3Server::start());
+    begin(&server, &ImportOptions { compress: compression(), ..from_demo() }).unwrap();
+    let opened = Some(Arc::new(open(&server, URL).unwrap()));
+    let folder = dir.path().join("unpacked");
+    let options = ImportOptions { opened, ..ImportOptions::new(URL, folder.as_path()) };
+    let id = import(&options, &mut |_, _, _| {}).unwrap().id;
+    assert_eq!(id, demo().manifest().root.to_string());
+    // From store to store, too, and on where it was interrupted.
+    let to = || Destination::Store(Arc::new(store(&server, "s3://bucket/again")));
+    let options = ImportOptions { out: to(), ..options };
+    server.fail("PUT", "again/tokenizer.json", Fault::Status(403), 1);
+    import(&options, &mut |_, _, _| {}).unwrap_err();
+    server.seen();
+    assert_eq!(import(&options, &mut |_, _, _| {}).unwrap().id, id);
+    assert_eq!(uploaded(&server), Vec::<String>::new());
+    // What is not compressed is refused as before.
+    let again = dir.path().join("again");
+    let options = ImportOptions::new(folder, again.as_path());
+    let error = import(&options, &mut |_, _, _| {}).unwrap_err().to_string();
+    assert!(error.contains("--compress"), "{error}");
+}
+
+#[test]
 fn a_folder_of_hugging_face_is_imported_into_a_store_in_spite_of_faults() {
     let (dir, server) = (tempfile::tempdir().unwrap(), S3Server::start());
     let source = dir.path().join("hf");
@@ -138,6 +220,15 @@ fn what_is_in_use_is_not_written_to() {
     let error = begin(&server, &from_demo()).unwrap_err().to_string();
     assert!(error.contains("is not empty"), "{error}");
     assert_eq!(server.keys(), ["bucket/new/thesis.tex"]);
+    server.remove("bucket/new/thesis.tex");
+    server.put("bucket/new/thesis/chapter1.tex", b"years of work".to_vec());
+    let error = begin(&server, &from_demo()).unwrap_err().to_string();
+    assert!(error.contains("is not empty"), "{error}");
+    assert_eq!(server.keys(), ["bucket/new/thesis/chapter1.tex"]);
+    for url in ["s3://bucket/new@3", "file:///tmp/x@3"] {
+        let error = StoreArchive::open(url, &options(&server)).unwrap_err().to_string();
+        assert!(error.contains("one manifest") && error.contains(url), "{error}");
+    }
     // Web servers are read, not written to.
     let out = Destination::Store(Arc::new(store(&server, &server.http("bucket/web"))));
     let options = ImportOptions { out, ..from_demo() };
@@ -153,6 +244,9 @@ fn a_file_url_is_written_to_as_a_folder_is() {
     let options = ImportOptions { out, ..from_demo() };
     let id = import(&options, &mut |_, _, _| {}).unwrap().id;
     assert_eq!(id, demo().manifest().root.to_string());
+    let left = std::fs::read_dir(dir.path().join("new")).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_str().unwrap().contains("import")), "{left:?}");
     // It opens as a folder, too.
     let folder = Checkpoint::open(dir.path().join("new")).unwrap();
     lite_llm_runtime::checkpoint::verify::verify(&folder, &mut |_, _, _| {}).unwrap();
@@ -168,10 +262,20 @@ fn large_objects_are_written_in_parts_and_leave_none_behind() {
     file.rewind().unwrap();
     server.fail("PUT", "large", Fault::Status(500), 2);
     server.fail("POST", "large", Fault::Drop, 1);
-    archive.put("large", &file, bytes.len() as u64).unwrap();
+    server.fail("POST", "large", Fault::ErrorWithin, 2);
+    archive.put("large", &file, bytes.len() as u64, None).unwrap();
     assert!(*server.get("bucket/x/large").unwrap() == bytes);
     server.fail("PUT", "other", Fault::Status(403), u64::MAX);
-    let error = archive.put("other", &file, bytes.len() as u64).unwrap_err().to_string();
+    let error = archive.put("other", &file, bytes.len() as u64, None).unwrap_err().to_string();
     assert!(error.contains("s3://bucket/x/other: access denied"), "{error}");
     assert_eq!(server.unfinished_uploads(), 0, "an upload that failed is taken back");
+    server.heal();
+    // The last answer says that all is well, and begins too early to know.
+    let begun = archive.begin_put("third", bytes.len() as u64).unwrap();
+    server.fail("POST", "third", Fault::ErrorWithin, 2);
+    archive.put("third", &file, bytes.len() as u64, begun.as_deref()).unwrap();
+    assert!(*server.get("bucket/x/third").unwrap() == bytes);
+    // Nothing is begun for what is small, and what is not there can be abandoned.
+    assert_eq!(archive.begin_put("small", 100), Ok(None));
+    archive.abandon_put("third", &begun.unwrap()).unwrap();
 }

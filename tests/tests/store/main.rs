@@ -3,6 +3,7 @@
 
 mod faults;
 mod imports;
+mod real;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -150,7 +151,7 @@ fn how_fast_a_store_on_loopback_is() {
         work();
         println!("{what}: {:.0} MB/s", BYTES as f64 / 1e6 / begun.elapsed().as_secs_f64());
     };
-    rate("written in parts", &mut || archive.put("large", &file, BYTES as u64).unwrap());
+    rate("written in parts", &mut || archive.put("large", &file, BYTES as u64, None).unwrap());
     let mut out = vec![0; BYTES];
     for piece in [1usize << 20, 8 << 20, 64 << 20] {
         for threads in [1, 2, 4, 8] {

@@ -149,8 +149,9 @@ struct Report {
 }
 
 impl Report {
+    /// Names of texts are theirs, and may be equal.
     fn of(&self, script: &Script) -> impl Iterator<Item = &(Setting, Outcome)> {
-        self.replayed.iter().filter(|(setting, _)| setting.script.name == script.name)
+        self.replayed.iter().filter(move |(setting, _)| std::ptr::eq(&*setting.script, script))
     }
 
     fn plain(&self, script: &Script, kind: Kind, slots: usize) -> Option<&Outcome> {

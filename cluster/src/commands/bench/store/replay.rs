@@ -172,6 +172,7 @@ impl Setting {
             disk: Disk { seconds: self.disk.map_or(0.0, f64::recip), ..Disk::default() },
             now: 0.0,
             missing: 0,
+            ready: Vec::new(),
         };
         let none = vec![0; layers];
         let mut outcome = Outcome { demands: none.clone(), hits: none, ..Outcome::default() };
@@ -217,6 +218,8 @@ struct Run {
     now: f64,
     /// Demanded experts that are not here.
     missing: usize,
+    /// Those that are, and were not computed with.
+    ready: Vec<ExpertKey>,
 }
 
 /// One expert after the other.
@@ -279,9 +282,18 @@ impl Run {
             self.carry_out();
         }
         while self.missing > 0 {
-            let (key, ends) = self.disk.next(self.now, f64::MAX).expect("what is demanded comes");
-            self.now = self.now.max(ends);
-            self.level.handle(Event::Arrived(key));
+            match self.disk.next(self.now, f64::MAX) {
+                Some((key, ends)) => {
+                    self.now = self.now.max(ends);
+                    self.level.handle(Event::Arrived(key));
+                }
+                // A layer that has no room for all passes through in parts.
+                None => {
+                    let ready = std::mem::take(&mut self.ready);
+                    assert!(!ready.is_empty(), "what is demanded comes");
+                    self.level.handle(Event::Used(ready));
+                }
+            }
             self.carry_out();
         }
         // While it is computed, what was predicted comes.
@@ -292,7 +304,7 @@ impl Run {
             self.carry_out();
         }
         self.now = until;
-        self.level.handle(Event::Used(experts));
+        self.level.handle(Event::Used(std::mem::take(&mut self.ready)));
         self.carry_out();
         hits
     }
@@ -314,7 +326,10 @@ impl Run {
                         self.level.handle(Event::Cancelled(key));
                     }
                 }
-                Command::Ready(_) => self.missing -= 1,
+                Command::Ready(key) => {
+                    self.missing -= 1;
+                    self.ready.push(key);
+                }
                 Command::Refuse(key, reason) => unreachable!("{key}: {reason}"),
                 Command::Evict(_) | Command::Loaded(_) => {}
             }
@@ -398,6 +413,19 @@ mod tests {
         safetensors::serialize_to_file(tensors, None, &path).unwrap();
         let trace = lite_llm_runtime::trace::read(&path).unwrap().remove(0);
         Arc::new(Script::alone(&Arc::new(trace)))
+    }
+
+    #[test]
+    fn a_layer_that_has_no_room_for_a_tokens_experts_passes_through_in_parts() {
+        let script = text(3, 100);
+        for kind in Kind::ALL {
+            for (disk, early) in [(None, false), (Some(2.0), false), (Some(2.0), true)] {
+                let script = script.clone();
+                let outcome = Setting { script, kind, slots: 1, disk, early }.replay();
+                assert_eq!(outcome.demands, [400; 3], "{kind:?}");
+                assert!(outcome.counters.misses >= 300, "{kind:?}: {:?}", outcome.counters);
+            }
+        }
     }
 
     #[test]
