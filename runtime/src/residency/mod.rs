@@ -7,6 +7,7 @@ mod cache;
 mod fetch;
 mod machine;
 pub mod policy;
+pub mod replay;
 
 pub use self::{
     cache::{CacheOptions, ExpertCache},
