@@ -236,7 +236,8 @@ impl Plan {
         }
     }
 
-    /// What could be bought next, and what would come of it, the best first. Only what is worth it.
+    /// What could be bought next, and what would come of it: parts of the machines there are, the best
+    /// first, then one more machine, which has parts of every kind. Only what is worth it.
     pub fn purchases(&self, now: &Prediction) -> Vec<(Purchase, Prediction)> {
         let better =
             |device: Device| Device { latency: device.latency / 2.0, rate: device.rate * 2.0 };
@@ -264,7 +265,13 @@ impl Plan {
         all.push((Purchase::Worker, Self { workers: self.workers + 1, ..self.clone() }));
         let mut all: Vec<_> = all.into_iter().map(|(what, plan)| (what, plan.predict())).collect();
         all.retain(|(_, then)| then.tokens_per_second > now.tokens_per_second * GAIN_MIN);
-        all.sort_by(|a, b| b.1.tokens_per_second.total_cmp(&a.1.tokens_per_second));
+        let order = |(what, then): &(Purchase, Prediction)| {
+            (*what == Purchase::Worker, -then.tokens_per_second)
+        };
+        all.sort_by(|a, b| {
+            let ((a, less), (b, more)) = (order(a), order(b));
+            a.cmp(&b).then(less.total_cmp(&more))
+        });
         all
     }
 }

@@ -86,6 +86,10 @@ fn a_model_that_half_fits_waits_for_its_disk_and_wants_memory() {
     let next = plan.purchases(&now);
     assert_eq!(next[0].0, Purchase::Dram(MIB));
     near(next[0].1.tokens_per_second, 0.5);
+    // Another machine brings as much memory, and computes half of the experts, but is a whole one.
+    let (last, then) = next.last().unwrap();
+    assert_eq!(*last, Purchase::Worker);
+    near(then.tokens_per_second, 1.0 / 1.625);
     assert!(next.iter().any(|(what, _)| *what == Purchase::Disk), "{next:?}");
 
     plan.source = Device { latency: 0.5, rate: MIB as f64 / 9.0 };
