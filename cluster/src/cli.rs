@@ -1,6 +1,7 @@
 //! What can be asked of `lite-llm`: commands and flags, as people type them.
 
 mod import;
+mod plan;
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -13,6 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
 pub use import::{ImportArgs, ModelPath};
+pub use plan::PlanArgs;
 
 use crate::{
     size::{NvmeArg, Size},
@@ -74,6 +76,8 @@ pub enum Command {
     Token(TokenArgs),
     /// Send a worker or a client away for good: its certificates are refused from now on.
     Revoke(RevokeArgs),
+    /// Say how fast a model will be here, what bounds it, and what to buy next.
+    Plan(PlanArgs),
     /// Measure this machine and this program.
     Bench(BenchArgs),
     /// Show what this machine has, and what is missing.

@@ -14,6 +14,7 @@ pub mod forward;
 pub mod import;
 pub mod kv;
 pub mod moe_layer;
+pub mod plan;
 pub mod prompt;
 pub mod random;
 pub mod residency;

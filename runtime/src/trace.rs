@@ -19,7 +19,8 @@ use safetensors::{
 use crate::{
     config::MoeConfig,
     engine::{Engine, Event, Step},
-    expert::ExpertStore,
+    expert::{ExpertKey, ExpertStore},
+    random::{Purpose, random_u64},
     routing::Routes,
     sequence::Request,
     tier::TierSet,
@@ -100,6 +101,51 @@ impl Trace {
             predicted_k: (k + k.div_ceil(2)).min(experts),
             predicted: vec![Vec::new(); layers.saturating_sub(1)],
         })
+    }
+
+    /// One of random routing: every choice among tiers, groups and experts is uniform, and nothing
+    /// is predicted. The tokens are numbers of no meaning. Refused as [`Trace::new`] is.
+    pub fn uniform(
+        layers: usize,
+        moe: &MoeConfig,
+        tokens: usize,
+        seed: u64,
+    ) -> Result<Self, String> {
+        let mut trace = Self::new("uniform", layers, moe)?;
+        trace.predicted_k = 0;
+        trace.tokens = (0..tokens as u32).collect();
+        let here: Vec<u32> =
+            (0u32..).zip(&moe.tiers).filter(|(_, tier)| !tier.absent).map(|(at, _)| at).collect();
+        let mut draws = 0;
+        let mut some_of = |count: u32, of: u32| {
+            let mut all: Vec<u32> = (0..of).collect();
+            let count = count.min(of) as usize;
+            for at in 0..count {
+                let left = u64::from(of) - at as u64;
+                let other = at + (random_u64(seed, Purpose::Sampling, draws) % left) as usize;
+                draws += 1;
+                all.swap(at, other);
+            }
+            all.truncate(count);
+            all
+        };
+        for routes in &mut trace.routes {
+            for _ in 0..tokens {
+                let end = routes.len() + trace.k;
+                for at in some_of(moe.routing.k_tier, here.len() as u32) {
+                    let tier = here[at as usize] as usize;
+                    let config = &moe.tiers[tier];
+                    for group in some_of(moe.k_group(tier), config.groups) {
+                        for expert in some_of(moe.k_expert(tier), config.experts_per_group) {
+                            let key = ExpertKey { layer: 0, tier: tier as u16, group, expert };
+                            routes.push(key.flat(moe) as u16);
+                        }
+                    }
+                }
+                routes.resize(end, NONE);
+            }
+        }
+        Ok(trace)
     }
 
     /// Sparse layers.
@@ -381,6 +427,31 @@ mod tests {
         }
         assert!(trace.predicted(0, 0).is_empty());
         assert!(right * 10 > named * 4, "{right} of {named}");
+    }
+
+    #[test]
+    fn uniform_routing_names_each_expert_equally_often_and_none_twice_for_a_token() {
+        let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe");
+        let config = Checkpoint::open(demo).unwrap().config().clone();
+        let moe = config.moe.as_ref().unwrap();
+        let trace = Trace::uniform(2, moe, 4000, 1).unwrap();
+        assert_eq!(trace, Trace::uniform(2, moe, 4000, 1).unwrap());
+        assert_ne!(trace, Trace::uniform(2, moe, 4000, 2).unwrap());
+        let mut counts = vec![0; moe.experts()];
+        for token in 0..4000 {
+            let mut row = trace.routes(1, token).to_vec();
+            assert_eq!(row.len(), trace.active());
+            assert!(trace.predicted(1, token).is_empty());
+            row.iter().for_each(|&expert| counts[usize::from(expert)] += 1);
+            row.sort_unstable();
+            row.dedup();
+            assert_eq!(row.len(), trace.active(), "token {token}");
+        }
+        let mean = 4000.0 * trace.active() as f64 / moe.experts() as f64;
+        for (expert, &count) in counts.iter().enumerate() {
+            // Five standard deviations of a binomial count.
+            assert!((f64::from(count) - mean).abs() < 5.0 * mean.sqrt(), "{expert}: {count}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ mod support;
 
 use std::{fmt::Debug, sync::LazyLock};
 
-use fixtures::{assignment, events, info, replies, request, requests, status};
+use fixtures::{assignment, events, info, replies, request, requests, residences, status};
 use lite_llm_transport::{
     frame::{Frame, FrameKind, OutgoingFrame},
     messages::{
@@ -94,6 +94,7 @@ fn every_cut_and_flip_of_every_owned_message_is_survived() {
     damage_frames(&events());
     damage_frames(&requests());
     damage_frames(&replies());
+    damage_frames(&[ClientReply::Residences(vec![residences()])]);
     damage_frames(&[ExpertFailure::new(1, "there is no such expert here")]);
     damage(&info());
     damage(&assignment());

@@ -10,6 +10,7 @@ mod eval;
 mod import;
 mod inspect;
 mod perplexity;
+mod plan;
 mod record;
 mod run;
 mod tokenize;
@@ -191,6 +192,7 @@ async fn perform(command: Command, json: bool) -> Result<()> {
         Command::Drain(args) => client::drain(args).await,
         Command::Token(args) => authority::token(args, json),
         Command::Revoke(args) => authority::revoke(args, json),
+        Command::Plan(args) => plan::plan(args, json).await,
         Command::Bench(args) => bench::bench(args, json).await,
         Command::Doctor => doctor::doctor(json),
     }

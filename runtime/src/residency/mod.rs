@@ -11,6 +11,7 @@ mod fetch;
 mod machine;
 mod nvme;
 pub mod policy;
+pub mod replay;
 mod work;
 
 pub use self::{

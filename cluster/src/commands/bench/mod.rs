@@ -5,7 +5,7 @@ mod model;
 mod processes;
 mod profile;
 mod random_model;
-mod samples;
+pub(super) mod samples;
 mod store;
 mod transport;
 

@@ -113,7 +113,7 @@ fn repeats(call: &mut dyn FnMut()) -> u32 {
 }
 
 /// Prints rows under a heading, columns aligned; the first column is text.
-pub(super) fn print_table(heading: &[&str], rows: &[Vec<String>]) {
+pub(in crate::commands) fn print_table(heading: &[&str], rows: &[Vec<String>]) {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
         cells.chain([heading[column].chars().count()]).max().unwrap_or(0)

@@ -4,14 +4,14 @@
 //! layer waits for its experts, then takes one; the disk brings one expert after the other, demanded
 //! ones first, and does not break off what it has begun.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::sync::Arc;
 
 use lite_llm_runtime::{
     config::{MoeConfig, RoutingConfig, Scoring},
-    expert::ExpertKey,
     residency::{
-        Command, Counters, Event, Residency, ResidencyOptions, RoutedRow, Urgency,
+        Counters,
         policy::{self, Ageing, Lru, Policy, Row, Segmented, Shape},
+        replay::{Compute, Device, Place, Replay, ReplayOptions, RowAt, Tally},
     },
     tier::{TIER_1B, TierConfig},
     trace::Trace,
@@ -158,38 +158,30 @@ impl Setting {
             Kind::Ours => policy::best(shape, budget),
             Kind::Belady => Box::new(Belady::new(script, layers, experts)),
         };
-        let mut level = Residency::new(ResidencyOptions {
+        let disk = |experts| Device { latency: 0.0, rate: experts * EXPERT_BYTES as f64 };
+        let mut replay = Replay::new(ReplayOptions {
             moe: Arc::new(moe),
-            budget,
+            layers: (0..layers as u16).collect(),
             expert_bytes: vec![EXPERT_BYTES],
-            policy,
-            prefetch: self.early,
+            workers: vec![Place {
+                dram: (budget, policy),
+                nvme: None,
+                source: self.disk.map_or(Device::INSTANT, disk),
+            }],
+            compute: Compute { together: Some(1.0), ..Compute::default() },
+            early: self.early,
         });
-        let all = (0..layers).flat_map(|l| (0..experts).map(move |e| key(l, e as u16)));
-        level.handle(Event::Keep(all.collect()));
-        let mut run = Run {
-            level,
-            disk: Disk { seconds: self.disk.map_or(0.0, f64::recip), ..Disk::default() },
-            now: 0.0,
-            missing: 0,
-            ready: Vec::new(),
-        };
-        let none = vec![0; layers];
-        let mut outcome = Outcome { demands: none.clone(), hits: none, ..Outcome::default() };
-        let mut before = 0;
+        let (mut before, mut tokens) = (0, 0);
         for (stream, trace, token) in script.tokens() {
             if stream != before {
-                run.level.handle(Event::Ended(before));
+                replay.ended(before);
                 before = stream;
             }
-            for layer in 0..layers {
-                outcome.demands[layer] += trace.routes(layer, token).len() as u64;
-                outcome.hits[layer] += run.layer(stream, trace, token, layer, self.early);
-            }
-            outcome.tokens += 1;
+            replay.pass(&[RowAt { stream, trace, token }], 1);
+            tokens += 1;
         }
-        (outcome.time, outcome.counters) = (run.now, run.level.counters());
-        outcome
+        let Tally { demands, hits, seconds: time, .. } = replay.tally().clone();
+        Outcome { tokens, demands, hits, time, counters: replay.counters() }
     }
 }
 
@@ -205,137 +197,6 @@ fn moe(experts: usize, active: usize) -> MoeConfig {
     };
     let tiers = vec![TierConfig::new(TIER_1B, 1, experts as u32, 0)];
     MoeConfig { routing, tiers, ..MoeConfig::without_experts() }
-}
-
-fn key(layer: usize, expert: u16) -> ExpertKey {
-    ExpertKey { layer: layer as u16, tier: 0, group: 0, expert: u32::from(expert) }
-}
-
-/// A replay on its way.
-struct Run {
-    level: Residency,
-    disk: Disk,
-    now: f64,
-    /// Demanded experts that are not here.
-    missing: usize,
-    /// Those that are, and were not computed with.
-    ready: Vec<ExpertKey>,
-}
-
-/// One expert after the other.
-#[derive(Default)]
-struct Disk {
-    /// For an expert.
-    seconds: f64,
-    demanded: VecDeque<ExpertKey>,
-    predicted: VecDeque<ExpertKey>,
-    /// What it reads, and when that ends.
-    reading: Option<(ExpertKey, f64)>,
-}
-
-impl Disk {
-    /// The next that it has read, if that is until then.
-    fn next(&mut self, now: f64, until: f64) -> Option<(ExpertKey, f64)> {
-        let (key, ends) = self.reading?;
-        if ends > until {
-            return None;
-        }
-        self.reading = None;
-        self.begin(ends.max(now));
-        Some((key, ends))
-    }
-
-    fn begin(&mut self, now: f64) {
-        if self.reading.is_none() {
-            let next = self.demanded.pop_front().or_else(|| self.predicted.pop_front());
-            self.reading = next.map(|key| (key, now + self.seconds));
-        }
-    }
-}
-
-impl Run {
-    /// A token in a layer. Returns how many of its experts were here.
-    fn layer(
-        &mut self,
-        stream: u64,
-        trace: &Trace,
-        token: usize,
-        layer: usize,
-        early: bool,
-    ) -> u64 {
-        let keys = |layer: usize, experts: &[u16]| -> Vec<ExpertKey> {
-            experts.iter().map(|&expert| key(layer, expert)).collect()
-        };
-        let experts = keys(layer, trace.routes(layer, token));
-        let last = std::array::from_fn(|k| token.checked_sub(k).map_or(0, |at| trace.tokens[at]));
-        let near = keys(layer, trace.predicted(layer, token));
-        let rows = vec![RoutedRow { stream, last, experts: experts.clone(), near }];
-        self.level.handle(Event::Routed { layer: layer as u16, rows });
-        let before = self.level.counters().hits;
-        self.missing = experts.len();
-        self.level.handle(Event::Demand(experts.iter().map(|&key| (key, 1)).collect()));
-        let hits = self.level.counters().hits - before;
-        self.carry_out();
-        if early && layer + 1 < trace.layers() {
-            let next = keys(layer + 1, trace.predicted(layer + 1, token));
-            self.level.handle(Event::Predicted(next));
-            self.carry_out();
-        }
-        while self.missing > 0 {
-            match self.disk.next(self.now, f64::MAX) {
-                Some((key, ends)) => {
-                    self.now = self.now.max(ends);
-                    self.level.handle(Event::Arrived(key));
-                }
-                // A layer that has no room for all passes through in parts.
-                None => {
-                    let ready = std::mem::take(&mut self.ready);
-                    assert!(!ready.is_empty(), "what is demanded comes");
-                    self.level.handle(Event::Used(ready));
-                }
-            }
-            self.carry_out();
-        }
-        // While it is computed, what was predicted comes.
-        let until = self.now + 1.0;
-        while let Some((key, ends)) = self.disk.next(self.now, until) {
-            self.now = self.now.max(ends);
-            self.level.handle(Event::Arrived(key));
-            self.carry_out();
-        }
-        self.now = until;
-        self.level.handle(Event::Used(std::mem::take(&mut self.ready)));
-        self.carry_out();
-        hits
-    }
-
-    fn carry_out(&mut self) {
-        while let Some(command) = self.level.poll_command() {
-            match command {
-                Command::Fetch(key, Urgency::Demand) => self.disk.demanded.push_back(key),
-                Command::Fetch(key, Urgency::Prefetch) => self.disk.predicted.push_back(key),
-                Command::Promote(key) => {
-                    if let Some(at) = self.disk.predicted.iter().position(|other| *other == key) {
-                        self.disk.predicted.remove(at);
-                        self.disk.demanded.push_back(key);
-                    }
-                }
-                Command::Cancel(key) => {
-                    if let Some(at) = self.disk.predicted.iter().position(|other| *other == key) {
-                        self.disk.predicted.remove(at);
-                        self.level.handle(Event::Cancelled(key));
-                    }
-                }
-                Command::Ready(key) => {
-                    self.missing -= 1;
-                    self.ready.push(key);
-                }
-                Command::Refuse(key, reason) => unreachable!("{key}: {reason}"),
-                Command::Evict(_) | Command::Loaded(_) => {}
-            }
-        }
-        self.disk.begin(self.now);
-    }
 }
 
 /// Keeps what is used soonest.
