@@ -91,7 +91,7 @@ fn nothing_unwraps_outside_tests_and_nothing_is_left_undone() {
 }
 
 #[test]
-fn unsafe_code_lives_in_kernels_and_quinn_in_transport() {
+fn unsafe_code_lives_in_kernels_and_the_ring_and_quinn_in_transport() {
     for folder in ["runtime", "transport", "actors", "cluster", "examples", "tests"] {
         for (path, text) in sources(&[folder]) {
             let code = || text.lines().map(|line| line.split("//").next().unwrap_or(line));
@@ -99,8 +99,10 @@ fn unsafe_code_lives_in_kernels_and_quinn_in_transport() {
                 code().any(|line| line.contains("unsafe {") || line.contains("unsafe fn"));
             // The peer that products are measured against has an unsafe door.
             let peer = path.ends_with("bench/kernels.rs");
+            // The kernel writes into memory that a request owns, which no borrow can say.
+            let ring = path.ends_with("runtime/src/blocks/ring.rs");
             assert!(
-                !is_unsafe || peer || path.ends_with("tidy.rs"),
+                !is_unsafe || peer || ring || path.ends_with("tidy.rs"),
                 "{}: unsafe code",
                 short(&path)
             );

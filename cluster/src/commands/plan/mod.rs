@@ -74,9 +74,14 @@ fn report(args: &PlanArgs) -> Result<Report> {
     let of_token = |tier: usize| moe.routes_of(tier) * checkpoint.tier_expert_bytes()[tier];
     let active = moe.largest_choice(of_token) * layers.len() as u64;
     let dense_bytes = bytes_per_token(config, checkpoint.dtype()).saturating_sub(active);
-    let compute =
-        ComputeArgs { threads: args.threads, simd: args.simd, dram: args.dram, kv: Size(0) };
-    let dram = compute.dram_bytes(1);
+    let compute = ComputeArgs {
+        threads: args.threads,
+        simd: args.simd,
+        dram: args.dram,
+        nvme: None,
+        kv: Size(0),
+    };
+    let dram = compute.dram_bytes(1, checkpoint.dense_bytes());
     if dram < block {
         return Err(bad_input(anyhow!(
             "--dram {}: an expert takes {}; give room for some of them",
