@@ -198,7 +198,15 @@ impl Archive for Memory {
         Ok(bytes.len() as u64)
     }
 
-    fn put(&self, path: &str, _: &fs::File, _: u64) -> Result<(), ArchiveError> {
+    fn begin_put(&self, _: &str, _: u64) -> Result<Option<String>, ArchiveError> {
+        Ok(None)
+    }
+
+    fn abandon_put(&self, _: &str, _: &str) -> Result<(), ArchiveError> {
+        Ok(())
+    }
+
+    fn put(&self, path: &str, _: &fs::File, _: u64, _: Option<&str>) -> Result<(), ArchiveError> {
         Err(Self::error(path, ArchiveFailure::Unsupported))
     }
 
