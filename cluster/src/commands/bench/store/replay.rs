@@ -259,7 +259,7 @@ mod tests {
         let mut routes: Vec<u8> = Vec::new();
         for _ in 0..layers * tokens {
             let third = 2 + below(14);
-            routes.extend([0, 1, third as u8, 2 + ((third + below(13)) % 14) as u8]);
+            routes.extend([0, 1, third as u8, 2 + ((third - 1 + below(13)) % 14) as u8]);
         }
         // The layer before knows all.
         let predicted = routes[tokens * 4..].to_vec();
