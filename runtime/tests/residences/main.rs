@@ -263,8 +263,10 @@ fn nobody_waits_for_a_store_that_does_not_answer_but_who_needs_it() {
         assert!(begun.elapsed() < PATIENCE);
         memory.shut(false);
         let answers = [client.answer(), client.answer(), client.answer()];
-        let here = answers.iter().filter(|(_, fetched)| matches!(fetched, Fetched::Here(_)));
-        assert_eq!(here.count(), 1, "{answers:?}");
+        let of = |key| &answers.iter().find(|(of, _)| *of == key).unwrap().1;
+        assert!(matches!(of(a), Fetched::Here(_)) && matches!(of(b), Fetched::Cancelled));
+        // The last may begin before a thread that ends lets the archive go.
+        assert!(!matches!(of(c), Fetched::Failed(_)), "{answers:?}");
         assert!(!memory.asked_by.lock().contains(&thread::current().id()));
     }
 }
