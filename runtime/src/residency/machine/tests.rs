@@ -1,3 +1,5 @@
+//! The machine through its events and commands: one thing at a time, and random schedules of all.
+
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::{early::TRIAL_AGAIN, *};

@@ -1,3 +1,5 @@
+//! What policies keep, let go and learn.
+
 use super::*;
 
 const SHAPE: Shape = Shape { layers: 2, experts: 20, active: 2 };
