@@ -22,10 +22,9 @@
 //!   of both. What kernels compute with is the same to the bit.
 //! - **Distrust.** Sizes are compared with the file before anything is allocated, shapes with the
 //!   model's configuration before anything is read, and no path leaves the folder.
-//! - **Memory.** Weights on disk are mapped, not read: they take the page cache's memory, which
-//!   processes share. Whoever truncates a shard that is in use kills its users
-//!   ([`lite_llm_kernels::buffer::Buffer::map`]), and a byte changed after it was verified is
-//!   computed with; nobody but the owner of a checkpoint should be able to write to it.
+//! - **Memory.** Weights are read into memory of the process's own and verified there: a file that
+//!   changes or goes afterwards changes nothing that is computed with, and what a process holds is
+//!   what its memory says.
 //! - **Concurrency.** Reading takes `&self` from any number of threads. Nothing here retries: an
 //!   error names the file and what is wrong with it. An archive has retried before it says so.
 

@@ -1,12 +1,9 @@
 //! Where a checkpoint's files are: a folder, an object store, or bytes within the program.
 //!
 //! Invariants: no path reaches outside (no absolute path, no `..`, no link that leads out), and
-//! nothing is allocated or mapped before the file was seen to be as large as the index says. The
+//! nothing is allocated before the file was seen to be as large as the index says. The
 //! size of an object is known from the index and compared with every answer: asking for it first
 //! would cost a round trip per read.
-//!
-//! Weights are used where they lie: shards on disk are mapped ([`OpenFile::map`]), so they are
-//! read when they are first touched, and worker processes of one host share their pages.
 
 use std::{
     fs::{self, File},
