@@ -87,6 +87,7 @@ impl LocalCluster {
                 listen: loopback,
                 device: Arc::new(Cpu::new(options.threads, options.simd)),
                 dram_bytes: options.dram_bytes,
+                dram_holds_rest: false,
                 nvme: options.nvme.as_ref().map(|nvme| NvmeFolder {
                     folder: nvme.folder.join(format!("w{number}")),
                     budget: nvme.budget / options.workers as u64,

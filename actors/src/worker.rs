@@ -60,6 +60,9 @@ pub struct WorkerOptions {
     pub device: Arc<Cpu>,
     /// Bytes of experts that it holds in memory at most.
     pub dram_bytes: u64,
+    /// Whether those are for the rest of the model, too: what it takes is only known when the
+    /// coordinator has said which model that is.
+    pub dram_holds_rest: bool,
     /// A folder of a local disk for experts that memory does not hold, if there is to be one.
     pub nvme: Option<NvmeFolder>,
     /// Bytes of caches of keys and values.
@@ -211,6 +214,7 @@ impl Worker {
         let node = NodeOptions {
             info,
             device,
+            dram_holds_rest: options.dram_holds_rest,
             nvme: options.nvme,
             kv_bytes: options.kv_bytes,
             model: options.model,

@@ -101,9 +101,10 @@ pub struct ComputeArgs {
     /// be read from farther away again.
     #[arg(long, value_name = "DIR:SIZE")]
     pub nvme: Option<NvmeArg>,
-    /// Memory for key/value caches, per worker; taken as it is used.
-    #[arg(long, value_name = "SIZE", default_value = "2GiB", value_parser = some_bytes)]
-    pub kv: Size,
+    /// Memory for key/value caches, per worker; taken as it is used [default: 2GiB, or an eighth of
+    /// what is free if that is less].
+    #[arg(long, value_name = "SIZE", value_parser = some_bytes)]
+    pub kv: Option<Size>,
 }
 
 /// How many workers, and what goes where.

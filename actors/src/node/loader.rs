@@ -35,6 +35,8 @@ use crate::{
     wire::Wire,
 };
 
+/// Part of the memory that the rest of the model leaves to experts at least: a quarter.
+const EXPERTS_SHARE_MIN: u64 = 4;
 /// Threads that verify what was read, at most: one hashes faster than most disks read.
 const VERIFY_THREADS_MAX: usize = 2;
 
@@ -259,7 +261,11 @@ impl LoaderState {
         let ways = FetchOptions { reader, nvme, threads, requests: REQUESTS };
         let fetcher = fetcher_for(checkpoint, ways).map_err(failed)?;
         let config = checkpoint.config();
-        let budget = self.options.info.budget_bytes;
+        let all = self.options.info.budget_bytes;
+        let budget = match self.options.dram_holds_rest {
+            true => all.saturating_sub(checkpoint.dense_bytes()).max(all / EXPERTS_SHARE_MIN),
+            false => all,
+        };
         let moe = config.moe.clone().unwrap_or_else(MoeConfig::without_experts);
         let shape = Shape::new(config.sparse_layers().count(), &moe);
         Ok(ExpertCache::new(CacheOptions {

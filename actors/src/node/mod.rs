@@ -90,6 +90,8 @@ pub struct NodeOptions {
     pub info: NodeInfo,
     /// What computes.
     pub device: Arc<Cpu>,
+    /// Whether the budget of its experts is for the rest of the model, too.
+    pub dram_holds_rest: bool,
     /// A folder of a local disk for experts that memory does not hold.
     pub nvme: Option<NvmeFolder>,
     /// Bytes of caches of keys and values.

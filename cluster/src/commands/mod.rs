@@ -244,6 +244,10 @@ fn placement(seed: Option<u64>) -> PlacementPolicy {
 const MEMORY_SHARE: f64 = 0.9;
 /// Of that, what experts may have at least, however much is asked for caches.
 const EXPERTS_SHARE_MIN: f64 = 0.25;
+/// Bytes of caches when nobody says, if they are not more than a part of what is free: an eighth.
+const KV_BYTES: u64 = 2 << 30;
+/// See [`KV_BYTES`].
+const KV_SHARE: u64 = 8;
 
 impl ComputeArgs {
     /// Threads of one of `workers` workers on this machine.
@@ -267,17 +271,25 @@ impl ComputeArgs {
         Ok(Arc::new(Cpu::new(self.threads(workers), self.simd()?)))
     }
 
-    /// Bytes of caches of keys and values of a worker. They are taken as they are used; more than the
-    /// machine has is a slip.
-    fn kv_bytes(&self) -> Result<u64> {
+    /// Bytes of caches of keys and values of one of `workers` workers on this machine. They are taken
+    /// as they are used; more than the machine has is a slip.
+    fn kv_bytes(&self, workers: usize) -> Result<u64> {
+        let kv = Size(self.kv_of(workers));
         match machine::total_memory() {
-            Some(total) if self.kv.0 > total => Err(bad_input(anyhow::anyhow!(
-                "--kv {}: this machine has {} of memory",
-                self.kv,
+            Some(total) if kv.0 > total => Err(bad_input(anyhow::anyhow!(
+                "--kv {kv}: this machine has {} of memory",
                 Size(total)
             ))),
-            _ => Ok(self.kv.0),
+            _ => Ok(kv.0),
         }
+    }
+
+    fn kv_of(&self, workers: usize) -> u64 {
+        let here = || {
+            let free = machine::free_memory().unwrap_or(u64::MAX);
+            KV_BYTES.min(free / KV_SHARE / workers as u64)
+        };
+        self.kv.map_or_else(here, |size| size.0)
     }
 
     /// Bytes of experts of one of `workers` workers on this machine, each of which holds so many bytes
@@ -286,7 +298,7 @@ impl ComputeArgs {
         let here = || {
             let Some(free) = machine::free_memory() else { return u64::MAX };
             let each = free as f64 * MEMORY_SHARE / workers as f64;
-            let rest = dense.saturating_add(self.kv.0) as f64;
+            let rest = dense.saturating_add(self.kv_of(workers)) as f64;
             (each - rest).max(each * EXPERTS_SHARE_MIN) as u64
         };
         self.dram.map_or_else(here, |size| size.0)
@@ -324,7 +336,7 @@ impl LocalArgs {
             simd: self.compute.simd()?,
             dram_bytes: self.compute.dram_bytes(workers, checkpoint.dense_bytes()),
             nvme: self.compute.nvme.clone().map(Into::into),
-            kv_bytes: self.compute.kv_bytes()?,
+            kv_bytes: self.compute.kv_bytes(workers)?,
             kv_dtype: self.kv_dtype,
             context: self.context,
             placement: placement(self.random_placement),

@@ -43,7 +43,7 @@ pub(super) async fn record(
         trace.map_err(|reason| bad_input(anyhow!("{}: {reason}", args.model.display())))?;
     let compute = &args.local.compute;
     let device = Arc::new(Cpu::new(compute.threads(1), compute.simd()?));
-    let (kv_bytes, kv_dtype) = (compute.kv_bytes()?, args.local.kv_dtype);
+    let (kv_bytes, kv_dtype) = (compute.kv_bytes(1)?, args.local.kv_dtype);
     let (context, checkpoint) = (args.local.context, checkpoint.clone());
     let (count, prompts, file) = (prompts.len(), prompts.to_vec(), path.to_owned());
     let work = move || -> Result<()> {

@@ -113,7 +113,7 @@ fn describe(checkpoint: &Checkpoint, args: &RunArgs, dram: u64, started: Instant
         args.local.compute.simd()?,
         started.elapsed().as_secs_f64(),
     );
-    let kv = args.local.compute.kv_bytes()?;
+    let kv = args.local.compute.kv_bytes(workers.into())?;
     let each = budgets(Some(checkpoint.all_expert_bytes().div_ceil(workers.into())), dram, kv);
     remark!("{each}{}", if workers == 1 { "" } else { " (each worker)" });
     Ok(())

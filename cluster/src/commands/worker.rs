@@ -27,9 +27,14 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
     let addresses = coordinator_addresses(args.join.as_ref(), &token).await?;
     let device = args.compute.device(1)?;
     let dram_bytes = args.compute.dram_bytes(1, 0);
-    let kv_bytes = args.compute.kv_bytes()?;
+    let kv_bytes = args.compute.kv_bytes(1)?;
     let name = name(&args);
-    say!("worker {name}: {} · {}", device.describe(), budgets(None, dram_bytes, kv_bytes));
+    let rest = match args.compute.dram {
+        None => " (of the first, what the rest of the model takes is taken off)",
+        Some(_) => "",
+    };
+    let memory = budgets(None, dram_bytes, kv_bytes);
+    say!("worker {name}: {} · {memory}{rest}", device.describe());
     let join = async |coordinator| {
         let options = WorkerOptions {
             coordinator,
@@ -38,6 +43,7 @@ pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
             listen: args.listen.map_or_else(|| local_address(coordinator), Ok)?,
             device: device.clone(),
             dram_bytes,
+            dram_holds_rest: args.compute.dram.is_none(),
             nvme: args.compute.nvme.clone().map(Into::into),
             kv_bytes,
             model: args.model.clone().map_or(Model::AsAssigned, Model::Folder),

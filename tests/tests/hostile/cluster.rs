@@ -132,6 +132,7 @@ async fn work(folder: &Path, name: &str) -> String {
         listen: loopback(),
         device: Arc::new(Cpu::new(1, Simd::best())),
         dram_bytes: 1 << 30,
+        dram_holds_rest: false,
         nvme: None,
         kv_bytes: KV_BYTES,
         model: Model::AsAssigned,

@@ -236,7 +236,7 @@ impl Alone {
         let device = Arc::new(Cpu::new(compute.threads(workers) * workers, compute.simd()?));
         let (orders, inbox) = mpsc::channel::<Order>();
         let (loaded, ready) = oneshot::channel();
-        let kv_bytes = compute.kv_bytes()?;
+        let kv_bytes = compute.kv_bytes(1)?;
         let load = move || AloneEngine::load(&checkpoint, context, device, kv_bytes, kv_dtype);
         let life = move || match load() {
             Err(error) => drop(loaded.send(Err(error))),

@@ -119,7 +119,7 @@ impl Processes {
             command.arg("--threads").arg(local.compute.threads(count).to_string());
             command.arg("--simd").arg(simd.name());
             command.arg("--dram").arg(&dram);
-            command.arg("--kv").arg(local.compute.kv.0.to_string());
+            command.arg("--kv").arg(local.compute.kv_of(count).to_string());
             command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
             workers.push(command.spawn().context("start a worker process")?);
         }

@@ -79,7 +79,7 @@ fn report(args: &PlanArgs) -> Result<Report> {
         simd: args.simd,
         dram: args.dram,
         nvme: None,
-        kv: Size(0),
+        kv: Some(Size(0)),
     };
     let dram = compute.dram_bytes(1, checkpoint.dense_bytes());
     if dram < block {
