@@ -13,7 +13,8 @@
 //! ```
 //!
 //! Jobs and token batches are not actor messages: they travel as frames on QUIC streams of their
-//! own ([`node::jobs`], [`links`]) into the lane's bounded inbox ([`lane`]).
+//! own ([`node::jobs`], [`links`]) into the lane's bounded inbox ([`lane`]). Weights go from one
+//! node's memory to another's on streams of a third kind ([`peers`]).
 //!
 //! Invariants: no arithmetic and no file formats here; decisions are made by pure machines
 //! ([`cluster`], [`lane::LaneMachine`], and the exchange of `transport`); every wait has a deadline,
@@ -29,6 +30,7 @@ pub mod liveness;
 pub mod local;
 pub mod membership;
 pub mod node;
+pub mod peers;
 pub mod placement;
 pub mod shard;
 pub mod storage;

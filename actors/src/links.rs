@@ -30,7 +30,10 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use crate::lane::{LaneEvent, LaneInbox, OUTBOX_MAX, ReplyQueue};
+use crate::{
+    lane::{LaneEvent, LaneInbox, OUTBOX_MAX, ReplyQueue},
+    peers::{OfPeer, Served},
+};
 
 /// How long a lane may take to make room in its inbox.
 pub const INBOX_TIMEOUT: Duration = Duration::from_secs(20);
@@ -38,11 +41,15 @@ pub const INBOX_TIMEOUT: Duration = Duration::from_secs(20);
 const REDIAL_PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// How long a node that is to dial may take before it counts as unreachable.
 const DIALED_WITHIN: Duration = Duration::from_secs(1);
+/// How long a node that has experts may take to be connected with.
+const REACH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The connections of one node to others.
 pub struct Links {
     endpoint: Endpoint,
     inbox: LaneInbox,
+    /// What is given to peers that ask for experts' weights.
+    served: Served,
     connections: Mutex<HashMap<String, Connection>>,
     changed: Notify,
     /// The tasks that keep a link to each node.
@@ -74,6 +81,7 @@ impl Links {
         Arc::new(Self {
             endpoint,
             inbox,
+            served: Served::default(),
             connections: Mutex::default(),
             changed: Notify::new(),
             keepers: Mutex::default(),
@@ -124,6 +132,25 @@ impl Links {
         }
     }
 
+    /// What this node gives to peers.
+    pub fn served(&self) -> &Served {
+        &self.served
+    }
+
+    /// A connection to a node, which need not be of the epoch that is served: the one that stands, or
+    /// a new one.
+    ///
+    /// # Errors
+    /// If it cannot be had within a few seconds.
+    pub async fn reach(self: &Arc<Self>, node: &NodeAddress) -> Result<Connection, String> {
+        let NodeAddress { name, address } = node.clone();
+        let link = Link { index: 0, name, address, me: 0 };
+        match tokio::time::timeout(REACH_TIMEOUT, self.dial(&link)).await {
+            Ok(connection) => connection,
+            Err(_) => Err(format!("worker {} was not reached within {REACH_TIMEOUT:?}", link.name)),
+        }
+    }
+
     /// Has no connection with these any more. A list replaces the one before.
     pub fn revoke(&self, names: Vec<Revoked>) {
         self.endpoint.set_revoked(names);
@@ -143,13 +170,28 @@ impl Links {
     }
 
     /// Answers the streams that a peer opens, until its connection ends.
-    async fn serve(&self, connection: Connection) {
+    async fn serve(self: &Arc<Self>, connection: Connection) {
+        let peer = Arc::new(OfPeer::default());
         while let Some(stream) = connection.accept_stream().await {
-            if stream.kind != StreamKind::Experts {
-                continue;
+            match stream.kind {
+                StreamKind::Experts => {
+                    let (sender, receiver) = stream.into_frames();
+                    let (connection, inbox) = (connection.clone(), self.inbox.clone());
+                    tokio::spawn(serve_batches(sender, receiver, connection, inbox));
+                }
+                StreamKind::Weights => {
+                    // One more than are allowed is dropped, and its opener sees it end.
+                    let Ok(turn) = peer.streams.clone().try_acquire_owned() else { continue };
+                    let (links, peer) = (self.clone(), peer.clone());
+                    let (connection, stream) = (connection.clone(), stream.into_frames());
+                    tokio::spawn(async move {
+                        let (served, pool) = (&links.served, links.endpoint.pool());
+                        served.serve(stream, &connection, &peer, pool).await;
+                        drop(turn);
+                    });
+                }
+                _ => {}
             }
-            let (sender, receiver) = stream.into_frames();
-            tokio::spawn(serve_batches(sender, receiver, connection.clone(), self.inbox.clone()));
         }
         let mut connections = self.connections.lock();
         let name = &connection.peer().name;

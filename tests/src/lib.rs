@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use lite_llm_actors::{
-    coordinator::ServeError,
+    coordinator::{CoordinatorHandle, ServeError},
     local::{LocalCluster, LocalOptions},
     placement::PlacementPolicy,
 };
@@ -274,7 +274,15 @@ pub fn job(prompt: &[u32], greedy: u32, prefill_chunk: u32) -> JobRequest {
 
 /// Runs a job to its end.
 pub async fn run(cluster: &LocalCluster, request: JobRequest) -> Result<Outcome, String> {
-    let submitted = cluster.coordinator().submit(request).await;
+    run_on(cluster.coordinator(), request).await
+}
+
+/// The same, of a cluster whose workers were started one by one.
+pub async fn run_on(
+    coordinator: &CoordinatorHandle,
+    request: JobRequest,
+) -> Result<Outcome, String> {
+    let submitted = coordinator.submit(request).await;
     let (_, events) = submitted.map_err(|error| error.to_string())?;
     tokio::time::timeout(PATIENCE, collect(events)).await.expect("a job ends in time")
 }

@@ -9,6 +9,7 @@
 //! | experts | worker | worker |
 //! | job | coordinator | worker |
 //! | client | client | coordinator |
+//! | weights | worker | worker |
 //!
 //! Invariants: a peer that opens what it may not is disconnected; a stream whose header is late is
 //! dropped and holds up no other; the connection lives as long as a handle or a frame stream of it.
@@ -72,19 +73,21 @@ pub enum StreamKind {
     Job = 3,
     /// A client's requests and the coordinator's replies.
     Client = 4,
+    /// Requests for experts' weights, and those.
+    Weights = 5,
 }
 
 impl StreamKind {
     fn from_wire(kind: u8) -> Option<Self> {
         use StreamKind::*;
-        [Control, Experts, Job, Client].into_iter().find(|known| *known as u8 == kind)
+        [Control, Experts, Job, Client, Weights].into_iter().find(|known| *known as u8 == kind)
     }
 
     /// Whether two roles have anything to say to each other.
     pub(crate) fn any_between(one: Role, other: Role) -> bool {
         use StreamKind::*;
         let between = |kind: Self| kind.allowed(one, other) || kind.allowed(other, one);
-        [Control, Experts, Job, Client].into_iter().any(between)
+        [Control, Experts, Job, Client, Weights].into_iter().any(between)
     }
 
     /// Whether a peer of one role may open such a stream to the other.
@@ -94,7 +97,7 @@ impl StreamKind {
             (self, opener, acceptor),
             (StreamKind::Control, Coordinator, Worker | Coordinator)
                 | (StreamKind::Control, Worker, Coordinator)
-                | (StreamKind::Experts, Worker, Worker)
+                | (StreamKind::Experts | StreamKind::Weights, Worker, Worker)
                 | (StreamKind::Job, Coordinator, Worker)
                 | (StreamKind::Client, Client, Coordinator)
         )
@@ -108,6 +111,7 @@ impl fmt::Display for StreamKind {
             StreamKind::Experts => "experts",
             StreamKind::Job => "job",
             StreamKind::Client => "client",
+            StreamKind::Weights => "weights",
         })
     }
 }

@@ -51,6 +51,12 @@ pub enum FrameKind {
     JobStart = 7,
     /// A [`messages::JobContinue`].
     JobContinue = 8,
+    /// A [`messages::WeightsRequest`].
+    WeightsRequest = 9,
+    /// A [`messages::WeightsReply`].
+    WeightsReply = 10,
+    /// A part of an expert's bytes: see [`messages::weights`].
+    Weights = 11,
 }
 
 impl FrameKind {
@@ -65,6 +71,9 @@ impl FrameKind {
             ClientReply,
             JobStart,
             JobContinue,
+            WeightsRequest,
+            WeightsReply,
+            Weights,
         ]
         .into_iter();
         known.find(|known| *known as u16 == kind)

@@ -7,6 +7,7 @@
 //! | experts | 64 MiB: a batch | 64 MiB: its outputs |
 //! | job | 20 MiB and a bit: the start, with all token ids | 64 MiB: events |
 //! | client | 8 MiB and a bit: a request, with prompt and answer so far | 64 MiB: events |
+//! | weights | 1 KiB: a request | 1 MiB: a part of an expert |
 //! | control | no frames of ours: `actors::control` bounds its messages | |
 //!
 //! By connection, for what the peer is:
@@ -21,7 +22,12 @@
 //! bytes that arrive, so that the limits of the last column bound claims, not only bytes; whoever
 //! is beyond a limit loses the stream, and is told the limit. A sender is told before it sends.
 
-use crate::{connection::StreamKind, frame::FRAME_BYTES_MAX, identity::Role};
+use crate::{
+    connection::StreamKind,
+    frame::FRAME_BYTES_MAX,
+    identity::Role,
+    messages::weights::{WEIGHTS_CHUNK_BYTES, WEIGHTS_REQUEST_BYTES_MAX},
+};
 
 /// What a request has beside its prompt: the ids of an answer that goes on, a million of them, and
 /// a bit for all the rest.
@@ -47,6 +53,7 @@ impl FrameLimits {
             StreamKind::Experts | StreamKind::Control => (FRAME_BYTES_MAX, FRAME_BYTES_MAX),
             StreamKind::Job => (JOB_START_BYTES_MAX, FRAME_BYTES_MAX),
             StreamKind::Client => (REQUEST_BYTES_MAX, FRAME_BYTES_MAX),
+            StreamKind::Weights => (WEIGHTS_REQUEST_BYTES_MAX, WEIGHTS_CHUNK_BYTES),
         };
         Self { opener, acceptor }
     }

@@ -15,8 +15,8 @@ use lite_llm_transport::{
     messages::{
         Assignment, ClientReply, ClientRequest, ClusterStatus, ExpertBatchView, ExpertFailure,
         ExpertOutputs, ExpertReplyView, FailedExpert, JobEvent, JobEventBody, JobStart, Message,
-        NodeInfo, NodeReport, NodeVitals, OutgoingExpertBatch, OutgoingExpertOutputs, TraceContext,
-        decode, encode,
+        NodeInfo, NodeReport, NodeVitals, OutgoingExpertBatch, OutgoingExpertOutputs,
+        OutgoingWeights, TraceContext, WeightsPart, decode, encode,
     },
     pool::BufferPool,
     session::Hello,
@@ -82,6 +82,17 @@ fn what_protocol_3_added_is_written_and_read_as_it_was() {
     message("client_request_residences.v3", &ClientRequest::Residences);
     let residences = fixtures::residences();
     message("client_reply_residences.v3", &ClientReply::Residences(vec![residences]));
+    message("weights_request.v3", &fixtures::weights_request());
+    for (i, reply) in fixtures::weights_replies().iter().enumerate() {
+        message(&format!("weights_reply_{i}.v3"), reply);
+    }
+    let pool = BufferPool::default();
+    pool.take(4096).unwrap().fill(0xaa);
+    let mut outgoing = OutgoingWeights::new(5, &pool).unwrap();
+    outgoing.bytes_mut().copy_from_slice(&[1, 2, 3, 4, 5]);
+    let part = WeightsPart::check(kept("weights.v3", &outgoing.finish()), 5).unwrap();
+    let WeightsPart::Bytes(part) = part else { panic!("not a part") };
+    assert_eq!(part.bytes(), [1, 2, 3, 4, 5]);
     let body = JobEventBody::NotTaken { reason: "it is full".into() };
     message("job_event_not_taken.v3", &JobEvent { job: 1, trace: Default::default(), body });
     let report = NodeReport { info: fixtures::info(), holding: Some(fixtures::assignment()) };

@@ -6,14 +6,17 @@ mod support;
 
 use std::{fmt::Debug, sync::LazyLock};
 
-use fixtures::{assignment, events, info, replies, request, requests, residences, status};
+use fixtures::{
+    assignment, events, info, replies, request, requests, residences, status, weights_replies,
+    weights_request,
+};
 use lite_llm_transport::{
     frame::{Frame, FrameKind, OutgoingFrame},
     messages::{
         Assignment, ClientReply, ClientRequest, ExpertBatchView, ExpertFailure, ExpertOutputs,
         ExpertReplyView, JobEvent, JobEventBody, JobStart, Message, NodeInfo, OutgoingExpertBatch,
-        OutgoingExpertOutputs, PlacementRule, RevokedNames, TraceContext, Wire, decode, encode,
-        experts::REASON_BYTES_MAX,
+        OutgoingExpertOutputs, PlacementRule, RevokedNames, TraceContext, WeightsPart,
+        WeightsRequest, Wire, decode, encode, experts::REASON_BYTES_MAX,
     },
     pool::BufferPool,
     session::Hello,
@@ -96,6 +99,8 @@ fn every_cut_and_flip_of_every_owned_message_is_survived() {
     damage_frames(&replies());
     damage_frames(&[ClientReply::Residences(vec![residences()])]);
     damage_frames(&[ExpertFailure::new(1, "there is no such expert here")]);
+    damage_frames(&[weights_request()]);
+    damage_frames(&weights_replies());
     damage(&info());
     damage(&assignment());
     damage(&JobStart { job: 1, request: request() });
@@ -217,6 +222,12 @@ proptest! {
         let _ = decode::<Assignment>(&bytes);
         let _ = decode::<RevokedNames>(&bytes).map(|names| names.check());
         let _ = decode::<NodeInfo>(&bytes);
+        let _ = decode::<WeightsRequest>(&bytes);
+        for kind in [FrameKind::Weights, FrameKind::WeightsReply, FrameKind::WeightsRequest] {
+            let part = WeightsPart::check(frame(kind, &bytes), 100);
+            let fits = (1..=100).contains(&bytes.len());
+            assert!(kind != FrameKind::Weights || part.is_ok() == fits);
+        }
         let _ = Hello::from_bytes(&bytes);
         let _ = String::from_utf8_lossy(&bytes).parse::<TraceContext>();
     }

@@ -197,7 +197,7 @@ async fn a_role_opens_only_its_own_streams() {
         soon("connect", async { tokio::join!(client.connect(address, &expect), head.accept()) })
             .await;
     let (near, far) = (near.unwrap(), far.unwrap());
-    for kind in [StreamKind::Control, StreamKind::Experts, StreamKind::Job] {
+    for kind in [StreamKind::Control, StreamKind::Experts, StreamKind::Job, StreamKind::Weights] {
         let error = near.open_stream(kind).await.err().unwrap().to_string();
         assert!(error.contains("client may not open"), "{error}");
     }

@@ -29,6 +29,7 @@ use crate::{
     lane::{Arrangement, LaneEvent, LaneMessage, LaneParts, LaneStats},
     links::deliver,
     node::{Loaded, Model, NodeOptions},
+    peers::{Epoch, PeerFetcher, PeerOptions},
     placement::Placement,
     shard::{ExpertShard, LoadCounters, ShardArguments, ShardMessage},
     storage::{StorageActor, StorageMessage},
@@ -62,6 +63,8 @@ pub(super) struct OpenModel {
     backbone: Arc<Backbone<Cpu>>,
     store: Arc<ExpertCache>,
     storage: ActorRef<StorageMessage>,
+    /// Knows who else may have experts.
+    peers: Arc<PeerFetcher>,
 }
 
 /// An assignment whose experts are here.
@@ -148,12 +151,19 @@ impl LoaderState {
         let wanted = wanted(&model, &placement, assignment.you);
         let mut keep = wanted.clone();
         let serving = self.options.serving.lock().clone();
+        // Who joins a cluster that serves does not know who has its share.
+        let joins = serving.is_none() && assignment.epoch > 1;
+        let mut epochs = vec![epoch(assignment, &placement, joins)];
         if let Some(serving) = serving {
             let (model, placement) = self.prepare(&serving).await?;
+            if serving.checkpoint == assignment.checkpoint {
+                epochs.insert(0, epoch(&serving, &placement, false));
+            }
             for (layer, keys) in self::wanted(&model, &placement, serving.you) {
                 keep.entry(layer).or_default().extend(keys);
             }
         }
+        model.peers.arrange(epochs);
         // What is let go here is no longer held, whatever becomes of the rest.
         *self.options.holding.lock() = self.options.serving.lock().clone();
         self.keep(&keep).await?;
@@ -252,14 +262,20 @@ impl LoaderState {
         Ok((model, placement))
     }
 
-    /// An empty cache for the experts of a checkpoint.
-    fn cache(&self, checkpoint: &Arc<Checkpoint>) -> Result<Arc<ExpertCache>, String> {
+    /// An empty cache for the experts of a checkpoint, and who fetches them.
+    fn cache(
+        &self,
+        checkpoint: &Arc<Checkpoint>,
+    ) -> Result<(Arc<ExpertCache>, Arc<PeerFetcher>), String> {
         let threads = self.options.device.pool().threads().min(VERIFY_THREADS_MAX);
         let failed = |error: std::io::Error| format!("experts cannot be read: {error}");
         let reader = BlockReader::new(BlockOptions::default()).map_err(failed)?;
         let nvme = self.options.nvme.clone();
         let ways = FetchOptions { reader, nvme, threads, requests: REQUESTS };
-        let fetcher = fetcher_for(checkpoint, ways).map_err(failed)?;
+        let next = fetcher_for(checkpoint, ways).map_err(failed)?;
+        let (checkpoint_of, links) = (checkpoint.clone(), self.options.links.clone());
+        let peers = PeerOptions { checkpoint: checkpoint_of, next, links };
+        let peers = Arc::new(PeerFetcher::new(peers));
         let config = checkpoint.config();
         let all = self.options.info.budget_bytes;
         let budget = match self.options.dram_holds_rest {
@@ -268,14 +284,15 @@ impl LoaderState {
         };
         let moe = config.moe.clone().unwrap_or_else(MoeConfig::without_experts);
         let shape = Shape::new(config.sparse_layers().count(), &moe);
-        Ok(ExpertCache::new(CacheOptions {
+        let cache = ExpertCache::new(CacheOptions {
             moe: Arc::new(moe),
             budget,
             expert_bytes: checkpoint.tier_expert_bytes(),
             policy: policy::best(shape, budget),
             prefetch: true,
-            fetcher,
-        }))
+            fetcher: peers.clone(),
+        });
+        Ok((cache, peers))
     }
 
     /// The shard of a layer.
@@ -334,13 +351,14 @@ impl LoaderState {
         };
         let (checkpoint, backbone) =
             tokio::task::spawn_blocking(open).await.map_err(|error| error.to_string())??;
-        let store = self.cache(&checkpoint)?;
+        let (store, peers) = self.cache(&checkpoint)?;
+        self.options.links.served().show(checkpoint.id(), &store);
         let (storage, _) =
             Actor::spawn_linked(None, StorageActor, store.clone(), self.node.clone())
                 .await
                 .map_err(|error| error.to_string())?;
         *self.options.store.lock() = Some(store.clone());
-        let model = OpenModel { checkpoint, backbone, store, storage };
+        let model = OpenModel { checkpoint, backbone, store, storage, peers };
         // Shards of another checkpoint hold other experts, though under equal keys.
         for shard in std::mem::take(&mut self.shards).into_values() {
             let _ = shard.stop_and_wait(None, None).await;
@@ -364,6 +382,12 @@ fn wanted(
         wanted.entry(key.layer).or_default().insert(key);
     }
     wanted
+}
+
+/// Whom a placement names.
+fn epoch(assignment: &Assignment, placement: &Placement, any: bool) -> Epoch {
+    let (placement, nodes) = (Arc::new(placement.clone()), assignment.nodes.clone());
+    Epoch { placement, nodes, me: assignment.you, any }
 }
 
 /// A folder with the number of the manifest that the coordinator's `DIR@N` ends with: the folder may

@@ -170,6 +170,24 @@ impl ExpertCache {
         }
     }
 
+    /// Bytes of an expert that is here at this moment. Asking is no demand.
+    pub fn resident(&self, key: ExpertKey) -> Option<u64> {
+        self.here.read().get(&key).map(|expert| expert.bytes())
+    }
+
+    /// Copies an expert's bytes from a position on, as they lie in memory, if it is here at this
+    /// moment and has as many there. Says whether `out` is filled. It is no demand either.
+    pub fn copy_resident(&self, key: ExpertKey, from: u64, out: &mut [u8]) -> bool {
+        let Some(expert) = self.here.read().get(&key).cloned() else { return false };
+        let copied = copy_part(&expert, from, out);
+        // Let go meanwhile, it kept the room that a fetch waits for.
+        if let Some(gone) = Arc::into_inner(expert) {
+            drop(gone);
+            self.happened(Event::Used(Vec::new()));
+        }
+        copied
+    }
+
     /// Has an expert of its share here, if there is room for it: `loaded` is told when it is, or
     /// that there is none.
     pub fn load(
@@ -309,6 +327,21 @@ impl ExpertCache {
         inner.residency.handle(event);
         self.carry_out(inner);
     }
+}
+
+/// Fills `out` with the bytes of three matrices, which follow each other, from a position on.
+fn copy_part(expert: &GatedMlp, from: u64, mut out: &mut [u8]) -> bool {
+    let Ok(mut from) = usize::try_from(from) else { return false };
+    for matrix in [&expert.gate, &expert.up, &expert.down] {
+        let data = matrix.data();
+        if let Some(there) = data.get(from..) {
+            let (part, rest) = out.split_at_mut(there.len().min(out.len()));
+            part.copy_from_slice(&there[..part.len()]);
+            out = rest;
+        }
+        from = from.saturating_sub(data.len());
+    }
+    out.is_empty()
 }
 
 impl ExpertStore for ExpertCache {

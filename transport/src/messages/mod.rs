@@ -1,6 +1,6 @@
 //! What is said on the wire: rkyv messages, each checked once, on receipt.
 //!
-//! [`experts`] is the data plane, read in place; [`jobs`] and [`cluster`] are small owned values;
+//! [`experts`] is the data plane, read in place; [`weights`] moves experts themselves; [`jobs`] and [`cluster`] are small owned values;
 //! every message carries a [`trace::TraceContext`] or belongs to a job that has one.
 //! Messages are data only: nothing in them is code, a path that is opened, or a type name.
 
@@ -17,6 +17,7 @@ pub mod cluster;
 pub mod experts;
 pub mod jobs;
 pub mod trace;
+pub mod weights;
 
 pub use cluster::{
     Assignment, ClusterStatus, NodeAddress, NodeInfo, NodeReport, NodeResidences, NodeStatus,
@@ -32,6 +33,9 @@ pub use jobs::{
     JobStart, LogitsWanted, Prompt,
 };
 pub use trace::TraceContext;
+pub use weights::{
+    OutgoingWeights, WEIGHTS_CHUNK_BYTES, WeightsPart, WeightsReply, WeightsRequest,
+};
 
 use crate::{
     frame::{FRAME_BYTES_MAX, FrameKind},
