@@ -70,7 +70,10 @@ async fn play(
         Ways::NotHere => WeightsReply::NotHere,
         Ways::Busy => WeightsReply::Busy,
         Ways::Long(bytes) => here(bytes),
-        Ways::Silent => return Some(std::future::pending().await),
+        Ways::Silent => {
+            std::future::pending::<()>().await;
+            return Some(());
+        }
         Ways::Leaves => return None,
         _ => here(bytes.len() as u64),
     };
@@ -87,7 +90,10 @@ async fn play(
     sender.send(out.finish()).await.ok()?;
     match way {
         Ways::LetsGo => sender.send_message(&WeightsReply::NotHere).await.ok(),
-        Ways::Stops => Some(std::future::pending().await),
+        Ways::Stops => {
+            std::future::pending::<()>().await;
+            Some(())
+        }
         _ => Some(()),
     }
 }
