@@ -29,7 +29,8 @@ template <int F> struct Format {
 
 // acc[t][r] of one leaf of `len` k; w points at this lane's first word.
 template <int F, int T, int R> DI void float_leaf(const char* const (&w)[T], const float* x, int len, float (&acc)[T][R]) {
-  constexpr int LOADS = 16 / T, K = F == F32 ? LOADS : 2 * LOADS;
+  // More where a block has the processor for itself.
+  constexpr int LOADS = (R > 8 ? 32 : 16) / T, K = F == F32 ? LOADS : 2 * LOADS;
   int k = 0;
   // The next words are on their way while these are used.
   u32 next[T][LOADS];
@@ -172,14 +173,16 @@ DI void fast_step(Fast& acc, uint4 lo, uint4 hi, u32 b0, u32 b1) {
 }
 
 // A leaf of T panels and R rows; w points at the leaf's first word. What is past `len` counts as 0.
-template <int T, int R> DI void fast_leaf(const char* const (&w)[T], const u32* x, int len, Fast (&acc)[T]) {
-  constexpr int STEPS = T >= 4 ? 1 : 4 / T;
+template <int T, int R> DI void fast_leaf(const char* const (&w)[T], const u32* x, int len, Fast (&acc)[T][(R + 7) / 8]) {
+  constexpr int N = (R + 7) / 8, STEPS = T >= 4 ? 1 : 4 / T;
   u32 lane = lane_id(), t = lane % 4, g = lane / 4;
-  const u32* row = x + min(g, R - 1) * Format<FAST>::X + t;
+  const u32* row[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) row[n] = x + min(n * 8 + g, R - 1) * Format<FAST>::X + t;
 #pragma unroll
   for (int p = 0; p < T; p++)
 #pragma unroll
-    for (int i = 0; i < 8; i++) acc[p].s[i / 4][i % 4] = 0.0f;
+    for (int i = 0; i < 8 * N; i++) acc[p][i / 8].s[i / 4 % 2][i % 4] = 0.0f;
   int steps = (len + 15) / 16, whole = len / 16, words = (len + 1) / 2;
   auto take = [&](int p, int step, int half) {
     int k = step * 8 + half * 4 + t;
@@ -209,16 +212,20 @@ template <int T, int R> DI void fast_leaf(const char* const (&w)[T], const u32* 
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
       if (step + i >= steps) continue;
-      u32 b0 = row[(step + i) * 8], b1 = row[(step + i) * 8 + 4];
 #pragma unroll
-      for (int p = 0; p < T; p++) fast_step(acc[p], v[i][p][0], v[i][p][1], b0, b1);
+      for (int n = 0; n < N; n++) {
+        u32 b0 = row[n][(step + i) * 8], b1 = row[n][(step + i) * 8 + 4];
+#pragma unroll
+        for (int p = 0; p < T; p++) fast_step(acc[p][n], v[i][p][0], v[i][p][1], b0, b1);
+      }
     }
   }
 }
 
 template <int F, int T, int R> DI void leaf(const char* const (&w)[T], const float* x, int len, float* red) {
   if constexpr (F == FAST) {
-    Fast acc[T];
+    constexpr int N = (R + 7) / 8;
+    Fast acc[T][N];
     fast_leaf<T, R>(w, (const u32*)x, len, acc);
     u32 r = lane_id() % 4 * 2, j = lane_id() / 4 * 4;
     // x of all warps has been read before sums are written where it was.
@@ -226,8 +233,11 @@ template <int F, int T, int R> DI void leaf(const char* const (&w)[T], const flo
 #pragma unroll
     for (int t = 0; t < T; t++)
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (r + i < R) *(float4*)(red + ((r + i) * T + t) * 32 + j) = make_float4(acc[t].s[0][i], acc[t].s[0][2 + i], acc[t].s[1][i], acc[t].s[1][2 + i]);
+      for (int n = 0; n < 2 * N; n++) {
+        u32 i = n % 2, to = r + n / 2 * 8 + i;
+        const Fast& f = acc[t][n / 2];
+        if (to < R) *(float4*)(red + (to * T + t) * 32 + j) = make_float4(f.s[0][i], f.s[0][2 + i], f.s[1][i], f.s[1][2 + i]);
+      }
     return;
   }
   float acc[T][R];
@@ -312,6 +322,11 @@ DI void product(const char* const (&panels)[T], u32 k, int count, Row row, float
         else if (count <= 4) leaf<F, T, 4>(w, x, len, red);
         else if (count <= 6) leaf<F, T, 6>(w, x, len, red);
         else leaf<F, T, 8>(w, x, len, red);
+      } else if constexpr (RAGGED && RM == 16) {
+        if (count <= 4) leaf<F, T, 4>(w, x, len, red);
+        else if (count <= 8) leaf<F, T, 8>(w, x, len, red);
+        else if (count <= 12) leaf<F, T, 12>(w, x, len, red);
+        else leaf<F, T, 16>(w, x, len, red);
       } else {
         leaf<F, T, RM>(w, x, len, red);
       }

@@ -61,10 +61,11 @@ DI void down(const Expert* table, const Item* items, const u32* item_count, cons
   });
 }
 
-#define NETWORK(RM, TG) \
-  ENTRY __launch_bounds__(256, 2) gate_up_##RM(const Expert* t, const Item* i, const u32* c, const u32* o, u32 p, const float* x, u32 n, u32 k, float* h) { gate_up<FORMAT, TG, RM>(t, i, c, o, p, x, n, k, h); } \
-  ENTRY __launch_bounds__(256, 2) down_##RM(const Expert* t, const Item* i, const u32* c, const u32* o, const float* h, u32 n, u32 k, float* y) { down<FORMAT, 2 * TG, RM>(t, i, c, o, h, n, k, y); }
+#define NETWORK(RM, TG, BLOCKS_EACH) \
+  ENTRY __launch_bounds__(256, BLOCKS_EACH) gate_up_##RM(const Expert* t, const Item* i, const u32* c, const u32* o, u32 p, const float* x, u32 n, u32 k, float* h) { gate_up<FORMAT, TG, RM>(t, i, c, o, p, x, n, k, h); } \
+  ENTRY __launch_bounds__(256, BLOCKS_EACH) down_##RM(const Expert* t, const Item* i, const u32* c, const u32* o, const float* h, u32 n, u32 k, float* y) { down<FORMAT, 2 * TG, RM>(t, i, c, o, h, n, k, y); }
 
-NETWORK(1, 1)
-NETWORK(4, 1)
-NETWORK(8, 2)
+NETWORK(1, 1, 2)
+NETWORK(4, 1, 2)
+NETWORK(8, 2, 2)
+NETWORK(16, 2, 1)

@@ -10,8 +10,9 @@ constexpr u32 WARP_ROWS = 32, COLS = 4;                 // rows of a warp, panel
 constexpr u32 X_BYTES = STAGE_K * 2, PANEL_BYTES = STAGE_K * 64;
 constexpr int SUMS = 64;                                // of a thread
 
-// Of a warp's two panels, four times eight rows.
-struct Sums { Fast s[2][4]; };
+// Of a warp's two panels, two sixteens of outputs and four times eight rows: s[p][h][n][0] and [1] are
+// output 16h + 2 (lane / 4) of rows 8n + 2 (lane % 4) and the next, [2] and [3] the output after it.
+struct Sums { float s[2][2][4][4]; };
 
 // Where a piece of 16 bytes lies in its row of 128: what a warp reads at once is spread over all banks.
 DI u32 x_at(u32 row, u32 piece) { return row * X_BYTES + (piece ^ (row & 7)) * 16; }
@@ -24,12 +25,15 @@ DI void step_sums(Sums& acc, const char* x, const char* w, u32 step) {
   for (u32 h = 0; h < 2; h++)
     four_matrices(b[2 * h][0], b[2 * h][1], b[2 * h + 1][0], b[2 * h + 1][1], x + x_at(h * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
 #pragma unroll
-  for (u32 p = 0; p < 2; p++) {
-    const char* at = w + p * PANEL_BYTES;
-    uint4 lo = *(const uint4*)(at + w_at(step * 8 + t, g)), hi = *(const uint4*)(at + w_at(step * 8 + 4 + t, g));
+  for (u32 p = 0; p < 2; p++)
 #pragma unroll
-    for (u32 n = 0; n < 4; n++) fast_step(acc.s[p][n], lo, hi, b[n][0], b[n][1]);
-  }
+    for (u32 h = 0; h < 2; h++) {
+      // Pairs of words, so that they are loaded to where the instruction wants them.
+      const char* at = w + p * PANEL_BYTES + g % 2 * 8;
+      uint2 lo = *(const uint2*)(at + w_at(step * 8 + t, h * 4 + g / 2)), hi = *(const uint2*)(at + w_at(step * 8 + 4 + t, h * 4 + g / 2));
+#pragma unroll
+      for (u32 n = 0; n < 4; n++) dots16(acc.s[p][h][n], lo.x, lo.y, hi.x, hi.y, b[n][0], b[n][1]);
+    }
 }
 
 // RG times 32 rows, of which `count` are wanted. row(i) is where row i of x begins, panel(i) where panel
@@ -74,7 +78,7 @@ template <u32 RG, class Row, class Panel> DI void tile(u32 k, Row row, Panel pan
   const char* ws = shared + X_SPACE + col * 2 * PANEL_BYTES;
   bool wanted = rg * WARP_ROWS < count;
   float held[SUMS];
-  float* s = &acc.s[0][0].s[0][0];
+  float* s = &acc.s[0][0][0][0];
   u32 slot = 0, next = STAGES - 1, k_left = k;
 #pragma unroll 1
   for (u32 leaf = 0; leaf < leaves; leaf++) {
@@ -128,17 +132,17 @@ template <u32 RG, class Row, class Panel> DI void tile(u32 k, Row row, Panel pan
   }
 }
 
-// Calls put(panel of four, row, sums of four outputs from 4 (lane / 4) on).
+// Calls put(row, output of the block, its sum, the next one's).
 template <class Put> DI void each_sum(const Sums& acc, Put put) {
-  u32 warp = warp_id(), row = warp / 2 * WARP_ROWS + lane_id() % 4 * 2;
+  u32 warp = warp_id(), row = warp / 2 * WARP_ROWS + lane_id() % 4 * 2, j = warp % 2 * 64 + lane_id() / 4 * 2;
 #pragma unroll
   for (u32 p = 0; p < 2; p++)
 #pragma unroll
-    for (u32 n = 0; n < 4; n++)
+    for (u32 h = 0; h < 2; h++)
 #pragma unroll
-      for (u32 i = 0; i < 2; i++) {
-        const Fast& f = acc.s[p][n];
-        put(warp % 2 * 2 + p, row + n * 8 + i, make_float4(f.s[0][i], f.s[0][2 + i], f.s[1][i], f.s[1][2 + i]));
+      for (u32 n = 0; n < 8; n++) {
+        const float* s = acc.s[p][h][n / 2] + n % 2;
+        put(row + n / 2 * 8 + n % 2, j + p * 32 + h * 16, s[0], s[2]);
       }
 }
 
@@ -151,22 +155,22 @@ template <u32 RG> DI void linear_tile(const u32* x, u32 m, u32 k, const Linears&
   Sums acc;
   tile<RG>(k, [&](u32 r) { return (const char*)(x + (u64)min(from + r, m - 1) * (k / 2)); },
            [&](u32 p) { return l.w + min(first + p, panels - 1) * panel_bytes; }, acc, (char*)memory, m - from);
-  each_sum(acc, [&](u32 p, u32 r, float4 v) {
-    u32 j = (first + p) * 32 + lane_id() / 4 * 4;
-    if (from + r >= m) return;
+  each_sum(acc, [&](u32 r, u32 out, float a, float b) {
+    u32 j = first * 32 + out;
+    if (from + r >= m || j >= l.n) return;
     float* y = l.y + (u64)(from + r) * l.n + j;
-    const float o[4] = {v.x, v.y, v.z, v.w};
-    if (l.n % 4 == 0 && j + 4 <= l.n && !l.bias) {
-      if (adds) { float4 b = *(float4*)y; v = make_float4(add(b.x, v.x), add(b.y, v.y), add(b.z, v.z), add(b.w, v.w)); }
-      *(float4*)y = v;
+    if (l.n % 2 == 0) {
+      if (l.bias) { a = add(a, l.bias[j]); b = add(b, l.bias[j + 1]); }
+      float2* to = (float2*)y;
+      if (adds) { a = add(to->x, a); b = add(to->y, b); }
+      *to = make_float2(a, b);
       return;
     }
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-      if (j + i >= l.n) continue;
-      float a = l.bias ? add(o[i], l.bias[j + i]) : o[i];
-      y[i] = adds ? add(y[i], a) : a;
-    }
+    if (l.bias) a = add(a, l.bias[j]);
+    y[0] = adds ? add(y[0], a) : a;
+    if (j + 1 >= l.n) return;
+    if (l.bias) b = add(b, l.bias[j + 1]);
+    y[1] = adds ? add(y[1], b) : b;
   });
 }
 
@@ -183,23 +187,17 @@ template <u32 RG> DI void gate_up_tile(const Expert* table, const Item* items, c
   Sums acc;
   tile<RG>(k, [&](u32 r) { return (const char*)(x + (u64)(order[item.first + min(r, item.count - 1)] / per_row) * (k / 2)); },
            [&](u32 p) { return (p % 2 ? e.up : e.gate) + min(first + p / 2, panels - 1) * panel_bytes; }, acc, (char*)memory, item.count);
-  u32 warp = warp_id(), j = (first + warp % 2) * 32 + lane_id() / 4 * 4, words = (n + 1) / 2;
-  if (j >= n) return;
+  u32 warp = warp_id(), words = (n + 1) / 2;
 #pragma unroll
-  for (u32 t = 0; t < 4; t++)
+  for (u32 half = 0; half < 2; half++)
 #pragma unroll
-    for (u32 i = 0; i < 2; i++) {
-      u32 r = warp / 2 * WARP_ROWS + t * 8 + lane_id() % 4 * 2 + i;
-      if (r >= item.count) continue;
-      float v[4];
-#pragma unroll
-      for (u32 o = 0; o < 4; o++) {
-        u32 half = o / 2, at = o % 2 * 2 + i;
-        v[o] = j + o < n ? mul(acc.s[1][t].s[half][at], silu(acc.s[0][t].s[half][at])) : 0.0f;
-      }
-      u32* to = h + (u64)(item.first + r) * words + j / 2;
-      to[0] = bf16_pair(v[0], v[1]);
-      if (j + 2 < n) to[1] = bf16_pair(v[2], v[3]);
+    for (u32 t = 0; t < 8; t++) {
+      u32 r = warp / 2 * WARP_ROWS + t / 2 * 8 + lane_id() % 4 * 2 + t % 2, j = (first + warp % 2) * 32 + half * 16 + lane_id() / 4 * 2;
+      if (r >= item.count || j >= n) continue;
+      const float* gate = acc.s[0][half][t / 2] + t % 2;
+      const float* up = acc.s[1][half][t / 2] + t % 2;
+      float a = mul(up[0], silu(gate[0])), b = j + 1 < n ? mul(up[2], silu(gate[2])) : 0.0f;
+      h[(u64)(item.first + r) * words + j / 2] = bf16_pair(a, b);
     }
 }
 
@@ -215,14 +213,13 @@ template <u32 RG> DI void down_tile(const Expert* table, const Item* items, cons
   Sums acc;
   tile<RG>(k, [&](u32 r) { return (const char*)(h + (u64)(item.first + min(r, item.count - 1)) * (k / 2)); },
            [&](u32 p) { return e.down + min(first + p, panels - 1) * panel_bytes; }, acc, (char*)memory, item.count);
-  each_sum(acc, [&](u32 p, u32 r, float4 v) {
-    u32 j = (first + p) * 32 + lane_id() / 4 * 4;
-    if (r >= item.count) return;
+  each_sum(acc, [&](u32 r, u32 out, float a, float b) {
+    u32 j = first * 32 + out;
+    if (r >= item.count || j >= n) return;
     float* y = parts + (u64)order[item.first + r] * n + j;
-    const float o[4] = {v.x, v.y, v.z, v.w};
-    if (n % 4 == 0 && j + 4 <= n) { *(float4*)y = v; return; }
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) if (j + i < n) y[i] = o[i];
+    if (n % 2 == 0) { *(float2*)y = make_float2(a, b); return; }
+    y[0] = a;
+    if (j + 1 < n) y[1] = b;
   });
 }
 

@@ -338,8 +338,8 @@ fn networks(check: &mut Check<'_>, dtype: DType) -> Done {
         let in_rows = if dtype.is_quantised() { records(check, &x, hidden) } else { x.clone() };
         let (dx, droutes) = (check.cuda.upload(&in_rows)?, check.cuda.upload(&routes)?);
         let tiles = check.cuda.tiles_fit(dtype, hidden) && check.cuda.tiles_fit(dtype, inter);
-        for item_rows in [1, 4, 8, 64, 128] {
-            if item_rows > 8 && !tiles {
+        for item_rows in [1, 4, 8, 16, 64, 128] {
+            if item_rows > 16 && !tiles {
                 continue;
             }
             let grouped = check.cuda.grouped(routes.len(), count, item_rows)?;
@@ -349,7 +349,7 @@ fn networks(check: &mut Check<'_>, dtype: DType) -> Done {
             check.same_words("group_routes", &grouped.order, &order)?;
             let between = check.poisoned(routes.len() * row_words(dtype, Math::Exact, inter))?;
             let out = check.poisoned(expected.len())?;
-            if item_rows > 8 {
+            if item_rows > 16 {
                 check.cuda.swiglu_tiles(&experts, &grouped, k, &dx, &between, &out)?;
             } else {
                 check.cuda.swiglu_routes(&experts, &grouped, k, &dx, &between, &out)?;

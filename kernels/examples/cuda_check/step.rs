@@ -113,8 +113,11 @@ pub(crate) fn all(cuda: &Cuda, peak: f64, what: &[String]) -> Done {
         for item_rows in [64, 128].into_iter().filter(|_| prefills) {
             prefill(cuda, kind, &layers, &head, 2048, item_rows)?;
         }
-        for batch in [1, 8, 64].into_iter().filter(|_| decodes) {
-            step(cuda, kind, &layers, &head, batch, 512, expert, peak)?;
+        // Items of sixteen rows read weights once, where items of eight may do so twice.
+        for (batch, item_rows) in [(1, 1), (8, 4), (64, 8), (64, 16)] {
+            if decodes {
+                step(cuda, kind, &layers, &head, batch, item_rows, 512, expert, peak)?;
+            }
         }
     }
     Ok(())
@@ -144,6 +147,7 @@ fn step(
     layers: &[Layer],
     head: &DevMatrix,
     batch: usize,
+    item_rows: usize,
     context: usize,
     expert: usize,
     peak: f64,
@@ -151,13 +155,6 @@ fn step(
     let f = |cols: usize| cuda.filled::<f32>(batch * cols, 0);
     let Kind { name, dtype, math } = kind;
     let (quantised, own_rows) = (dtype.is_quantised(), kind.own_rows());
-    let item_rows = if batch == 1 {
-        1
-    } else if batch <= 8 {
-        4
-    } else {
-        8
-    };
     let routes = batch * K;
     let (mut state, mut table) = (7u64, Vec::new());
     for _ in 0..batch * HIDDEN {
@@ -364,7 +361,7 @@ fn step(
     let limit = batch as f64 * peak / bytes;
     let rate = batch as f64 / f64::from(ms) * 1e3;
     println!(
-        "decode {name}, batch {batch}, context {context}: {ms:.3} ms, {rate:.0} tok/s, limit {limit:.0}, {:.2} of it ({active} experts of the last layer, {uniform:.1} uniform)",
+        "decode {name}, batch {batch}, items of {item_rows}, context {context}: {ms:.3} ms, {rate:.0} tok/s, limit {limit:.0}, {:.2} of it ({active} experts of the last layer, {uniform:.1} uniform)",
         rate / limit
     );
     let mut line = String::from("   by itself, ms:");

@@ -109,7 +109,7 @@ pub struct Grouped {
     pub items: Dev<[u32; 3]>,
     /// How many items there are.
     pub count: Dev<u32>,
-    /// Rows of an item at most: 1, 4 or 8; 64 or 128 for [`Cuda::swiglu_tiles`].
+    /// Rows of an item at most: 1, 4, 8 or 16; 64 or 128 for [`Cuda::swiglu_tiles`].
     pub item_rows: usize,
     pub(super) routes: usize,
 }
@@ -333,14 +333,15 @@ impl Cuda {
         unsafe { self.launch(Source::Elementwise, "quantise", grid, args) }
     }
 
-    /// Room for `routes` routes over `experts` experts, in items of at most 1, 4, 8, 64 or 128 rows.
+    /// Room for `routes` routes over `experts` experts, in items of at most 1, 4, 8, 16, 64 or
+    /// 128 rows.
     pub fn grouped(
         &self,
         routes: usize,
         experts: usize,
         item_rows: usize,
     ) -> Result<Grouped, DeviceError> {
-        assert!(matches!(item_rows, 1 | 4 | 8 | 64 | 128), "items have 1, 4, 8, 64 or 128 rows");
+        assert!(matches!(item_rows, 1 | 4 | 8 | 16 | 64 | 128), "1, 4, 8, 16, 64 or 128 rows");
         Ok(Grouped {
             order: self.filled(routes, 0)?,
             items: self.filled(Grouped::items_max(routes, experts, item_rows), 0)?,
@@ -385,10 +386,11 @@ impl Cuda {
         assert_eq!(x.len() * per_row, routes * words(hidden), "x is [rows, hidden]");
         assert_eq!(between.len(), routes * words(intermediate), "[routes, between]");
         assert_eq!(parts.len(), routes * hidden, "parts are [routes, hidden]");
-        assert!(grouped.item_rows <= 8, "items of few rows");
+        assert!(grouped.item_rows <= 16, "items of few rows");
         let (up, down, wide) = match grouped.item_rows {
             1 => ("gate_up_1", "down_1", 1),
             4 => ("gate_up_4", "down_4", 1),
+            16 => ("gate_up_16", "down_16", 2),
             _ => ("gate_up_8", "down_8", 2),
         };
         let items = grouped.items.len();
