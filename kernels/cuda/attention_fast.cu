@@ -1,9 +1,9 @@
 // Attention by `--math fast`: scores and values by the tensor cores, keys and values kept in bf16, heads
 // of 64 or 128. Cut as the exact one is: leaves of 256 absolute positions, each with its own maximum, sum
-// of weights and sums of values, then rule 1's tree. So the bits of a row depend on its position alone.
+// of weights and sums of values, then rule 1's tree; at its end the values times 1 / the weights. So the bits of a row depend on its position alone.
 //
-// In a leaf: scores are sums over the head upwards, sixteen at a time, times scale · log2 e; weights are
-// 2^(score - maximum), rounded to bf16; sums of values go over positions upwards, sixteen at a time.
+// In a leaf: scores are sums over the head upwards, sixteen at a time; with c = scale · log2 e, which is
+// above 0, weights are 2^(score · c - m) where m is c times the greatest score, rounded to bf16; sums of values go over positions upwards, sixteen at a time.
 // Weights are added per page of 64: in each of four lanes (positions 8t..8t+7 of 32, then of the next
 // 32) upwards, lanes by twos, pages by twos. What a row does not see has weight 0, which changes no sum;
 // values past the last position of a tile count as 0, whatever lies there.
@@ -33,7 +33,7 @@ DI float quad_sum(float x) {
 }
 DI float quad_max(float x) {
 #pragma unroll
-  for (int d = 1; d < 4; d *= 2) { float o = __shfl_xor_sync(FULL, x, d); x = o > x ? o : x; }
+  for (int d = 1; d < 4; d *= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, d));
   return x;
 }
 DI u32 part_of(uint4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
@@ -89,10 +89,8 @@ template <int HD> DI void leaf_fast(const float* q, const Cache& cache, const u3
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           int at = warp * PAGE + n * 32 + t * 8 + i % 2 * 4 + j;
-          float v = mul(s[n][j][i], scale);
-          s[n][j][i] = v;
-          // A NaN compares false and is left out.
-          if (at >= lo && at < hi && v > most[i / 2]) most[i / 2] = v;
+          // A NaN is left out.
+          if (at >= lo && at < hi) most[i / 2] = fmaxf(most[i / 2], s[n][j][i]);
         }
   }
 #pragma unroll
@@ -105,7 +103,8 @@ template <int HD> DI void leaf_fast(const float* q, const Cache& cache, const u3
   for (int r = 0; r < 2; r++) {
     float m = most_of[g + 8 * r];
 #pragma unroll
-    for (int w = 1; w < 4; w++) { float o = most_of[w * 16 + g + 8 * r]; m = o > m ? o : m; }
+    for (int w = 1; w < 4; w++) m = fmaxf(m, most_of[w * 16 + g + 8 * r]);
+    m = mul(m, scale);
     most[r] = m;
     float sum = 0.0f;
     if (seen) {
@@ -116,7 +115,7 @@ template <int HD> DI void leaf_fast(const float* q, const Cache& cache, const u3
 #pragma unroll
           for (int i = 2 * r; i < 2 * r + 2; i++) {
             int at = warp * PAGE + n * 32 + t * 8 + i % 2 * 4 + j;
-            s[n][j][i] = at >= lo && at < hi ? exp2_(add(s[n][j][i], -m)) : 0.0f;
+            s[n][j][i] = at >= lo && at < hi ? exp2_(fma(s[n][j][i], scale, -m)) : 0.0f;
           }
         u32 w[4];
         weights_of(s[n], r, w);
@@ -164,11 +163,12 @@ template <int HD> DI void leaf_fast(const float* q, const Cache& cache, const u3
     if (h >= group) continue;
     float sum = add(add(sum_of_page[h], sum_of_page[16 + h]), add(sum_of_page[32 + h], sum_of_page[48 + h]));
     u64 head = (u64)row * heads + kv_head * group + h, part = head * leaves_max + leaf;
+    float inverse = __fdiv_rn(1.0f, sum);
     float* to = (alone ? out + head * HD : part_a + part * HD) + warp * 32 + t * 8;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       float4 v = make_float4(o[0][2 * r + i], o[1][2 * r + i], o[2][2 * r + i], o[3][2 * r + i]);
-      if (alone) v = make_float4(__fdiv_rn(v.x, sum), __fdiv_rn(v.y, sum), __fdiv_rn(v.z, sum), __fdiv_rn(v.w, sum));
+      if (alone) v = make_float4(mul(v.x, inverse), mul(v.y, inverse), mul(v.z, inverse), mul(v.w, inverse));
       *(float4*)(to + 4 * i) = v;
     }
     if (!alone && warp == 0 && t == 0) part_ms[part] = make_float2(most[r], sum);
@@ -204,13 +204,40 @@ ENTRY fast_tree(const u32* positions, u32 heads, u32 hd, u32 window, u32 leaves_
       int level = __ffs(~i) - 1;
       m[level] = cm; s[level] = cs; a[level] = ca;
     }
-    out[((u64)row * heads + head) * hd + c] = __fdiv_rn(ca, cs);
+    out[((u64)row * heads + head) * hd + c] = mul(ca, __fdiv_rn(1.0f, cs));
   }
 }
 
 // Many rows of one sequence: a block has up to 128 rows of consecutive positions, one head and all leaves
 // that they see, one after the other; a warp has sixteen rows. Subtrees that wait lie in parts, by level.
 constexpr u32 TILE_ROWS = 128;
+
+// Weights of a leaf's scores, their sum, and the maximum; of a row that sees nothing, nothing that counts.
+DI void leaf_weights(float (&s)[8][4][4], float scale, u32 (&w)[8][2][4], float (&most)[2], float (&sum)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float m = NONE;
+    // A NaN is left out.
+#pragma unroll
+    for (int i = 0; i < 64; i++) m = fmaxf(m, s[i / 8][i / 2 % 4][2 * r + i % 2]);
+    m = mul(quad_max(m), scale);
+    most[r] = m;
+    float pages[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        float& x = s[n][i / 2][2 * r + i % 2];
+        x = exp2_(fma(x, scale, -m));
+      }
+      weights_of(s[n], r, w[n][r]);
+      pages[n / 2] = sum_of(pages[n / 2], w[n][r]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) pages[i] = quad_sum(pages[i]);
+    sum[r] = add(add(pages[0], pages[1]), add(pages[2], pages[3]));
+  }
+}
 
 template <int HD> DI void rows_fast(const float* q, const Cache& cache, const u32* tables, u32 table_stride, const u32* positions, const uint2* tiles,
                                     u32 heads, float scale, u32 window, u32 leaves_max, float2* part_ms, float* part_a, float* out) {
@@ -297,38 +324,16 @@ template <int HD> DI void rows_fast(const float* q, const Cache& cache, const u3
         bool valid = w0 + g + 8 * r < rows.y && p >= base && f < base + LEAF;
         lo[r] = valid && f > base ? f - base : 0;
         hi[r] = valid ? min(p + 1 - base, (u32)LEAF) : 0;
-        float m = NONE;
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-          for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-              int at = n * 32 + t * 8 + i * 4 + j;
-              float v = mul(s[n][j][2 * r + i], scale);
-              s[n][j][2 * r + i] = v;
-              // A NaN compares false and is left out.
-              if (at >= lo[r] && at < hi[r] && v > m) m = v;
-            }
-        m = quad_max(m);
-        most[r] = m;
-        float pages[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-        for (int n = 0; n < 8; n++) {
-#pragma unroll
-          for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-              int at = n * 32 + t * 8 + i * 4 + j;
-              s[n][j][2 * r + i] = at >= lo[r] && at < hi[r] ? exp2_(add(s[n][j][2 * r + i], -m)) : 0.0f;
-            }
-          weights_of(s[n], r, w[n][r]);
-          pages[n / 2] = sum_of(pages[n / 2], w[n][r]);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) pages[i] = quad_sum(pages[i]);
-        sum[r] = add(add(pages[0], pages[1]), add(pages[2], pages[3]));
       }
+      // Mostly all of it is seen by all rows; else what is not seen is below all scores.
+      if (w0 + 16 > rows.y || wp0 + 1 < base + LEAF || first(wp1) > base) {
+#pragma unroll
+        for (int i = 0; i < 128; i++) {
+          int at = i / 16 * 32 + t * 8 + i % 2 * 4 + i / 4 % 4, r = i / 2 % 2;
+          if (at < lo[r] || at >= hi[r]) s[i / 16][i / 4 % 4][i % 4] = NONE;
+        }
+      }
+      leaf_weights(s, scale, w, most, sum);
     }
     copies_wait<1>();
     __syncthreads();
@@ -394,16 +399,13 @@ template <int HD> DI void rows_fast(const float* q, const Cache& cache, const u3
       }
       bool ends = leaf + 1 == count;
       int level = __ffs(~leaf) - 1;
+      float inverse = ends ? __fdiv_rn(1.0f, cs) : 1.0f;
       float* to_at = ends ? out + place * HD + t * 8 : as + level * HD;
 #pragma unroll
       for (u32 c = 0; c < COLS; c++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float v[4];
-#pragma unroll
-          for (int j = 0; j < 4; j++) v[j] = ends ? __fdiv_rn(o[c][j][2 * r + i], cs) : o[c][j][2 * r + i];
-          *(float4*)(to_at + c * 32 + i * 4) = make_float4(v[0], v[1], v[2], v[3]);
-        }
+        for (int i = 0; i < 2; i++)
+          *(float4*)(to_at + c * 32 + i * 4) = make_float4(mul(o[c][0][2 * r + i], inverse), mul(o[c][1][2 * r + i], inverse), mul(o[c][2][2 * r + i], inverse), mul(o[c][3][2 * r + i], inverse));
       // Others read it after the next barrier.
       if (!ends && t == 0) ms[level] = make_float2(cm, cs);
     }

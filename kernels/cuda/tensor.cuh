@@ -31,8 +31,9 @@ DI u32 rounded(float a, float b) {
   return d;
 }
 
+// 2^x, 0 where that is below 2^-126.
 DI float exp2_(float x) {
   float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }

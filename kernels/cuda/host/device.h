@@ -42,6 +42,7 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
 inline float __int2float_rn(int a) { return (float)a; }
 inline float fabsf(float x) { return __builtin_fabsf(x); }
+inline float fmaxf(float a, float b) { return __builtin_fmaxf(a, b); }
 inline float rintf(float x) { return __builtin_rintf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -134,6 +135,33 @@ inline void dots16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigne
     d[i] = s;
   }
 }
+// Of tensor_wide.cu; done at once. Where a row of b lies is as its words say: eight rows in so many bytes,
+// pieces of sixteen swapped by the bits of their address.
+inline void wide_begin() {}
+inline void wide_end() {}
+inline void wide_wait() {}
+inline void wide_show() {}
+inline void wide_sum(float&) {}
+template <int N> inline void wide_dots(float (&d)[N], const unsigned (&a)[4], unsigned long long b, unsigned adds) {
+  struct Four { unsigned x[4]; };
+  Exchange e(Four{{a[0], a[1], a[2], a[3]}});
+  unsigned lane = rt->lane->index % 32, g = lane / 4, t = lane % 4;
+  unsigned from = (unsigned)(size_t)rt->shared & ~0x3ffffu | (unsigned)(b & 0x3fff) << 4, eight = (unsigned)(b >> 32 & 0x3fff) << 4;
+  if (b >> 62 != 1) __builtin_trap();
+  float own[2][16];
+  for (unsigned p = 0; p < 8; p++)
+    for (unsigned i = 0; i < 4; i++) own[i / 2][2 * p + i % 2] = of_bf16(e.words[g * 4 + p % 4][p / 4 * 2 + i / 2], i % 2);
+  for (unsigned i = 0; i < N; i++) {
+    unsigned row = i / 4 * 8 + 2 * t + i % 2;
+    float s = adds ? d[i] : 0.0f;
+    for (unsigned k = 0; k < 16; k++) {
+      unsigned at = from + row / 8 * eight + row % 8 * 128 + k * 2;
+      at ^= (at >> 7 & 7) << 4;
+      s = __builtin_fmaf(own[i / 2 % 2][k], __uint_as_float((unsigned)*(const unsigned short*)(size_t)at << 16), s);
+    }
+    d[i] = s;
+  }
+}
 inline int bytes_dot(unsigned a, unsigned b, int sum) {
   for (int i = 0; i < 4; i++) sum += (int)(signed char)(a >> 8 * i) * (int)(signed char)(b >> 8 * i);
   return sum;
@@ -158,7 +186,7 @@ inline unsigned to_bf16(float x) {
   return x != x ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
 }
 inline unsigned rounded(float a, float b) { return to_bf16(a) | to_bf16(b) << 16; }
-inline float exp2_(float x) { return __builtin_exp2f(x); }
+inline float exp2_(float x) { return x < -126.0f ? 0.0f : __builtin_exp2f(x); }
 
 // Calls a kernel with arguments that lie where the pointers say.
 template <class T> struct Plain { using Type = T; };

@@ -243,8 +243,9 @@ struct Config { unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shar
 int cuLaunchKernelEx(const Config* c, const Entry* f, void** args, void**) {
   if (!stacks) {
     stacks = (char*)mmap(nullptr, STACK * THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    // A page that cannot be read follows it, too.
-    char* shared = (char*)mmap(nullptr, 64 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+    // A page that cannot be read follows it, too; addresses differ in their lowest eighteen bits alone.
+    char* shared = (char*)mmap(nullptr, 128 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+    shared += -(uintptr_t)shared % (64 * PAGE);
     mprotect(shared + 63 * PAGE, PAGE, PROT_NONE);
     runtime.shared = shared;
     runtime.warp_barrier = warp_barrier;

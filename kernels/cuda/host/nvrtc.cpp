@@ -17,7 +17,7 @@ struct Program { std::string source, log, code; };
 // The device's own functions, which device.h has.
 const char* OWN[] = {"stream", "stream8", "stream16", "begin", "begin_early", "ask", "barrier_init", "barriers_made", "barrier_expect",
                      "bulk_copy", "barrier_wait", "copy16", "copy16_of", "copies_end", "copies_wait", "four_matrices", "dots16", "dots",
-                     "dp4a", "rounded", "exp2_"};
+                     "dp4a", "rounded", "exp2_", "wide_begin", "wide_end", "wide_wait", "wide_show", "wide_sum", "wide_dots"};
 
 // Takes out `DI type name(..) { .. }`, and what is a template before it.
 void take_out(std::string& text, const std::string& name) {

@@ -101,7 +101,9 @@ fn products(check: &mut Check<'_>) -> Done {
             check.cuda.matmul_by(variant, &pairs, m, &many, false)?;
             check.same(&format!("{name} by {}", variant.name()), &out, &base)?;
         }
-        if check.cuda.tensor_fits(k) {
+        for wide in [false, true].into_iter().filter(|_| check.cuda.tensor_fits(k)) {
+            check.cuda.set_wide(wide);
+            let name = if wide { format!("{name} wide") } else { name.clone() };
             let out = check.poisoned(m * n)?;
             let many = [Linear { weight: &dw, bias: Some(&db), out: &out }];
             check.cuda.linear_tiles(&pairs, m, &many, false, None)?;
@@ -110,6 +112,7 @@ fn products(check: &mut Check<'_>) -> Done {
             let mut sum = base.clone();
             elementwise::add(&check.cpu, &mut sum, &base);
             check.same(&format!("{name} in tiles, added"), &out, &sum)?;
+            check.cuda.set_wide(false);
         }
         if check.cuda.one_fits(k) {
             let (out, dx) = (check.poisoned(n)?, check.cuda.upload(&x[..k])?);
@@ -168,7 +171,12 @@ fn experts(check: &mut Check<'_>) -> Done {
         let (dx, pairs) = rows_of(check, &x, hidden, rows)?;
         let droutes = check.cuda.upload(&routes)?;
         let mut base: Option<Vec<f32>> = None;
-        for item_rows in [1, 4, 8, 16, 64, 128] {
+        for (item_rows, wide) in [1, 4, 8, 16, 64, 128]
+            .map(|rows| (rows, false))
+            .into_iter()
+            .chain([(64, true), (128, true)])
+        {
+            check.cuda.set_wide(wide);
             let grouped = check.cuda.grouped(routes.len(), count, item_rows)?;
             check.cuda.group_routes(&droutes, count, &grouped)?;
             let (between, out) =
@@ -178,7 +186,10 @@ fn experts(check: &mut Check<'_>) -> Done {
             } else {
                 check.cuda.swiglu_tiles(&experts, &grouped, k, &pairs, &between, &out)?;
             }
-            let name = format!("fast experts {hidden}x{inter}, {rows} rows, items of {item_rows}");
+            check.cuda.set_wide(false);
+            let wide = if wide { " wide" } else { "" };
+            let name =
+                format!("fast experts {hidden}x{inter}, {rows} rows, items of {item_rows}{wide}");
             match &base {
                 Some(base) => check.same(&name, &out, base)?,
                 None => {
@@ -274,14 +285,19 @@ fn attentions(check: &mut Check<'_>) -> Done {
         let on = DevQueries { tables, stride, positions, longest: 1150 };
         let (heads, dq) = (kv_heads * group, check.cuda.upload(&q)?);
         let parts = check.cuda.attention_parts(rows.len(), heads, head_dim, on.longest)?;
-        for window in [None, Some(1), Some(100), Some(256), Some(700)] {
+        // At the smaller scale many keys count.
+        let windows = [(None, 0.125), (None, 0.004), (Some(1), 0.01)];
+        let windows = windows.into_iter().chain([(Some(100), 0.01), (Some(700), 0.004)]);
+        for (window, scale) in windows {
             let mut expected = vec![0.0; q.len()];
             let cpu = &check.cpu;
-            attention::attention(cpu, &arena, layer, &near, &queries, 0.125, window, &mut expected);
+            attention::attention(cpu, &arena, layer, &near, &queries, scale, window, &mut expected);
             let out = check.poisoned(q.len())?;
-            check.cuda.attention_fast(&kv, layer, &dq, &on, 0.125, window, &parts, &out)?;
+            check.cuda.attention_fast(&kv, layer, &dq, &on, scale, window, &parts, &out)?;
             let base = check.cuda.download(&out)?;
-            let name = format!("fast attention {kv_heads}x{group}x{head_dim} window {window:?}");
+            let name = format!(
+                "fast attention {kv_heads}x{group}x{head_dim} window {window:?} scale {scale}"
+            );
             check.near(&name, &base, &expected, ROUNDED);
             for most in [TILE_ROWS, 64, 7] {
                 let (mut tiles, mut from) = (Vec::new(), 0);
@@ -293,7 +309,7 @@ fn attentions(check: &mut Check<'_>) -> Done {
                 }
                 let (tiles, out) = (check.cuda.upload(&tiles)?, check.poisoned(q.len())?);
                 check.cuda.attention_rows_fast(
-                    &kv, layer, &dq, &on, &tiles, 0.125, window, &parts, &out,
+                    &kv, layer, &dq, &on, &tiles, scale, window, &parts, &out,
                 )?;
                 check.same(&format!("{name} in tiles of {most}"), &out, &base)?;
             }

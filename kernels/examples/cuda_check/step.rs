@@ -110,8 +110,12 @@ pub(crate) fn all(cuda: &Cuda, peak: f64, what: &[String]) -> Done {
         }
         let head = weights(cuda, kind, VOCABULARY, HIDDEN, 400)?;
         // Smaller items waste fewer rows, larger ones read weights less often.
-        for item_rows in [64, 128].into_iter().filter(|_| prefills) {
-            prefill(cuda, kind, &layers, &head, 2048, item_rows)?;
+        for (item_rows, wide) in [(64, false), (128, false), (64, true), (128, true)] {
+            if prefills && (kind.fast() || !wide) {
+                cuda.set_wide(wide);
+                prefill(cuda, kind, &layers, &head, 2048, item_rows)?;
+                cuda.set_wide(false);
+            }
         }
         // Items of sixteen rows read weights once, where items of eight may do so twice.
         for (batch, item_rows) in [(1, 1), (8, 4), (64, 8), (64, 16)] {
@@ -522,8 +526,9 @@ fn prefill(
     run(None)?;
     cuda.write(&x, 0, &cuda.download(&embedded)?)?;
     let ms = median(cuda, || run(None))?;
+    let wide = if cuda.is_wide() { ", wide" } else { "" };
     println!(
-        "prefill {name}, 1 x {rows}, items of {item_rows}: {ms:.2} ms, {:.0} tok/s",
+        "prefill {name}, 1 x {rows}, items of {item_rows}{wide}: {ms:.2} ms, {:.0} tok/s",
         rows as f64 / f64::from(ms) * 1e3
     );
     let mut line = String::from("   by itself, ms:");

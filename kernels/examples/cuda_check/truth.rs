@@ -79,8 +79,7 @@ impl<'a> Check<'a> {
         let all: f64 = expected.iter().map(|&e| square(f64::from(e))).sum();
         let error = (off / all).sqrt();
         self.worst = self.worst.max(error / limit);
-        // A NaN is not near.
-        if found.len() != expected.len() || !(error <= limit) {
+        if found.len() != expected.len() || error.is_nan() || error > limit {
             self.wrong.push(format!("{name}: {error:.2e} of the expected values, limit {limit:e}"));
         }
     }

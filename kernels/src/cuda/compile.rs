@@ -17,7 +17,7 @@ const OPTIONS: [&str; 5] =
     ["--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--std=c++17"];
 
 /// The files, as they were when this was built.
-const FILES: [(&str, &str); 14] = [
+const FILES: [(&str, &str); 15] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("product.cuh", include_str!("../../cuda/product.cuh")),
     ("choose.cuh", include_str!("../../cuda/choose.cuh")),
@@ -31,6 +31,7 @@ const FILES: [(&str, &str); 14] = [
     ("tile.cu", include_str!("../../cuda/tile.cu")),
     ("tensor.cuh", include_str!("../../cuda/tensor.cuh")),
     ("tensor.cu", include_str!("../../cuda/tensor.cu")),
+    ("tensor_wide.cu", include_str!("../../cuda/tensor_wide.cu")),
     ("attention_fast.cu", include_str!("../../cuda/attention_fast.cu")),
 ];
 
@@ -76,13 +77,15 @@ pub enum Source {
     Tile(u8),
     /// The same of fast bf16.
     Tensor,
+    /// The same by Hopper's instruction for four warps.
+    TensorWide,
 }
 
 impl Source {
     /// Every source there is.
     pub fn all() -> Vec<Source> {
         let mut all = vec![Source::Elementwise, Source::Norm, Source::Route];
-        all.extend([Source::AttentionFast, Source::Tensor]);
+        all.extend([Source::AttentionFast, Source::Tensor, Source::TensorWide]);
         all.extend((0..3).map(Source::Attention));
         all.extend((0..6).map(Source::Matmul));
         all.extend((0..6).map(Source::Swiglu));
@@ -116,6 +119,7 @@ impl Source {
             Source::One(_) => "one.cu",
             Source::Tile(_) => "tile.cu",
             Source::Tensor => "tensor.cu",
+            Source::TensorWide => "tensor_wide.cu",
             Source::AttentionFast => "attention_fast.cu",
         }
     }
@@ -129,7 +133,7 @@ impl Source {
             Source::One(format) => {
                 (format!("#define FORMAT {format}\n"), &["tensor.cuh", "product.cuh", "choose.cuh"])
             }
-            Source::Tensor => (String::new(), &["tensor.cuh", "product.cuh"]),
+            Source::Tensor | Source::TensorWide => (String::new(), &["tensor.cuh", "product.cuh"]),
             Source::AttentionFast => (String::new(), &["tensor.cuh"]),
             Source::Route => (String::new(), &["choose.cuh"]),
             Source::Elementwise | Source::Norm => (String::new(), &[]),

@@ -9,6 +9,8 @@
 //! # Panics
 //! All functions, if the shapes do not fit each other.
 
+use std::sync::atomic::Ordering;
+
 use super::{
     Cuda, Grid,
     compile::Source,
@@ -64,13 +66,14 @@ const WARP_ROWS: usize = 32;
 /// Rows of a tile of attention at most.
 pub const TILE_ROWS: usize = 128;
 
-/// Shared memory of a tile of `groups` times 64 rows, as in tensor.cu.
+/// Shared memory of a tile of `groups` times 64 rows, as in tensor.cu and tensor_wide.cu, which wants
+/// it to begin at a whole 1024.
 fn shared(leaves: usize, groups: usize) -> usize {
     const STAGE_K: usize = 64;
     let stage = (groups * 64 + COLS * PANEL) * STAGE_K * 2;
     let pairs = leaves.div_ceil(2);
     let levels = (usize::BITS - (pairs - 1).leading_zeros()) as usize;
-    3 * stage + levels * groups * 64 * COLS * PANEL * size_of::<f32>()
+    1024 + 3 * stage + levels * groups * 64 * COLS * PANEL * size_of::<f32>()
 }
 
 impl Cuda {
@@ -81,6 +84,25 @@ impl Cuda {
 
     fn fits(&self, k: usize, groups: usize) -> bool {
         shared(leaves(k), groups) <= self.shared_max as usize - 1024
+    }
+
+    /// Whether tiles of many rows take Hopper's instruction for four warps. For checks and measuring:
+    /// whether it has the bits of the others is not known.
+    pub fn set_wide(&self, wide: bool) {
+        self.wide.store(wide, Ordering::Relaxed);
+    }
+
+    /// Whether [`Cuda::set_wide`] said so.
+    pub fn is_wide(&self) -> bool {
+        self.wide.load(Ordering::Relaxed)
+    }
+
+    /// Tiles, and threads of a block of `groups`.
+    fn tensor(&self, groups: usize) -> (Source, u32) {
+        if self.is_wide() {
+            return (Source::TensorWide, THREADS);
+        }
+        (Source::Tensor, (groups * 64 / WARP_ROWS * 64) as u32)
     }
 
     /// Sixty-fours of rows of a block for `m` rows.
@@ -100,14 +122,15 @@ impl Cuda {
         let (words, blocks) = linears(m, products, COLS);
         let groups = self.tensor_groups(k, m);
         let name = if groups == 2 { "linear_tile_2" } else { "linear_tile_1" };
+        let (source, threads) = self.tensor(groups);
         let grid = Grid {
             blocks: [m.div_ceil(groups * 64), blocks, 1],
-            threads: (groups * 64 / WARP_ROWS * 64) as u32,
+            threads,
             shared: shared(leaves(k), groups),
         };
         let args = Args::default().dev(x).u32(m).u32(k).structure(&words).u32(usize::from(adds));
         // SAFETY: shapes as asserted; panels past n are not read, nor rows past m.
-        unsafe { self.launch(Source::Tensor, name, grid, args) }
+        unsafe { self.launch(source, name, grid, args) }
     }
 
     pub(super) fn swiglu_tensor(
@@ -130,7 +153,7 @@ impl Cuda {
         let (up, down) = (groups(hidden), groups(intermediate));
         let grid = |n: usize, k: usize, panels: usize, groups: usize| Grid {
             blocks: [n.div_ceil(PANEL).div_ceil(panels), grouped.items.len(), 1],
-            threads: (groups * 64 / WARP_ROWS * 64) as u32,
+            threads: self.tensor(groups).1,
             shared: shared(leaves(k), groups),
         };
         let common = |args: Args| {
@@ -138,16 +161,17 @@ impl Cuda {
         };
         let args = common(Args::default()).u32(per_row).dev(x).u32(intermediate).u32(hidden);
         let args = args.dev(between);
+        let (source, _) = self.tensor(1);
         let name = if up == 2 { "gate_up_tile_2" } else { "gate_up_tile_1" };
         let up = grid(intermediate, hidden, COLS / 2, up);
         // SAFETY: items name experts of the table and places of `order`, as `group_routes` makes
         // them; an expert's matrices have the shape that `experts` says.
-        unsafe { self.launch(Source::Tensor, name, up, args)? };
+        unsafe { self.launch(source, name, up, args)? };
         let args = common(Args::default()).dev(between).u32(hidden).u32(intermediate).dev(parts);
         let name = if down == 2 { "down_tile_2" } else { "down_tile_1" };
         let down = grid(hidden, intermediate, COLS, down);
         // SAFETY: as above.
-        unsafe { self.launch(Source::Tensor, name, down, args) }
+        unsafe { self.launch(source, name, down, args) }
     }
 
     /// Rows `[rows, k]` as pairs of bf16, which fast products read.

@@ -16,7 +16,7 @@ pub mod tile;
 use std::{
     collections::HashMap,
     marker::PhantomData,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
 };
 
 use bytemuck::Pod;
@@ -49,6 +49,7 @@ pub struct Cuda {
     processors: usize,
     shared_max: u32,
     starts_early: bool,
+    wide: AtomicBool,
     folders: Folders,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(Source, &'static str), CudaFunction>>,
@@ -117,6 +118,7 @@ impl Cuda {
                 processors: processors.unsigned_abs() as usize,
                 shared_max: shared.unsigned_abs(),
                 starts_early: major >= 9,
+                wide: AtomicBool::new(false),
                 folders,
                 modules: Mutex::default(),
                 functions: Mutex::default(),
