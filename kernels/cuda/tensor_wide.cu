@@ -103,10 +103,7 @@ template <u32 ROWS, class Row, class Panel> DI void tile(u32 k, Row row, Panel p
     for (u32 i = 0; i < here; i++) {
       copies_wait<STAGES - 2>();
       wide_show();
-      // All have read what is overwritten now.
       __syncthreads();
-      if (filled < stages) load(next);
-      copies_end();
       const char* w = ws + slot * STAGE_SPACE;
       u32 x = shared_at(shared) + slot * STAGE_SPACE;
       u32 a[4][4];
@@ -116,13 +113,20 @@ template <u32 ROWS, class Row, class Panel> DI void tile(u32 k, Row row, Panel p
         a[step][0] = lo.x; a[step][1] = lo.y; a[step][2] = hi.x; a[step][3] = hi.y;
       }
       wide_begin();
-      wide_dots(s, a[0], rows_at(x), i > 0);
-      wide_dots(s, a[1], rows_at(x + 32), 1);
+      // One after the other, without a branch between them.
       if (k_left > 32) {
+        wide_dots(s, a[0], rows_at(x), i > 0);
+        wide_dots(s, a[1], rows_at(x + 32), 1);
         wide_dots(s, a[2], rows_at(x + 64), 1);
         wide_dots(s, a[3], rows_at(x + 96), 1);
+      } else {
+        wide_dots(s, a[0], rows_at(x), i > 0);
+        wide_dots(s, a[1], rows_at(x + 32), 1);
       }
       wide_end();
+      // All have read what is overwritten now: they waited for their sums before the barrier.
+      if (filled < stages) load(next);
+      copies_end();
       wide_wait();
       // Sums are not looked at before.
 #pragma unroll
