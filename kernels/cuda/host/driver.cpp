@@ -52,6 +52,7 @@ unsigned block_arrived, block_generation, block_alive;
 void (*kernel)(void**);
 void** arguments;
 std::map<uint64_t, std::pair<void*, size_t>> memory;
+long captured = -1;  // nodes of the graph that is being recorded
 
 void pause(Wait wait, unsigned seen) {
   Lane* lane = runtime.lane;
@@ -192,6 +193,14 @@ int cuEventSynchronize(void*) GOOD
 int cuEventElapsedTime_v2(float* ms, void* a, void* b) { *ms = (float)((*(double*)b - *(double*)a) * 1e3); return 0; }
 int cuEventElapsedTime(float* ms, void* a, void* b) { return cuEventElapsedTime_v2(ms, a, b); }
 int cuEventDestroy_v2(void* e) { delete (double*)e; return 0; }
+// A graph counts what it was given; it cannot be replayed here.
+int cuStreamBeginCapture_v2(void*, int) { captured = 0; return 0; }
+int cuStreamEndCapture(void*, size_t** graph) { *graph = new size_t(captured); captured = -1; return 0; }
+int cuGraphGetNodes(size_t* graph, void*, size_t* count) { *count = *graph; return 0; }
+int cuGraphInstantiateWithFlags(void** e, void*, unsigned long long) { *e = (void*)3; return 0; }
+int cuGraphExecDestroy(void*) GOOD
+int cuGraphDestroy(size_t* graph) { delete graph; return 0; }
+int cuGraphLaunch(void*, void*) { return 801; }
 int cuMemGetInfo_v2(size_t* free, size_t* all) { *free = *all = 0; return 0; }
 int cuGetErrorName(int, const char** s) { *s = "HOST"; return 0; }
 int cuGetErrorString(int, const char** s) { *s = "the host that stands for a GPU cannot do this"; return 0; }
@@ -255,6 +264,7 @@ int cuLaunchKernelEx(const Config* c, const Entry* f, void** args, void**) {
     runtime.copies_end = copies_end;
     runtime.copies_wait = copies_wait;
   }
+  if (captured >= 0) { captured++; return 0; }
   if (c->shared > SHARED || c->block_x % 32 || c->block_x > THREADS) return 1;
   static char* base = runtime.shared;
   runtime.shared = base + 63 * PAGE - (c->shared + 127) / 128 * 128;

@@ -32,6 +32,7 @@ pub(crate) fn all(check: &mut Check<'_>, what: &[String]) -> Done {
     let wanted = |name: &str| only.is_empty() || only.contains(&name);
     if wanted("small") {
         functions(check)?;
+        graphs(check)?;
         small(check)?;
         quantised(check)?;
         norms(check)?;
@@ -96,6 +97,19 @@ fn functions(check: &mut Check<'_>) -> Done {
         check.cuda.function_of(name, &x)?;
         let expected: Vec<f32> = inputs.iter().map(|&x| f(x)).collect();
         check.same(name, &x, &expected)?;
+    }
+    Ok(())
+}
+
+/// What records some work gives a graph, what records none an error.
+fn graphs(check: &mut Check<'_>) -> Done {
+    let (x, y) = (check.cuda.upload(&[1.0f32])?, check.cuda.upload(&[2.0f32])?);
+    check.cuda.add(&x, &y)?;
+    check.cuda.capture(|| check.cuda.add(&x, &y))?;
+    check.same("what is recorded is not done", &x, &[3.0])?;
+    check.done += 1;
+    if check.cuda.capture(|| Ok(())).is_ok() {
+        check.wrong.push("a graph without work was made".into());
     }
     Ok(())
 }
