@@ -7,14 +7,6 @@
 
 constexpr int KEY_BYTES = KV == 0 ? 4 : KV == 1 ? 2 : 1;
 
-struct Cache {
-  const char* pages;   // all pages, one after the other
-  u64 page_bytes;
-  u64 layer_at;        // where the layer's heads begin in a page
-  u32 head_bytes;
-  u32 kv_heads, head_dim, cols;  // cols: of a kept value row
-};
-
 // Bytes that are read once.
 DI i32 stream8(const char* p) {
   i32 v;

@@ -40,6 +40,14 @@ DI u16 bf16_bits(float x) {
   return x != x ? 0x7fc0 : (u16)((b + 0x7fff + ((b >> 16) & 1)) >> 16);
 }
 
+// Two as a word, the first below.
+DI u32 bf16_pair(float a, float b) { return (u32)bf16_bits(a) | (u32)bf16_bits(b) << 16; }
+// A value in each lane of the warp: the even ones write theirs and the next lane's, where wanted.
+DI void keep_pair(float x, bool wanted, u32* to) {
+  float next = __shfl_down_sync(FULL, x, 1);
+  if (wanted && lane_id() % 2 == 0) *to = bf16_pair(x, next);
+}
+
 // A word that is read once: past the first cache. Not volatile (several times slower in attention's
 // loops, measured), so the compiler may move it before `begin` where its address is known there:
 // only weights may be read so, which no kernel writes, or what is found through ordinary reads.
@@ -118,6 +126,15 @@ DI float tree_in_place(float* p, u32 count) {
 // of one expert.
 struct Expert { const char* gate; const char* up; const char* down; };
 struct Item { u32 expert, first, count; };
+
+// Pages of keys and values, and one layer of them.
+struct Cache {
+  const char* pages;   // all pages, one after the other
+  u64 page_bytes;
+  u64 layer_at;        // where the layer's heads begin in a page
+  u32 head_bytes;
+  u32 kv_heads, head_dim, cols;  // cols: of a kept value row
+};
 
 // Subtrees that leaf `index` of `count` is added to: ops/tree.rs.
 DI int merges(u32 index, u32 count) { return index + 1 == count ? __popc(index) : __ffs(~index) - 1; }

@@ -42,6 +42,17 @@ ENTRY quantise(const float* x, u32 k, u32 rows, u32* out) {
   quantise_block(at < k ? x[(u64)row * k + at] : 0.0f, out + warp * RECORD);
 }
 
+// Rows of k values as pairs of bf16.
+ENTRY pair_rows(const float* x, u32 k, u32* out, u64 words) {
+  begin();
+  u32 each = (k + 1) / 2;
+  EACH(words) {
+    u32 at = i % each * 2;
+    const float* row = x + i / each * k;
+    out[i] = bf16_pair(row[at], at + 1 < k ? row[at + 1] : 0.0f);
+  }
+}
+
 // dtype: 0 f32, 1 bf16, 2 int8, 3 int6, 4 int4, as in product.cuh.
 ENTRY embed(const char* table, u32 dtype, u32 n, u32 k, const u32* ids, float* out, u64 len) {
   begin();

@@ -1,8 +1,9 @@
 // RMS norm by rule 3: leaves of 256, eight virtual lanes in a leaf, rule 1's tree over leaves.
 // CPU truth: kernels/src/ops/norm.rs. In place where out is x.
 
-// One block of 256 threads per run of `width` values; f32, or records of blocks, or both.
-ENTRY rms_norm(const float* x, const float* weight, u32 width, float eps, float* out, u32* records) {
+// One block of 256 threads per run of `width` values; f32, or what products read (records of blocks,
+// or pairs of bf16 where `pairs`), or both.
+ENTRY rms_norm(const float* x, const float* weight, u32 width, float eps, float* out, u32* records, u32 pairs) {
   begin();
   __shared__ float sums[32], stack[32][32];
   __shared__ float total;
@@ -44,7 +45,8 @@ ENTRY rms_norm(const float* x, const float* weight, u32 width, float eps, float*
   for (u32 i = threadIdx.x; i < (records ? blocks * 32 : width); i += blockDim.x) {
     float v = i < width ? mul(mul(row[i], scale), weight[i]) : 0.0f;
     if (out && i < width) to[i] = v;
-    if (records) quantise_block(v, records + ((u64)blockIdx.x * blocks + i / 32) * RECORD);
+    if (records && pairs) keep_pair(v, i < width, records + (u64)blockIdx.x * ((width + 1) / 2) + i / 2);
+    else if (records) quantise_block(v, records + ((u64)blockIdx.x * blocks + i / 32) * RECORD);
   }
 }
 

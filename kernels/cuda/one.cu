@@ -5,11 +5,12 @@
 // at most eight; all else is for matmul.cu and swiglu.cu.
 
 #define FORMAT_OF Format<FORMAT>
-constexpr int CHUNK_K = FORMAT == F32 || FORMAT == BF16 ? 32 : FORMAT == INT4 ? 128 : 64;
+constexpr int CHUNK_K = FORMAT == F32 || FORMAT == BF16 || FORMAT == FAST ? 32 : FORMAT == INT4 ? 128 : 64;
 constexpr int CHUNKS = LEAF / CHUNK_K;                      // of a leaf
 constexpr int CHUNK_BYTES = FORMAT_OF::LEAF_BYTES / CHUNKS;
 constexpr bool BLOCKS = FORMAT_OF::BLOCKS;
-constexpr int ROW = BLOCKS ? 96 : LEAF;                     // words of a leaf of x
+constexpr bool OWN_ROWS = BLOCKS || FORMAT == FAST;         // products read something else than f32
+constexpr int ROW = FORMAT_OF::X;                           // words of a leaf of x
 
 // Shared memory: the ring of each warp, its barriers, then x.
 struct Shared {
@@ -28,7 +29,7 @@ DI Shared shared_of(u32 depth, u32 rings = 8) {
   s.ring = base + ring * depth * CHUNK_BYTES;
   s.barriers = (u64*)(base + rings * depth * CHUNK_BYTES) + ring * depth;
   s.x = (float*)(base + rings * depth * (CHUNK_BYTES + 8));
-  s.rows = BLOCKS ? s.x + 8 * LEAF : s.x;
+  s.rows = OWN_ROWS ? s.x + 8 * LEAF : s.x;
   s.sums = s.rows + 8 * ROW;
   s.few = s.sums + 8 * 2 * 32;
   return s;
@@ -103,20 +104,39 @@ DI float chunk_sum(float acc, const u32* p, const float* x) {
   return acc;
 }
 
+// This lane's output of the first of eight rows.
+DI float first_row(const Fast& acc) {
+  u32 lane = lane_id(), from = lane & ~3u;
+  float a = __shfl_sync(FULL, acc.s[0][0], from), b = __shfl_sync(FULL, acc.s[0][2], from);
+  float c = __shfl_sync(FULL, acc.s[1][0], from), d = __shfl_sync(FULL, acc.s[1][2], from);
+  return lane % 4 == 0 ? a : lane % 4 == 1 ? b : lane % 4 == 2 ? c : d;
+}
+DI void chunk_fast(Fast& acc, const char* p, const u32* x) {
+  u32 t = lane_id() % 4, g = lane_id() / 4;
+#pragma unroll
+  for (int i = 0; i < CHUNK_K / 16; i++) {
+    const char* at = p + (i * 8 + t) * 128 + g * 16;
+    fast_step(acc, *(const uint4*)at, *(const uint4*)(at + 4 * 128), x[i * 8 + t], x[i * 8 + 4 + t]);
+  }
+}
+
 // The warp's leaf of each panel, times its leaf of x.
 template <int T> DI void leaf_sums(Stream<T>& stream, const Shared& s, const float* x, float (&acc)[T]) {
   u32 used = 0, lane = lane_id();
 #pragma unroll
   for (int t = 0; t < T; t++) {
     acc[t] = 0.0f;
+    Fast fast = {};
 #pragma unroll 1
     for (int c = 0; c < CHUNKS; c++, used++) {
       u32 slot = used & (stream.depth - 1);
       barrier_wait(s.barriers + slot, (used / stream.depth) & 1);
-      acc[t] = chunk_sum(acc[t], (const u32*)(s.ring + slot * CHUNK_BYTES), x + c * (BLOCKS ? CHUNK_K / 32 * 12 : CHUNK_K));
+      if constexpr (FORMAT == FAST) chunk_fast(fast, s.ring + slot * CHUNK_BYTES, (const u32*)x + c * (CHUNK_K / 2));
+      else acc[t] = chunk_sum(acc[t], (const u32*)(s.ring + slot * CHUNK_BYTES), x + c * (BLOCKS ? CHUNK_K / 32 * 12 : CHUNK_K));
       __syncwarp();
       if (lane == 0 && stream.next < T * CHUNKS) stream.ask(s);
     }
+    if constexpr (FORMAT == FAST) acc[t] = first_row(fast);
   }
 }
 
@@ -158,13 +178,16 @@ DI void take_row(const float* row, const Norm& norm, const float (&weight)[8], u
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         v[i] = mul(mul(v[i], scale), weight[i]);
-        if (!BLOCKS) x[i * 32 + lane] = v[i];
+        if (!OWN_ROWS) x[i * 32 + lane] = v[i];
       }
     }
   }
   if (BLOCKS && mine) {
 #pragma unroll
     for (int i = 0; i < 8; i++) quantise_block(v[i], (u32*)s.rows + warp_id() * ROW + i * 12);
+  } else if (FORMAT == FAST && mine) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) keep_pair(v[i], true, (u32*)s.rows + warp_id() * ROW + i * 16 + lane / 2);
   }
   __syncwarp();
 }
@@ -310,8 +333,9 @@ ENTRY __launch_bounds__(256) one_gate_up(const float* x, Norm norm, u32 n, u32 k
   if (panel >= panels) return;
   u32 j = panel * 32 + lane_id();
   float v = mul(sum[1], silu(sum[0]));
-  float* to = h + (u64)blockIdx.y * (BLOCKS ? (n + 31) / 32 * RECORD : n);
+  float* to = h + (u64)blockIdx.y * FORMAT_OF::row_words(n);
   if (BLOCKS) quantise_block(j < n ? v : 0.0f, (u32*)to + panel * RECORD);
+  else if (FORMAT == FAST) keep_pair(j < n ? v : 0.0f, j < n, (u32*)to + j / 2);
   else if (j < n) to[j] = v;
 }
 

@@ -2,30 +2,35 @@
 // output of a panel; eight warps of a block meet in rule 1's tree through shared memory.
 // CPU truth: kernels/src/ops/{tile,blocked}.rs; layouts: kernels/src/{matrix,blocks}.rs.
 //
+// FAST is bf16 by `--math fast`: rows of bf16 pairs, a leaf's sums by the tensor cores, always of the
+// same instruction, sixteen k after sixteen; leaves meet as ever. What a slot of k in the instruction
+// is, is the same in every kernel, so that an output's bits do not depend on the number of rows.
+//
 // x lies in shared memory, one leaf per warp: f32 rows of LEAF, or records of 12 words (ten and
 // two to fill a line). A thread reads four k of a row at once and uses them for T outputs: what
 // binds at many rows is the words per multiplication that come from shared memory.
 
-enum { F32, BF16, INT8, INT6, INT4 };
+enum { F32, BF16, INT8, INT6, INT4, FAST };
 
 template <int F> struct Format {
-  static constexpr bool BLOCKS = F >= INT8;
+  static constexpr bool BLOCKS = F >= INT8 && F <= INT4;
   // Bytes of a block of a panel, and of a leaf.
   static constexpr int BLOCK_BYTES = F == INT8 ? 1088 : F == INT6 ? 832 : 576;
-  static constexpr int LEAF_BYTES = F == F32 ? 32768 : F == BF16 ? 16384 : 8 * BLOCK_BYTES;
+  static constexpr int LEAF_BYTES = F == F32 ? 32768 : F == BF16 || F == FAST ? 16384 : 8 * BLOCK_BYTES;
   static constexpr int WORDS = F == INT8 ? 8 : F == INT6 ? 6 : 4;
   static constexpr int OFFSET = F == INT8 ? 128 : F == INT6 ? 32 : 8;
   // Words of a row of x in a leaf, in shared memory.
-  static constexpr int X = BLOCKS ? 96 : LEAF;
+  static constexpr int X = BLOCKS ? 96 : F == FAST ? LEAF / 2 + 4 : LEAF;
   static DI u64 panel_bytes(u32 k) {
     return BLOCKS ? (u64)((k + 31) / 32) * BLOCK_BYTES : F == F32 ? (u64)k * 128 : (u64)((k + 1) / 2) * 128;
   }
-  static DI u32 row_words(u32 k) { return BLOCKS ? (k + 31) / 32 * RECORD : k; }
+  static DI u32 row_words(u32 k) { return BLOCKS ? (k + 31) / 32 * RECORD : F == FAST ? (k + 1) / 2 : k; }
 };
 
 // acc[t][r] of one leaf of `len` k; w points at this lane's first word.
 template <int F, int T, int R> DI void float_leaf(const char* const (&w)[T], const float* x, int len, float (&acc)[T][R]) {
-  constexpr int LOADS = 16 / T, K = F == F32 ? LOADS : 2 * LOADS;
+  // More where a block has the processor for itself.
+  constexpr int LOADS = (R > 8 ? 32 : 16) / T, K = F == F32 ? LOADS : 2 * LOADS;
   int k = 0;
   // The next words are on their way while these are used.
   u32 next[T][LOADS];
@@ -157,7 +162,84 @@ template <int F, int T, int R> DI void block_leaf(const char* const (&w)[T], con
   }
 }
 
+// Sums of a panel for eight rows: s[i][0] and s[i][1] are output 4 (lane / 4) + 2i of rows
+// 2 (lane % 4) and the next, s[i][2] and s[i][3] are the output after it.
+struct Fast { float s[2][4]; };
+
+// Sixteen k of a panel: words 4 (lane / 4).. of rows lane % 4 and lane % 4 + 4 of eight rows of words.
+DI void fast_step(Fast& acc, uint4 lo, uint4 hi, u32 b0, u32 b1) {
+  dots16(acc.s[0], lo.x, lo.y, hi.x, hi.y, b0, b1);
+  dots16(acc.s[1], lo.z, lo.w, hi.z, hi.w, b0, b1);
+}
+
+// A leaf of T panels and R rows; w points at the leaf's first word. What is past `len` counts as 0.
+template <int T, int R> DI void fast_leaf(const char* const (&w)[T], const u32* x, int len, Fast (&acc)[T][(R + 7) / 8]) {
+  constexpr int N = (R + 7) / 8, STEPS = T >= 4 ? 1 : 4 / T;
+  u32 lane = lane_id(), t = lane % 4, g = lane / 4;
+  const u32* row[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) row[n] = x + min(n * 8 + g, R - 1) * Format<FAST>::X + t;
+#pragma unroll
+  for (int p = 0; p < T; p++)
+#pragma unroll
+    for (int i = 0; i < 8 * N; i++) acc[p][i / 8].s[i / 4 % 2][i % 4] = 0.0f;
+  int steps = (len + 15) / 16, whole = len / 16, words = (len + 1) / 2;
+  auto take = [&](int p, int step, int half) {
+    int k = step * 8 + half * 4 + t;
+    if (step < whole || k < words) return stream16(w[p] + k * 128 + g * 16);
+    return make_uint4(0, 0, 0, 0);
+  };
+  // The next words are on their way while these are used.
+  uint4 next[STEPS][T][2];
+#pragma unroll
+  for (int i = 0; i < STEPS; i++)
+#pragma unroll
+    for (int p = 0; p < T; p++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) next[i][p][h] = take(p, i, h);
+#pragma unroll 1
+  for (int step = 0; step < steps; step += STEPS) {
+    uint4 v[STEPS][T][2];
+#pragma unroll
+    for (int i = 0; i < STEPS; i++)
+#pragma unroll
+      for (int p = 0; p < T; p++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          v[i][p][h] = next[i][p][h];
+          next[i][p][h] = take(p, step + STEPS + i, h);
+        }
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      if (step + i >= steps) continue;
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        u32 b0 = row[n][(step + i) * 8], b1 = row[n][(step + i) * 8 + 4];
+#pragma unroll
+        for (int p = 0; p < T; p++) fast_step(acc[p][n], v[i][p][0], v[i][p][1], b0, b1);
+      }
+    }
+  }
+}
+
 template <int F, int T, int R> DI void leaf(const char* const (&w)[T], const float* x, int len, float* red) {
+  if constexpr (F == FAST) {
+    constexpr int N = (R + 7) / 8;
+    Fast acc[T][N];
+    fast_leaf<T, R>(w, (const u32*)x, len, acc);
+    u32 r = lane_id() % 4 * 2, j = lane_id() / 4 * 4;
+    // x of all warps has been read before sums are written where it was.
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < T; t++)
+#pragma unroll
+      for (int n = 0; n < 2 * N; n++) {
+        u32 i = n % 2, to = r + n / 2 * 8 + i;
+        const Fast& f = acc[t][n / 2];
+        if (to < R) *(float4*)(red + (to * T + t) * 32 + j) = make_float4(f.s[0][i], f.s[0][2 + i], f.s[1][i], f.s[1][2 + i]);
+      }
+    return;
+  }
   float acc[T][R];
 #pragma unroll
   for (int t = 0; t < T; t++)
@@ -187,6 +269,11 @@ template <int F> DI void stage(float* to, const float* row, u32 leaf_index, int 
     const u32* from = (const u32*)row + leaf_index * 8 * RECORD;
     int words = (len + 31) / 32 * RECORD;
     for (int i = lane; i < words; i += 32) ((u32*)to)[i / RECORD * 12 + i % RECORD] = from[i];
+  } else if (F == FAST) {
+    const u32* from = (const u32*)row + leaf_index * (LEAF / 2);
+    int words = (len + 1) / 2;
+#pragma unroll
+    for (int i = 0; i < 4; i++) ((u32*)to)[lane + 32 * i] = lane + 32 * i < words ? from[lane + 32 * i] : 0;
   } else {
     const float* from = row + leaf_index * LEAF;
     if (len == LEAF && ((u64)from & 15) == 0) {
@@ -235,6 +322,11 @@ DI void product(const char* const (&panels)[T], u32 k, int count, Row row, float
         else if (count <= 4) leaf<F, T, 4>(w, x, len, red);
         else if (count <= 6) leaf<F, T, 6>(w, x, len, red);
         else leaf<F, T, 8>(w, x, len, red);
+      } else if constexpr (RAGGED && RM == 16) {
+        if (count <= 4) leaf<F, T, 4>(w, x, len, red);
+        else if (count <= 8) leaf<F, T, 8>(w, x, len, red);
+        else if (count <= 12) leaf<F, T, 12>(w, x, len, red);
+        else leaf<F, T, 16>(w, x, len, red);
       } else {
         leaf<F, T, RM>(w, x, len, red);
       }

@@ -5,7 +5,7 @@
 // others. An item is some consecutive entries of `order`, all of one expert: order[i] is a route,
 // route / k its row of x. h lies in the order of items, parts in the order of routes.
 
-template <int F, int TG, int RM, bool RECORDS>
+template <int F, int TG, int RM>
 DI void gate_up(const Expert* table, const Item* items, const u32* item_count, const u32* order, u32 per_row, const float* x, u32 n, u32 k, float* h) {
   begin();
   extern __shared__ float4 memory[];
@@ -23,14 +23,15 @@ DI void gate_up(const Expert* table, const Item* items, const u32* item_count, c
     w[t] = panel < panels ? e.gate + panel * panel_bytes : nullptr;
     w[TG + t] = panel < panels ? e.up + panel * panel_bytes : nullptr;
   }
-  u32 words = Format<F>::row_words(k), out_words = RECORDS ? (n + 31) / 32 * RECORD : n;
+  u32 words = Format<F>::row_words(k), out_words = Format<F>::row_words(n);
   auto row = [&](int r) { return x + (u64)(order[item.first + r] / per_row) * words; };
   product<F, 2 * TG, 2, RM, true>(w, k, item.count, row, (float*)memory, [&](u32 g, u32 r, u32 u, u32 lane, float (&sum)[2]) {
     u32 panel = base + g * TG + u, j = panel * 32 + lane;
     if (panel >= panels) return;
     float v = mul(sum[1], silu(sum[0]));
     float* to = h + (u64)(item.first + r) * out_words;
-    if (RECORDS) quantise_block(j < n ? v : 0.0f, (u32*)to + panel * RECORD);
+    if (Format<F>::BLOCKS) quantise_block(j < n ? v : 0.0f, (u32*)to + panel * RECORD);
+    else if (F == FAST) keep_pair(j < n ? v : 0.0f, j < n, (u32*)to + j / 2);
     else if (j < n) to[j] = v;
   });
 }
@@ -60,10 +61,11 @@ DI void down(const Expert* table, const Item* items, const u32* item_count, cons
   });
 }
 
-#define NETWORK(RM, TG) \
-  ENTRY __launch_bounds__(256, 2) gate_up_##RM(const Expert* t, const Item* i, const u32* c, const u32* o, u32 p, const float* x, u32 n, u32 k, float* h) { gate_up<FORMAT, TG, RM, (FORMAT >= INT8)>(t, i, c, o, p, x, n, k, h); } \
-  ENTRY __launch_bounds__(256, 2) down_##RM(const Expert* t, const Item* i, const u32* c, const u32* o, const float* h, u32 n, u32 k, float* y) { down<FORMAT, 2 * TG, RM>(t, i, c, o, h, n, k, y); }
+#define NETWORK(RM, TG, BLOCKS_EACH) \
+  ENTRY __launch_bounds__(256, BLOCKS_EACH) gate_up_##RM(const Expert* t, const Item* i, const u32* c, const u32* o, u32 p, const float* x, u32 n, u32 k, float* h) { gate_up<FORMAT, TG, RM>(t, i, c, o, p, x, n, k, h); } \
+  ENTRY __launch_bounds__(256, BLOCKS_EACH) down_##RM(const Expert* t, const Item* i, const u32* c, const u32* o, const float* h, u32 n, u32 k, float* y) { down<FORMAT, 2 * TG, RM>(t, i, c, o, h, n, k, y); }
 
-NETWORK(1, 1)
-NETWORK(4, 1)
-NETWORK(8, 2)
+NETWORK(1, 1, 2)
+NETWORK(4, 1, 2)
+NETWORK(8, 2, 2)
+NETWORK(16, 2, 1)

@@ -22,10 +22,6 @@ constexpr int SHIFT = FORMAT == INT8 ? 0 : FORMAT == INT6 ? 2 : 4;
 constexpr int FROM = SHIFT ? MAGIC_BITS - (SHIFT << 23) : 0;
 DI float whole(i32 sum) { return SHIFT ? add(bits((u32)sum), -bits((u32)FROM)) : __int2float_rn(sum); }
 
-DI void copy16(u32 to, const void* from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory"); }
-DI void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> DI void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
 // d = a · b + c, exactly: 16 rows, 8 outputs, 32 k.
 DI void dots(i32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"

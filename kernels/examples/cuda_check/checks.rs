@@ -2,7 +2,10 @@
 
 use lite_llm_kernels::{
     blocks::{quantise, record_words},
-    cuda::launch::{Choose, DevQueries, Experts, Linear, VARIANTS, row_words},
+    cuda::{
+        fast::Math,
+        launch::{Choose, DevQueries, Experts, Linear, VARIANTS, row_words},
+    },
     device::{DeviceError, Swiglu, SwigluGroup},
     dtype::DType,
     kv::{KvDType, KvShape, KvSlot, PAGE_TOKENS, Query},
@@ -14,20 +17,22 @@ use lite_llm_kernels::{
     rows::Rows,
 };
 
-use super::{fused, truth::Check};
+use super::{fast, fused, truth::Check};
 
 pub(super) type Done = Result<(), DeviceError>;
 
 /// All of them, or those that are named.
 pub(crate) fn all(check: &mut Check<'_>, what: &[String]) -> Done {
     let only: Vec<&str> =
-        ["small", "products", "experts", "attention", "routes", "one", "steps", "tiles", "rows"]
-            .into_iter()
+        "small products experts attention routes one steps tiles rows fast fast-products \
+         fast-experts fast-attention"
+            .split(' ')
             .filter(|name| what.iter().any(|w| w == name))
             .collect();
     let wanted = |name: &str| only.is_empty() || only.contains(&name);
     if wanted("small") {
         functions(check)?;
+        graphs(check)?;
         small(check)?;
         quantised(check)?;
         norms(check)?;
@@ -61,6 +66,7 @@ pub(crate) fn all(check: &mut Check<'_>, what: &[String]) -> Done {
         fused::attention_rows(check)?;
         println!("attention of rows: {} differ", check.wrong.len());
     }
+    fast::all(check, wanted)?;
     if wanted("steps") {
         for dtype in KvDType::ALL {
             fused::steps(check, dtype)?;
@@ -91,6 +97,19 @@ fn functions(check: &mut Check<'_>) -> Done {
         check.cuda.function_of(name, &x)?;
         let expected: Vec<f32> = inputs.iter().map(|&x| f(x)).collect();
         check.same(name, &x, &expected)?;
+    }
+    Ok(())
+}
+
+/// What records some work gives a graph, what records none an error.
+fn graphs(check: &mut Check<'_>) -> Done {
+    let (x, y) = (check.cuda.upload(&[1.0f32])?, check.cuda.upload(&[2.0f32])?);
+    check.cuda.add(&x, &y)?;
+    check.cuda.capture(|| check.cuda.add(&x, &y))?;
+    check.same("what is recorded is not done", &x, &[3.0])?;
+    check.done += 1;
+    if check.cuda.capture(|| Ok(())).is_ok() {
+        check.wrong.push("a graph without work was made".into());
     }
     Ok(())
 }
@@ -323,13 +342,18 @@ fn networks(check: &mut Check<'_>, dtype: DType) -> Done {
                 keep.push(w);
             }
         }
-        let experts =
-            Experts { dtype, hidden, intermediate: inter, table: check.cuda.upload(&table)? };
+        let experts = Experts {
+            dtype,
+            math: Math::Exact,
+            hidden,
+            intermediate: inter,
+            table: check.cuda.upload(&table)?,
+        };
         let in_rows = if dtype.is_quantised() { records(check, &x, hidden) } else { x.clone() };
         let (dx, droutes) = (check.cuda.upload(&in_rows)?, check.cuda.upload(&routes)?);
         let tiles = check.cuda.tiles_fit(dtype, hidden) && check.cuda.tiles_fit(dtype, inter);
-        for item_rows in [1, 4, 8, 64, 128] {
-            if item_rows > 8 && !tiles {
+        for item_rows in [1, 4, 8, 16, 64, 128] {
+            if item_rows > 16 && !tiles {
                 continue;
             }
             let grouped = check.cuda.grouped(routes.len(), count, item_rows)?;
@@ -337,9 +361,9 @@ fn networks(check: &mut Check<'_>, dtype: DType) -> Done {
             let mut order: Vec<u32> = (0..routes.len() as u32).collect();
             order.sort_by_key(|&r| routes[r as usize]);
             check.same_words("group_routes", &grouped.order, &order)?;
-            let between = check.poisoned(routes.len() * row_words(dtype, inter))?;
+            let between = check.poisoned(routes.len() * row_words(dtype, Math::Exact, inter))?;
             let out = check.poisoned(expected.len())?;
-            if item_rows > 8 {
+            if item_rows > 16 {
                 check.cuda.swiglu_tiles(&experts, &grouped, k, &dx, &between, &out)?;
             } else {
                 check.cuda.swiglu_routes(&experts, &grouped, k, &dx, &between, &out)?;

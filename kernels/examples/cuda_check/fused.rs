@@ -3,6 +3,7 @@
 
 use lite_llm_kernels::{
     cuda::{
+        fast::Math,
         launch::{Choose, DevQueries, Experts, Linear, row_words},
         one::{Heads, Norm},
     },
@@ -104,8 +105,13 @@ pub(super) fn one(check: &mut Check<'_>, dtype: DType) -> Done {
                 keep.push(w);
             }
         }
-        let experts =
-            Experts { dtype, hidden, intermediate: inter, table: check.cuda.upload(&table)? };
+        let experts = Experts {
+            dtype,
+            math: Math::Exact,
+            hidden,
+            intermediate: inter,
+            table: check.cuda.upload(&table)?,
+        };
         let names = check.cuda.upload(&[5u64])?;
         let dgate = check.cuda.matrix(&gate)?;
         let how = Choose {
@@ -122,7 +128,7 @@ pub(super) fn one(check: &mut Check<'_>, dtype: DType) -> Done {
         };
         let routes = check.cuda.routes(count, k)?;
         let counters = check.cuda.filled::<u32>(hidden.div_ceil(32), 0)?;
-        let between = check.poisoned(k * row_words(dtype, inter))?;
+        let between = check.poisoned(k * row_words(dtype, Math::Exact, inter))?;
         // Twice: counters come back to where they were.
         for _ in 0..2 {
             let (dparts, out) = (check.poisoned(k * hidden)?, check.cuda.upload(&base)?);

@@ -3,6 +3,7 @@
 use lite_llm_kernels::{
     cuda::{
         Cuda, Graph,
+        fast::Math,
         launch::{DevQueries, Linear, VARIANTS, row_words},
     },
     device::DeviceError,
@@ -101,7 +102,7 @@ fn products(cuda: &Cuda, dtype: DType, peak: f64) -> Done {
             weights.push(w);
         }
         for m in [1, 2, 4, 8, 16, 64] {
-            let x = cuda.filled::<f32>(m * row_words(dtype, k), 0x3c)?;
+            let x = cuda.filled::<f32>(m * row_words(dtype, Math::Exact, k), 0x3c)?;
             let out = cuda.filled::<f32>(m * n, 0)?;
             let chosen = cuda.variant(m, n / 32);
             let mut line = format!("{what} {dtype} [{n}, {k}] x {m}:");

@@ -3,6 +3,7 @@
 use lite_llm_kernels::{
     cuda::{
         Cuda, Dev,
+        fast::{Math, TILE_ROWS},
         launch::{Choose, DevMatrix, DevQueries, Experts, Linear, row_words},
         one::{Heads, Norm},
     },
@@ -33,25 +34,51 @@ struct Layer {
     _memory: Dev<u8>,
 }
 
+/// A format of weights, and how products with them are computed.
+#[derive(Clone, Copy)]
+struct Kind {
+    name: &'static str,
+    dtype: DType,
+    math: Math,
+}
+
+const KINDS: [Kind; 4] = [
+    Kind { name: "bf16", dtype: DType::Bf16, math: Math::Exact },
+    Kind { name: "fast", dtype: DType::Bf16, math: Math::Fast },
+    Kind { name: "int8", dtype: DType::Int8, math: Math::Exact },
+    Kind { name: "int4", dtype: DType::Int4, math: Math::Exact },
+];
+
+impl Kind {
+    fn fast(self) -> bool {
+        self.math.is_fast(self.dtype)
+    }
+
+    /// Whether products read something else than f32 rows.
+    fn own_rows(self) -> bool {
+        self.dtype.is_quantised() || self.fast()
+    }
+}
+
 fn weights(
     cuda: &Cuda,
-    dtype: DType,
+    Kind { dtype, math, .. }: Kind,
     n: usize,
     k: usize,
     seed: u32,
 ) -> Result<DevMatrix, DeviceError> {
     let w = cuda.matrix_of(dtype, n, k, 0)?;
     cuda.scramble(w.data(), seed)?;
-    Ok(w)
+    Ok(w.by(math))
 }
 
 /// All of it, or the formats, `prefill` and `decode` that are named.
 pub(crate) fn all(cuda: &Cuda, peak: f64, what: &[String]) -> Done {
     let named = |name: &str| what.iter().any(|w| w == name);
     let (prefills, decodes) = (!named("decode"), !named("prefill"));
-    let formats = [DType::Bf16, DType::Int8, DType::Int4];
-    let some = formats.iter().any(|d| named(d.name()));
-    for dtype in formats.into_iter().filter(|d| !some || named(d.name())) {
+    let some = KINDS.iter().any(|kind| named(kind.name));
+    for kind in KINDS.into_iter().filter(|kind| !some || named(kind.name)) {
+        let Kind { dtype, math, .. } = kind;
         let up = PackedMatrix::packed_bytes(dtype, INTER, HIDDEN).expect("a size");
         let down = PackedMatrix::packed_bytes(dtype, HIDDEN, INTER).expect("a size");
         let expert = 2 * up + down;
@@ -65,9 +92,14 @@ pub(crate) fn all(cuda: &Cuda, peak: f64, what: &[String]) -> Done {
                     [at, at + up as u64, at + 2 * up as u64]
                 })
                 .collect();
-            let experts =
-                Experts { dtype, hidden: HIDDEN, intermediate: INTER, table: cuda.upload(&table)? };
-            let w = |n, seed| weights(cuda, dtype, n, HIDDEN, seed);
+            let experts = Experts {
+                dtype,
+                math,
+                hidden: HIDDEN,
+                intermediate: INTER,
+                table: cuda.upload(&table)?,
+            };
+            let w = |n, seed| weights(cuda, kind, n, HIDDEN, seed);
             layers.push(Layer {
                 qkv: [w(HIDDEN, l)?, w(HIDDEN, 100 + l)?, w(HIDDEN, 200 + l)?],
                 o: w(HIDDEN, 300 + l)?,
@@ -76,13 +108,20 @@ pub(crate) fn all(cuda: &Cuda, peak: f64, what: &[String]) -> Done {
                 _memory: memory,
             });
         }
-        let head = weights(cuda, dtype, VOCABULARY, HIDDEN, 400)?;
+        let head = weights(cuda, kind, VOCABULARY, HIDDEN, 400)?;
         // Smaller items waste fewer rows, larger ones read weights less often.
-        for item_rows in [64, 128].into_iter().filter(|_| prefills) {
-            prefill(cuda, dtype, &layers, &head, 2048, item_rows)?;
+        for (item_rows, wide) in [(64, false), (128, false), (64, true), (128, true)] {
+            if prefills && (kind.fast() || !wide) {
+                cuda.set_wide(wide);
+                prefill(cuda, kind, &layers, &head, 2048, item_rows)?;
+                cuda.set_wide(false);
+            }
         }
-        for batch in [1, 8, 64].into_iter().filter(|_| decodes) {
-            step(cuda, dtype, &layers, &head, batch, 512, expert, peak)?;
+        // Items of sixteen rows read weights once, where items of eight may do so twice.
+        for (batch, item_rows) in [(1, 1), (8, 4), (64, 8), (64, 16)] {
+            if decodes {
+                step(cuda, kind, &layers, &head, batch, item_rows, 512, expert, peak)?;
+            }
         }
     }
     Ok(())
@@ -108,23 +147,18 @@ fn gate(cuda: &Cuda, seed: u32) -> Result<DevMatrix, DeviceError> {
 #[allow(clippy::too_many_arguments)]
 fn step(
     cuda: &Cuda,
-    dtype: DType,
+    kind: Kind,
     layers: &[Layer],
     head: &DevMatrix,
     batch: usize,
+    item_rows: usize,
     context: usize,
     expert: usize,
     peak: f64,
 ) -> Done {
     let f = |cols: usize| cuda.filled::<f32>(batch * cols, 0);
-    let quantised = dtype.is_quantised();
-    let item_rows = if batch == 1 {
-        1
-    } else if batch <= 8 {
-        4
-    } else {
-        8
-    };
+    let Kind { name, dtype, math } = kind;
+    let (quantised, own_rows) = (dtype.is_quantised(), kind.own_rows());
     let routes = batch * K;
     let (mut state, mut table) = (7u64, Vec::new());
     for _ in 0..batch * HIDDEN {
@@ -136,9 +170,9 @@ fn step(
     let rotary = cuda.upload(&vec![0.5f32; batch * HEAD])?;
     let (x, h, attended, logits) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?, f(VOCABULARY)?);
     let (q, k, v, scores) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?, f(EXPERTS)?);
-    let records = f(row_words(dtype, HIDDEN))?;
+    let records = f(row_words(dtype, math, HIDDEN))?;
     let parts = cuda.filled::<f32>(routes * HIDDEN, 0)?;
-    let between = cuda.filled::<f32>(routes * row_words(dtype, INTER), 0)?;
+    let between = cuda.filled::<f32>(routes * row_words(dtype, math, INTER), 0)?;
     let (index, weight, bad) = (
         cuda.filled::<u32>(routes, 0)?,
         cuda.filled::<f32>(routes, 0)?,
@@ -191,7 +225,10 @@ fn step(
                 ];
                 cuda.linear_one(&x, by, &products, false)?;
             }
-            if on("attention") {
+            if on("attention") && kind.fast() {
+                cuda.heads_keep(&kv, l, heads, &slots)?;
+                cuda.attention_fast(&kv, l, &q, &queries, 0.088, None, &leaves, &attended)?;
+            } else if on("attention") {
                 cuda.attention_step(
                     &kv, l, heads, &queries, 0.088, None, &leaves, &counters, &attended,
                 )?;
@@ -214,8 +251,10 @@ fn step(
         Ok(())
     };
     // What products of the format read: the rows themselves, or their records.
-    let input = |from: &Dev<f32>| {
-        if quantised { cuda.quantise(from, HIDDEN, batch, &records) } else { Ok(()) }
+    let input = |from: &Dev<f32>| match own_rows {
+        _ if quantised => cuda.quantise(from, HIDDEN, batch, &records),
+        true => cuda.pair_rows(from, HIDDEN, batch, &records),
+        false => Ok(()),
     };
     let spread = cuda.spread(256)?;
     // Tiles pay for blocks and many outputs; qkv and o of bf16 took 1.8 ms so, and 1.2 otherwise.
@@ -228,7 +267,10 @@ fn step(
     };
     // Of the format, and in f32 for the gate.
     let normed = |from: &Dev<f32>, both: bool| {
-        let f32s = (both || !quantised).then_some(&h);
+        let f32s = (both || !own_rows).then_some(&h);
+        if kind.fast() {
+            return cuda.norm_pairs(from, &norm, 1e-5, f32s, &records);
+        }
         cuda.norm_rows(from, &norm, 1e-5, f32s, quantised.then_some(&records))
     };
     let run = |only: Option<&str>| -> Done {
@@ -241,7 +283,7 @@ fn step(
             if on("norms") {
                 normed(&x, false)?;
             }
-            let rows = if quantised { &records } else { &h };
+            let rows = if own_rows { &records } else { &h };
             if on("qkv, o") {
                 let [wq, wk, wv] = &layer.qkv;
                 dense(
@@ -258,13 +300,17 @@ fn step(
                 cuda.heads_keep(&kv, l, heads, &slots)?;
             }
             if on("attention") {
-                cuda.attention(&kv, l, &q, &queries, 0.088, None, &leaves, &attended)?;
+                if kind.fast() {
+                    cuda.attention_fast(&kv, l, &q, &queries, 0.088, None, &leaves, &attended)?;
+                } else {
+                    cuda.attention(&kv, l, &q, &queries, 0.088, None, &leaves, &attended)?;
+                }
             }
             if on("norms") {
                 input(&attended)?;
             }
             if on("qkv, o") {
-                let rows = if quantised { &records } else { &attended };
+                let rows = if own_rows { &records } else { &attended };
                 dense(rows, &[Linear { weight: &layer.o, bias: None, out: &x }], true)?;
             }
             if on("norms") {
@@ -285,7 +331,7 @@ fn step(
                     &layer.experts,
                     &grouped,
                     K,
-                    if quantised { &records } else { &h },
+                    if own_rows { &records } else { &h },
                     &between,
                     &parts,
                 )?;
@@ -294,7 +340,7 @@ fn step(
         }
         if on("head") {
             normed(&x, false)?;
-            let rows = if quantised { &records } else { &h };
+            let rows = if own_rows { &records } else { &h };
             dense(rows, &[Linear { weight: head, bias: None, out: &logits }], false)?;
         }
         Ok(())
@@ -319,7 +365,7 @@ fn step(
     let limit = batch as f64 * peak / bytes;
     let rate = batch as f64 / f64::from(ms) * 1e3;
     println!(
-        "decode {dtype}, batch {batch}, context {context}: {ms:.3} ms, {rate:.0} tok/s, limit {limit:.0}, {:.2} of it ({active} experts of the last layer, {uniform:.1} uniform)",
+        "decode {name}, batch {batch}, items of {item_rows}, context {context}: {ms:.3} ms, {rate:.0} tok/s, limit {limit:.0}, {:.2} of it ({active} experts of the last layer, {uniform:.1} uniform)",
         rate / limit
     );
     let mut line = String::from("   by itself, ms:");
@@ -338,12 +384,13 @@ fn step(
 /// A prompt of so many tokens, alone, to the logits of its last.
 fn prefill(
     cuda: &Cuda,
-    dtype: DType,
+    kind: Kind,
     layers: &[Layer],
     head: &DevMatrix,
     rows: usize,
     item_rows: usize,
 ) -> Done {
+    let Kind { name, dtype, math } = kind;
     let f = |cols: usize| cuda.filled::<f32>(rows * cols, 0);
     let routes = rows * K;
     let (mut state, mut values) = (7u64, Vec::new());
@@ -357,9 +404,9 @@ fn prefill(
     let (x, h, attended) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?);
     let (q, k, v, scores) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?, f(EXPERTS)?);
     let logits = cuda.filled::<f32>(VOCABULARY, 0)?;
-    let records = f(row_words(dtype, HIDDEN))?;
+    let records = f(row_words(dtype, math, HIDDEN))?;
     let parts = cuda.filled::<f32>(routes * HIDDEN, 0)?;
-    let between = cuda.filled::<f32>(routes * row_words(dtype, INTER), 0)?;
+    let between = cuda.filled::<f32>(routes * row_words(dtype, math, INTER), 0)?;
     let (index, weight, bad) = (
         cuda.filled::<u32>(routes, 0)?,
         cuda.filled::<f32>(routes, 0)?,
@@ -379,7 +426,8 @@ fn prefill(
         positions: cuda.upload(&positions)?,
         longest: rows - 1,
     };
-    let tiles: Vec<[u32; 2]> = (0..rows as u32 / 64).map(|t| [t * 64, 64]).collect();
+    let each = if kind.fast() { TILE_ROWS as u32 } else { 64 };
+    let tiles: Vec<[u32; 2]> = (0..rows as u32 / each).map(|t| [t * each, each]).collect();
     let tiles = cuda.upload(&tiles)?;
     let leaves = cuda.attention_parts(rows, HEADS, HEAD, rows - 1)?;
     let names = cuda.upload(&[5u64])?;
@@ -397,13 +445,20 @@ fn prefill(
     };
     let heads =
         Heads { q: &q, k: &k, v: &v, norms: Some((&norm, &norm, 1e-5)), rotary: Some(&rotary) };
-    let quantised = dtype.is_quantised();
+    let (quantised, own_rows) = (dtype.is_quantised(), kind.own_rows());
+    // Of the format, and in f32 for the gate.
+    let normed = |both: bool| {
+        let f32s = (both || !own_rows).then_some(&h);
+        if kind.fast() {
+            return cuda.norm_pairs(&x, &norm, 1e-5, f32s, &records);
+        }
+        cuda.norm_rows(&x, &norm, 1e-5, f32s, quantised.then_some(&records))
+    };
     let run = |only: Option<&str>| -> Done {
         let on = |name: &str| only.is_none_or(|only| only == name);
         for (l, layer) in layers.iter().enumerate() {
             if on("norms") {
-                let (f32s, blocks) = ((!quantised).then_some(&h), quantised.then_some(&records));
-                cuda.norm_rows(&x, &norm, 1e-5, f32s, blocks)?;
+                normed(false)?;
             }
             if on("qkv, o") {
                 let [wq, wk, wv] = &layer.qkv;
@@ -412,25 +467,36 @@ fn prefill(
                     Linear { weight: wk, bias: None, out: &k },
                     Linear { weight: wv, bias: None, out: &v },
                 ];
-                let from = if quantised { &records } else { &h };
+                let from = if own_rows { &records } else { &h };
                 cuda.linear_tiles(from, rows, &products, false, None)?;
             }
             if on("norms") {
                 cuda.heads_keep(&kv, l, heads, &slots)?;
             }
             if on("attention") {
-                cuda.attention_rows(&kv, l, &q, &queries, &tiles, 0.088, None, &leaves, &attended)?;
+                let window = None;
+                if kind.fast() {
+                    cuda.attention_rows_fast(
+                        &kv, l, &q, &queries, &tiles, 0.088, window, &leaves, &attended,
+                    )?;
+                } else {
+                    cuda.attention_rows(
+                        &kv, l, &q, &queries, &tiles, 0.088, window, &leaves, &attended,
+                    )?;
+                }
             }
             if on("norms") && quantised {
                 cuda.quantise(&attended, HIDDEN, rows, &records)?;
+            } else if on("norms") && own_rows {
+                cuda.pair_rows(&attended, HIDDEN, rows, &records)?;
             }
             if on("qkv, o") {
                 let products = [Linear { weight: &layer.o, bias: None, out: &x }];
-                let from = if quantised { &records } else { &attended };
+                let from = if own_rows { &records } else { &attended };
                 cuda.linear_tiles(from, rows, &products, true, None)?;
             }
             if on("norms") {
-                cuda.norm_rows(&x, &norm, 1e-5, Some(&h), quantised.then_some(&records))?;
+                normed(true)?;
             }
             if on("routes") {
                 let products = [Linear { weight: &layer.gate, bias: None, out: &scores }];
@@ -439,7 +505,7 @@ fn prefill(
                 cuda.group_routes(&index, EXPERTS, &grouped)?;
             }
             if on("experts") {
-                let from = if quantised { &records } else { &h };
+                let from = if own_rows { &records } else { &h };
                 cuda.swiglu_tiles(&layer.experts, &grouped, K, from, &between, &parts)?;
             }
             if on("sums") {
@@ -460,8 +526,9 @@ fn prefill(
     run(None)?;
     cuda.write(&x, 0, &cuda.download(&embedded)?)?;
     let ms = median(cuda, || run(None))?;
+    let wide = if cuda.is_wide() { ", wide" } else { "" };
     println!(
-        "prefill {dtype}, 1 x {rows}, items of {item_rows}: {ms:.2} ms, {:.0} tok/s",
+        "prefill {name}, 1 x {rows}, items of {item_rows}{wide}: {ms:.2} ms, {:.0} tok/s",
         rows as f64 / f64::from(ms) * 1e3
     );
     let mut line = String::from("   by itself, ms:");

@@ -12,12 +12,14 @@ pub(crate) struct Check<'a> {
     pub(crate) cuda: &'a Cuda,
     pub(crate) done: usize,
     pub(crate) wrong: Vec<String>,
+    /// The largest error of [`Check::near`], of its limit.
+    pub(crate) worst: f64,
     state: u64,
 }
 
 impl<'a> Check<'a> {
     pub(crate) fn new(cpu: Cpu, cuda: &'a Cuda) -> Self {
-        Self { cpu, cuda, done: 0, wrong: Vec::new(), state: 1 }
+        Self { cpu, cuda, done: 0, wrong: Vec::new(), worst: 0.0, state: 1 }
     }
 
     pub(crate) fn bits(&mut self) -> u32 {
@@ -66,6 +68,20 @@ impl<'a> Check<'a> {
         let found = self.cuda.download(found)?;
         self.compare(name, &found, expected, |a, b| a == b);
         Ok(())
+    }
+
+    /// Whether what differs is small beside what is expected: root mean squares.
+    pub(crate) fn near(&mut self, name: &str, found: &[f32], expected: &[f32], limit: f64) {
+        self.done += 1;
+        let square = |x: f64| x * x;
+        let off: f64 =
+            found.iter().zip(expected).map(|(&f, &e)| square(f64::from(f) - f64::from(e))).sum();
+        let all: f64 = expected.iter().map(|&e| square(f64::from(e))).sum();
+        let error = (off / all).sqrt();
+        self.worst = self.worst.max(error / limit);
+        if found.len() != expected.len() || error.is_nan() || error > limit {
+            self.wrong.push(format!("{name}: {error:.2e} of the expected values, limit {limit:e}"));
+        }
     }
 
     fn compare<T: Copy + std::fmt::Debug>(

@@ -17,7 +17,7 @@ const OPTIONS: [&str; 5] =
     ["--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--std=c++17"];
 
 /// The files, as they were when this was built.
-const FILES: [(&str, &str); 11] = [
+const FILES: [(&str, &str); 15] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("product.cuh", include_str!("../../cuda/product.cuh")),
     ("choose.cuh", include_str!("../../cuda/choose.cuh")),
@@ -29,6 +29,10 @@ const FILES: [(&str, &str); 11] = [
     ("swiglu.cu", include_str!("../../cuda/swiglu.cu")),
     ("one.cu", include_str!("../../cuda/one.cu")),
     ("tile.cu", include_str!("../../cuda/tile.cu")),
+    ("tensor.cuh", include_str!("../../cuda/tensor.cuh")),
+    ("tensor.cu", include_str!("../../cuda/tensor.cu")),
+    ("tensor_wide.cu", include_str!("../../cuda/tensor_wide.cu")),
+    ("attention_fast.cu", include_str!("../../cuda/attention_fast.cu")),
 ];
 
 /// Where code comes from and is kept.
@@ -61,24 +65,31 @@ pub enum Source {
     Route,
     /// Attention and its cache, of [`crate::kv::KvDType`] in order.
     Attention(u8),
-    /// Products, of [`crate::dtype::DType`] in order.
+    /// Attention of [`super::fast::Math::Fast`].
+    AttentionFast,
+    /// Products, of [`crate::dtype::DType`] in order; 5 is fast bf16.
     Matmul(u8),
-    /// Gated networks, of [`crate::dtype::DType`] in order.
+    /// Gated networks, alike.
     Swiglu(u8),
-    /// Products of a single row, of [`crate::dtype::DType`] in order.
+    /// Products of a single row, alike.
     One(u8),
     /// Products of many rows, of [`crate::dtype::DType`] in order.
     Tile(u8),
+    /// The same of fast bf16.
+    Tensor,
+    /// The same by Hopper's instruction for four warps.
+    TensorWide,
 }
 
 impl Source {
     /// Every source there is.
     pub fn all() -> Vec<Source> {
         let mut all = vec![Source::Elementwise, Source::Norm, Source::Route];
+        all.extend([Source::AttentionFast, Source::Tensor, Source::TensorWide]);
         all.extend((0..3).map(Source::Attention));
-        all.extend((0..5).map(Source::Matmul));
-        all.extend((0..5).map(Source::Swiglu));
-        all.extend((0..5).map(Source::One));
+        all.extend((0..6).map(Source::Matmul));
+        all.extend((0..6).map(Source::Swiglu));
+        all.extend((0..6).map(Source::One));
         all.extend((0..5).map(Source::Tile));
         all
     }
@@ -107,6 +118,9 @@ impl Source {
             Source::Swiglu(_) => "swiglu.cu",
             Source::One(_) => "one.cu",
             Source::Tile(_) => "tile.cu",
+            Source::Tensor => "tensor.cu",
+            Source::TensorWide => "tensor_wide.cu",
+            Source::AttentionFast => "attention_fast.cu",
         }
     }
 
@@ -114,11 +128,13 @@ impl Source {
         let (define, parts): (_, &[&str]) = match self {
             Source::Attention(kv) => (format!("#define KV {kv}\n"), &[]),
             Source::Matmul(format) | Source::Swiglu(format) | Source::Tile(format) => {
-                (format!("#define FORMAT {format}\n"), &["product.cuh"])
+                (format!("#define FORMAT {format}\n"), &["tensor.cuh", "product.cuh"])
             }
             Source::One(format) => {
-                (format!("#define FORMAT {format}\n"), &["product.cuh", "choose.cuh"])
+                (format!("#define FORMAT {format}\n"), &["tensor.cuh", "product.cuh", "choose.cuh"])
             }
+            Source::Tensor | Source::TensorWide => (String::new(), &["tensor.cuh", "product.cuh"]),
+            Source::AttentionFast => (String::new(), &["tensor.cuh"]),
             Source::Route => (String::new(), &["choose.cuh"]),
             Source::Elementwise | Source::Norm => (String::new(), &[]),
         };

@@ -9,6 +9,7 @@
 use super::{
     Cuda, Grid,
     compile::Source,
+    fast::{Math, leaf_words},
     memory::{Args, Dev, pair},
 };
 use crate::{
@@ -28,6 +29,7 @@ pub(super) const WARPS: usize = 8;
 /// A packed matrix in the device's memory.
 pub struct DevMatrix {
     pub(super) dtype: DType,
+    pub(super) math: Math,
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) data: Dev<u8>,
@@ -89,6 +91,8 @@ impl Variant {
 pub struct Experts {
     /// Format of all three matrices.
     pub dtype: DType,
+    /// How products with them are computed.
+    pub math: Math,
     /// Width of x and of the output.
     pub hidden: usize,
     /// Width between gate and down.
@@ -105,7 +109,7 @@ pub struct Grouped {
     pub items: Dev<[u32; 3]>,
     /// How many items there are.
     pub count: Dev<u32>,
-    /// Rows of an item at most: 1, 4 or 8; 64 or 128 for [`Cuda::swiglu_tiles`].
+    /// Rows of an item at most: 1, 4, 8 or 16; 64 or 128 for [`Cuda::swiglu_tiles`].
     pub item_rows: usize,
     pub(super) routes: usize,
 }
@@ -191,9 +195,10 @@ pub struct AttentionParts {
     pub(super) values: Dev<f32>,
 }
 
-pub(super) fn format(dtype: DType) -> u8 {
+pub(super) fn format(dtype: DType, math: Math) -> u8 {
     match dtype {
         DType::F32 => 0,
+        DType::Bf16 if math == Math::Fast => 5,
         DType::Bf16 => 1,
         DType::Int8 => 2,
         DType::Int6 => 3,
@@ -211,17 +216,21 @@ pub(super) fn groups(k: usize) -> usize {
 }
 
 /// Dynamic shared memory of the product's core.
-fn product_shared(dtype: DType, k: usize, panels: usize, rows: usize) -> usize {
-    let x = rows * if dtype.is_quantised() { 96 } else { LEAF };
+fn product_shared(dtype: DType, math: Math, k: usize, panels: usize, rows: usize) -> usize {
+    let x = rows * leaf_words(dtype, math);
     let sums = rows * panels * PANEL;
     let rounds = leaves(k).div_ceil(WARPS);
     let levels = if rounds > 1 { rounds.ilog2() as usize + 1 } else { 0 };
     (WARPS * x.max(sums) + levels * sums) * size_of::<f32>()
 }
 
-/// Words of a row as products of a format read it.
-pub fn row_words(dtype: DType, k: usize) -> usize {
-    if dtype.is_quantised() { record_words(k) } else { k }
+/// Words of a row as products of a format read it: f32, records of blocks, or pairs of bf16.
+pub fn row_words(dtype: DType, math: Math, k: usize) -> usize {
+    match dtype {
+        _ if dtype.is_quantised() => record_words(k),
+        _ if math.is_fast(dtype) => k.div_ceil(2),
+        _ => k,
+    }
 }
 
 /// As `Linears` of product.cuh, and the blocks of so many panels that they take together.
@@ -229,7 +238,8 @@ pub(super) fn linears(m: usize, products: &[Linear<'_>], panels: usize) -> ([u64
     let first = products[0].weight;
     let (mut words, mut blocks) = ([0; 17], 0);
     for (i, p) in products.iter().enumerate() {
-        assert_eq!((p.weight.dtype, p.weight.k), (first.dtype, first.k), "one kind of weights");
+        let kind = |w: &DevMatrix| (w.dtype, w.math, w.k);
+        assert_eq!(kind(p.weight), kind(first), "one kind of weights");
         assert_eq!(p.out.len(), m * p.weight.n, "out is [m, n]");
         assert!(p.bias.is_none_or(|b| b.len() == p.weight.n), "bias is [n]");
         let bias = p.bias.map_or(0, |b| b.at);
@@ -245,7 +255,8 @@ impl Cuda {
     /// Takes a packed matrix to the device.
     pub fn matrix(&self, packed: &PackedMatrix) -> Result<DevMatrix, DeviceError> {
         let data = self.upload(&packed.data()[..])?;
-        Ok(DevMatrix { dtype: packed.dtype(), n: packed.n(), k: packed.k(), data })
+        let (dtype, n, k) = (packed.dtype(), packed.n(), packed.k());
+        Ok(DevMatrix { dtype, math: Math::Exact, n, k, data })
     }
 
     /// A matrix of which every byte is `byte`, for measuring.
@@ -257,7 +268,7 @@ impl Cuda {
         byte: u8,
     ) -> Result<DevMatrix, DeviceError> {
         let bytes = PackedMatrix::packed_bytes(dtype, n, k).expect("a size");
-        Ok(DevMatrix { dtype, n, k, data: self.filled(bytes, byte)? })
+        Ok(DevMatrix { dtype, math: Math::Exact, n, k, data: self.filled(bytes, byte)? })
     }
 
     fn each(&self, len: usize) -> Grid {
@@ -281,7 +292,7 @@ impl Cuda {
     }
 
     /// `out = x · wᵀ (+ bias)`, or `out += …`, for up to four matrices of one format over the same
-    /// `m` rows (of f32, or of records where weights are blocks).
+    /// `m` rows (see [`row_words`]).
     pub fn matmul(&self, x: &Dev<f32>, m: usize, products: &[Linear<'_>], adds: bool) -> Done {
         let panels = products.iter().map(|p| p.weight.n.div_ceil(PANEL)).sum();
         self.matmul_by(self.variant(m, panels), x, m, products, adds)
@@ -297,19 +308,19 @@ impl Cuda {
         adds: bool,
     ) -> Done {
         let Some(first) = products.first() else { return Ok(()) };
-        let (dtype, k) = (first.weight.dtype, first.weight.k);
+        let DevMatrix { dtype, math, k, .. } = *first.weight;
         assert!(products.len() <= 4, "at most four products at once");
-        assert_eq!(x.len(), m * row_words(dtype, k), "x is [m, k]");
+        assert_eq!(x.len(), m * row_words(dtype, math, k), "x is [m, k]");
         let (words, blocks) = linears(m, products, groups(k) * variant.panels);
         let grid = Grid {
             blocks: [m.div_ceil(variant.rows), blocks, 1],
             threads: THREADS,
-            shared: product_shared(dtype, k, variant.panels, variant.rows),
+            shared: product_shared(dtype, math, k, variant.panels, variant.rows),
         };
         let args = Args::default().dev(x).word(0).u32(m).u32(k).structure(&words);
         let args = args.u32(usize::from(adds));
         // SAFETY: shapes as asserted; panels past n are not read, nor rows past m.
-        unsafe { self.launch(Source::Matmul(format(dtype)), variant.name, grid, args) }
+        unsafe { self.launch(Source::Matmul(format(dtype, math)), variant.name, grid, args) }
     }
 
     /// Records of all rows `[rows, k]`.
@@ -322,14 +333,15 @@ impl Cuda {
         unsafe { self.launch(Source::Elementwise, "quantise", grid, args) }
     }
 
-    /// Room for `routes` routes over `experts` experts, in items of at most 1, 4, 8, 64 or 128 rows.
+    /// Room for `routes` routes over `experts` experts, in items of at most 1, 4, 8, 16, 64 or
+    /// 128 rows.
     pub fn grouped(
         &self,
         routes: usize,
         experts: usize,
         item_rows: usize,
     ) -> Result<Grouped, DeviceError> {
-        assert!(matches!(item_rows, 1 | 4 | 8 | 64 | 128), "items have 1, 4, 8, 64 or 128 rows");
+        assert!(matches!(item_rows, 1 | 4 | 8 | 16 | 64 | 128), "1, 4, 8, 16, 64 or 128 rows");
         Ok(Grouped {
             order: self.filled(routes, 0)?,
             items: self.filled(Grouped::items_max(routes, experts, item_rows), 0)?,
@@ -368,22 +380,24 @@ impl Cuda {
         between: &Dev<f32>,
         parts: &Dev<f32>,
     ) -> Done {
-        let Experts { dtype, hidden, intermediate, ref table } = *experts;
-        let (source, routes) = (Source::Swiglu(format(dtype)), grouped.routes);
-        assert_eq!(x.len() * per_row, routes * row_words(dtype, hidden), "x is [rows, hidden]");
-        assert_eq!(between.len(), routes * row_words(dtype, intermediate), "[routes, between]");
+        let Experts { dtype, math, hidden, intermediate, ref table } = *experts;
+        let (source, routes) = (Source::Swiglu(format(dtype, math)), grouped.routes);
+        let words = |k: usize| row_words(dtype, math, k);
+        assert_eq!(x.len() * per_row, routes * words(hidden), "x is [rows, hidden]");
+        assert_eq!(between.len(), routes * words(intermediate), "[routes, between]");
         assert_eq!(parts.len(), routes * hidden, "parts are [routes, hidden]");
-        assert!(grouped.item_rows <= 8, "items of few rows");
+        assert!(grouped.item_rows <= 16, "items of few rows");
         let (up, down, wide) = match grouped.item_rows {
             1 => ("gate_up_1", "down_1", 1),
             4 => ("gate_up_4", "down_4", 1),
+            16 => ("gate_up_16", "down_16", 2),
             _ => ("gate_up_8", "down_8", 2),
         };
         let items = grouped.items.len();
         let grid = |n: usize, k: usize, panels: usize| Grid {
             blocks: [n.div_ceil(PANEL).div_ceil(groups(k) * panels), items, 1],
             threads: THREADS,
-            shared: product_shared(dtype, k, 2 * wide, grouped.item_rows),
+            shared: product_shared(dtype, math, k, 2 * wide, grouped.item_rows),
         };
         let common = |args: Args| {
             args.dev(table).dev(&grouped.items).dev(&grouped.count).dev(&grouped.order)
@@ -422,7 +436,7 @@ impl Cuda {
     /// `out[i, :] = table[ids[i], :]`; NaN for an id that the table lacks.
     pub fn embed(&self, table: &DevMatrix, ids: &Dev<u32>, out: &Dev<f32>) -> Done {
         assert_eq!(out.len(), ids.len() * table.k, "out is [ids, k]");
-        let args = Args::default().dev(&table.data).u32(format(table.dtype).into());
+        let args = Args::default().dev(&table.data).u32(format(table.dtype, Math::Exact).into());
         let args = args.u32(table.n).u32(table.k).dev(ids).dev(out).word(out.len() as u64);
         // SAFETY: shapes as asserted, and ids are checked by the kernel.
         unsafe { self.launch(Source::Elementwise, "embed", self.each(out.len()), args) }
@@ -441,7 +455,7 @@ impl Cuda {
                 let grid = Grid::new(runs.div_ceil(WARPS), THREADS);
                 self.launch(Source::Norm, "rms_norm_short", grid, args.u32(runs))
             } else {
-                self.launch(Source::Norm, "rms_norm", Grid::new(runs, THREADS), args.word(0))
+                self.launch(Source::Norm, "rms_norm", Grid::new(runs, THREADS), args.word(0).u32(0))
             }
         }
     }
@@ -463,7 +477,7 @@ impl Cuda {
         assert!(records.is_none_or(|r| r.len() == words), "records of all rows");
         let at = |memory: Option<&Dev<f32>>| memory.map_or(0, |m| m.at);
         let args = Args::default().dev(x).dev(weight).u32(width).f32(eps);
-        let args = args.word(at(out)).word(at(records));
+        let args = args.word(at(out)).word(at(records)).u32(0);
         // SAFETY: shapes as asserted.
         unsafe { self.launch(Source::Norm, "rms_norm", Grid::new(rows, THREADS), args) }
     }

@@ -7,6 +7,7 @@
 //! One thread at a time gives a device work; all work of one [`Cuda`] is done in order.
 
 pub mod compile;
+pub mod fast;
 pub mod launch;
 mod memory;
 pub mod one;
@@ -15,7 +16,7 @@ pub mod tile;
 use std::{
     collections::HashMap,
     marker::PhantomData,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
 };
 
 use bytemuck::Pod;
@@ -48,6 +49,7 @@ pub struct Cuda {
     processors: usize,
     shared_max: u32,
     starts_early: bool,
+    wide: AtomicBool,
     folders: Folders,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(Source, &'static str), CudaFunction>>,
@@ -116,6 +118,7 @@ impl Cuda {
                 processors: processors.unsigned_abs() as usize,
                 shared_max: shared.unsigned_abs(),
                 starts_early: major >= 9,
+                wide: AtomicBool::new(false),
                 folders,
                 modules: Mutex::default(),
                 functions: Mutex::default(),
@@ -235,7 +238,8 @@ impl Cuda {
     }
 
     /// Records what `work` gives the device instead of doing it, to be done as often as wanted.
-    /// What it launches must be loaded already, and it must not wait, allocate or read.
+    /// What it launches must be loaded already, and it must not wait, allocate or read. An error if
+    /// it gave the device nothing: replaying such a graph was seen to damage the process's memory.
     pub fn capture(
         &self,
         work: impl FnOnce() -> Result<(), DeviceError>,
@@ -246,7 +250,14 @@ impl Cuda {
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = self.stream.end_capture(flags).map_err(|e| self.fail(e));
         worked?;
-        graph?.ok_or_else(|| failed(&self.name, "nothing was captured"))
+        let nothing = || failed(&self.name, "nothing was recorded: a graph needs some work");
+        let graph = graph?.ok_or_else(nothing)?;
+        let mut nodes = 0;
+        // SAFETY: the graph lives; without room for nodes their number is written.
+        unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut nodes) }
+            .result()
+            .map_err(|e| self.fail(e))?;
+        if nodes == 0 { Err(nothing()) } else { Ok(graph) }
     }
 
     /// Does what was recorded.

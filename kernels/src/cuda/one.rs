@@ -10,6 +10,7 @@
 use super::{
     Cuda, Grid,
     compile::Source,
+    fast::{Math, leaf_words},
     launch::{
         AttentionParts, Choose, DevKv, DevMatrix, DevQueries, Done, Experts, Linear, THREADS,
         WARPS, format, groups, kv_source, leaves, linears, row_words,
@@ -108,8 +109,10 @@ fn depth(cuda: &Cuda, dtype: DType, total: usize, blocks: usize) -> usize {
     total.min(1 << most.ilog2())
 }
 
-fn shared(dtype: DType, rings: usize, depth: usize) -> usize {
-    let records = if dtype.is_quantised() { WARPS * 96 } else { 0 };
+fn shared(dtype: DType, math: Math, rings: usize, depth: usize) -> usize {
+    // What products read, where it is not the row itself.
+    let own = dtype.is_quantised() || math.is_fast(dtype);
+    let records = if own { WARPS * leaf_words(dtype, math) } else { 0 };
     let words = WARPS * LEAF + records + WARPS * 2 * PANEL + WARPS;
     rings * depth * (chunks(dtype).0 + 8) + words * size_of::<f32>()
 }
@@ -134,15 +137,15 @@ impl Cuda {
         products: &[Linear<'_>],
         adds: bool,
     ) -> Done {
-        let DevMatrix { dtype, k, .. } = *products[0].weight;
+        let DevMatrix { dtype, math, k, .. } = *products[0].weight;
         assert!(self.one_fits(k) && x.len() == k && products.len() <= 4, "x is [k]");
         let (words, blocks) = linears(1, products, groups(k));
         let depth = depth(self, dtype, chunks(dtype).1, blocks);
         let args = Args::default().dev(x).structure(&norm_words(norm, k)).u32(k);
         let args = args.structure(&words).u32(usize::from(adds)).u32(depth);
-        let grid = Grid { shared: shared(dtype, WARPS, depth), ..Grid::new(blocks, THREADS) };
+        let grid = Grid { shared: shared(dtype, math, WARPS, depth), ..Grid::new(blocks, THREADS) };
         // SAFETY: shapes as asserted; panels past n are not read.
-        unsafe { self.launch(Source::One(format(dtype)), "one_linear", grid, args) }
+        unsafe { self.launch(Source::One(format(dtype, math)), "one_linear", grid, args) }
     }
 
     /// Room for the routes of a single row: k of n.
@@ -167,7 +170,7 @@ impl Cuda {
         experts: &Experts,
         to: &Routes,
     ) -> Done {
-        let DevMatrix { dtype, n, k, .. } = *gate;
+        let DevMatrix { dtype, math, n, k, .. } = *gate;
         assert!(self.one_fits(k) && x.len() == k, "x is [k]");
         assert!(how.n == n && experts.table.len() == n, "n candidates");
         assert!(to.sums.len() >= n * leaves(k), "room for the leaves");
@@ -179,9 +182,9 @@ impl Cuda {
         let args = args.dev(&to.index).dev(&to.weight).dev(&to.bad).dev(&to.chosen);
         let choice = (4 * n + n.div_ceil(LEAF) + 4) * size_of::<f32>();
         let grid = Grid::new(n.div_ceil(PANEL) * leaves(k), THREADS);
-        let grid = Grid { shared: shared(dtype, 1, depth) + choice, ..grid };
+        let grid = Grid { shared: shared(dtype, math, 1, depth) + choice, ..grid };
         // SAFETY: shapes as asserted.
-        unsafe { self.launch(Source::One(format(dtype)), "one_route", grid, args) }
+        unsafe { self.launch(Source::One(format(dtype, math)), "one_route", grid, args) }
     }
 
     /// `out += Σ weight · down(silu(gate · x) · (up · x))` over the routes of one row, where no
@@ -199,18 +202,22 @@ impl Cuda {
         counters: &Dev<u32>,
         out: &Dev<f32>,
     ) -> Done {
-        let Experts { dtype, hidden, intermediate, .. } = *experts;
-        let (source, count) = (Source::One(format(dtype)), routes.index.len());
+        let Experts { dtype, math, hidden, intermediate, .. } = *experts;
+        let (source, count) = (Source::One(format(dtype, math)), routes.index.len());
         assert!(self.one_fits(hidden) && self.one_fits(intermediate), "whole leaves");
         assert_eq!((x.len(), out.len()), (hidden, hidden), "[hidden]");
-        assert_eq!(between.len(), count * row_words(dtype, intermediate), "[routes, between]");
+        assert_eq!(
+            between.len(),
+            count * row_words(dtype, math, intermediate),
+            "[routes, between]"
+        );
         assert_eq!(parts.len(), count * hidden, "[routes, hidden]");
         let blocks = |n: usize, k: usize| n.div_ceil(PANEL).div_ceil(groups(k));
         assert!(counters.len() >= blocks(hidden, intermediate), "a counter per block");
         let grid = |n: usize, k: usize, depth: usize| Grid {
             blocks: [blocks(n, k), count, 1],
             threads: THREADS,
-            shared: shared(dtype, WARPS, depth),
+            shared: shared(dtype, math, WARPS, depth),
         };
         let (_, leaf) = chunks(dtype);
         let (up, down) =

@@ -8,8 +8,8 @@ use super::{
     Cuda, Grid,
     compile::Source,
     launch::{
-        AttentionParts, DevKv, DevQueries, Done, Experts, Grouped, Linear, THREADS, format,
-        kv_source, leaves, linears, row_words,
+        AttentionParts, DevKv, DevMatrix, DevQueries, Done, Experts, Grouped, Linear, THREADS,
+        format, kv_source, leaves, linears, row_words,
     },
     memory::{Args, Dev},
 };
@@ -84,10 +84,13 @@ impl Cuda {
         spread: Option<&Spread>,
     ) -> Done {
         let Some(first) = products.first() else { return Ok(()) };
-        let (dtype, k) = (first.weight.dtype, first.weight.k);
+        let DevMatrix { dtype, math, k, .. } = *first.weight;
         assert!(products.len() <= 4, "at most four products at once");
+        assert_eq!(x.len(), m * row_words(dtype, math, k), "x is [m, k]");
+        if math.is_fast(dtype) {
+            return self.linear_tensor(x, m, products, adds);
+        }
         assert!(self.tiles_fit(dtype, k), "whole stages");
-        assert_eq!(x.len(), m * row_words(dtype, k), "x is [m, k]");
         let (words, blocks) = linears(m, products, COLS);
         // Two blocks of 64 rows on a processor get further than one of 128 (blocks; measured).
         let groups = if dtype.is_quantised() { 1 } else { self.tile_groups(dtype, k, m) };
@@ -112,7 +115,7 @@ impl Cuda {
         let at = spread.map_or((0, 0), |s| (s.parts.at, s.counters.at));
         let args = args.word(at.0).word(at.1);
         // SAFETY: shapes as asserted; panels past n are not read, nor rows past m.
-        unsafe { self.launch(Source::Tile(format(dtype)), name, grid, args) }
+        unsafe { self.launch(Source::Tile(format(dtype, math)), name, grid, args) }
     }
 
     /// As [`Cuda::swiglu_routes`], in items of at most 64 or 128 rows.
@@ -126,15 +129,19 @@ impl Cuda {
         between: &Dev<f32>,
         parts: &Dev<f32>,
     ) -> Done {
-        let Experts { dtype, hidden, intermediate, ref table } = *experts;
-        let (source, routes) = (Source::Tile(format(dtype)), grouped.routes);
+        let Experts { dtype, math, hidden, intermediate, ref table } = *experts;
+        let (source, routes) = (Source::Tile(format(dtype, math)), grouped.routes);
+        let words = |k: usize| row_words(dtype, math, k);
+        assert_eq!(x.len() * per_row, routes * words(hidden), "x is [rows, hidden]");
+        assert_eq!(between.len(), routes * words(intermediate), "[routes, between]");
+        assert_eq!(parts.len(), routes * hidden, "parts are [routes, hidden]");
+        if math.is_fast(dtype) {
+            return self.swiglu_tensor(experts, grouped, per_row, x, between, parts);
+        }
         assert!(
             self.tiles_fit(dtype, hidden) && self.tiles_fit(dtype, intermediate),
             "whole stages"
         );
-        assert_eq!(x.len() * per_row, routes * row_words(dtype, hidden), "x is [rows, hidden]");
-        assert_eq!(between.len(), routes * row_words(dtype, intermediate), "[routes, between]");
-        assert_eq!(parts.len(), routes * hidden, "parts are [routes, hidden]");
         let rows = grouped.item_rows;
         let groups = |k: usize| {
             let groups = self.tile_groups(dtype, k, rows);
