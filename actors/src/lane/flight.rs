@@ -110,6 +110,8 @@ pub(super) struct Way<'a> {
     pub(super) now: Instant,
     /// How long a call may wait for a holder.
     pub(super) patience: Duration,
+    /// How long for weights on their way here, while none come.
+    pub(super) weights: Duration,
 }
 
 /// A frame for a peer, with the number of its batch.
@@ -358,7 +360,7 @@ impl Flight {
         match self.parked.len() {
             0 => self.parked_until = None,
             parked if self.parked_until.is_none() || parked < all => {
-                self.parked_until = Some(way.now + way.patience);
+                self.parked_until = Some(way.now + way.weights);
             }
             _ => {}
         }
@@ -481,13 +483,14 @@ impl Flight {
     /// Gives up waiting for experts that have not come in time. Returns their routes, to be placed
     /// again: others may hold them.
     pub(super) fn give_up(&mut self, way: &Way<'_>) -> Vec<u32> {
-        if self.parked_until.is_none_or(|until| until > way.now) {
+        // What has just been unparked is looked at first.
+        if self.parked.is_empty() || self.parked_until.is_none_or(|until| until > way.now) {
             return Vec::new();
         }
         self.parked_until = None;
         let parked = std::mem::take(&mut self.parked);
         for call in &parked {
-            let reason = not_come(way.patience);
+            let reason = not_come(way.weights);
             self.trouble(call.route, way.peers.me(), &reason, Failing::Absent, way);
         }
         parked.into_iter().map(|call| call.route).collect()

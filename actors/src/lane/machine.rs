@@ -20,7 +20,7 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use lite_llm_kernels::device::Device;
@@ -41,6 +41,7 @@ use tracing::debug_span;
 
 use super::{
     flight::{Failing, Flight, Outgoing, Way},
+    limits::LaneLimits,
     peers::Peers,
     reply::Reply,
 };
@@ -152,21 +153,6 @@ pub enum Command<R> {
     },
     /// There is something to compute: call [`LaneMachine::compute`].
     Compute,
-}
-
-/// How long a lane waits for others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LaneLimits {
-    /// For the answer to a batch.
-    pub answer: Duration,
-    /// For a node that takes the place of one that is gone.
-    pub patience: Duration,
-}
-
-impl Default for LaneLimits {
-    fn default() -> Self {
-        Self { answer: exchange::DISPATCH_TIMEOUT, patience: Duration::from_secs(60) }
-    }
 }
 
 /// What a lane machine is made of.
@@ -286,10 +272,7 @@ impl<D: Device, R> LaneMachine<D, R> {
             }
             Event::Suspects(names) => self.suspects(now, &names),
             Event::Rearrange(arrangement) => self.rearrange(now, arrangement),
-            Event::Experts => {
-                self.flights.values_mut().for_each(Flight::unpark);
-                self.batches.append(&mut self.parked);
-            }
+            Event::Experts => self.look_again(),
             Event::Tick => self.tick(now),
         }
         self.settle(now);
@@ -363,7 +346,9 @@ impl<D: Device, R> LaneMachine<D, R> {
             return;
         }
         self.batch_bytes += bytes;
-        if !self.store.is_complete() {
+        // One of another width will be refused.
+        let fits = view.head().width as usize == self.engine.backbone().config.hidden;
+        if fits && !self.store.is_complete() {
             self.store.routed(view.head().layer, Reply::routed(&view));
             self.store.want(&Reply::wanted(&view));
         }
@@ -403,24 +388,31 @@ impl<D: Device, R> LaneMachine<D, R> {
             self.exchange.handle(now, exchange::Event::Tick);
         }
         let passes: Vec<PassId> = self.flights.keys().copied().collect();
+        // Whether others than those that gave up may want the same.
+        let mut others = false;
         for pass in passes {
             let mut again = self.flights.get_mut(&pass).map_or_else(Vec::new, |f| f.expire(now));
-            let store = self.store.clone();
+            let (store, mut gave_up) = (self.store.clone(), false);
             again.extend(self.with_flight(now, pass, |flight, routes, way| {
                 let late = flight.give_up(way);
                 let keys: Vec<_> = late.iter().map(|&route| routes[route as usize].key).collect();
                 store.used(&keys);
+                gave_up = !late.is_empty();
                 late
             }));
+            others |= gave_up;
             again.sort_unstable();
             self.place_again(now, pass, &again);
             self.combine_if_complete(pass);
+        }
+        if others {
+            self.look_again();
         }
         let late = |batch: &mut RemoteBatch<R>| batch.until.is_some_and(|until| until <= now);
         let late: Vec<_> = self.parked.extract_if(.., late).collect();
         for mut batch in late {
             if let Some(answer) = &mut batch.answer {
-                answer.give_up(&batch.view, self.limits.patience);
+                answer.give_up(&batch.view, self.limits.weights);
             }
             self.unused(Reply::wanted(&batch.view));
             self.answer(batch);
@@ -490,6 +482,7 @@ impl<D: Device, R> LaneMachine<D, R> {
             buffers: &self.buffers,
             now,
             patience: self.limits.patience,
+            weights: self.limits.weights,
         };
         let before = flight.pending();
         let outgoing = match routes {
@@ -551,7 +544,7 @@ impl<D: Device, R> LaneMachine<D, R> {
                 continue;
             }
             if batch.until.is_none() || answer.done() > before {
-                batch.until = Some(now + self.limits.patience);
+                batch.until = Some(now + self.limits.weights);
             }
             self.parked.push(batch);
         }
@@ -583,10 +576,17 @@ impl<D: Device, R> LaneMachine<D, R> {
         }
     }
 
-    /// These are not wanted any more.
-    fn unused(&self, wanted: Vec<(ExpertKey, u32)>) {
+    /// These are not wanted any more. Others may want them, which must say so again.
+    fn unused(&mut self, wanted: Vec<(ExpertKey, u32)>) {
         let keys: Vec<ExpertKey> = wanted.into_iter().map(|(key, _)| key).collect();
         self.store.used(&keys);
+        self.look_again();
+    }
+
+    /// What waits for experts is tried again.
+    fn look_again(&mut self) {
+        self.flights.values_mut().for_each(Flight::unpark);
+        self.batches.append(&mut self.parked);
     }
 
     /// Does something with a pass's flight, if both exist.
@@ -607,6 +607,7 @@ impl<D: Device, R> LaneMachine<D, R> {
             buffers: &self.buffers,
             now,
             patience: self.limits.patience,
+            weights: self.limits.weights,
         };
         act(flight, routes.all(), &way)
     }
@@ -663,6 +664,7 @@ impl<D: Device, R> LaneMachine<D, R> {
         if let (Some(flight), Some(routes)) = (self.flights.remove(&pass), self.engine.routes(pass))
         {
             self.store.used(&flight.unused(routes.all()));
+            self.look_again();
         }
         self.engine.fail(pass, reason);
         self.idle = false;

@@ -9,6 +9,7 @@
 mod actor;
 mod flight;
 mod jobs;
+mod limits;
 mod machine;
 mod peers;
 mod reply;
@@ -39,7 +40,8 @@ use tracing::Span;
 use self::jobs::{Job, Jobs};
 pub use self::{
     actor::{LaneActor, LaneMessage},
-    machine::{Arrangement, BATCH_BYTES_MAX, Command, Event, LaneLimits, LaneMachine, LaneParts},
+    limits::LaneLimits,
+    machine::{Arrangement, BATCH_BYTES_MAX, Command, Event, LaneMachine, LaneParts},
     reply::ReplyQueue,
 };
 
@@ -231,11 +233,11 @@ impl Lane {
             self.stats.rounds.fetch_add(1, Relaxed);
             self.receive();
             let now = Instant::now();
-            if self.experts.swap(false, AcqRel) {
-                self.machine.handle(now, Event::Experts);
-            }
             if self.machine.poll_timeout().is_some_and(|at| at <= now) {
                 self.machine.handle(now, Event::Tick);
+            }
+            if self.experts.swap(false, AcqRel) {
+                self.machine.handle(now, Event::Experts);
             }
             for (sequence, held) in self.jobs.backlogs() {
                 self.machine.handle(now, Event::Hold { sequence, held });

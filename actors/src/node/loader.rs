@@ -15,7 +15,7 @@ use lite_llm_runtime::{
     engine::Engine,
     expert::ExpertKey,
     residency::{
-        CacheOptions, ExpertCache, FetchOptions, REQUESTS, fetcher_for,
+        CacheOptions, ExpertCache, FetchOptions, REQUESTS, WRITES_MAX, fetcher_for,
         policy::{self, Shape},
     },
 };
@@ -279,7 +279,14 @@ impl LoaderState {
         let config = checkpoint.config();
         let all = self.options.info.budget_bytes;
         let budget = match self.options.dram_holds_rest {
-            true => all.saturating_sub(checkpoint.dense_bytes()).max(all / EXPERTS_SHARE_MIN),
+            true => {
+                let largest = checkpoint.tier_expert_bytes().into_iter().max().unwrap_or(0);
+                // What waits to be written to a disk cache, and what arrives packed.
+                let staged = WRITES_MAX as u64 * u64::from(self.options.nvme.is_some());
+                let packed = REQUESTS as u64 * u64::from(checkpoint.is_stored());
+                let beside = checkpoint.dense_bytes() + largest * (staged + packed);
+                all.saturating_sub(beside).max(all / EXPERTS_SHARE_MIN)
+            }
             false => all,
         };
         let moe = config.moe.clone().unwrap_or_else(MoeConfig::without_experts);
@@ -351,6 +358,12 @@ impl LoaderState {
         };
         let (checkpoint, backbone) =
             tokio::task::spawn_blocking(open).await.map_err(|error| error.to_string())??;
+        if let Some(old) = &self.model {
+            // Of another checkpoint: it is not to keep the disk cache from the next.
+            let store = old.store.clone();
+            let retired = tokio::task::spawn_blocking(move || store.retire());
+            retired.await.map_err(|error| error.to_string())?;
+        }
         let (store, peers) = self.cache(&checkpoint)?;
         self.options.links.served().show(checkpoint.id(), &store);
         let (storage, _) =

@@ -589,6 +589,10 @@ impl Fetcher for PeerFetcher {
         self.shared.next.cancel(key);
     }
 
+    fn retire(&self) {
+        self.shared.next.retire();
+    }
+
     fn describe(&self) -> String {
         let peers = self.shared.state.lock().peers.len();
         let next = self.shared.next.describe();

@@ -157,6 +157,11 @@ impl ExpertCache {
         self.carry_out(inner);
     }
 
+    /// Another cache takes its place: see [`Fetcher::retire`].
+    pub fn retire(&self) {
+        self.fetcher.retire();
+    }
+
     /// Gives memory that no expert uses back to the system.
     pub fn trim(&self) {
         self.pool.trim();
@@ -217,7 +222,12 @@ impl ExpertCache {
         while let Some(command) = inner.residency.poll_command() {
             match command {
                 Command::Fetch(key, urgency) => self.begin(inner, key, urgency, &mut told),
-                Command::Promote(key) => self.fetcher.promote(key),
+                Command::Promote(key) => {
+                    match inner.deferred.iter_mut().find(|(deferred, _)| *deferred == key) {
+                        Some((_, urgency)) => *urgency = Urgency::Demand,
+                        None => self.fetcher.promote(key),
+                    }
+                }
                 Command::Cancel(key) => {
                     match inner.deferred.iter().position(|(deferred, _)| *deferred == key) {
                         Some(at) => {
@@ -249,9 +259,7 @@ impl ExpertCache {
             }
         }
         let all = self.here.read().len() == self.share.read().len();
-        if all && inner.residency.is_settled() {
-            self.complete.store(true, Relaxed);
-        }
+        self.complete.store(all && inner.residency.is_settled(), Relaxed);
         drop(guard);
         for (load, result) in told {
             load(result);

@@ -53,6 +53,9 @@ pub trait Fetcher: fmt::Debug + Send + Sync {
     fn cancel(&self, key: ExpertKey);
     /// How it reads, for people.
     fn describe(&self) -> String;
+    /// Another takes its place: it lets go of what only one may have, and goes on without. Waits
+    /// until that is done.
+    fn retire(&self) {}
     /// The places that it brings experts from, the fastest first.
     fn residences(&self) -> Vec<ResidenceStats> {
         Vec::new()

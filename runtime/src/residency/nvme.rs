@@ -71,9 +71,9 @@ pub struct NvmeOptions {
 /// See the module's text.
 pub struct NvmeFetcher {
     shared: Arc<Shared>,
-    writer: Option<JoinHandle<()>>,
+    writer: Mutex<Option<JoinHandle<()>>>,
     /// Held while this process may write to the folder.
-    _lock: Option<File>,
+    lock: Mutex<Option<File>>,
 }
 
 struct Shared {
@@ -142,10 +142,11 @@ impl NvmeFetcher {
             tally: Tally::default(),
         });
         // Made first: if a thread cannot be had, dropping it ends the others.
-        let mut fetcher = Self { shared: shared.clone(), writer: None, _lock: lock };
+        let (writer, lock) = (Mutex::new(None), Mutex::new(lock));
+        let fetcher = Self { shared: shared.clone(), writer, lock };
         let of_thread = shared.clone();
         let writer = thread::Builder::new().name("nvme-write".into());
-        fetcher.writer = Some(writer.spawn(move || of_thread.write_all(&writes))?);
+        *fetcher.writer.lock() = Some(writer.spawn(move || of_thread.write_all(&writes))?);
         let of_threads = shared.clone();
         shared.queue.work("nvme", threads, move |next| of_threads.work(next))?;
         Ok(fetcher)
@@ -157,15 +158,10 @@ impl Drop for NvmeFetcher {
     fn drop(&mut self) {
         let shared = &self.shared;
         shared.queue.close();
-        shared.write.lock().take();
         let under_way: Vec<ReadId> =
             shared.under_way.lock().values().filter_map(|fetch| fetch.read).collect();
         under_way.into_iter().for_each(|id| shared.reader.cancel(id));
-        if let Some(writer) = self.writer.take() {
-            let _ = writer.join();
-        }
-        // What is still being read deletes nothing of a later process.
-        shared.disk.lock().close();
+        self.retire();
     }
 }
 
@@ -403,6 +399,17 @@ impl Fetcher for NvmeFetcher {
                 below.cancel(key);
             }
         }
+    }
+
+    /// Ends when what waits to be written is written: then another may use the folder.
+    fn retire(&self) {
+        self.shared.write.lock().take();
+        if let Some(writer) = self.writer.lock().take() {
+            let _ = writer.join();
+        }
+        // What is still being read deletes nothing of whoever is next.
+        self.shared.disk.lock().close();
+        self.lock.lock().take();
     }
 
     fn describe(&self) -> String {
