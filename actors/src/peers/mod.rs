@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Who may have an expert is known from the placements that this node serves and loads; how fast each
-//! way is, from what was measured ([`ways`]). A peer gives what is in its memory at that moment, and
-//! fetches nothing for others ([`serve`]).
+//! way is, from what was measured (`ways.rs`). A peer gives what is in its memory at that moment, and
+//! fetches nothing for others (`serve.rs`).
 //!
 //! Invariants: bytes of a peer are verified by the checkpoint's hash like all others, so one that lies
 //! costs time, never an answer; a fetch has one slot whatever fails on the way, and every way has a
