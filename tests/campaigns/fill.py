@@ -84,7 +84,7 @@ class Campaign:
         return text, code, words, took
 
     def files(self):
-        return [path for path in self.cache.glob("experts-*/*") if path.is_file()]
+        return [path for path in self.cache.rglob("experts-*/*") if path.is_file()]
 
     def measure(self, when):
         """What is on the disk is never more than the cache may hold."""
