@@ -110,12 +110,13 @@ impl Held {
             all.remove(which)
         };
         let HeldFetch { key, slot, done, cancelled } = held;
-        done(match (cancelled, fails) {
-            (true, _) => Fetched::Cancelled,
-            (false, true) => {
+        let slot = (!cancelled && !fails).then_some(slot);
+        done(match slot {
+            Some(slot) => Fetched::Here(expert(slot)),
+            None if cancelled => Fetched::Cancelled,
+            None => {
                 Fetched::Failed(StoreError::Unreadable { key, reason: "as the test wants".into() })
             }
-            (false, false) => Fetched::Here(expert(slot)),
         });
     }
 }

@@ -380,12 +380,8 @@ impl ExpertStore for ExpertCache {
         }
         if !self.share.read().contains(&key) {
             // It may be on its way for somebody, who is to look again: it may be served again soon.
-            let awaited = inner.residency.awaits(key);
             inner.residency.handle(Event::Used(vec![key]));
             self.carry_out(inner);
-            if awaited && let Some(waker) = &*self.waker.read() {
-                waker();
-            }
             return Err(StoreError::NotHere { key });
         }
         // Several may want it, and the first to have used it lets it go, or is told why it cannot be

@@ -33,9 +33,9 @@ const FILES_MAX: usize = 128;
 pub enum Fetched {
     /// The expert, verified.
     Here(GatedMlp),
-    /// It was cancelled before it began.
+    /// It was cancelled before it began. Its slot was given back before this is told.
     Cancelled,
-    /// It could not be had. Its slot was given back before.
+    /// It could not be had. Its slot, too, was given back before.
     Failed(StoreError),
 }
 
