@@ -136,44 +136,6 @@ fn damage_to_what_is_compressed_is_found() {
     assert!(damage.to_string().contains("experts.3 as it is stored"), "{damage}");
 }
 
-/// Prints what a store on this machine gives; run it by name, in a release build.
-#[test]
-#[ignore = "a measurement"]
-fn how_fast_a_store_on_loopback_is() {
-    const BYTES: usize = 512 << 20;
-    let (server, file) = (S3Server::start(), tempfile::tempfile().unwrap());
-    let noise: Vec<u8> =
-        (0..BYTES as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-    std::os::unix::fs::FileExt::write_all_at(&file, &noise, 0).unwrap();
-    let archive = store(&server, "s3://bucket/x");
-    let rate = |what: &str, work: &mut dyn FnMut()| {
-        let begun = std::time::Instant::now();
-        work();
-        println!("{what}: {:.0} MB/s", BYTES as f64 / 1e6 / begun.elapsed().as_secs_f64());
-    };
-    rate("written in parts", &mut || archive.put("large", &file, BYTES as u64, None).unwrap());
-    let mut out = vec![0; BYTES];
-    for piece in [1usize << 20, 8 << 20, 64 << 20] {
-        for threads in [1, 2, 4, 8] {
-            let what = format!("read in pieces of {} MiB by {threads} threads", piece >> 20);
-            rate(&what, &mut || {
-                std::thread::scope(|scope| {
-                    for (thread, share) in out.chunks_mut(BYTES / threads).enumerate() {
-                        let archive = &archive;
-                        scope.spawn(move || {
-                            for (i, out) in share.chunks_mut(piece).enumerate() {
-                                let from = thread * (BYTES / threads) + i * piece;
-                                archive.read_into("large", from as u64, out).unwrap();
-                            }
-                        });
-                    }
-                });
-            });
-        }
-    }
-    assert!(out == noise);
-}
-
 #[test]
 fn earlier_manifests_open_by_their_number() {
     let server = S3Server::start();
