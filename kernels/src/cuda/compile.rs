@@ -17,7 +17,7 @@ const OPTIONS: [&str; 5] =
     ["--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--std=c++17"];
 
 /// The files, as they were when this was built.
-const FILES: [(&str, &str); 15] = [
+const FILES: [(&str, &str); 16] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("product.cuh", include_str!("../../cuda/product.cuh")),
     ("choose.cuh", include_str!("../../cuda/choose.cuh")),
@@ -25,6 +25,7 @@ const FILES: [(&str, &str); 15] = [
     ("norm.cu", include_str!("../../cuda/norm.cu")),
     ("route.cu", include_str!("../../cuda/route.cu")),
     ("attention.cu", include_str!("../../cuda/attention.cu")),
+    ("attention_tile.cuh", include_str!("../../cuda/attention_tile.cuh")),
     ("matmul.cu", include_str!("../../cuda/matmul.cu")),
     ("swiglu.cu", include_str!("../../cuda/swiglu.cu")),
     ("one.cu", include_str!("../../cuda/one.cu")),
@@ -139,7 +140,13 @@ impl Source {
             Source::Elementwise | Source::Norm => (String::new(), &[]),
         };
         let parts: String = parts.iter().map(|part| folders.file(part)).collect();
-        format!("{}{define}{parts}{}", folders.file("common.cuh"), folders.file(self.file()))
+        // Many rows of a sequence have tiles of their own where the cache is bf16.
+        let behind = match self {
+            Source::Attention(1) => folders.file("attention_tile.cuh"),
+            _ => String::new(),
+        };
+        let common = folders.file("common.cuh");
+        format!("{common}{define}{parts}{}{behind}", folders.file(self.file()))
     }
 }
 
