@@ -9,9 +9,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use lite_llm_actors::archive::{Limits, StoreArchive, StoreOptions, open_checkpoint_url};
 use lite_llm_runtime::{
-    checkpoint::{
-        Checkpoint, CheckpointError, archive::Archive, codec::Compression, verify::verify,
-    },
+    checkpoint::{Checkpoint, CheckpointError, codec::Compression, verify::verify},
     import::{Destination, ImportOptions, import},
 };
 use lite_llm_tests::{Outcome, Setup, demo, job, root, run_alone, s3::S3Server};
