@@ -49,7 +49,6 @@ pub struct LocalOptions {
 
 /// A running local cluster.
 pub struct LocalCluster {
-    dram_bytes: u64,
     coordinator: CoordinatorHandle,
     workers: Vec<Worker>,
 }
@@ -100,7 +99,7 @@ impl LocalCluster {
         });
         let workers =
             futures::future::try_join_all(starts).await.map_err(|error| failed(&error))?;
-        let cluster = Self { dram_bytes: options.dram_bytes, coordinator, workers };
+        let cluster = Self { coordinator, workers };
         cluster.coordinator.ready().await?;
         Ok(cluster)
     }
@@ -110,12 +109,7 @@ impl LocalCluster {
         &self.coordinator
     }
 
-    /// Bytes of experts that each node holds at most.
-    pub fn dram_bytes(&self) -> u64 {
-        self.dram_bytes
-    }
-
-    /// The stores of its nodes' experts: for a test of what their loss does.
+    /// The stores of its nodes' experts: for what they may hold, and for tests of what their loss does.
     pub fn stores(&self) -> Vec<Arc<ExpertCache>> {
         self.workers.iter().filter_map(Worker::store).collect()
     }

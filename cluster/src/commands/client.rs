@@ -35,6 +35,8 @@ use crate::{
     telemetry,
 };
 
+/// What is said of an answer that fits nothing that was asked.
+const OTHER_QUESTION: &str = "the coordinator answered another question than was asked";
 /// How long the coordinator may take to answer a question.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -83,27 +85,29 @@ impl Client {
         Ok((sender, receiver))
     }
 
-    async fn status(&self) -> Result<ClusterStatus> {
-        let (_sender, mut receiver) = self.ask(&ClientRequest::Status).await?;
+    /// The answer to a question that has one.
+    async fn answer(&self, question: &ClientRequest) -> Result<ClientReply> {
+        let (_sender, mut receiver) = self.ask(question).await?;
         let reply = tokio::time::timeout(ANSWER_TIMEOUT, next(&mut receiver)).await.with_context(
             || format!("the coordinator did not answer within {ANSWER_TIMEOUT:?}"),
         )??;
         match reply {
-            ClientReply::Status(status) => Ok(status),
             ClientReply::Refused { reason } => bail!("{reason}"),
-            _ => bail!("the coordinator answered another question than was asked"),
+            reply => Ok(reply),
+        }
+    }
+
+    async fn status(&self) -> Result<ClusterStatus> {
+        match self.answer(&ClientRequest::Status).await? {
+            ClientReply::Status(status) => Ok(status),
+            _ => bail!(OTHER_QUESTION),
         }
     }
 
     async fn residences(&self) -> Result<Vec<NodeResidences>> {
-        let (_sender, mut receiver) = self.ask(&ClientRequest::Residences).await?;
-        let reply = tokio::time::timeout(ANSWER_TIMEOUT, next(&mut receiver)).await.with_context(
-            || format!("the coordinator did not answer within {ANSWER_TIMEOUT:?}"),
-        )??;
-        match reply {
+        match self.answer(&ClientRequest::Residences).await? {
             ClientReply::Residences(residences) => Ok(residences),
-            ClientReply::Refused { reason } => bail!("{reason}"),
-            _ => bail!("the coordinator answered another question than was asked"),
+            _ => bail!(OTHER_QUESTION),
         }
     }
 
@@ -126,7 +130,7 @@ impl Client {
                 }
                 ClientReply::Refused { reason } => bail!("{reason}"),
                 ClientReply::Status(_) | ClientReply::Residences(_) | ClientReply::Noted => {
-                    bail!("the coordinator answered another question")
+                    bail!(OTHER_QUESTION)
                 }
             }
         }
@@ -432,14 +436,12 @@ pub(super) async fn drain(args: DrainArgs) -> Result<()> {
     let addresses = coordinator_addresses(args.coordinator.as_ref(), &token).await?;
     let connect = async |address| Client::connect_as(address, &identity, Duration::ZERO).await;
     let client = first_that_answers(&addresses, connect).await?;
-    let (_sender, mut receiver) = client.ask(&ClientRequest::Drain(args.name.clone())).await?;
-    match tokio::time::timeout(ANSWER_TIMEOUT, next(&mut receiver)).await?? {
+    match client.answer(&ClientRequest::Drain(args.name.clone())).await? {
         ClientReply::Noted => {
             let name = &args.name;
             say!("{name} gets no more jobs and leaves when others hold its experts");
         }
-        ClientReply::Refused { reason } => bail!("{reason}"),
-        _ => bail!("the coordinator answered another question than was asked"),
+        _ => bail!(OTHER_QUESTION),
     }
     client.endpoint.close("done").await;
     Ok(())

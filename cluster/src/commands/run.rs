@@ -46,7 +46,8 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
     let started = Instant::now();
     let cluster = args.local.cluster(checkpoint.clone()).await?;
     if !json {
-        describe(&checkpoint, &args, cluster.dram_bytes(), started)?;
+        let dram = cluster.stores().iter().map(|store| store.budget()).min().unwrap_or(0);
+        describe(&checkpoint, &args, dram, started)?;
     }
     let result = async {
         for (prompt, request) in prompts.iter().zip(requests) {

@@ -282,8 +282,10 @@ impl ExpertCache {
                             Urgency::Demand => "demanded",
                             Urgency::Prefetch => "predicted",
                         };
-                        let from = self.fetcher.describe();
-                        debug_span!("fetch", %key, from, to = "memory", bytes, why)
+                        // Described only if somebody traces.
+                        debug_span!(
+                            "fetch", %key, from = self.fetcher.describe(), to = "memory", bytes, why
+                        )
                     }
                 };
                 self.fetcher.fetch(key, slot, urgency, self.done(key, span));

@@ -351,7 +351,7 @@ impl Residency {
     /// Whether all that is served has room and nobody computes with what is here, as far as was said:
     /// whether, when all of it has come, nothing of it can go before [`Event::Keep`].
     pub fn is_settled(&self) -> bool {
-        self.whole && self.pinned().is_empty()
+        self.whole && !self.entries.values().any(|entry| entry.pinned)
     }
 
     /// Whether somebody is told when it comes, or that it cannot.
