@@ -14,7 +14,8 @@
 //! Invariants: epochs grow, also past those of an earlier coordinator; a target serves when every
 //! holder has loaded it, and not before; it ends with the life of a holder; whatever is reported
 //! about another epoch, or by an earlier incarnation of a member, changes nothing; what a member
-//! serves and what it is to load fit in its budget together ([`plan`](crate::placement::plan)); no state is final.
+//! serves and what it is to load fit in its budget together ([`plan`](crate::placement::plan)); no
+//! state is final.
 //!
 //! What a node must do for that: at [`Command::Load`] it keeps what it was last told to serve
 //! *since it joined* and what the assignment gives it, drops all else, and then loads; at

@@ -43,9 +43,6 @@ const MOVES_WITHIN_MS: u64 = 300;
 /// Pauses between two attempts to reach a coordinator: the first, and the longest.
 const RECONNECT_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
-/// How long a worker that has no coordinator may take to close its connections.
-const CLOSE_ALONE_TIMEOUT: Duration = Duration::from_millis(300);
-
 /// What a worker is started with.
 pub struct WorkerOptions {
     /// Where the coordinator is.
@@ -290,12 +287,7 @@ impl Worker {
         if let Some(control) = &self.session.control {
             control.stop();
         }
-        let closing = self.home.endpoint.close("the worker stops");
-        match self.session.connection.close_reason() {
-            None => closing.await,
-            // Nobody is there to be told.
-            Some(_) => drop(tokio::time::timeout(CLOSE_ALONE_TIMEOUT, closing).await),
-        }
+        self.home.endpoint.close("the worker stops").await;
     }
 }
 

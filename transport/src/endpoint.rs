@@ -41,8 +41,9 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Connections that wait to be accepted.
 const WAITING_MAX: usize = 64;
-/// How long closing may take.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long closing may take. Peers are told at once; the rest of the wait answers what they still
+/// send, and a handshake with nobody would have QUIC wait for seconds.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(300);
 const NO_NAME: &str = "its certificate names no node of a cluster";
 
 /// A peer that could not be connected to.

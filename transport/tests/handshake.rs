@@ -301,3 +301,23 @@ async fn nobody_there_is_an_error_within_its_deadline() {
     let patience = lite_llm_transport::patience::BUSY_PATIENCE;
     assert!(started.elapsed() < patience + Duration::from_secs(20));
 }
+
+#[tokio::test]
+async fn closing_does_not_wait_for_a_handshake_with_nobody() {
+    let ca = authority();
+    let w1 = worker(&ca, "w1");
+    let silent = std::net::UdpSocket::bind(loopback()).unwrap();
+    let (to, expect) = (silent.local_addr().unwrap(), Expect::Peer(coordinator(&ca).who().clone()));
+    let dial = tokio::spawn({
+        let w1 = w1.clone();
+        async move { w1.connect(to, &expect).await.map(drop) }
+    });
+    let mut datagram = [0; 2048];
+    silent.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    tokio::task::spawn_blocking(move || silent.recv_from(&mut datagram).unwrap()).await.unwrap();
+    let begun = Instant::now();
+    w1.close("the test ends").await;
+    // A process that is told to end has a second to leave in good order.
+    assert!(begun.elapsed() < Duration::from_millis(800), "{:?}", begun.elapsed());
+    dial.abort();
+}

@@ -2,8 +2,9 @@
 //! asked of somebody else.
 //!
 //! Invariants: every route of the dispatch is, at any time, to be run here (now, or when its expert
-//! has come), owed by one batch, waiting for a holder, done, or failed for good; an output is taken from one place only; a holder
-//! that could not answer is not asked again before something has changed.
+//! has come), owed by one batch, waiting for a holder, done, or failed for good; an output is taken
+//! from one place only; a holder that could not answer is not asked again before something has
+//! changed.
 
 use std::{
     collections::BTreeMap,

@@ -36,10 +36,10 @@ use std::{
 
 use self::{
     early::Trial,
-    room::{ALLOWANCE_SHARE, Weakest},
+    room::{ALLOWANCE_SHARE, Weakest, passing_max, wish},
 };
 use super::policy::{Gate, Policy, Row};
-use crate::{config::MoeConfig, expert::ExpertKey, tier::Residence};
+use crate::{config::MoeConfig, expert::ExpertKey};
 
 /// Rows of one [`Event::Routed`] that are looked at: the last of each sequence.
 pub const ROUTED_ROWS_MAX: usize = 64;
@@ -248,6 +248,8 @@ pub struct Residency {
     numbers: BTreeMap<u16, usize>,
     /// What a layer may have above its share while it is computed: the experts of one token.
     allowance: u64,
+    /// What may pass through at a time; one expert always may.
+    passing_max: u64,
     /// What a tier's placement hint adds to the value of its experts.
     wishes: Vec<f32>,
     /// Demands without room, in order.
@@ -263,16 +265,6 @@ pub struct Residency {
     commands: VecDeque<Command>,
 }
 
-/// A tier would rather be here, or somewhere slower: what that is worth beside an estimate of
-/// [`DISCOUNT`](super::policy::DISCOUNT)^(tokens until its next use).
-fn wish(placement: Residence) -> f32 {
-    match placement {
-        Residence::Hbm | Residence::Dram => 0.05,
-        Residence::Nvme => -0.05,
-        Residence::Archive => -0.1,
-    }
-}
-
 impl Residency {
     /// A level that holds nothing.
     pub fn new(options: ResidencyOptions) -> Self {
@@ -280,6 +272,7 @@ impl Residency {
         let token = largest.saturating_mul(options.moe.routes_max(|_| true) as u64);
         Self {
             allowance: token.min(options.budget / ALLOWANCE_SHARE),
+            passing_max: passing_max(options.budget, token),
             wishes: options.moe.tiers.iter().map(|tier| wish(tier.placement)).collect(),
             options,
             entries: BTreeMap::new(),

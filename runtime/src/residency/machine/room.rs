@@ -3,10 +3,13 @@
 use std::{cmp::Reverse, collections::BTreeMap};
 
 use super::{Early, Entry, Residency, State};
-use crate::expert::ExpertKey;
+use crate::{expert::ExpertKey, tier::Residence};
 
 /// Part of the budget that experts which only pass through may take from others: one eighth.
 const PASSING_SHARE: u64 = 8;
+/// The same where an eighth is less than the experts of one token: with fewer on their way the disk
+/// idles while they are verified and computed with.
+const PASSING_SHARE_MAX: u64 = 2;
 /// Part of the budget that a layer may have above its share while it is computed: one eighth.
 pub(super) const ALLOWANCE_SHARE: u64 = 8;
 
@@ -17,6 +20,21 @@ const AT_A_TIME: usize = 16;
 /// happens but that experts go and are fetched.
 #[derive(Debug, Default)]
 pub(super) struct Weakest(BTreeMap<usize, Vec<(f32, ExpertKey)>>);
+
+/// A tier would rather be here, or somewhere slower: what that is worth beside an estimate of
+/// [`DISCOUNT`](super::policy::DISCOUNT)^(tokens until its next use).
+pub(super) fn wish(placement: Residence) -> f32 {
+    match placement {
+        Residence::Hbm | Residence::Dram => 0.05,
+        Residence::Nvme => -0.05,
+        Residence::Archive => -0.1,
+    }
+}
+
+/// Bytes that may pass through a budget at a time, if a token's experts take so many.
+pub(super) fn passing_max(budget: u64, token: u64) -> u64 {
+    (budget / PASSING_SHARE).max(token.min(budget / PASSING_SHARE_MAX))
+}
 
 impl Residency {
     pub(super) fn value(&self, number: usize, key: ExpertKey, entry: &Entry) -> f32 {
@@ -151,6 +169,6 @@ impl Residency {
 
     /// Whether so many bytes more may pass through.
     fn may_pass(&self, needed: u64) -> bool {
-        (self.passing + needed) * PASSING_SHARE <= self.options.budget
+        self.passing + needed <= self.passing_max
     }
 }
