@@ -9,7 +9,12 @@ use lite_llm_runtime::residency::NvmeFolder;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size(pub u64);
 
-const UNITS: [(&str, u64); 8] = [
+// A letter alone is a power of two, as docker, systemd and llama.cpp have it.
+const UNITS: [(&str, u64); 12] = [
+    ("k", 1 << 10),
+    ("m", 1 << 20),
+    ("g", 1 << 30),
+    ("t", 1 << 40),
     ("kb", 1_000),
     ("mb", 1_000_000),
     ("gb", 1_000_000_000),
@@ -120,9 +125,15 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
-        for (text, bytes) in
-            [("0", 0), ("12", 12), ("3GiB", 3 << 30), ("1.5 KiB", 1536), ("512mb", 512_000_000)]
-        {
+        for (text, bytes) in [
+            ("0", 0),
+            ("12", 12),
+            ("3GiB", 3 << 30),
+            ("1.5 KiB", 1536),
+            ("512mb", 512_000_000),
+            ("140M", 140 << 20),
+            ("3g", 3 << 30),
+        ] {
             assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
         }
         for text in ["", "GiB", "3 parsecs", "-1", "99999999999TiB"] {

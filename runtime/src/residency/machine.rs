@@ -36,7 +36,7 @@ use std::{
 
 use self::{
     early::Trial,
-    room::{ALLOWANCE_SHARE, Weakest, passing_max, wish},
+    room::{ALLOWANCE_SHARE, Weakest, wish},
 };
 use super::policy::{Gate, Policy, Row};
 use crate::{config::MoeConfig, expert::ExpertKey};
@@ -248,8 +248,8 @@ pub struct Residency {
     numbers: BTreeMap<u16, usize>,
     /// What a layer may have above its share while it is computed: the experts of one token.
     allowance: u64,
-    /// What may pass through at a time; one expert always may.
-    passing_max: u64,
+    /// Bytes of the experts of one token in a layer.
+    token: u64,
     /// What a tier's placement hint adds to the value of its experts.
     wishes: Vec<f32>,
     /// Demands without room, in order.
@@ -272,7 +272,7 @@ impl Residency {
         let token = largest.saturating_mul(options.moe.routes_max(|_| true) as u64);
         Self {
             allowance: token.min(options.budget / ALLOWANCE_SHARE),
-            passing_max: passing_max(options.budget, token),
+            token,
             wishes: options.moe.tiers.iter().map(|tier| wish(tier.placement)).collect(),
             options,
             entries: BTreeMap::new(),

@@ -65,6 +65,7 @@ fn bound(what: Bound) -> &'static str {
 impl Report {
     fn source(&self) -> &'static str {
         match self.plan.source_kind {
+            SourceKind::Disk if self.disk.is_none() => "program",
             SourceKind::Disk => "disk",
             SourceKind::Archive => "archive",
         }

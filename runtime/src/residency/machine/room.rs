@@ -7,8 +7,8 @@ use crate::{expert::ExpertKey, tier::Residence};
 
 /// Part of the budget that experts which only pass through may take from others: one eighth.
 const PASSING_SHARE: u64 = 8;
-/// The same where an eighth is less than the experts of one token: with fewer on their way the disk
-/// idles while they are verified and computed with.
+/// The same where no layer can hold the experts of one token, half at most: there is little to keep, and
+/// with fewer on their way the disk idles while they are verified and computed with.
 const PASSING_SHARE_MAX: u64 = 2;
 /// Part of the budget that a layer may have above its share while it is computed: one eighth.
 pub(super) const ALLOWANCE_SHARE: u64 = 8;
@@ -29,11 +29,6 @@ pub(super) fn wish(placement: Residence) -> f32 {
         Residence::Nvme => -0.05,
         Residence::Archive => -0.1,
     }
-}
-
-/// Bytes that may pass through a budget at a time, if a token's experts take so many.
-pub(super) fn passing_max(budget: u64, token: u64) -> u64 {
-    (budget / PASSING_SHARE).max(token.min(budget / PASSING_SHARE_MAX))
 }
 
 impl Residency {
@@ -169,6 +164,11 @@ impl Residency {
 
     /// Whether so many bytes more may pass through.
     fn may_pass(&self, needed: u64) -> bool {
-        self.passing + needed <= self.passing_max
+        let budget = self.options.budget;
+        let most = match self.layer_share() < self.token {
+            true => self.token.clamp(budget / PASSING_SHARE, budget / PASSING_SHARE_MAX),
+            false => budget / PASSING_SHARE,
+        };
+        self.passing + needed <= most
     }
 }

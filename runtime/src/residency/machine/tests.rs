@@ -7,7 +7,7 @@ use crate::{
     config::{RoutingConfig, Scoring},
     random::{Purpose, random_u64},
     residency::policy::{Ageing, Foresight, Lru, Shape},
-    tier::{TIER_1B, TIER_10B, TierConfig},
+    tier::{Residence, TIER_1B, TIER_10B, TierConfig},
 };
 
 const EXPERT: u64 = 10;
