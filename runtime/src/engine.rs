@@ -28,7 +28,7 @@ use lite_llm_kernels::{
 
 use tracing::{Span, debug_span};
 
-pub use crate::schedule::{PASS_TOKENS_MAX, WAITING_MAX};
+pub use crate::schedule::{PASS_TOKENS_MAX, ScheduleStats, WAITING_MAX};
 use crate::{
     backbone::Backbone,
     expert::{ExpertKey, ExpertStore},
@@ -137,6 +137,8 @@ pub struct Engine<D: Device> {
     schedule: Schedule,
     passes: BTreeMap<PassId, Pass<D>>,
     next_pass: u64,
+    /// Decodes may be in several passes.
+    apart: bool,
     events: VecDeque<Event>,
 }
 
@@ -167,6 +169,7 @@ impl<D: Device> Engine<D> {
             backbone,
             passes: BTreeMap::new(),
             next_pass: 0,
+            apart: false,
             events: VecDeque::new(),
         })
     }
@@ -179,6 +182,17 @@ impl<D: Device> Engine<D> {
     /// Requests that were admitted and have not ended.
     pub fn sequences(&self) -> usize {
         self.schedule.len()
+    }
+
+    /// What was scheduled so far.
+    pub fn stats(&self) -> ScheduleStats {
+        self.schedule.stats()
+    }
+
+    /// Whether sequences that decode may begin a pass beside one that decodes, which reads the dense
+    /// weights twice: for a caller whose passes wait for something slow.
+    pub fn allow_apart(&mut self, apart: bool) {
+        self.apart = apart;
     }
 
     /// Admits a request under a number of the caller's.
@@ -364,7 +378,9 @@ impl<D: Device> Engine<D> {
 
     /// Begins the next pass.
     fn begin(&mut self) -> Begun {
-        let Some(plan) = self.schedule.plan(&self.backbone.config) else { return Begun::Nothing };
+        let Some(plan) = self.schedule.plan(self.apart, &self.backbone.config) else {
+            return Begun::Nothing;
+        };
         let Plan { chunks, sequences, record, span } = plan;
         match ForwardPass::new(self.backbone.clone(), chunks, record, span) {
             Ok(forward) => {
@@ -415,46 +431,55 @@ impl<D: Device> Engine<D> {
     ) {
         let config = &self.backbone.config;
         let rows = chunk.tokens.len();
+        self.schedule.computed(id, rows);
         let sequence = self.schedule.get_mut(id).expect("carried sequences exist");
-        sequence.cached += rows;
-        if sequence.request.routes {
+        let end = sequence.cached;
+        // What was told before it lost its pages is not told again.
+        let first = chunk.start.max(sequence.reported);
+        let told = first - chunk.start;
+        if sequence.request.routes && first < end {
             let moe = config.moe.as_ref();
             let k = moe.map_or(0, |moe| moe.routes_max(|tier| chunk.tiers.allows(tier)));
-            let mut experts = Vec::with_capacity(routes.len() * rows * k);
+            let mut experts = Vec::with_capacity(routes.len() * (rows - told) * k);
             for (routes, moe) in routes.iter().zip(moe.into_iter().cycle()) {
-                for row in first_row..first_row + rows {
+                for row in first_row + told..first_row + rows {
                     let end = experts.len() + k;
                     experts.extend(routes.flat_row(row, moe).map(|expert| expert as i32));
                     experts.resize(end, -1);
                 }
             }
-            self.events.push_back(Event::Routes {
-                sequence: id,
-                first: chunk.start,
-                rows,
-                layers: routes.len(),
-                experts,
-            });
+            let (rows, layers) = (rows - told, routes.len());
+            self.events.push_back(Event::Routes { sequence: id, first, rows, layers, experts });
         }
-        if sequence.request.logits {
-            let (first, values) = (chunk.start, logits.to_vec());
+        if sequence.request.logits && first < end {
+            let values = logits[told * config.vocab..].to_vec();
             self.events.push_back(Event::Logits { sequence: id, first, values });
         }
-        if chunk.start < sequence.request.prompt.len() {
+        if chunk.start < sequence.request.prompt.len() && sequence.reported < end {
             let (done, total) = (sequence.cached, sequence.request.prompt.len());
             self.events.push_back(Event::Prefilled { sequence: id, done, total });
         }
+        sequence.reported = sequence.reported.max(end);
         let at_end = sequence.cached == sequence.tokens.len();
         // One that goes on elsewhere may be at its end already.
-        let over = sequence.end(config).is_some();
-        if at_end && !over && sequence.generated() < sequence.request.max_new_tokens {
-            let last = &logits[logits.len() - config.vocab..];
+        let mut goes_on = at_end && sequence.end(config).is_none();
+        // The rows of its last token and, if that is followed by what was guessed, of the guesses.
+        let guessed = sequence.guessed.len();
+        let mut last = logits.chunks_exact(config.vocab).rev().take(guessed + 1).rev();
+        let mut right = 0;
+        while goes_on && sequence.generated() < sequence.request.max_new_tokens {
+            let Some(last) = last.next() else { break };
             let token = sample(last, &sequence.request.sampling, sequence.tokens.len() as u64);
             let index = sequence.generated();
+            goes_on = sequence.guessed.get(right) == Some(&token);
             sequence.tokens.push(token);
             self.events.push_back(Event::Token { sequence: id, index, id: token });
+            goes_on &= sequence.end(config).is_none();
+            right += usize::from(goes_on);
         }
-        if let Some(reason) = sequence.end(config) {
+        let end = sequence.end(config);
+        self.schedule.verified(id, right);
+        if let Some(reason) = end {
             self.end(id, reason);
         }
     }

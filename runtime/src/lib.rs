@@ -8,6 +8,7 @@ pub mod blocks;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod draft;
 pub mod engine;
 pub mod expert;
 pub mod forward;

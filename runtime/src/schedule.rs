@@ -1,12 +1,30 @@
-//! Which sequences exist, and which of their tokens the next pass takes.
+//! Which sequences exist, and which of their tokens the next pass takes: continuous batching.
 //!
 //! A pure machine: no arithmetic, no device, no clock. [`crate::engine`] carries out what it plans.
 //!
-//! Invariants: a sequence is in at most one pass; its pages are reserved for its whole life when it
-//! begins to run, so a running sequence never waits for memory; sequences that decode go before
-//! prompts, and among equals those that waited longest lead.
+//! ```text
+//! submit ─▶ waiting ──admit──▶ running ──plan──▶ in a pass ──turn──▶ running ─▶ … ─▶ release
+//!              ▲                  │
+//!              └──── preempt ─────┘  (its pages go; prompt and answer are computed again)
+//! ```
+//!
+//! - A pass takes one token of every sequence that decodes, and fills up with prompts, in chunks, to
+//!   [`PASS_TOKENS_MAX`].
+//! - Decodes share one pass: those that are out of phase would read the dense weights twice. So they
+//!   wait for the end of a pass that decodes, unless that one waits for weights (`apart`).
+//! - Pages are taken as they are needed. Who needs one that is not there takes those of who comes last:
+//!   of the lowest priority, the youngest.
+//! - All goes by priority; within one, decodes go before prompts, and prompts to the tenant that was
+//!   given the fewest tokens, then by age.
+//!
+//! Invariants: a sequence is in at most one pass, and keeps its pages while it is; who has precedence
+//! over all others gets what it needs as soon as passes in flight have ended, so every sequence ends;
+//! equal calls give equal plans.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
+};
 
 use lite_llm_kernels::kv::PAGE_TOKENS;
 use tracing::{Span, debug_span};
@@ -14,7 +32,7 @@ use tracing::{Span, debug_span};
 use crate::{
     config::ModelConfig,
     forward::{Chunk, WantedLogits},
-    kv::PagePool,
+    kv::{PagePool, PageTable},
     sequence::{Request, RequestError, Sequence},
 };
 
@@ -35,23 +53,89 @@ pub(crate) struct Plan {
     pub(crate) span: Span,
 }
 
+/// What was scheduled so far, and what there is now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ScheduleStats {
+    /// Sequences that wait for pages.
+    pub waiting: usize,
+    /// Sequences that run.
+    pub running: usize,
+    /// Pages of the cache.
+    pub pages: usize,
+    /// Pages that sequences have.
+    pub pages_used: usize,
+    /// Pages that nobody has, kept for their prefix.
+    pub pages_idle: usize,
+    /// Positions that were computed.
+    pub computed: u64,
+    /// Positions that were found in the cache.
+    pub found: u64,
+    /// Times that a sequence lost its pages to another.
+    pub preemptions: u64,
+    /// Tokens that were guessed.
+    pub guessed: u64,
+    /// Of those, the ones that were right.
+    pub guessed_right: u64,
+}
+
 /// See the module's text.
 pub(crate) struct Schedule {
     pool: PagePool,
     sequences: BTreeMap<u64, Sequence>,
-    waiting: VecDeque<u64>,
+    waiting: Vec<u64>,
     running: Vec<u64>,
+    tenants: HashMap<String, Tenant>,
+    arrivals: u64,
+    computed: u64,
+    found: u64,
+    preemptions: u64,
+    guessed: u64,
+    guessed_right: u64,
+}
+
+/// Whoever is to have an equal share.
+#[derive(Debug, Default)]
+struct Tenant {
+    sequences: usize,
+    /// Tokens that it was given, and what others had when it came.
+    given: u64,
 }
 
 impl Schedule {
     pub(crate) fn new(pages: usize) -> Self {
-        let (sequences, waiting, running) = (BTreeMap::new(), VecDeque::new(), Vec::new());
-        Self { pool: PagePool::new(pages), sequences, waiting, running }
+        Self {
+            pool: PagePool::new(pages),
+            sequences: BTreeMap::new(),
+            waiting: Vec::new(),
+            running: Vec::new(),
+            tenants: HashMap::new(),
+            arrivals: 0,
+            computed: 0,
+            found: 0,
+            preemptions: 0,
+            guessed: 0,
+            guessed_right: 0,
+        }
     }
 
     /// Sequences that have not ended.
     pub(crate) fn len(&self) -> usize {
         self.sequences.len()
+    }
+
+    pub(crate) fn stats(&self) -> ScheduleStats {
+        ScheduleStats {
+            waiting: self.waiting.len(),
+            running: self.running.len(),
+            pages: self.pool.capacity(),
+            pages_used: self.pool.capacity() - self.pool.free(),
+            pages_idle: self.pool.idle(),
+            computed: self.computed,
+            found: self.found,
+            preemptions: self.preemptions,
+            guessed: self.guessed,
+            guessed_right: self.guessed_right,
+        }
     }
 
     /// A sequence that has not ended.
@@ -70,7 +154,7 @@ impl Schedule {
         request: Request,
         config: &ModelConfig,
     ) -> Result<(), RequestError> {
-        let sequence = Sequence::new(request, config)?;
+        let sequence = Sequence::new(request, self.arrivals, config)?;
         let tokens = sequence.tokens_max(config);
         let (needed, pages) = (tokens.div_ceil(PAGE_TOKENS), self.pool.capacity());
         if needed > pages {
@@ -82,59 +166,127 @@ impl Schedule {
         if self.waiting.len() >= WAITING_MAX {
             return Err(RequestError::QueueFull { waiting: self.waiting.len() });
         }
+        self.arrivals += 1;
+        // Who comes is owed nothing for the time before.
+        let least = self.tenants.values().map(|tenant| tenant.given).min().unwrap_or(0);
+        let new = || Tenant { sequences: 0, given: least };
+        self.tenants.entry(sequence.request.tenant.clone()).or_insert_with(new).sequences += 1;
         self.sequences.insert(id, sequence);
-        self.waiting.push_back(id);
+        self.waiting.push(id);
         Ok(())
     }
 
-    /// Moves waiting sequences to the running ones while there are pages for their whole life.
-    fn admit(&mut self, config: &ModelConfig) {
-        while let Some(&id) = self.waiting.front() {
-            let Some(sequence) = self.sequences.get_mut(&id) else {
-                self.waiting.pop_front();
-                continue;
+    /// Who goes before others when prompts are computed: the least first.
+    fn turn_of(&self, id: u64) -> (Reverse<i8>, u64, u64) {
+        let sequence = &self.sequences[&id];
+        let given = self.tenants.get(&sequence.request.tenant).map_or(0, |tenant| tenant.given);
+        (Reverse(sequence.request.priority), given, sequence.arrived)
+    }
+
+    /// Who keeps its pages when others need them: the greatest first.
+    fn precedence(&self, id: u64) -> (bool, i8, Reverse<u64>) {
+        let sequence = &self.sequences[&id];
+        (!sequence.held, sequence.request.priority, Reverse(sequence.arrived))
+    }
+
+    /// Moves waiting sequences to the running ones, while what they have to compute has room.
+    fn admit(&mut self) {
+        while let Some(at) =
+            (0..self.waiting.len()).min_by_key(|&at| self.turn_of(self.waiting[at]))
+        {
+            let id = self.waiting[at];
+            let sequence = &self.sequences[&id];
+            let (tokens, root) = (&sequence.tokens, sequence.root);
+            let found = if sequence.shares() {
+                PageTable::found(&self.pool, root, tokens) / PAGE_TOKENS
+            } else {
+                0
             };
-            let tokens = sequence.tokens_max(config);
-            if sequence.table.reserve(&mut self.pool, tokens).is_err() {
+            let needed = (tokens.len() + 1).div_ceil(PAGE_TOKENS) - found;
+            let priority = sequence.request.priority;
+            let room = self.pool.free() + self.pages_below(priority);
+            // Those that it takes nothing from may each need one more soon.
+            let others = self.running.iter().map(|id| &self.sequences[id].request);
+            let others = others.filter(|other| other.priority >= priority).count();
+            if !self.running.is_empty() && needed + others > room {
                 return;
             }
-            self.waiting.pop_front();
+            self.waiting.swap_remove(at);
             self.running.push(id);
         }
     }
 
+    /// Pages that who has this priority can take from others.
+    fn pages_below(&self, priority: i8) -> usize {
+        let lower = self.running.iter().map(|id| &self.sequences[id]);
+        let lower = lower.filter(|other| !other.in_pass && other.request.priority < priority);
+        lower.map(|other| other.table.pages().len()).sum()
+    }
+
+    /// The running sequences that may be in the next pass, by priority: decodes first, in turns.
+    fn order(&self, apart: bool) -> Vec<u64> {
+        let decoding = self.running.iter().map(|id| &self.sequences[id]);
+        let decoding = !apart && decoding.into_iter().any(|s| s.in_pass && s.decodes());
+        let (mut decodes, mut prompts) = (Vec::new(), Vec::new());
+        for &id in self.running.iter().filter(|id| self.sequences[id].is_free()) {
+            match self.sequences[&id].decodes() {
+                true if decoding => {}
+                true => decodes.push(id),
+                false => prompts.push(id),
+            }
+        }
+        prompts.sort_by_key(|&id| self.turn_of(id));
+        let mut order = [decodes, prompts].concat();
+        // Stable: within a priority decodes lead, those first that waited longest.
+        order.sort_by_key(|id| Reverse(self.sequences[id].request.priority));
+        order
+    }
+
     /// The next pass over the running sequences that are in none, if there are any. Its sequences
-    /// are in a pass until [`Schedule::turn`] or [`Schedule::release`].
-    pub(crate) fn plan(&mut self, config: &ModelConfig) -> Option<Plan> {
-        self.admit(config);
-        let mut free: Vec<u64> =
-            self.running.iter().copied().filter(|id| self.sequences[id].is_free()).collect();
-        // Decoding sequences (one token to go) first; the sort is stable, so those that waited
-        // longest lead.
-        free.sort_by_key(|id| {
-            let sequence = &self.sequences[id];
-            sequence.tokens.len() - sequence.cached > 1
-        });
+    /// are in a pass until [`Schedule::turn`] or [`Schedule::release`]. `apart` allows decodes beside
+    /// a pass that decodes.
+    pub(crate) fn plan(&mut self, apart: bool, config: &ModelConfig) -> Option<Plan> {
+        self.admit();
         let (mut chunks, mut sequences, mut room) = (Vec::new(), Vec::new(), PASS_TOKENS_MAX);
         let mut record = false;
-        for id in free {
+        for id in self.order(apart) {
             if room == 0 {
                 break;
             }
-            let sequence = self.sequences.get_mut(&id).expect("running sequences exist");
+            // It may have lost its pages to one before it.
+            if !self.running.contains(&id) {
+                continue;
+            }
+            self.adopt(id);
+            let sequence = &self.sequences[&id];
             let limit = match sequence.request.prefill_chunk {
                 0 => PASS_TOKENS_MAX,
                 chunk => chunk,
             };
             let left = sequence.tokens.len() - sequence.cached;
-            let count = left.min(limit).min(room);
-            let logits = match (sequence.request.logits, count == left) {
+            let mut guessed = sequence.guess(limit.min(room), config);
+            let mut count = self.grow(id, left.min(limit).min(room));
+            if count == 0 {
+                continue;
+            }
+            // Guesses take pages from nobody.
+            let sequence = self.sequences.get_mut(&id).expect("running sequences exist");
+            let end = sequence.cached + count;
+            if sequence.table.reserve(&mut self.pool, end + guessed.len()).is_err() {
+                guessed.clear();
+            }
+            let every = sequence.request.logits && end > sequence.reported || !guessed.is_empty();
+            let logits = match (every, count == left) {
                 (true, _) => WantedLogits::All,
                 (false, true) if sequence.request.max_new_tokens > 0 => WantedLogits::Last,
                 _ => WantedLogits::None,
             };
+            count += guessed.len();
+            let own = &sequence.tokens[sequence.cached..end];
+            let tokens = [own, &guessed[..]].concat();
+            sequence.guessed = guessed;
             chunks.push(Chunk {
-                tokens: sequence.tokens[sequence.cached..][..count].to_vec(),
+                tokens,
                 start: sequence.cached,
                 pages: sequence.table.pages().to_vec(),
                 tiers: sequence.tiers.clone(),
@@ -142,6 +294,9 @@ impl Schedule {
             });
             record |= sequence.request.routes;
             sequence.in_pass = true;
+            if let Some(tenant) = self.tenants.get_mut(&sequence.request.tenant) {
+                tenant.given += count as u64;
+            }
             sequences.push(id);
             room -= count;
         }
@@ -157,6 +312,84 @@ impl Schedule {
             span.follows_from(other);
         });
         Some(Plan { chunks, sequences, record, span })
+    }
+
+    /// Takes what is in the cache of a sequence that is to begin.
+    fn adopt(&mut self, id: u64) {
+        let sequence = self.sequences.get_mut(&id).expect("running sequences exist");
+        if sequence.table.pages().is_empty() && sequence.shares() {
+            let found = sequence.table.adopt(&mut self.pool, sequence.root, &sequence.tokens);
+            sequence.cached = found;
+            self.found += found as u64;
+        }
+    }
+
+    /// Gives a sequence pages for so many positions more, or for as many as there is room for.
+    fn grow(&mut self, id: u64, count: usize) -> usize {
+        loop {
+            let sequence = self.sequences.get_mut(&id).expect("running sequences exist");
+            let end = sequence.cached + count;
+            if sequence.table.reserve(&mut self.pool, end).is_ok() {
+                return count;
+            }
+            let Some(victim) = self.victim(id) else { break };
+            self.preempt(victim);
+        }
+        let sequence = self.sequences.get_mut(&id).expect("running sequences exist");
+        let pages = sequence.table.pages().len() + self.pool.free();
+        let end = (pages * PAGE_TOKENS).min(sequence.cached + count);
+        // There is room for so many, as was just counted.
+        let fits = sequence.table.reserve(&mut self.pool, end).is_ok();
+        if fits { end.saturating_sub(sequence.cached) } else { 0 }
+    }
+
+    /// Who loses its pages to a sequence: the last of those after it that are in no pass.
+    fn victim(&self, id: u64) -> Option<u64> {
+        let mine = self.precedence(id);
+        let others = self.running.iter().copied().filter(|&other| {
+            let sequence = &self.sequences[&other];
+            !sequence.in_pass && !sequence.table.pages().is_empty() && self.precedence(other) < mine
+        });
+        others.min_by_key(|&other| self.precedence(other))
+    }
+
+    fn preempt(&mut self, id: u64) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        sequence.table.release(&mut self.pool);
+        sequence.cached = 0;
+        self.preemptions += 1;
+        self.running.retain(|&other| other != id);
+        self.waiting.push(id);
+    }
+
+    /// So many rows of a sequence were computed: its own tokens are in the cache now.
+    pub(crate) fn computed(&mut self, id: u64, rows: usize) {
+        self.computed += rows as u64;
+        if let Some(sequence) = self.sequences.get(&id) {
+            let own = rows - sequence.guessed.len();
+            self.cache(id, own);
+        }
+    }
+
+    /// So many of the tokens that were guessed have become a sequence's own. What was computed for the
+    /// others is forgotten.
+    pub(crate) fn verified(&mut self, id: u64, right: usize) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let guessed = std::mem::take(&mut sequence.guessed).len();
+        sequence.drafter.verified(guessed, right);
+        self.guessed += guessed as u64;
+        self.guessed_right += right as u64;
+        if right > 0 {
+            self.cache(id, right);
+        }
+    }
+
+    /// So many positions more are in the cache, for whoever has the same tokens.
+    fn cache(&mut self, id: u64, positions: usize) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let Sequence { table, root, tokens, cached, .. } = sequence;
+        *cached += positions;
+        table.show(&mut self.pool, *root, tokens, *cached);
     }
 
     /// Ends the turn of these sequences: they go behind those that had none.
@@ -176,37 +409,15 @@ impl Schedule {
         sequence.table.release(&mut self.pool);
         self.running.retain(|&other| other != id);
         self.waiting.retain(|&other| other != id);
+        if let Some(tenant) = self.tenants.get_mut(&sequence.request.tenant) {
+            tenant.sequences -= 1;
+            if tenant.sequences == 0 {
+                self.tenants.remove(&sequence.request.tenant);
+            }
+        }
         Some(sequence)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn decodes_lead_prompts_turns_rotate_and_pages_come_back() {
-        let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe");
-        let config = crate::checkpoint::Checkpoint::open(demo).unwrap().config().clone();
-        // Two sequences of 40 tokens take all pages; the third waits.
-        let mut schedule = Schedule::new(2 * 40usize.div_ceil(PAGE_TOKENS));
-        for id in 0..3 {
-            let request = Request::greedy(vec![1; 30], 10);
-            schedule.submit(id, request, &config).unwrap();
-        }
-        let plan = schedule.plan(&config).unwrap();
-        assert_eq!(plan.sequences, [0, 1]);
-        assert!(schedule.plan(&config).is_none(), "all that run are in a pass");
-        let first = schedule.get_mut(1).unwrap();
-        (first.cached, first.tokens) = (30, vec![1; 31]);
-        schedule.turn(&plan.sequences);
-        let plan = schedule.plan(&config).unwrap();
-        assert_eq!(plan.sequences, [1, 0], "who decodes leads");
-        assert_eq!(plan.chunks[0].tokens.len(), 1);
-        assert_eq!(plan.chunks[0].start, 30);
-        assert!(schedule.release(0).is_some());
-        let plan = schedule.plan(&config).unwrap();
-        assert_eq!(plan.sequences, [2], "freed pages are given to who waits");
-        assert_eq!(schedule.len(), 2);
-    }
-}
+mod tests;

@@ -6,7 +6,8 @@ use tracing::Span;
 
 use crate::{
     config::ModelConfig,
-    kv::PageTable,
+    draft::Drafter,
+    kv::{PageTable, Prefix},
     sampler::{Sampling, SamplingError},
     tier::{TierMask, TierSet, TierSetError},
 };
@@ -33,6 +34,12 @@ pub struct Request {
     pub routes: bool,
     /// Tokens of the prompt per pass at most; 0 lets the engine decide.
     pub prefill_chunk: usize,
+    /// Guess tokens and verify several in one pass. Never changes what is generated.
+    pub speculate: bool,
+    /// Whose it is: tenants get equal shares, and use no prefix that another has computed.
+    pub tenant: String,
+    /// Higher ones go first, and take pages from lower ones.
+    pub priority: i8,
     /// The span that its work belongs to.
     pub span: Span,
 }
@@ -50,6 +57,9 @@ impl Request {
             logits: false,
             routes: false,
             prefill_chunk: 0,
+            speculate: false,
+            tenant: String::new(),
+            priority: 0,
             span: Span::none(),
         }
     }
@@ -167,8 +177,17 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     /// Positions in the cache.
     pub(crate) cached: usize,
+    /// Positions whose logits and routes were told, where they are wanted.
+    pub(crate) reported: usize,
+    /// How many came before it.
+    pub(crate) arrived: u64,
+    /// Where the prefixes of its tokens begin.
+    pub(crate) root: Prefix,
     pub(crate) table: PageTable,
     pub(crate) in_pass: bool,
+    pub(crate) drafter: Drafter,
+    /// Tokens after its own that a pass computes in the hope that they will be generated.
+    pub(crate) guessed: Vec<u32>,
     /// Its reader has fallen behind.
     pub(crate) held: bool,
     pub(crate) cancelled: bool,
@@ -176,16 +195,25 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// Admits a request that a model can serve.
-    pub(crate) fn new(request: Request, config: &ModelConfig) -> Result<Self, RequestError> {
+    pub(crate) fn new(
+        request: Request,
+        arrived: u64,
+        config: &ModelConfig,
+    ) -> Result<Self, RequestError> {
         let tiers = Arc::new(request.check(config)?);
         let tokens = [&request.prompt[..], &request.generated].concat();
         Ok(Self {
+            root: Prefix::root(&request.tenant, &tiers),
             request,
             tiers,
             tokens,
             cached: 0,
+            reported: 0,
+            arrived,
             table: PageTable::default(),
             in_pass: false,
+            drafter: Drafter::default(),
+            guessed: Vec::new(),
             held: false,
             cancelled: false,
         })
@@ -194,6 +222,26 @@ impl Sequence {
     /// Whether a pass may take it.
     pub(crate) fn is_free(&self) -> bool {
         !self.in_pass && !self.held
+    }
+
+    /// Whether it has one token to compute.
+    pub(crate) fn decodes(&self) -> bool {
+        self.tokens.len() - self.cached <= 1
+    }
+
+    /// Whether it may use what is in the cache: not if something is wanted of every position.
+    pub(crate) fn shares(&self) -> bool {
+        !self.request.logits && !self.request.routes
+    }
+
+    /// What to verify in its next pass, if that has so many rows at most.
+    pub(crate) fn guess(&self, rows: usize, config: &ModelConfig) -> Vec<u32> {
+        if !self.request.speculate || !self.decodes() || !self.shares() {
+            return Vec::new();
+        }
+        // The last one that may be generated needs no row of its own.
+        let left = self.tokens_max(config).saturating_sub(self.tokens.len() + 1);
+        self.drafter.guess(&self.tokens, left.min(rows.saturating_sub(1)))
     }
 
     /// Tokens generated so far.

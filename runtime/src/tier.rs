@@ -196,6 +196,16 @@ pub enum TierSetError {
 pub struct TierMask(Vec<bool>);
 
 impl TierMask {
+    /// By tier index, whether it may be used.
+    pub fn new(allowed: Vec<bool>) -> Self {
+        Self(allowed)
+    }
+
+    /// A byte for each tier.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.0.iter().map(|&allowed| allowed.into()).collect()
+    }
+
     /// Whether the tier at this index may be used.
     pub fn allows(&self, tier: usize) -> bool {
         self.0.get(tier).copied().unwrap_or(false)

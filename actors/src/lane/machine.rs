@@ -308,6 +308,7 @@ impl<D: Device, R> LaneMachine<D, R> {
         if !self.batches.is_empty() || self.flights.values().any(Flight::has_pending) {
             self.run_calls(now);
         } else {
+            self.engine.allow_apart(self.flights.values().any(Flight::is_parked));
             match self.engine.step() {
                 Step::Idle => self.idle = true,
                 Step::Advanced => {}
