@@ -36,7 +36,7 @@ use crate::{
     moe_layer::{ExpertFailure, run_all},
     residency::{ROUTED_ROWS_MAX, RoutedRow},
     routing::{Route, Routes},
-    sampler::sample,
+    sampler::{Chosen, Score},
     schedule::{Plan, Schedule},
     sequence::{EndReason, Request, RequestError},
 };
@@ -82,6 +82,8 @@ pub enum Event {
         index: usize,
         /// The token.
         id: u32,
+        /// How likely it was, if the request asks for it.
+        score: Option<Score>,
     },
     /// Logits of consecutive positions.
     Logits {
@@ -449,10 +451,14 @@ impl<D: Device> Engine<D> {
         let over = sequence.end(config).is_some();
         if at_end && !over && sequence.generated() < sequence.request.max_new_tokens {
             let last = &logits[logits.len() - config.vocab..];
-            let token = sample(last, &sequence.request.sampling, sequence.tokens.len() as u64);
             let index = sequence.generated();
-            sequence.tokens.push(token);
-            self.events.push_back(Event::Token { sequence: id, index, id: token });
+            match sequence.chooser.choose(last, sequence.tokens.len() as u64) {
+                Ok(Chosen { id: token, score }) => {
+                    sequence.tokens.push(token);
+                    self.events.push_back(Event::Token { sequence: id, index, id: token, score });
+                }
+                Err(error) => return self.fail_sequence(id, error.to_string()),
+            }
         }
         if let Some(reason) = sequence.end(config) {
             self.end(id, reason);
