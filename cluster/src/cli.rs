@@ -1,5 +1,6 @@
 //! What can be asked of `lite-llm`: commands and flags, as people type them.
 
+mod http;
 mod import;
 mod plan;
 
@@ -13,6 +14,7 @@ use std::{
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
+pub use http::{HttpArgs, KeyArgs, KeyCommand};
 pub use import::{ImportArgs, ModelPath};
 pub use plan::PlanArgs;
 
@@ -76,6 +78,8 @@ pub enum Command {
     Token(TokenArgs),
     /// Send a worker or a client away for good: its certificates are refused from now on.
     Revoke(RevokeArgs),
+    /// Make, list and end keys of the HTTP API.
+    Key(KeyArgs),
     /// Say how fast a model will be here, what bounds it, and what to buy next.
     Plan(PlanArgs),
     /// Measure this machine and this program.
@@ -241,10 +245,14 @@ impl FromStr for HostPort {
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// What to continue; `-` reads standard input [default: a few prompts that show the model].
+    #[arg(conflicts_with = "http")]
     pub prompt: Option<String>,
     /// Checkpoint folder or URL [default: the small model inside this program].
     #[arg(long, value_name = "DIR|URL")]
     pub model: Option<PathBuf>,
+    /// The HTTP API: with --http it serves until Ctrl-C, instead of answering a prompt.
+    #[command(flatten)]
+    pub http: HttpArgs,
     /// Sampling.
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -367,6 +375,9 @@ pub struct CoordinatorArgs {
     /// model's own]. Where the model's rope scaling depends on a length, it is this one.
     #[arg(long, value_name = "TOKENS")]
     pub context: Option<usize>,
+    /// The HTTP API.
+    #[command(flatten)]
+    pub http: HttpArgs,
 }
 
 /// `worker`.

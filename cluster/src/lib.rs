@@ -11,6 +11,7 @@ mod output;
 pub mod cli;
 mod commands;
 mod demo;
+mod http;
 mod machine;
 mod progress;
 mod size;

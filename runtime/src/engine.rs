@@ -36,7 +36,7 @@ use crate::{
     moe_layer::{ExpertFailure, run_all},
     residency::{ROUTED_ROWS_MAX, RoutedRow},
     routing::{Route, Routes},
-    sampler::sample,
+    sampler::{Chosen, Score},
     schedule::{Plan, Schedule},
     sequence::{EndReason, Request, RequestError},
 };
@@ -82,6 +82,8 @@ pub enum Event {
         index: usize,
         /// The token.
         id: u32,
+        /// How likely it was, if the request asks for it.
+        score: Option<Score>,
     },
     /// Logits of consecutive positions.
     Logits {
@@ -469,11 +471,14 @@ impl<D: Device> Engine<D> {
         let mut right = 0;
         while goes_on && sequence.generated() < sequence.request.max_new_tokens {
             let Some(last) = last.next() else { break };
-            let token = sample(last, &sequence.request.sampling, sequence.tokens.len() as u64);
-            let index = sequence.generated();
+            let (position, index) = (sequence.tokens.len() as u64, sequence.generated());
+            let Chosen { id: token, score } = match sequence.chooser.choose(last, position) {
+                Ok(chosen) => chosen,
+                Err(error) => return self.fail_sequence(id, error.to_string()),
+            };
             goes_on = sequence.guessed.get(right) == Some(&token);
             sequence.tokens.push(token);
-            self.events.push_back(Event::Token { sequence: id, index, id: token });
+            self.events.push_back(Event::Token { sequence: id, index, id: token, score });
             goes_on &= sequence.end(config).is_none();
             right += usize::from(goes_on);
         }

@@ -20,6 +20,8 @@
 //!    There the weights are taken from t in the same way; if it never is negative, the token is
 //!    the last kept of the leaf that does not weigh 0.
 
+mod chooser;
+
 use std::{borrow::Cow, cmp::Ordering};
 
 use lite_llm_kernels::ops::{
@@ -29,6 +31,8 @@ use lite_llm_kernels::ops::{
 };
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::chooser::Chooser;
+pub use self::chooser::{BIAS_MAX, Chosen, Score, TOP_LOGPROBS_MAX, score};
 use crate::random::{Purpose, random_unit};
 
 /// How tokens are chosen.
@@ -72,6 +76,11 @@ impl Sampling {
         frequency: 0.0,
         seed: 0,
     };
+
+    /// Whether what was seen changes the choice.
+    pub fn is_penalised(&self) -> bool {
+        (self.repetition, self.presence, self.frequency) != (1.0, 0.0, 0.0)
+    }
 
     /// Says what is wrong with the settings, if anything.
     pub fn check(&self) -> Result<(), SamplingError> {
@@ -203,8 +212,7 @@ fn adjust<'a>(
     context: Context<'_>,
 ) -> Result<Cow<'a, [f32]>, SampleError> {
     let Sampling { repetition, presence, frequency, .. } = *sampling;
-    let penalised = (repetition, presence, frequency) != (1.0, 0.0, 0.0);
-    let seen = if penalised { context.seen } else { &[] };
+    let seen = if sampling.is_penalised() { context.seen } else { &[] };
     if context.bias.is_empty() && seen.is_empty() {
         return Ok(Cow::Borrowed(logits));
     }

@@ -8,7 +8,7 @@ use crate::{
     config::ModelConfig,
     draft::Drafter,
     kv::{PageTable, Prefix},
-    sampler::{Sampling, SamplingError},
+    sampler::{BIAS_MAX, Chooser, Sampling, SamplingError, TOP_LOGPROBS_MAX},
     tier::{TierMask, TierSet, TierSetError},
 };
 
@@ -24,6 +24,10 @@ pub struct Request {
     pub max_new_tokens: usize,
     /// How they are chosen.
     pub sampling: Sampling,
+    /// Added to the logits of tokens, each at most once; −∞ excludes.
+    pub bias: Vec<(u32, f32)>,
+    /// Tell how likely each token was, and each of so many of the likeliest.
+    pub logprobs: Option<u32>,
     /// Tiers that may be used.
     pub tiers: TierSet,
     /// End at a token that ends a text.
@@ -52,6 +56,8 @@ impl Request {
             generated: Vec::new(),
             max_new_tokens,
             sampling: Sampling::GREEDY,
+            bias: Vec::new(),
+            logprobs: None,
             tiers: TierSet::All,
             stop_at_eos: false,
             logits: false,
@@ -85,8 +91,30 @@ impl Request {
             return Err(RequestError::GeneratedTooMuch { tokens, most: most.min(context) });
         }
         self.sampling.check()?;
+        self.check_bias(vocab)?;
+        if let Some(found) = self.logprobs.filter(|top| *top > TOP_LOGPROBS_MAX) {
+            return Err(RequestError::TooManyLogprobs { found });
+        }
         let tiers = config.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
         Ok(self.tiers.mask(tiers)?)
+    }
+
+    fn check_bias(&self, vocab: usize) -> Result<(), RequestError> {
+        let bias = &self.bias;
+        let is_wrong = |value: f32| value.is_nan() || value == f32::INFINITY;
+        if bias.len() > BIAS_MAX {
+            return Err(RequestError::TooMuchBias { found: bias.len() });
+        }
+        let unfit = bias.iter().find(|(id, value)| *id as usize >= vocab || is_wrong(*value));
+        if let Some(&(id, value)) = unfit {
+            return Err(RequestError::Bias { id, value, vocab });
+        }
+        let mut ids: Vec<u32> = bias.iter().map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        match ids.windows(2).find(|two| two[0] == two[1]) {
+            Some(twice) => Err(RequestError::BiasTwice { id: twice[0] }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -147,6 +175,37 @@ pub enum RequestError {
     /// A sampling setting is out of range.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    /// A bias of no token, or that is no number.
+    #[error(
+        "the bias of token {id} is {value}; a number below infinity is expected, of one of this \
+         model's {vocab} tokens"
+    )]
+    Bias {
+        /// The token.
+        id: u32,
+        /// Its bias.
+        value: f32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// Two biases of one token.
+    #[error("token {id} has two biases; one is expected")]
+    BiasTwice {
+        /// The token.
+        id: u32,
+    },
+    /// More biases than are looked at for every token.
+    #[error("{found} tokens are biased; at most {BIAS_MAX} may be")]
+    TooMuchBias {
+        /// How many.
+        found: usize,
+    },
+    /// More candidates than are told.
+    #[error("log-probabilities of {found} candidates; at most {TOP_LOGPROBS_MAX} are told")]
+    TooManyLogprobs {
+        /// How many.
+        found: u32,
+    },
     /// The set of tiers does not suit the model.
     #[error(transparent)]
     Tiers(#[from] TierSetError),
@@ -173,6 +232,7 @@ pub enum EndReason {
 pub(crate) struct Sequence {
     pub(crate) request: Request,
     pub(crate) tiers: Arc<TierMask>,
+    pub(crate) chooser: Chooser,
     /// Prompt and generated tokens.
     pub(crate) tokens: Vec<u32>,
     /// Positions in the cache.
@@ -202,10 +262,14 @@ impl Sequence {
     ) -> Result<Self, RequestError> {
         let tiers = Arc::new(request.check(config)?);
         let tokens = [&request.prompt[..], &request.generated].concat();
+        let Request { sampling, logprobs, prompt, generated, .. } = &request;
+        let bias = request.bias.clone();
+        let chooser = Chooser::new(*sampling, bias, *logprobs, prompt, generated);
         Ok(Self {
             root: Prefix::root(&request.tenant, &tiers),
             request,
             tiers,
+            chooser,
             tokens,
             cached: 0,
             reported: 0,

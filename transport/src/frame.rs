@@ -57,6 +57,8 @@ pub enum FrameKind {
     WeightsReply = 10,
     /// A part of an expert's bytes: see [`messages::weights`].
     Weights = 11,
+    /// A [`messages::JobOrder`].
+    JobOrder = 12,
 }
 
 impl FrameKind {
@@ -74,6 +76,7 @@ impl FrameKind {
             WeightsRequest,
             WeightsReply,
             Weights,
+            JobOrder,
         ]
         .into_iter();
         known.find(|known| *known as u16 == kind)

@@ -27,6 +27,7 @@ pub mod exchange;
 pub mod frame;
 pub mod identity;
 pub mod join;
+pub mod keys;
 pub mod limits;
 pub mod measure;
 pub mod messages;

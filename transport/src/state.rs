@@ -6,6 +6,7 @@
 //! | `join-secrets` | the secrets of the tokens, and the one that workers share |
 //! | `client.token`, `worker.token` | the tokens, to be copied to where they are used |
 //! | `revoked` | names whose certificates are no longer good |
+//! | `keys` | hashes of the HTTP API's keys, and their limits |
 //! | `coordinator.lock` | locked while a coordinator runs, with its process number |
 //! | `edit.lock` | locked for the moment in which one of the others is changed |
 //!
@@ -33,6 +34,7 @@ const EDIT_RETRY: Duration = Duration::from_millis(20);
 pub(crate) const CA_FILE: &str = "cluster-ca.pem";
 pub(crate) const SECRETS_FILE: &str = "join-secrets";
 pub(crate) const REVOKED_FILE: &str = "revoked";
+pub(crate) const KEYS_FILE: &str = "keys";
 pub(crate) const CLIENT_TOKEN_FILE: &str = "client.token";
 pub(crate) const WORKER_TOKEN_FILE: &str = "worker.token";
 const COORDINATOR_LOCK: &str = "coordinator.lock";
@@ -154,7 +156,9 @@ impl StateDir {
             return Err(StateError::Open { path: path.to_owned(), mode });
         }
         let state = Self { path: path.to_owned() };
-        for name in [CA_FILE, SECRETS_FILE, REVOKED_FILE, CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE] {
+        for name in
+            [CA_FILE, SECRETS_FILE, REVOKED_FILE, KEYS_FILE, CLIENT_TOKEN_FILE, WORKER_TOKEN_FILE]
+        {
             let path = state.file(name);
             if path.exists() {
                 check_private(&path)?;

@@ -94,6 +94,8 @@ fn what_protocol_3_added_is_written_and_read_as_it_was() {
     let WeightsPart::Bytes(part) = part else { panic!("not a part") };
     assert_eq!(part.bytes(), [1, 2, 3, 4, 5]);
     let body = JobEventBody::NotTaken { reason: "it is full".into() };
+    message("job_order.v3", &fixtures::order());
+    message("job_event_scored_token.v3", &fixtures::scored());
     message("job_event_not_taken.v3", &JobEvent { job: 1, trace: Default::default(), body });
     let report = NodeReport { info: fixtures::info(), holding: Some(fixtures::assignment()) };
     let bytes = kept_bytes("node_report.v3", &encode(&report));

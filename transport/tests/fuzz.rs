@@ -7,8 +7,8 @@ mod support;
 use std::{fmt::Debug, sync::LazyLock};
 
 use fixtures::{
-    assignment, events, info, replies, request, requests, residences, status, weights_replies,
-    weights_request,
+    assignment, events, info, order, replies, request, requests, residences, scored, status,
+    weights_replies, weights_request,
 };
 use lite_llm_transport::{
     frame::{Frame, FrameKind, OutgoingFrame},
@@ -101,6 +101,8 @@ fn every_cut_and_flip_of_every_owned_message_is_survived() {
     damage_frames(&[ExpertFailure::new(1, "there is no such expert here")]);
     damage_frames(&[weights_request()]);
     damage_frames(&weights_replies());
+    damage_frames(&[order()]);
+    damage_frames(&[scored()]);
     damage(&info());
     damage(&assignment());
     damage(&JobStart { job: 1, request: request() });

@@ -10,6 +10,7 @@ use lite_llm_runtime::{
     chat::Conversation,
     checkpoint::{Checkpoint, DATA_ALIGN},
     prompt::{PromptError, Prompts},
+    tokenizer::Tokenizer,
 };
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
@@ -17,7 +18,7 @@ use lite_llm_transport::{
     frame::{FrameReceiver, FrameSender},
     identity::{ClusterCa, OPERATOR, Role},
     messages::{
-        ClientReply, ClientRequest, ClusterStatus, JobContinue, JobEvent, JobRequest,
+        Choosing, ClientReply, ClientRequest, ClusterStatus, JobContinue, JobEvent, JobRequest,
         NodeResidences, Prompt,
     },
     session::Hello,
@@ -74,6 +75,23 @@ pub struct CoordinatorOptions {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct ServeError(pub String);
+
+/// Why a prompt has no tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// Too many wait already; later it may have them.
+    #[error("{0}")]
+    Busy(String),
+    /// It cannot be used.
+    #[error("{0}")]
+    Prompt(String),
+}
+
+impl From<EncodeError> for ServeError {
+    fn from(error: EncodeError) -> Self {
+        failed(error)
+    }
+}
 
 fn failed(error: impl std::fmt::Display) -> ServeError {
     ServeError(error.to_string())
@@ -170,7 +188,21 @@ impl CoordinatorHandle {
         &self,
         request: JobRequest,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
-        self.submit_for(None, request, Vec::new()).await
+        self.submit_order(request, Choosing::default()).await
+    }
+
+    /// The same, with all that can be asked of the choice of its tokens.
+    pub async fn submit_order(
+        &self,
+        request: JobRequest,
+        choosing: Choosing,
+    ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
+        self.submit_for(None, request, choosing, Vec::new()).await
+    }
+
+    /// What turns its prompts into tokens, if the model has a tokenizer.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.prompts.as_ref().map(Prompts::tokenizer)
     }
 
     /// The same for a client, of a job that may have been begun.
@@ -178,6 +210,7 @@ impl CoordinatorHandle {
         &self,
         client: Option<String>,
         mut request: JobRequest,
+        choosing: Choosing,
         generated: Vec<u32>,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
         request.prompt = match request.prompt {
@@ -185,14 +218,14 @@ impl CoordinatorHandle {
             text => Prompt::Tokens(self.encode(text).await?),
         };
         let (events, receiver) = mpsc::channel(CLIENT_EVENTS_MAX);
-        let submission = Box::new(Submission { request, generated, client, events });
+        let submission = Box::new(Submission { request, choosing, generated, client, events });
         let submit = |reply| CoordinatorMessage::Submit(submission, reply);
         let job = ractor::call!(self.actor, submit).map_err(failed)?.map_err(ServeError)?;
         Ok((job, receiver))
     }
 
     /// The tokens of a prompt; not on the actor's task, for a long text takes its time.
-    async fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, ServeError> {
+    pub async fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, EncodeError> {
         let (text, chat) = match prompt {
             Prompt::Tokens(ids) => return Ok(ids),
             Prompt::Text(text) => (text, false),
@@ -200,26 +233,29 @@ impl CoordinatorHandle {
         };
         if text.len() > PROMPT_BYTES_MAX {
             let found = text.len();
-            return Err(ServeError(format!(
+            return Err(EncodeError::Prompt(format!(
                 "the prompt has {found} bytes; at most {PROMPT_BYTES_MAX} are taken"
             )));
         }
         let Some(prompts) = self.prompts.clone() else {
-            return Err(ServeError("the model has no tokenizer; send token ids".into()));
+            return Err(EncodeError::Prompt("the model has no tokenizer; send token ids".into()));
         };
         let busy = || {
-            ServeError(format!(
+            EncodeError::Busy(format!(
                 "{TOKENISE_WAITING_MAX} prompts wait to be tokenised already; try again later"
             ))
         };
         let _queued = self.queued.try_acquire().map_err(|_| busy())?;
         let place = timeout(TOKENISE_TIMEOUT, self.tokenizing.acquire()).await;
-        let _place = place.map_err(|_| busy())?.map_err(failed)?;
+        let _place = place.map_err(|_| busy())?.map_err(|_| busy())?;
         let encode = move || match chat {
             true => prompts.encode_chat(&Conversation::from_json(&text)?),
             false => prompts.encode(&text),
         };
-        tokio::task::spawn_blocking(encode).await.map_err(failed)?.map_err(failed)
+        let unusable = |error: &dyn std::fmt::Display| EncodeError::Prompt(error.to_string());
+        let encoded =
+            tokio::task::spawn_blocking(encode).await.map_err(|error| unusable(&error))?;
+        encoded.map_err(|error: PromptError| unusable(&error))
     }
 
     /// Ends a job.
@@ -363,7 +399,8 @@ impl CoordinatorHandle {
         generated: Vec<u32>,
         (sender, receiver): (&mut FrameSender, &mut FrameReceiver),
     ) -> Result<(), lite_llm_transport::frame::SendError> {
-        let submitted = self.submit_for(Some(client.to_owned()), request, generated).await;
+        let client = Some(client.to_owned());
+        let submitted = self.submit_for(client, request, Choosing::default(), generated).await;
         let (job, mut events) = match submitted {
             Ok(accepted) => accepted,
             Err(error) => {

@@ -12,7 +12,9 @@ use lite_llm_runtime::tokenizer::{DecodeStream, Tokenizer};
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
     frame::{FrameReceiver, FrameSender},
-    messages::{JobContinue, JobEvent, JobEventBody, JobRequest, JobStart, Prompt},
+    messages::{
+        Choosing, JobContinue, JobEvent, JobEventBody, JobOrder, JobRequest, JobStart, Prompt,
+    },
 };
 use ractor::ActorRef;
 use tokio::{
@@ -49,6 +51,7 @@ pub struct JobHome {
 pub(super) struct Job {
     pub(super) id: u64,
     pub(super) request: JobRequest,
+    pub(super) choosing: Choosing,
     pub(super) progress: JobProgress,
     pub(super) coordinator: ActorRef<CoordinatorMessage>,
     pub(super) events: mpsc::Sender<JobEvent>,
@@ -231,6 +234,10 @@ impl Job {
             connection.open_stream(StreamKind::Job).await.map_err(|error| error.to_string())?;
         let (job, request) = (self.id, self.request.clone());
         let sent = match self.progress.generated() {
+            generated if self.choosing != Choosing::default() => {
+                let (choosing, generated) = (self.choosing.clone(), generated.to_vec());
+                sender.send_message(&JobOrder { job, request, choosing, generated }).await
+            }
             [] => sender.send_message(&JobStart { job, request }).await,
             generated => {
                 let generated = generated.to_vec();
@@ -247,7 +254,9 @@ impl Job {
         mut body: JobEventBody,
         text: &mut Option<DecodeStream>,
     ) -> Result<(), Gone> {
-        if let JobEventBody::Token { id, text: piece, .. } = &mut body {
+        if let JobEventBody::Token { id, text: piece, .. }
+        | JobEventBody::ScoredToken { id, text: piece, .. } = &mut body
+        {
             *piece = text.as_mut().map(|text| text.push(*id)).filter(|piece| !piece.is_empty());
         }
         if body.is_last()

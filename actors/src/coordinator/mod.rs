@@ -22,8 +22,8 @@ use lite_llm_transport::{
     connection::Connection,
     identity::Role,
     messages::{
-        Assignment, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeResidences, NodeStatus,
-        NodeVitals, Prompt, Revoked, RevokedNames,
+        Assignment, Choosing, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeResidences,
+        NodeStatus, NodeVitals, Prompt, Revoked, RevokedNames,
     },
 };
 use ractor::{
@@ -36,7 +36,7 @@ use tracing::{info, warn};
 
 pub(crate) use self::handle::scope;
 pub use self::{
-    handle::{CoordinatorHandle, CoordinatorOptions, PROMPT_BYTES_MAX, ServeError},
+    handle::{CoordinatorHandle, CoordinatorOptions, EncodeError, PROMPT_BYTES_MAX, ServeError},
     job::JobHome,
 };
 use self::{job::Job, progress::JobProgress};
@@ -115,6 +115,8 @@ pub enum CoordinatorMessage {
 pub struct Submission {
     /// The job; its prompt is token ids by now.
     pub request: JobRequest,
+    /// How its tokens are chosen.
+    pub choosing: Choosing,
     /// What of it was generated and read before.
     pub generated: Vec<u32>,
     /// Who submits it; nobody if it is this process.
@@ -598,14 +600,14 @@ impl CoordinatorState {
         myself: &ActorRef<CoordinatorMessage>,
         submission: Submission,
     ) -> Result<u64, String> {
-        let Submission { mut request, generated, client, events } = submission;
+        let Submission { mut request, choosing, generated, client, events } = submission;
         if let State::Failed(reason) = self.cluster.state() {
             return Err(reason.clone());
         }
         if self.jobs.len() >= JOBS_MAX {
             return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
         }
-        jobs::check_continued(&request, &generated, &self.arguments.config)?;
+        jobs::check_order(&request, &choosing, &generated, &self.arguments.config)?;
         self.jobs_begun += 1;
         let id = self.numbers.hash_one(self.jobs_begun);
         let span = tracing::debug_span!("job", job = id);
@@ -623,8 +625,10 @@ impl CoordinatorState {
             id,
             progress: JobProgress::new(prompt)
                 .of(&request, &self.arguments.config)
+                .with_logprobs(choosing.logprobs)
                 .after(generated),
             request,
+            choosing,
             coordinator: myself.clone(),
             events,
             cancelled,

@@ -47,6 +47,8 @@ struct Bounds {
     layers: u32,
     logits: bool,
     routes: bool,
+    /// How many candidates each token brings, if its tokens are scored.
+    logprobs: Option<u32>,
     /// Tokens that end it.
     ends: Vec<u32>,
 }
@@ -108,9 +110,18 @@ impl JobProgress {
             layers: number(config.sparse_layers().count()),
             logits: request.want_logits == LogitsWanted::All,
             routes: request.want_routes,
+            logprobs: None,
             ends: if request.stop_at_eos { config.eos_tokens.clone() } else { Vec::new() },
         };
         Self { bounds: Some(bounds), tokens_max: request.max_new_tokens, ..self }
+    }
+
+    /// The same, of which is known whether its tokens are scored, and with how many candidates.
+    pub fn with_logprobs(mut self, logprobs: Option<u32>) -> Self {
+        if let Some(bounds) = &mut self.bounds {
+            bounds.logprobs = logprobs;
+        }
+        self
     }
 
     /// Number of the attempt that runs, or is to run.
@@ -139,7 +150,8 @@ impl JobProgress {
             return if attempt < self.attempt { Take::Drop } else { Take::Violation(reason) };
         }
         let taken = match body {
-            JobEventBody::Token { index, id, text } => self.token(index, id, text),
+            body @ (JobEventBody::Token { index, id, .. }
+            | JobEventBody::ScoredToken { index, id, .. }) => self.token(index, id, body),
             JobEventBody::Logits { first_row, rows, width, values } => {
                 self.logits(first_row, rows, width, values)
             }
@@ -177,7 +189,18 @@ impl JobProgress {
         let fits = |first: u32, rows: u32| u64::from(first) + u64::from(rows) <= positions;
         let possible = match body {
             JobEventBody::Token { index, id, .. } => {
-                *id < bounds.vocab
+                bounds.logprobs.is_none()
+                    && *id < bounds.vocab
+                    && u64::from(self.prompt) + u64::from(*index) < u64::from(bounds.context)
+            }
+            JobEventBody::ScoredToken { index, id, logprob, top, .. } => {
+                // A NaN is neither.
+                let is_one = |id: u32, logprob: f32| id < bounds.vocab && logprob <= 0.0;
+                let most = bounds.vocab.min(bounds.logprobs.unwrap_or(0));
+                bounds.logprobs.is_some()
+                    && is_one(*id, *logprob)
+                    && top.len() as u64 == u64::from(most)
+                    && top.iter().all(|token| is_one(token.id, token.logprob))
                     && u64::from(self.prompt) + u64::from(*index) < u64::from(bounds.context)
             }
             JobEventBody::Logits { first_row, rows, width, .. } => {
@@ -205,6 +228,10 @@ impl JobProgress {
         };
         let what = match body {
             JobEventBody::Token { index, id, .. } => format!("token {index}, which is {id}"),
+            JobEventBody::ScoredToken { index, id, logprob, top, .. } => format!(
+                "token {index}, which is {id}, of {logprob} and with {} candidates",
+                top.len()
+            ),
             JobEventBody::Logits { first_row, rows, width, .. } => {
                 format!("{rows} rows of {width} logits from {first_row}")
             }
@@ -248,7 +275,7 @@ impl JobProgress {
         (!ended).then_some(last)
     }
 
-    fn token(&mut self, index: u32, id: u32, text: Option<String>) -> Take {
+    fn token(&mut self, index: u32, id: u32, body: JobEventBody) -> Take {
         match self.tokens.get(index as usize) {
             Some(known) if *known == id => Take::Drop,
             Some(known) => Take::Violation(format!(
@@ -257,7 +284,7 @@ impl JobProgress {
             None if index as usize == self.tokens.len() && index < self.tokens_max => {
                 self.tokens.push(id);
                 self.fruitful = true;
-                Take::Pass(JobEventBody::Token { index, id, text })
+                Take::Pass(body)
             }
             None => {
                 let (had, most) = (self.tokens.len(), self.tokens_max);

@@ -8,8 +8,8 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use lite_llm_runtime::{engine::Event, sequence};
-use lite_llm_transport::messages::{EndReason, JobEvent, JobEventBody, TraceContext};
+use lite_llm_runtime::{engine::Event, sampler::Score, sequence};
+use lite_llm_transport::messages::{EndReason, JobEvent, JobEventBody, TokenLogprob, TraceContext};
 use tokio::sync::mpsc;
 use tracing::Span;
 
@@ -92,8 +92,16 @@ impl Jobs {
     /// Passes an engine's event on. Returns a job whose reader does not keep up.
     pub(super) fn publish(&mut self, event: Event) -> Option<u64> {
         match event {
-            Event::Token { sequence, index, id } => {
-                let body = JobEventBody::Token { index: index as u32, id, text: None };
+            Event::Token { sequence, index, id, score } => {
+                let (index, text) = (index as u32, None);
+                let body = match score {
+                    None => JobEventBody::Token { index, id, text },
+                    Some(Score { logprob, top }) => {
+                        let named = |(id, logprob)| TokenLogprob { id, logprob };
+                        let top = top.into_iter().map(named).collect();
+                        JobEventBody::ScoredToken { index, id, text, logprob, top }
+                    }
+                };
                 self.send(sequence, body)
             }
             Event::Prefilled { sequence, done, total } => {

@@ -13,8 +13,8 @@ use lite_llm_transport::{
     connection::{Connection, StreamKind},
     frame::{Frame, FrameKind, FrameReceiver, FrameSender},
     messages::{
-        JobContinue, JobEvent, JobEventBody, JobRequest, JobStart, LogitsWanted, MessageError,
-        Prompt,
+        Choosing, JobContinue, JobEvent, JobEventBody, JobOrder, JobRequest, JobStart,
+        LogitsWanted, MessageError, Prompt,
     },
 };
 use tokio::sync::mpsc;
@@ -45,7 +45,7 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
         Ok(None) => return,
         Err(error) => Err(error.to_string()),
     };
-    let JobContinue { job, request, generated } = match start {
+    let JobOrder { job, request, choosing, generated } = match start {
         Ok(start) => start,
         Err(error) => {
             debug!(%error, "a job stream brought no job");
@@ -58,7 +58,7 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
     let (events, mut queue) = mpsc::channel(JOB_EVENTS_MAX);
     let (ticket, epitaph) = (TICKETS.fetch_add(1, Relaxed), Arc::new(OnceLock::new()));
     let lane = inbox.load_full();
-    let refused = match (engine_request(request, generated, &span), &lane) {
+    let refused = match (engine_request(request, choosing, generated, &span), &lane) {
         (Err(reason), _) => Some(JobEventBody::Failed { reason }),
         (Ok(_), None) => {
             let reason = "this worker has no experts loaded at present".into();
@@ -106,12 +106,17 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
 }
 
 /// The job that a stream brings, from its beginning or from where it was elsewhere.
-fn job_of(frame: &Frame) -> Result<JobContinue, MessageError> {
+fn job_of(frame: &Frame) -> Result<JobOrder, MessageError> {
+    let choosing = Choosing::default();
     match frame.kind() {
-        FrameKind::JobContinue => frame.decode(),
+        FrameKind::JobOrder => frame.decode(),
+        FrameKind::JobContinue => {
+            let JobContinue { job, request, generated } = frame.decode()?;
+            Ok(JobOrder { job, request, choosing, generated })
+        }
         _ => {
             let JobStart { job, request } = frame.decode()?;
-            Ok(JobContinue { job, request, generated: Vec::new() })
+            Ok(JobOrder { job, request, choosing, generated: Vec::new() })
         }
     }
 }
@@ -119,25 +124,28 @@ fn job_of(frame: &Frame) -> Result<JobContinue, MessageError> {
 /// Whether a model can serve a job, asked before anything is sent. Text is not looked at: its
 /// tokens are.
 pub fn check(request: &JobRequest, config: &ModelConfig) -> Result<(), String> {
-    check_continued(request, &[], config)
+    check_order(request, &Choosing::default(), &[], config)
 }
 
-/// The same for a job that has generated these tokens.
-pub fn check_continued(
+/// The same with all that can be asked for, of a job that has generated these tokens.
+pub fn check_order(
     request: &JobRequest,
+    choosing: &Choosing,
     generated: &[u32],
     config: &ModelConfig,
 ) -> Result<(), String> {
     if !matches!(request.prompt, Prompt::Tokens(_)) {
         return Ok(());
     }
-    let request = engine_request(request.clone(), generated.to_vec(), &Span::none())?;
+    let (request, choosing, generated) = (request.clone(), choosing.clone(), generated.to_vec());
+    let request = engine_request(request, choosing, generated, &Span::none())?;
     request.check(config).map(drop).map_err(|error| error.to_string())
 }
 
 /// A job as the engine takes it.
 fn engine_request(
     request: JobRequest,
+    choosing: Choosing,
     generated: Vec<u32>,
     span: &Span,
 ) -> Result<Request, String> {
@@ -153,9 +161,14 @@ fn engine_request(
             temperature: request.temperature,
             top_k: request.top_k,
             top_p: request.top_p,
+            min_p: choosing.min_p,
+            repetition: choosing.repetition,
+            presence: choosing.presence,
+            frequency: choosing.frequency,
             seed: request.seed,
-            ..Sampling::GREEDY
         },
+        bias: choosing.bias.into_iter().map(|bias| (bias.id, bias.bias)).collect(),
+        logprobs: choosing.logprobs,
         tiers,
         stop_at_eos: request.stop_at_eos,
         logits: request.want_logits == LogitsWanted::All,

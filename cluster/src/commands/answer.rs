@@ -86,7 +86,7 @@ impl Answer {
     /// whoever reads the events drops them, which cancels the job.
     pub(super) fn take(&mut self, event: JobEvent) -> Result<bool> {
         match event.body {
-            JobEventBody::Token { id, text, .. } => {
+            JobEventBody::Token { id, text, .. } | JobEventBody::ScoredToken { id, text, .. } => {
                 let now = Instant::now();
                 self.first.get_or_insert(now);
                 self.last = Some(now);

@@ -12,6 +12,7 @@ use lite_llm_actors::{
 };
 use lite_llm_transport::{
     identity::{ClusterCa, Role},
+    keys::Keys,
     messages::ClusterStatus,
     moment::utc,
     state::StateDir,
@@ -50,10 +51,12 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     // tokens.
     let _only = StateDir::open_or_create(&state).map_err(bad_input)?.lock_coordinator()?;
     let authority = Arc::new(ClusterCa::open_or_create(&state).map_err(bad_input)?);
+    let keys = Arc::new(Keys::open(&state).map_err(bad_input)?);
+    args.http.check(Some(&keys))?;
     let options = CoordinatorOptions {
         listen: args.listen,
         authority: authority.clone(),
-        checkpoint,
+        checkpoint: checkpoint.clone(),
         workers: args.workers.into(),
         placement: placement(args.random_placement),
         kv_dtype: args.kv_dtype,
@@ -82,6 +85,8 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     say!("tokens written to {} and {}", tokens[0], tokens[1]);
     say!("start a worker:  lite-llm worker --join {address} --token {}", tokens[0]);
     say!("ask it:          lite-llm submit --token {} \"…\"", tokens[1]);
+    let served = (&*checkpoint, args.kv_dtype, args.context);
+    let http = args.http.serve(Some(&model), served, &coordinator, Some(keys)).await?;
     let watched = coordinator.clone();
     tokio::select! {
         () = watch(watched) => {
@@ -94,6 +99,9 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
         () = interrupted() => {}
     }
     say!("stopping");
+    if let Some(http) = http {
+        http.stop().await;
+    }
     coordinator.stop().await;
     Ok(())
 }

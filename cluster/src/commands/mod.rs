@@ -7,6 +7,7 @@ mod client;
 mod coordinator;
 mod doctor;
 mod eval;
+mod http;
 mod import;
 mod inspect;
 mod perplexity;
@@ -29,6 +30,7 @@ use lite_llm_runtime::{checkpoint::Checkpoint, config::ModelConfig};
 use lite_llm_transport::{identity::Role, token::JoinToken};
 use tokio::sync::oneshot;
 
+pub(crate) use self::run::unix_time;
 use crate::{
     cli::{Cli, Command, ComputeArgs, HostPort, LocalArgs},
     demo, machine, output,
@@ -121,7 +123,11 @@ fn start(cli: Cli) -> Result<()> {
     let Cli { command, json, otlp, log } = cli;
     let telemetry = telemetry::start(&log, otlp.as_deref(), &role(&command)).map_err(bad_input)?;
     // These serve others than their terminal, and leave their cluster in good order.
-    let serves = matches!(command, Command::Coordinator(_) | Command::Worker(_));
+    let serves = match &command {
+        Command::Coordinator(_) | Command::Worker(_) => true,
+        Command::Run(args) => args.http.http.is_some(),
+        _ => false,
+    };
     // The work has a thread of its own: whatever blocks it, this one hears the signals.
     let (stop, stopped) = oneshot::channel::<()>();
     let (done, mut ended) = oneshot::channel();
@@ -192,6 +198,7 @@ async fn perform(command: Command, json: bool) -> Result<()> {
         Command::Drain(args) => client::drain(args).await,
         Command::Token(args) => authority::token(args, json),
         Command::Revoke(args) => authority::revoke(args, json),
+        Command::Key(args) => http::key(args, json),
         Command::Plan(args) => plan::plan(args, json).await,
         Command::Bench(args) => bench::bench(args, json).await,
         Command::Doctor => doctor::doctor(json),

@@ -2,6 +2,7 @@
 
 use std::{
     io::Read,
+    sync::Arc,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -22,7 +23,7 @@ use tokio::sync::mpsc;
 
 use super::{
     answer::{Answer, BROKEN_OFF},
-    bad_input, budgets, open_model,
+    bad_input, budgets, interrupted, open_model,
 };
 use crate::{
     cli::{ChatArgs, RunArgs, SamplingArgs},
@@ -31,9 +32,13 @@ use crate::{
 
 pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
     args.sampling.check()?;
+    args.http.check(None)?;
     let checkpoint = open_model(args.model.as_ref())?;
     let config = args.local.served(&checkpoint)?;
     let text = Prompts::of(&checkpoint).map_err(bad_input)?.serving(config.context);
+    if args.http.http.is_some() {
+        return serve(args, checkpoint).await;
+    }
     let prompts = match &args.prompt {
         Some(prompt) => vec![read_prompt(prompt, text.bytes_max()).await?],
         None => demo::PROMPTS.map(str::to_owned).to_vec(),
@@ -64,6 +69,28 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
         Ok(())
     }
     .await;
+    cluster.stop().await;
+    result
+}
+
+/// Serves the HTTP API until it is told to end.
+async fn serve(args: RunArgs, checkpoint: Arc<Checkpoint>) -> Result<()> {
+    let started = Instant::now();
+    let cluster = args.local.cluster(checkpoint.clone()).await?;
+    let dram = cluster.stores().iter().map(|store| store.budget()).min().unwrap_or(0);
+    describe(&checkpoint, &args, dram, started)?;
+    let served = (&*checkpoint, args.local.kv_dtype, args.local.context);
+    let serving = async {
+        let model = args.model.as_deref();
+        let http = args.http.serve(model, served, cluster.coordinator(), None).await?;
+        interrupted().await;
+        say!("stopping");
+        if let Some(http) = http {
+            http.stop().await;
+        }
+        Ok(())
+    };
+    let result = serving.await;
     cluster.stop().await;
     result
 }
@@ -197,7 +224,7 @@ pub(super) fn prompt_error(error: PromptError) -> anyhow::Error {
 }
 
 /// Seconds since 1970, for templates that show the date.
-pub(super) fn unix_time() -> i64 {
+pub(crate) fn unix_time() -> i64 {
     // A clock before 1970 is none.
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }

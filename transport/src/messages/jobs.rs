@@ -78,6 +78,57 @@ impl JobRequest {
     }
 }
 
+/// What is added to the logit of a token; −∞ excludes it.
+#[derive(Debug, Clone, Copy, PartialEq, Archive, Serialize, Deserialize)]
+pub struct TokenBias {
+    /// The token.
+    pub id: u32,
+    /// What is added.
+    pub bias: f32,
+}
+
+/// How tokens are chosen, beyond what a [`JobRequest`] says. The default changes nothing.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub struct Choosing {
+    /// Only tokens at least this times as probable as the best; 0 is no limit.
+    pub min_p: f32,
+    /// Logits of tokens that were seen are divided by it if positive, else multiplied; 1 is off.
+    pub repetition: f32,
+    /// Taken from the logits of tokens that were generated.
+    pub presence: f32,
+    /// Taken from the logits of tokens for each time that they were generated.
+    pub frequency: f32,
+    /// Tokens whose logits are shifted, each at most once.
+    pub bias: Vec<TokenBias>,
+    /// Report tokens as [`JobEventBody::ScoredToken`], each with so many of the likeliest.
+    pub logprobs: Option<u32>,
+}
+
+impl Default for Choosing {
+    fn default() -> Self {
+        Self {
+            min_p: 0.0,
+            repetition: 1.0,
+            presence: 0.0,
+            frequency: 0.0,
+            bias: Vec::new(),
+            logprobs: None,
+        }
+    }
+}
+
+/// Natural logarithm of a token's probability.
+#[derive(Debug, Clone, Copy, PartialEq, Archive, Serialize, Deserialize)]
+pub struct TokenLogprob {
+    /// The token.
+    pub id: u32,
+    /// At most 0.
+    pub logprob: f32,
+}
+
+/// Candidates of a token whose log-probabilities travel with it, at most.
+pub const TOP_LOGPROBS_MAX: usize = 20;
+
 /// Why a job ended well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub enum EndReason {
@@ -164,6 +215,19 @@ pub enum JobEventBody {
         /// Why.
         reason: String,
     },
+    /// A token was generated, of a job that asks how likely its tokens are.
+    ScoredToken {
+        /// How many were generated before it.
+        index: u32,
+        /// Its id.
+        id: u32,
+        /// The text that it completes, if any.
+        text: Option<String>,
+        /// Natural logarithm of its probability by the model's own logits.
+        logprob: f32,
+        /// The likeliest tokens in its place, likelier ones first.
+        top: Vec<TokenLogprob>,
+    },
 }
 
 impl JobEventBody {
@@ -181,6 +245,11 @@ impl JobEventBody {
             }
             JobEventBody::Routes { layers, rows, k, ids, .. } => {
                 ("Routes", ids.len(), &[*layers, *rows, *k])
+            }
+            JobEventBody::ScoredToken { top, .. } if top.len() > TOP_LOGPROBS_MAX => {
+                let (what, field, found) = ("ScoredToken", "number of candidates", top.len());
+                let expected = format!("at most {TOP_LOGPROBS_MAX}");
+                return Err(MessageError::Field { what, field, found: found as u64, expected });
             }
             _ => return Ok(()),
         };
@@ -249,6 +318,20 @@ pub struct JobContinue {
     pub job: u64,
     /// The job.
     pub request: JobRequest,
+    /// What it has generated.
+    pub generated: Vec<u32>,
+}
+
+/// A job with all that can be asked for goes to a home node: from its beginning, or from where it was
+/// elsewhere. Jobs whose [`Choosing`] is the default travel as [`JobStart`] and [`JobContinue`].
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub struct JobOrder {
+    /// Number of the job.
+    pub job: u64,
+    /// The job; its prompt is token ids by now.
+    pub request: JobRequest,
+    /// How its tokens are chosen.
+    pub choosing: Choosing,
     /// What it has generated.
     pub generated: Vec<u32>,
 }

@@ -29,8 +29,8 @@ pub use experts::{
     ExpertReplyView, FailedExpert, OutgoingExpertBatch, OutgoingExpertOutputs,
 };
 pub use jobs::{
-    ClientReply, ClientRequest, EndReason, JobContinue, JobEvent, JobEventBody, JobRequest,
-    JobStart, LogitsWanted, Prompt,
+    Choosing, ClientReply, ClientRequest, EndReason, JobContinue, JobEvent, JobEventBody, JobOrder,
+    JobRequest, JobStart, LogitsWanted, Prompt, TOP_LOGPROBS_MAX, TokenBias, TokenLogprob,
 };
 pub use trace::TraceContext;
 pub use weights::{
@@ -142,6 +142,9 @@ impl Message for JobStart {
 }
 impl Message for JobContinue {
     const KIND: FrameKind = FrameKind::JobContinue;
+}
+impl Message for JobOrder {
+    const KIND: FrameKind = FrameKind::JobOrder;
 }
 impl Message for ClientReply {
     const KIND: FrameKind = FrameKind::ClientReply;

@@ -371,7 +371,7 @@ impl World {
 
     pub(super) fn publish(&mut self, process: Process, event: engine::Event) {
         let (sequence, body) = match event {
-            engine::Event::Token { sequence, index, id } => {
+            engine::Event::Token { sequence, index, id, .. } => {
                 let mut index = index as u32;
                 if self.defect == Some(Defect::TokenTwice) && self.defects_left > 0 && index > 0 {
                     self.defects_left -= 1;

@@ -1,0 +1,118 @@
+//! `--http`: the HTTP API beside a coordinator of this process; `lite-llm key`: who may use it.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::Result;
+use lite_llm_actors::coordinator::CoordinatorHandle;
+use lite_llm_kernels::kv::KvDType;
+use lite_llm_runtime::checkpoint::Checkpoint;
+use lite_llm_transport::{keys::Keys, moment::utc};
+use serde_json::json;
+
+use super::{bad_input, default_state};
+use crate::{
+    cli::{HttpArgs, KeyArgs, KeyCommand},
+    http::{HttpOptions, Server, fingerprint},
+};
+
+/// What clients call a model that is in no folder.
+const BUILT_IN: &str = "built-in";
+
+impl HttpArgs {
+    /// Checks what can be checked before anything is loaded.
+    pub(super) fn check(&self, keys: Option<&Keys>) -> Result<()> {
+        let Some(listen) = self.http.filter(|listen| !listen.ip().is_loopback()) else {
+            return Ok(());
+        };
+        let remedy = match keys {
+            Some(keys) if !keys.is_empty().map_err(bad_input)? => return Ok(()),
+            Some(_) => "make a key first (lite-llm key add NAME), or listen on 127.0.0.1",
+            None => "only a coordinator has keys: start one, or listen on 127.0.0.1",
+        };
+        Err(bad_input(anyhow::anyhow!(
+            "--http {listen}: whoever reaches this address, which is not of loopback, could use the \
+             model; {remedy}"
+        )))
+    }
+
+    /// Starts the API, if it is wanted, and says where it is.
+    pub(super) async fn serve(
+        &self,
+        model: Option<&Path>,
+        (checkpoint, kv_dtype, context): (&Checkpoint, KvDType, Option<usize>),
+        coordinator: &CoordinatorHandle,
+        keys: Option<Arc<Keys>>,
+    ) -> Result<Option<Server>> {
+        let Some(listen) = self.http else { return Ok(None) };
+        let named = model.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+        let model = self.http_model.clone().or(named).unwrap_or_else(|| BUILT_IN.to_owned());
+        let config = checkpoint.config().served(context).map_err(bad_input)?;
+        let options = HttpOptions {
+            listen,
+            model,
+            fingerprint: fingerprint(&checkpoint.id(), kv_dtype, config.context),
+            config,
+            coordinator: coordinator.clone(),
+            keys,
+        };
+        let name = options.model.clone();
+        let server = Server::start(options).await.map_err(bad_input)?;
+        say!("http on http://{}/v1, model {name}", server.address());
+        Ok(Some(server))
+    }
+}
+
+pub(super) fn key(args: KeyArgs, json: bool) -> Result<()> {
+    let state = match args.state {
+        Some(state) => state,
+        None => default_state()?,
+    };
+    let keys = Keys::open(&state).map_err(bad_input)?;
+    match args.what {
+        KeyCommand::Add { name, jobs, tokens_per_minute } => {
+            let text = keys.add(&name, jobs, tokens_per_minute).map_err(bad_input)?;
+            if json {
+                say!("{}", json!({ "name": name, "key": text }));
+            } else {
+                remark!(
+                    "the key of {name}, shown this once; a running coordinator takes it at once:"
+                );
+                say!("{text}");
+            }
+        }
+        KeyCommand::Revoke { name } => {
+            keys.revoke(&name).map_err(bad_input)?;
+            let none = keys.is_empty().map_err(bad_input)?;
+            if json {
+                say!("{}", json!({ "name": name, "revoked": true }));
+            } else {
+                say!("the key of {name} is good no more");
+            }
+            if none {
+                remark!("it was the last: the API asks for no key, and answers to loopback only");
+            }
+        }
+        KeyCommand::List => {
+            let keys = keys.all().map_err(bad_input)?;
+            if json {
+                let line = |key: &lite_llm_transport::keys::Key| {
+                    json!({
+                        "name": key.name,
+                        "made": utc(key.made),
+                        "jobs": key.jobs,
+                        "tokens_per_minute": key.tokens_per_minute,
+                    })
+                };
+                say!("{}", json!(keys.iter().map(line).collect::<Vec<_>>()));
+                return Ok(());
+            }
+            say!("{:<24} {:<24} {:>8} {:>14}", "name", "made", "jobs", "tokens/minute");
+            for key in keys {
+                let jobs = key.jobs.map_or("-".to_owned(), |jobs| jobs.to_string());
+                let tokens = key.tokens_per_minute.map_or("-".to_owned(), |n| n.to_string());
+                say!("{:<24} {:<24} {jobs:>8} {tokens:>14}", key.name, utc(key.made));
+            }
+        }
+    }
+    Ok(())
+}

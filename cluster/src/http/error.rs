@@ -1,0 +1,148 @@
+//! What goes wrong with a request, in the shape that OpenAI's clients read:
+//! `{"error": {"message", "type", "param", "code"}}`.
+//!
+//! Invariant: a message says what was found, what was expected and what to do; it names nothing of
+//! this machine but what the caller sent.
+
+use std::time::Duration;
+
+use axum::{
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+
+/// A request that is not answered.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct ApiError {
+    pub(super) status: StatusCode,
+    kind: &'static str,
+    code: Option<&'static str>,
+    param: Option<&'static str>,
+    pub(super) message: String,
+    retry_after: Option<Duration>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self { status, kind, code: None, param: None, message, retry_after: None }
+    }
+
+    /// The caller's mistake, in this field.
+    pub(super) fn invalid(param: &'static str, message: impl Into<String>) -> Self {
+        Self { param: Some(param), ..Self::bad(message) }
+    }
+
+    /// The caller's mistake, in no field of its own.
+    pub(super) fn bad(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// A field that would change the answer, and that nobody here looks at.
+    pub(super) fn unsupported(param: &'static str, message: impl Into<String>) -> Self {
+        Self { code: Some("unsupported_parameter"), ..Self::invalid(param, message) }
+    }
+
+    /// No key, or none that is good.
+    pub(super) fn unauthorized(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::UNAUTHORIZED, "authentication_error", message);
+        Self { code: Some("invalid_api_key"), ..error }
+    }
+
+    /// Whoever asks may not.
+    pub(super) fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "permission_error", message)
+    }
+
+    /// There is no such thing.
+    pub(super) fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+    }
+
+    /// Another model than the one that is served.
+    pub(super) fn no_model(asked: &str, served: &str) -> Self {
+        let asked: String = asked.chars().take(100).collect();
+        let message = format!("there is no model {asked:?}; this server has {served:?}");
+        let error = Self { param: Some("model"), ..Self::not_found(message) };
+        Self { code: Some("model_not_found"), ..error }
+    }
+
+    /// Another method than the path has.
+    pub(super) fn method() -> Self {
+        let message = "this path has another method; /openapi.json lists them";
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+    }
+
+    /// A body of more bytes than are taken.
+    pub(super) fn too_large(limit: usize) -> Self {
+        let message = format!("the body has more than {limit} bytes: send less at once");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+    }
+
+    /// A body that is no JSON by its own account.
+    pub(super) fn media_type() -> Self {
+        let message = "Content-Type: application/json is expected";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message)
+    }
+
+    /// A body that did not come in time.
+    pub(super) fn too_slow(limit: Duration) -> Self {
+        let message = format!("the body did not arrive within {limit:?}");
+        Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
+    }
+
+    /// More than is admitted at present.
+    pub(super) fn busy(message: impl Into<String>, retry_after: Duration) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
+        let code = Some("rate_limit_exceeded");
+        Self { retry_after: Some(retry_after), code, ..error }
+    }
+
+    /// The cluster cannot serve at present.
+    pub(super) fn unavailable(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message);
+        Self { retry_after: Some(Duration::from_secs(5)), ..error }
+    }
+
+    /// The job failed.
+    pub(super) fn failed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+    }
+
+    /// The caller's own limit of time has passed.
+    pub(super) fn deadline(limit: Duration, tokens: u32) -> Self {
+        let message = format!(
+            "deadline_ms of {} has passed after {tokens} tokens: allow more time or ask for less",
+            limit.as_millis()
+        );
+        let error = Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", message);
+        Self { code: Some("deadline_exceeded"), param: Some("deadline_ms"), ..error }
+    }
+
+    /// The same with a code that clients look at.
+    pub(super) fn coded(self, code: &'static str) -> Self {
+        Self { code: Some(code), ..self }
+    }
+
+    /// As it is sent.
+    pub(super) fn json(&self) -> Value {
+        let Self { message, kind, param, code, .. } = self;
+        json!({ "error": { "message": message, "type": kind, "param": param, "code": code } })
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, axum::Json(self.json())).into_response();
+        if let Some(pause) = self.retry_after {
+            let seconds = HeaderValue::from(pause.as_secs().max(1));
+            response.headers_mut().insert(header::RETRY_AFTER, seconds);
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            let bearer = HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, bearer);
+        }
+        response
+    }
+}

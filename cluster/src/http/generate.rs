@@ -1,0 +1,242 @@
+//! `/v1/chat/completions` and `/v1/completions`: from a body to jobs, and from their events to an
+//! answer, whole or as it comes.
+//!
+//! Invariants: a request that is refused has cost no more than its tokens; whoever leaves takes its
+//! jobs along; what waits for a reader is a few events of each job.
+
+use std::{collections::VecDeque, convert::Infallible, pin::Pin, sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    body::Body as HttpBody,
+    extract::{Request, State},
+    response::{
+        IntoResponse, Response,
+        sse::{Event, KeepAlive, Sse},
+    },
+};
+use futures::{
+    Stream, StreamExt,
+    stream::{self, Peekable},
+};
+use lite_llm_actors::{coordinator::EncodeError, node::jobs};
+use lite_llm_runtime::stop::StopTexts;
+use lite_llm_transport::messages::{JobRequest, Prompt};
+use tokio::time::{Instant, timeout};
+use tracing::{Instrument, Span, debug_span};
+
+use super::{
+    Api, Caller,
+    admission::Load,
+    ask::{Asked, Body, Kind},
+    choice::{Choice, Deadline, Piece},
+    error::ApiError,
+    place::Place,
+    show::{Show, Whole, usage},
+};
+use crate::{commands::unix_time, telemetry};
+
+/// How long the head of a stream waits for the first event, so that what fails at once has a status of
+/// its own. A client must see the head before its patience ends.
+const HEAD_WAIT: Duration = Duration::from_secs(5);
+/// How often a stream that has nothing to say shows that it is alive.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+type Pieces = Pin<Box<dyn Stream<Item = (u32, Result<Piece, ApiError>)> + Send>>;
+
+pub(super) async fn chat(api: State<Arc<Api>>, request: Request) -> Result<Response, ApiError> {
+    generate(api.0, Kind::Chat, request).await
+}
+
+pub(super) async fn completions(
+    api: State<Arc<Api>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    generate(api.0, Kind::Text, request).await
+}
+
+async fn generate(api: Arc<Api>, kind: Kind, request: Request) -> Result<Response, ApiError> {
+    let arrived = Instant::now();
+    let span = debug_span!("http", path = request.uri().path());
+    let (parts, body): (_, HttpBody) = request.into_parts();
+    let work = async {
+        let body: Body = api.bodies.json(&parts.headers, body).await?;
+        if let Some(asked) = body.model.as_ref().filter(|asked| **asked != api.name) {
+            return Err(ApiError::no_model(asked, &api.name));
+        }
+        let asked = body.check(kind, unix_time())?;
+        let deadline = asked.deadline.map(|limit| Deadline { limit, at: arrived + limit });
+        let caller = parts.extensions.get::<Caller>().cloned().unwrap_or_default();
+        let answering = begin(&api, &caller, arrived.into_std(), asked, deadline);
+        match deadline {
+            None => answering.await,
+            Some(Deadline { limit, at }) => tokio::time::timeout_at(at, answering)
+                .await
+                .unwrap_or_else(|_| Err(ApiError::deadline(limit, 0))),
+        }
+    };
+    let answering = work.instrument(span.clone()).await?;
+    answering.respond(span).await
+}
+
+/// Tokenises, checks, lets in and submits.
+async fn begin(
+    api: &Arc<Api>,
+    caller: &Caller,
+    arrived: std::time::Instant,
+    asked: Asked,
+    deadline: Option<Deadline>,
+) -> Result<Answering, ApiError> {
+    let Asked { kind, prompts, n, mut request, choosing, stop, stream, include_usage, .. } = asked;
+    request.trace = telemetry::context_of(&Span::current());
+    let field = if kind == Kind::Chat { "messages" } else { "prompt" };
+    let (mut jobs, mut tokens, mut load) = (Vec::new(), 0, Load { jobs: 0, prompt: 0, answer: 0 });
+    for prompt in prompts {
+        let ids = api.coordinator.encode(prompt).await.map_err(|error| match error {
+            EncodeError::Busy(_) => ApiError::busy(error.to_string(), Duration::from_secs(1)),
+            EncodeError::Prompt(_) => ApiError::invalid(field, error.to_string()),
+        })?;
+        let count = ids.len() as u64;
+        if ids.len() >= api.config.context {
+            let message = format!(
+                "the prompt has {count} tokens; this model sees {}, of which one at least must be \
+                 left for the answer: shorten the prompt",
+                api.config.context
+            );
+            return Err(ApiError::invalid(field, message).coded("context_length_exceeded"));
+        }
+        let request = JobRequest { prompt: Prompt::Tokens(ids), ..request.clone() };
+        jobs::check_order(&request, &choosing, &[], &api.config).map_err(ApiError::bad)?;
+        let room = (api.config.context as u64).saturating_sub(count);
+        load.jobs += n as usize;
+        load.prompt += count * u64::from(n);
+        load.answer += u64::from(request.max_new_tokens).min(room) * u64::from(n);
+        tokens += count;
+        jobs.push(request);
+    }
+    let place = api.enter(caller, arrived, load)?;
+    let mut choices: Vec<Pieces> = Vec::new();
+    for request in jobs {
+        for copy in 0..n {
+            let seed = request.seed.wrapping_add(u64::from(copy));
+            let request = JobRequest { seed, ..request.clone() };
+            let submitted = api.coordinator.submit_order(request, choosing.clone()).await;
+            let (_, events) = submitted.map_err(|e| ApiError::unavailable(e.to_string()))?;
+            let choice = Choice::new(events, StopTexts::new(stop.iter().cloned()), deadline);
+            let index = choices.len() as u32;
+            choices.push(Box::pin(choice.pieces(index)));
+        }
+    }
+    let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
+    let show = Show {
+        kind,
+        id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
+        created: unix_time(),
+        model: api.name.clone(),
+        fingerprint: api.fingerprint.clone(),
+        seed: request.seed,
+        tokenizer: api.coordinator.tokenizer().cloned(),
+        include_usage,
+    };
+    let open = choices.len();
+    let pieces = stream::select_all(choices).peekable();
+    Ok(Answering { show, pieces, open, place, prompt: tokens, stream })
+}
+
+/// An answer whose jobs run.
+struct Answering {
+    show: Show,
+    pieces: Peekable<stream::SelectAll<Pieces>>,
+    /// Choices that have not ended.
+    open: usize,
+    place: Place,
+    /// Tokens of the prompts.
+    prompt: u64,
+    stream: bool,
+}
+
+impl Answering {
+    async fn respond(mut self, span: Span) -> Result<Response, ApiError> {
+        if !self.stream {
+            return self.whole().instrument(span).await;
+        }
+        let first = Pin::new(&mut self.pieces);
+        if let Ok(Some((_, Err(error)))) = timeout(HEAD_WAIT, first.peek()).await {
+            return Err(error.clone());
+        }
+        let ready = (0..self.open as u32).filter_map(|index| self.show.opening(index)).collect();
+        let streaming = Streaming { answering: self, ready, ended: false, span };
+        let events = stream::unfold(streaming, |mut streaming| async move {
+            let data = streaming.next().await?;
+            Some((Ok::<_, Infallible>(Event::default().data(data)), streaming))
+        });
+        let alive = KeepAlive::new().interval(KEEP_ALIVE);
+        // Proxies that gather an answer would hide that it comes in pieces.
+        let head = [("x-accel-buffering", "no")];
+        Ok((head, Sse::new(events).keep_alive(alive)).into_response())
+    }
+
+    async fn whole(mut self) -> Result<Response, ApiError> {
+        let mut choices: Vec<Whole> = (0..self.open).map(|_| Whole::default()).collect();
+        while let Some((index, piece)) = self.pieces.next().await {
+            let choice = &mut choices[index as usize];
+            match piece? {
+                Piece::Text { text, tokens, scored } => {
+                    self.place.tokens(index, tokens);
+                    choice.text.push_str(&text);
+                    choice.scored.extend(scored);
+                }
+                Piece::End(finish) => {
+                    self.place.ended(index, finish);
+                    choice.finish = Some(finish);
+                }
+            }
+        }
+        let usage = usage(self.prompt, self.place.generated());
+        Ok(Json(self.show.whole(&choices, usage)).into_response())
+    }
+}
+
+/// An answer as it comes: the data of its events, one after the other.
+struct Streaming {
+    answering: Answering,
+    /// What is to be sent next.
+    ready: VecDeque<String>,
+    ended: bool,
+    span: Span,
+}
+
+impl Streaming {
+    async fn next(&mut self) -> Option<String> {
+        while self.ready.is_empty() && !self.ended {
+            let Answering { show, pieces, open, place, prompt, .. } = &mut self.answering;
+            match pieces.next().instrument(self.span.clone()).await {
+                Some((index, Ok(Piece::Text { text, tokens, scored }))) => {
+                    place.tokens(index, tokens);
+                    if !text.is_empty() || scored.is_some() {
+                        self.ready.push_back(show.more(index, &text, scored.as_ref()));
+                    }
+                }
+                Some((index, Ok(Piece::End(finish)))) => {
+                    place.ended(index, finish);
+                    self.ready.push_back(show.end(index, finish));
+                    *open -= 1;
+                }
+                Some((_, Err(error))) => {
+                    // Without [DONE]: what came is not the whole answer.
+                    self.ready.push_back(error.json().to_string());
+                    self.ended = true;
+                }
+                None => self.ended = true,
+            }
+            if *open == 0 && !self.ended {
+                if show.include_usage {
+                    self.ready.push_back(show.usage(usage(*prompt, place.generated())));
+                }
+                self.ready.push_back("[DONE]".into());
+                self.ended = true;
+            }
+        }
+        self.ready.pop_front()
+    }
+}

@@ -1,0 +1,97 @@
+//! The place of a request that was let in: what it takes, and what is measured of it.
+//!
+//! Invariant: what it takes is given back when it is dropped, however it ends.
+
+use std::{sync::Arc, time::Instant};
+
+use super::{Api, Caller, admission::Load, choice::Finish, error::ApiError};
+
+/// How far a job of the request is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Waits,
+    /// Its last token came then.
+    Runs(Instant),
+    Over,
+}
+
+/// See the module's text.
+pub(super) struct Place {
+    api: Arc<Api>,
+    caller: Caller,
+    load: Load,
+    arrived: Instant,
+    stages: Vec<Stage>,
+    generated: u64,
+}
+
+impl Api {
+    /// Lets a request in, or says when it may come again.
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        caller: &Caller,
+        arrived: Instant,
+        load: Load,
+    ) -> Result<Place, ApiError> {
+        let key = caller.key.as_ref().map(|(name, limits)| (name.as_str(), *limits));
+        let entered = self.admission.lock().enter(Instant::now(), key, load);
+        entered.map_err(|refusal| ApiError::busy(refusal.reason, refusal.retry_after))?;
+        self.metrics.prompt_tokens.inc_by(load.prompt);
+        self.metrics.waiting.add(load.jobs as i64);
+        let stages = vec![Stage::Waits; load.jobs];
+        let (api, caller) = (self.clone(), caller.clone());
+        Ok(Place { api, caller, load, arrived, stages, generated: 0 })
+    }
+}
+
+impl Place {
+    /// Tokens of one of its jobs came: one, or none where only text did.
+    pub(super) fn tokens(&mut self, job: u32, tokens: u32) {
+        if tokens == 0 {
+            return;
+        }
+        self.generated += u64::from(tokens);
+        let (now, metrics) = (Instant::now(), &self.api.metrics);
+        metrics.generation_tokens.inc_by(tokens.into());
+        self.api.readiness.token(now);
+        let Some(stage) = self.stages.get_mut(job as usize) else { return };
+        match *stage {
+            Stage::Waits => {
+                metrics.waiting.dec();
+                metrics.running.inc();
+                metrics.first_token(now - self.arrived);
+            }
+            Stage::Runs(last) => metrics.next_token(now - last),
+            Stage::Over => return,
+        }
+        *stage = Stage::Runs(now);
+    }
+
+    /// One of its jobs ended well.
+    pub(super) fn ended(&mut self, job: u32, finish: Finish) {
+        self.api.metrics.ended(finish, self.arrived.elapsed());
+        self.over(job as usize);
+    }
+
+    /// All tokens that came.
+    pub(super) fn generated(&self) -> u64 {
+        self.generated
+    }
+
+    fn over(&mut self, job: usize) {
+        let Some(stage) = self.stages.get_mut(job) else { return };
+        match std::mem::replace(stage, Stage::Over) {
+            Stage::Waits => self.api.metrics.waiting.dec(),
+            Stage::Runs(_) => self.api.metrics.running.dec(),
+            Stage::Over => {}
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        (0..self.stages.len()).for_each(|job| self.over(job));
+        let key = self.caller.key.as_ref().map(|(name, _)| name.as_str());
+        self.api.admission.lock().leave(Instant::now(), key, self.load, self.generated);
+    }
+}

@@ -1,0 +1,305 @@
+//! The HTTP API at its edges: keys, readiness, metrics, bodies that are too much, readers that leave
+//! or do not read, and more requests than are let in. Spoken by hand, byte for byte.
+
+mod process;
+
+use std::{
+    collections::BTreeSet,
+    io::{ErrorKind, Read, Write},
+    net::{SocketAddr, TcpStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use process::{Cluster, PATIENCE, Process, run};
+use serde_json::{Value, json};
+
+/// An API and how it is asked.
+#[derive(Clone)]
+struct Api {
+    address: SocketAddr,
+    key: Option<String>,
+}
+
+/// What came back.
+#[derive(Debug)]
+struct Reply {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+impl Reply {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+
+    /// It is an error of this status in OpenAI's shape, and its message has these words.
+    #[track_caller]
+    fn refuses(&self, status: u16, words: &str) {
+        assert_eq!(self.status, status, "{self:?}");
+        let error = &self.json()["error"];
+        assert!(error["message"].as_str().unwrap().contains(words), "{words:?}: {self:?}");
+        assert!(error["type"].is_string() && error.get("param").is_some(), "{self:?}");
+    }
+}
+
+impl Api {
+    fn of(process: &mut Process) -> Self {
+        process.says("http on ");
+        let said = process.out();
+        let line = said.lines().find(|line| line.starts_with("http on ")).unwrap();
+        let url = line.split([' ', ',']).nth(2).unwrap();
+        let address = url.trim_start_matches("http://").trim_end_matches("/v1");
+        Self { address: address.parse().unwrap(), key: None }
+    }
+
+    fn open(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// Sends a head and a body as they are, and reads until the other side closes.
+    fn raw(&self, head: &str, body: &[u8]) -> Reply {
+        let mut stream = self.open();
+        // The other side may refuse before it has read everything.
+        let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
+        let mut bytes = Vec::new();
+        match stream.read_to_end(&mut bytes) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset && !bytes.is_empty() => {}
+            Err(error) => panic!("{error} after {:?}", String::from_utf8_lossy(&bytes)),
+        }
+        let text = String::from_utf8(bytes).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+        let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
+        let (head, body) = (head.to_owned(), body.to_owned());
+        Reply { status: status.unwrap_or_else(|| panic!("{text:?}")), head, body }
+    }
+
+    fn head(&self, method: &str, path: &str, more: &str) -> String {
+        let key = self.key.as_ref().map(|key| format!("Authorization: Bearer {key}\r\n"));
+        let key = key.unwrap_or_default();
+        format!(
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{key}{more}\r\n"
+        )
+    }
+
+    fn get(&self, path: &str) -> Reply {
+        self.raw(&self.head("GET", path, ""), b"")
+    }
+
+    fn post_head(&self, length: usize) -> String {
+        let more = format!("Content-Type: application/json\r\nContent-Length: {length}\r\n");
+        self.head("POST", "/v1/completions", &more)
+    }
+
+    fn post(&self, body: &Value) -> Reply {
+        let body = body.to_string();
+        self.raw(&self.post_head(body.len()), body.as_bytes())
+    }
+
+    /// The value of a metric.
+    fn metric(&self, name: &str) -> f64 {
+        let reply = self.get("/metrics");
+        assert_eq!(reply.status, 200, "{reply:?}");
+        let line = reply.body.lines().find(|line| line.split(' ').next() == Some(name));
+        let line = line.unwrap_or_else(|| panic!("{name} is missing: {}", reply.body));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
+    #[track_caller]
+    fn comes_to(&self, name: &str, value: f64) {
+        let begun = Instant::now();
+        while self.metric(name) != value {
+            assert!(begun.elapsed() < PATIENCE, "{name} is {}", self.metric(name));
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+fn long(stream: bool) -> Value {
+    json!({ "prompt": "ls - list", "max_tokens": 900, "ignore_eos": true, "stream": stream })
+}
+
+#[test]
+fn one_process_serves_and_ends_in_good_order() {
+    let mut server = Process::start(&["run", "--http", "127.0.0.1:0", "--http-model", "demo"]);
+    let api = Api::of(&mut server);
+    // Ready only once a token was generated, by its own job if by nobody's.
+    assert_eq!(api.get("/health").status, 200);
+    let ready = api.get("/ready");
+    assert_eq!((ready.status, &ready.json()["status"]), (200, &json!("ready")));
+    assert_eq!(api.get("/v1/models").json()["data"][0]["id"], "demo");
+
+    // Every path of the description is there, and nothing is said to other origins.
+    let described = api.get("/openapi.json").json();
+    for (path, methods) in described["paths"].as_object().unwrap() {
+        let path = path.replace("{model}", "demo");
+        let reply = match methods.get("get") {
+            Some(_) => api.get(&path),
+            None => api.raw(&api.head("POST", &path, ""), b""),
+        };
+        assert!([200, 415].contains(&reply.status), "{path}: {reply:?}");
+        assert!(!reply.head.to_lowercase().contains("access-control"), "{reply:?}");
+    }
+
+    let answer = api.post(&json!({ "prompt": "ls - list", "max_tokens": 5, "seed": 1 }));
+    assert_eq!((answer.status, &answer.json()["usage"]["completion_tokens"]), (200, &json!(5)));
+    assert_eq!(api.metric("lite_llm_generation_tokens_total"), 5.0);
+    assert_eq!(api.metric("lite_llm_time_to_first_token_seconds_count"), 1.0);
+    assert_eq!(api.metric("lite_llm_inter_token_latency_seconds_count"), 4.0);
+    assert_eq!(api.metric("lite_llm_request_success_total{finished_reason=\"length\"}"), 1.0);
+    assert!(api.metric("lite_llm_residence_bytes{node=\"w1\",residence=\"memory\"}") > 0.0);
+    api.comes_to("lite_llm_num_requests_running", 0.0);
+
+    // An answer that flows when the server stops ends early, and does not look whole.
+    let mut stream = api.open();
+    let body = long(true).to_string();
+    stream.write_all(api.post_head(body.len()).as_bytes()).unwrap();
+    stream.write_all(body.as_bytes()).unwrap();
+    let mut some = [0; 64];
+    stream.read_exact(&mut some).unwrap();
+    server.signal("INT");
+    server.ends_within(Duration::from_secs(10)).expect(0, &[]);
+    let mut rest = Vec::new();
+    let _ = stream.read_to_end(&mut rest);
+    assert!(!String::from_utf8_lossy(&rest).contains("[DONE]"));
+}
+
+#[test]
+fn what_is_too_much_is_refused_and_costs_nothing() {
+    let mut server = Process::start(&["run", "--http", "127.0.0.1:0"]);
+    let api = Api::of(&mut server);
+    let claims = |length: usize, body: &[u8]| api.raw(&api.post_head(length), body);
+    claims(10 << 20, &vec![b' '; 10 << 20]).refuses(413, "bytes");
+    claims(1 << 40, b"{}").refuses(413, "bytes");
+    let nested = "[".repeat(1 << 20);
+    claims(nested.len(), nested.as_bytes()).refuses(400, "nested");
+    let many = format!("{{\"prompt\":[{}0]}}", "0,".repeat(3_000_000));
+    claims(many.len(), many.as_bytes()).refuses(400, "values");
+    let long = json!({ "prompt": vec![0; 1_000_000] });
+    api.post(&long).refuses(400, "the prompt has 1000000 tokens");
+    api.post(&json!({ "prompt": "word ".repeat(1 << 20) })).refuses(400, "prompt");
+    api.post(&json!({ "prompt": "a", "n": 64, "max_tokens": u64::MAX, "deadline_ms": 1 }))
+        .refuses(504, "deadline_ms");
+    claims(3, b"{}}").refuses(400, "body");
+    claims(2, b"\xff\xfe").refuses(400, "body");
+
+    let plain = "Content-Type: text/plain\r\nContent-Length: 2\r\n";
+    api.raw(&api.head("POST", "/v1/completions", plain), b"{}").refuses(415, "application/json");
+    api.raw(&api.head("DELETE", "/v1/completions", ""), b"").refuses(405, "method");
+    api.get("/nothing/here").refuses(404, "nothing at");
+    api.get("/v1/models/other").refuses(404, "there is no model");
+    let bent = "GET /v1/models HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n";
+    api.raw(bent, b"").refuses(403, "localhost");
+    let huge = format!("X: {}\r\n", "y".repeat(1 << 20));
+    assert_eq!(api.raw(&api.head("GET", "/health", &huge), b"").status, 431);
+    // It serves as before.
+    assert_eq!(api.post(&json!({ "prompt": "a", "max_tokens": 1 })).status, 200);
+}
+
+#[test]
+fn who_leaves_takes_the_jobs_along() {
+    let mut server = Process::start(&["run", "--http", "127.0.0.1:0"]);
+    let api = Api::of(&mut server);
+    // Whole answers and streams alike, left at once and in the middle.
+    let mut open = Vec::new();
+    for number in 0..60 {
+        let body = long(number % 2 == 0).to_string();
+        let mut stream = api.open();
+        stream.write_all(api.post_head(body.len()).as_bytes()).unwrap();
+        stream.write_all(body.as_bytes()).unwrap();
+        if number % 4 == 0 {
+            let mut some = [0; 200];
+            stream.read_exact(&mut some).unwrap();
+        }
+        open.push(stream);
+    }
+    drop(open);
+    api.comes_to("lite_llm_jobs_running", 0.0);
+    api.comes_to("lite_llm_num_requests_running", 0.0);
+    api.comes_to("lite_llm_num_requests_waiting", 0.0);
+    assert_eq!(api.post(&json!({ "prompt": "a", "max_tokens": 1 })).status, 200);
+}
+
+#[test]
+fn more_than_is_let_in_is_told_when_to_come_again() {
+    let mut server = Process::start(&["run", "--http", "127.0.0.1:0"]);
+    let api = Api::of(&mut server);
+    // Each may come to a whole context of tokens, 64 times: two fill what is admitted.
+    let mut full = long(true);
+    full["n"] = json!(64);
+    let mut open = Vec::new();
+    for _ in 0..2 {
+        let mut stream = api.open();
+        let body = full.to_string();
+        stream.write_all(api.post_head(body.len()).as_bytes()).unwrap();
+        stream.write_all(body.as_bytes()).unwrap();
+        let mut some = [0; 15];
+        stream.read_exact(&mut some).unwrap();
+        assert_eq!(&some, b"HTTP/1.1 200 OK");
+        open.push(stream);
+    }
+    let refused = api.post(&full);
+    refused.refuses(429, "tokens");
+    assert!(refused.head.to_lowercase().contains("retry-after: 1"), "{refused:?}");
+    assert_eq!(refused.json()["error"]["code"], "rate_limit_exceeded");
+    // Small ones have room beside them.
+    assert_eq!(api.post(&json!({ "prompt": "a", "max_tokens": 1 })).status, 200);
+    drop(open);
+    api.comes_to("lite_llm_jobs_running", 0.0);
+    let answer = api.post(&json!({ "prompt": "a", "max_tokens": 1, "n": 64 }));
+    assert_eq!(answer.json()["choices"].as_array().unwrap().len(), 64);
+}
+
+#[test]
+fn keys_open_the_door_and_bound_what_their_holders_take() {
+    let own = ["--http", "127.0.0.1:0"];
+    let mut cluster = Cluster::ready_with(&["a"], &[], &own);
+    let state = cluster.state.path().to_str().unwrap().to_owned();
+    let key = |words: &[&str]| {
+        let mut args = vec!["key", "--state", &state, "--json"];
+        args.extend(words);
+        let ended = run(&args);
+        ended.expect(0, &[]);
+        serde_json::from_str::<Value>(&ended.out).unwrap()
+    };
+    let mut api = Api::of(&mut cluster.coordinator);
+    assert_eq!(api.get("/v1/models").status, 200, "nobody is asked before there is a key");
+    let made = key(&["add", "ci", "--jobs", "2", "--tokens-per-minute", "40"]);
+    let text = made["key"].as_str().unwrap().to_owned();
+    api.get("/v1/models").refuses(401, "a key is expected");
+    api.get("/metrics").refuses(401, "a key is expected");
+    assert_eq!(api.get("/health").status, 200);
+    assert_eq!(api.get("/ready").status, 200);
+    api.key = Some(text[..text.len() - 1].to_owned());
+    api.get("/v1/models").refuses(401, "not known");
+    api.key = Some(text.clone());
+    assert_eq!(api.get("/v1/models").status, 200);
+    let listed = key(&["list"]);
+    assert_eq!((&listed[0]["name"], &listed[0]["jobs"]), (&json!("ci"), &json!(2)));
+    assert!(!listed.to_string().contains(&text), "a key is shown once");
+
+    let three = json!({ "prompt": "a", "max_tokens": 1, "n": 3 });
+    api.post(&three).refuses(429, "2 at a time");
+    let ask = json!({ "prompt": "ls - list", "max_tokens": 60, "ignore_eos": true });
+    assert_eq!(api.post(&ask).status, 200, "an answer is paid for when it is there");
+    let refused = api.post(&ask);
+    refused.refuses(429, "40 tokens per minute");
+    let head = refused.head.to_lowercase();
+    let wait = head.split("retry-after: ").nth(1).unwrap().lines().next().unwrap();
+    assert!((20..120).contains(&wait.parse::<u32>().unwrap()), "{head}");
+
+    let other = key(&["add", "other"])["key"].as_str().unwrap().to_owned();
+    let free = Api { key: Some(other.clone()), ..api.clone() };
+    assert_eq!(free.post(&ask).status, 200, "a key's limits are its own");
+    let keys: BTreeSet<&str> = [text.as_str(), other.as_str()].into();
+    let kept = std::fs::read_to_string(cluster.state.path().join("keys")).unwrap();
+    assert!(keys.iter().all(|key| !kept.contains(key.trim_start_matches("lite-llm-"))));
+    key(&["revoke", "ci"]);
+    api.get("/v1/models").refuses(401, "not known");
+    run(&["key", "--state", &state, "revoke", "ci"]).expect(2, &["no key is named ci"]);
+}

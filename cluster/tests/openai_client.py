@@ -1,0 +1,171 @@
+"""What the unmodified `openai` package does with a cluster: run by openai.rs with the API's URL, and
+the text that `submit` gave for SUBMITTED as JSON on standard input."""
+
+import json
+import sys
+
+import openai
+
+URL, KEY = sys.argv[1], (sys.argv[2] if len(sys.argv) > 2 else "none")
+SUBMITTED = json.load(sys.stdin)
+client = openai.OpenAI(base_url=URL, api_key=KEY, max_retries=0, timeout=60)
+[MODEL] = [model.id for model in client.models.list()]
+PROMPT = "ls - list"
+SAME = dict(model=MODEL, prompt=PROMPT, max_tokens=24, temperature=0.7, seed=7, extra_body={"top_k": 40})
+
+
+def refused(kind, param=None, code=None, **more):
+    try:
+        client.completions.create(**{"model": MODEL, "prompt": PROMPT, **more})
+    except kind as error:
+        assert error.param == param, error
+        assert code is None or error.code == code, error
+        return
+    raise AssertionError(f"{more} was not refused")
+
+
+def models():
+    card = client.models.retrieve(MODEL)
+    assert card.id == MODEL and card.object == "model", card
+    try:
+        client.models.retrieve("other")
+    except openai.NotFoundError as error:
+        assert error.code == "model_not_found", error
+
+
+def completion():
+    answer = client.completions.create(**SAME)
+    [choice] = answer.choices
+    assert choice.text == SUBMITTED["text"], (choice.text, SUBMITTED)
+    assert choice.finish_reason == "length" and answer.seed == 7, answer
+    usage = answer.usage
+    assert usage.completion_tokens == 24 and usage.total_tokens == usage.prompt_tokens + 24, usage
+    assert answer.system_fingerprint.startswith("fp_"), answer
+
+
+def token_ids():
+    a = client.completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=4, temperature=0)
+    b = client.completions.create(model=MODEL, prompt=[[5, 6, 7], [8]], max_tokens=4, temperature=0)
+    assert len(b.choices) == 2 and b.choices[0].text == a.choices[0].text, (a, b)
+    assert a.usage.prompt_tokens == 3 and b.usage.prompt_tokens == 4, (a.usage, b.usage)
+
+
+def streaming():
+    text, finish, usage = "", None, None
+    for chunk in client.completions.create(**SAME, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            text += choice.text
+            finish = choice.finish_reason or finish
+        usage = chunk.usage or usage
+    assert text == SUBMITTED["text"], (text, SUBMITTED)
+    assert finish == "length" and usage.completion_tokens == 24, (finish, usage)
+
+
+def several():
+    answer = client.completions.create(**{**SAME, "n": 3})
+    texts = [choice.text for choice in answer.choices]
+    assert texts[0] == SUBMITTED["text"] and len(set(texts)) == 3, texts
+    # The next of the n has the next seed, whoever asks.
+    alone = client.completions.create(**{**SAME, "seed": 8})
+    assert alone.choices[0].text == texts[1], (alone, texts)
+    streamed = ["", "", ""]
+    for chunk in client.completions.create(**{**SAME, "n": 3}, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == texts, (streamed, texts)
+
+
+def stops():
+    word = SUBMITTED["text"].split()[3]
+    before = SUBMITTED["text"][: SUBMITTED["text"].index(word)]
+    answer = client.completions.create(**SAME, stop=[word, "never to be seen"])
+    assert answer.choices[0].text == before, (answer, before)
+    assert answer.choices[0].finish_reason == "stop", answer
+    chunks = client.completions.create(**SAME, stop=word, stream=True)
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == before
+
+
+def chat():
+    messages = [{"role": "system", "content": "ls"}, {"role": "user", "content": [{"type": "text", "text": "- list"}]}]
+    asked = dict(model=MODEL, messages=messages, max_completion_tokens=12, temperature=0, seed=3)
+    answer = client.chat.completions.create(**asked)
+    [choice] = answer.choices
+    assert choice.message.role == "assistant" and choice.message.content, answer
+    assert choice.finish_reason in ("length", "stop"), answer
+    text, roles = "", []
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        delta = chunk.choices[0].delta
+        roles += [delta.role] if delta.role else []
+        text += delta.content or ""
+    assert text == choice.message.content and roles == ["assistant"], (text, answer)
+    # What came back can be sent again.
+    again = messages + [choice.message.model_dump()] + [{"role": "user", "content": "go on"}]
+    client.chat.completions.create(**{**asked, "messages": again})
+
+
+def logprobs():
+    asked = dict(model=MODEL, messages=[{"role": "user", "content": PROMPT}], max_tokens=6, temperature=0)
+    plain = client.chat.completions.create(**asked).choices[0].message.content
+    answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=4)
+    assert answer.choices[0].message.content == plain, "being looked at changes nothing"
+    tokens = answer.choices[0].logprobs.content
+    assert len(tokens) == 6, tokens
+    for token in tokens:
+        assert len(token.top_logprobs) == 4, token
+        assert token.logprob == max(top.logprob for top in token.top_logprobs) <= 0, token
+        assert token.token == token.top_logprobs[0].token, token
+        ranked = [top.logprob for top in token.top_logprobs]
+        assert ranked == sorted(ranked, reverse=True), token
+    streamed = []
+    for chunk in client.chat.completions.create(**asked, logprobs=True, top_logprobs=4, stream=True):
+        if chunk.choices[0].logprobs:
+            streamed += chunk.choices[0].logprobs.content
+    assert streamed == tokens, (streamed, tokens)
+    old = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3, temperature=0, logprobs=2)
+    told = old.choices[0].logprobs
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == 3, told
+    assert told.text_offset[0] == 0, told
+
+
+def choosing():
+    base = dict(model=MODEL, prompt=PROMPT, max_tokens=16, temperature=0, logprobs=1)
+    first = client.completions.create(**base)
+    ids = client.completions.create(**base, extra_body={"min_p": 1.0})
+    assert ids.choices[0].text == first.choices[0].text
+    likely = client.completions.create(**{**base, "temperature": 1, "seed": 5}, extra_body={"min_p": 1.0})
+    assert likely.choices[0].text == first.choices[0].text, "only the best may be chosen"
+    other = client.completions.create(**base, frequency_penalty=2, presence_penalty=2)
+    repeats = lambda answer: len(answer.choices[0].logprobs.tokens) - len(set(answer.choices[0].logprobs.tokens))
+    assert repeats(other) == 0, other
+    client.completions.create(**base, extra_body={"repetition_penalty": 1.3})
+    forced = client.completions.create(**{**base, "max_tokens": 3}, logit_bias={"70": 100})
+    assert len(set(forced.choices[0].logprobs.tokens)) == 1, forced
+    token = forced.choices[0].logprobs.tokens[0]
+    never = client.completions.create(**{**base, "temperature": 5, "seed": 1}, logit_bias={"70": -100})
+    assert token not in never.choices[0].logprobs.tokens, never
+
+
+def refusals():
+    refused(openai.NotFoundError, model="gpt-4o", param="model", code="model_not_found")
+    refused(openai.BadRequestError, n=0, param="n")
+    refused(openai.BadRequestError, temperature=-1)
+    refused(openai.BadRequestError, top_p=0)
+    refused(openai.BadRequestError, echo=True, param="echo", code="unsupported_parameter")
+    refused(openai.BadRequestError, suffix="x", param="suffix", code="unsupported_parameter")
+    refused(openai.BadRequestError, prompt=[1 << 30])
+    refused(openai.BadRequestError, prompt=[1] * 5000, param="prompt", code="context_length_exceeded")
+    refused(openai.BadRequestError, extra_body={"temprature": 1})
+    refused(openai.BadRequestError, extra_body={"tiers": "no_such_tier"})
+    refused(openai.InternalServerError, extra_body={"deadline_ms": 1}, max_tokens=500, param="deadline_ms", code="deadline_exceeded")
+
+
+def leaving():
+    # One that leaves in the middle takes its job along; what is left is seen by the test in Rust.
+    stream = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+
+
+for case in (models, completion, token_ids, streaming, several, stops, chat, logprobs, choosing, refusals, leaving):
+    case()
+    print(case.__name__, "ok", flush=True)
