@@ -162,9 +162,23 @@ pub struct SamplingArgs {
     /// End the answer where this text appears, which is left out; may be given several times.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
+    /// Guess tokens, and verify several in one pass: ngram looks the text up for what came after the
+    /// last tokens before. It ends by itself where it does not pay. Never changes a result.
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub speculate: Option<Speculate>,
+    /// Go before answers of a lower priority, from -128 to 127.
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    pub priority: i8,
     /// Chat.
     #[command(flatten)]
     pub chat: ChatArgs,
+}
+
+/// How tokens are guessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Speculate {
+    /// What came after the last tokens before, in the prompt or the answer.
+    Ngram,
 }
 
 /// Whether the prompt is a turn of a conversation.

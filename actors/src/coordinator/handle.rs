@@ -18,8 +18,8 @@ use lite_llm_transport::{
     frame::{FrameReceiver, FrameSender},
     identity::{ClusterCa, OPERATOR, Role},
     messages::{
-        Choosing, ClientReply, ClientRequest, ClusterStatus, JobContinue, JobEvent, JobRequest,
-        NodeResidences, Prompt,
+        Choosing, ClientReply, ClientRequest, ClusterStatus, JobContinue, JobEvent, JobOrder,
+        JobRequest, NodeResidences, Prompt, Serving,
     },
     session::Hello,
     token::JoinToken,
@@ -188,16 +188,17 @@ impl CoordinatorHandle {
         &self,
         request: JobRequest,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
-        self.submit_order(request, Choosing::default()).await
+        self.submit_order(request, Choosing::default(), Serving::default()).await
     }
 
-    /// The same, with all that can be asked of the choice of its tokens.
+    /// The same, with all that can be asked of the choice of its tokens and of those that schedule it.
     pub async fn submit_order(
         &self,
         request: JobRequest,
         choosing: Choosing,
+        serving: Serving,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
-        self.submit_for(None, request, choosing, Vec::new()).await
+        self.submit_for(None, JobOrder { choosing, serving, ..request.into() }).await
     }
 
     /// What turns its prompts into tokens, if the model has a tokenizer.
@@ -209,16 +210,19 @@ impl CoordinatorHandle {
     async fn submit_for(
         &self,
         client: Option<String>,
-        mut request: JobRequest,
-        choosing: Choosing,
-        generated: Vec<u32>,
+        order: JobOrder,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
+        let JobOrder { mut request, choosing, mut serving, generated, .. } = order;
+        if let Some(client) = &client {
+            serving.tenant.clone_from(client);
+        }
         request.prompt = match request.prompt {
             Prompt::Tokens(ids) => Prompt::Tokens(ids),
             text => Prompt::Tokens(self.encode(text).await?),
         };
         let (events, receiver) = mpsc::channel(CLIENT_EVENTS_MAX);
-        let submission = Box::new(Submission { request, choosing, generated, client, events });
+        let submission =
+            Box::new(Submission { request, choosing, serving, generated, client, events });
         let submit = |reply| CoordinatorMessage::Submit(submission, reply);
         let job = ractor::call!(self.actor, submit).map_err(failed)?.map_err(ServeError)?;
         Ok((job, receiver))
@@ -365,11 +369,15 @@ impl CoordinatorHandle {
                     Ok(())
                 }
                 Ok(ClientRequest::Submit(request)) => {
-                    self.run_job(&client, request, Vec::new(), (&mut sender, &mut receiver)).await
+                    self.run_job(&client, request.into(), (&mut sender, &mut receiver)).await
                 }
                 Ok(ClientRequest::Continue(job)) => {
                     let JobContinue { request, generated, .. } = *job;
-                    self.run_job(&client, request, generated, (&mut sender, &mut receiver)).await
+                    let order = JobOrder { generated, ..request.into() };
+                    self.run_job(&client, order, (&mut sender, &mut receiver)).await
+                }
+                Ok(ClientRequest::Order(order)) => {
+                    self.run_job(&client, *order, (&mut sender, &mut receiver)).await
                 }
                 Ok(ClientRequest::Drain(_)) if client != OPERATOR => {
                     let reason = "only whoever has the coordinator's state folder drains workers";
@@ -395,12 +403,10 @@ impl CoordinatorHandle {
     async fn run_job(
         &self,
         client: &str,
-        request: JobRequest,
-        generated: Vec<u32>,
+        order: JobOrder,
         (sender, receiver): (&mut FrameSender, &mut FrameReceiver),
     ) -> Result<(), lite_llm_transport::frame::SendError> {
-        let client = Some(client.to_owned());
-        let submitted = self.submit_for(client, request, Choosing::default(), generated).await;
+        let submitted = self.submit_for(Some(client.to_owned()), order).await;
         let (job, mut events) = match submitted {
             Ok(accepted) => accepted,
             Err(error) => {

@@ -14,6 +14,7 @@ use lite_llm_transport::{
     frame::{FrameReceiver, FrameSender},
     messages::{
         Choosing, JobContinue, JobEvent, JobEventBody, JobOrder, JobRequest, JobStart, Prompt,
+        Serving,
     },
 };
 use ractor::ActorRef;
@@ -52,6 +53,7 @@ pub(super) struct Job {
     pub(super) id: u64,
     pub(super) request: JobRequest,
     pub(super) choosing: Choosing,
+    pub(super) serving: Serving,
     pub(super) progress: JobProgress,
     pub(super) coordinator: ActorRef<CoordinatorMessage>,
     pub(super) events: mpsc::Sender<JobEvent>,
@@ -234,9 +236,13 @@ impl Job {
             connection.open_stream(StreamKind::Job).await.map_err(|error| error.to_string())?;
         let (job, request) = (self.id, self.request.clone());
         let sent = match self.progress.generated() {
-            generated if self.choosing != Choosing::default() => {
-                let (choosing, generated) = (self.choosing.clone(), generated.to_vec());
-                sender.send_message(&JobOrder { job, request, choosing, generated }).await
+            generated
+                if self.choosing != Choosing::default() || self.serving != Serving::default() =>
+            {
+                let (choosing, serving) = (self.choosing.clone(), self.serving.clone());
+                let generated = generated.to_vec();
+                let order = JobOrder { job, request, choosing, serving, generated };
+                sender.send_message(&order).await
             }
             [] => sender.send_message(&JobStart { job, request }).await,
             generated => {

@@ -23,7 +23,7 @@ use lite_llm_transport::{
     identity::Role,
     messages::{
         Assignment, Choosing, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeResidences,
-        NodeStatus, NodeVitals, Prompt, Revoked, RevokedNames,
+        NodeStatus, NodeVitals, Prompt, Revoked, RevokedNames, Serving,
     },
 };
 use ractor::{
@@ -117,6 +117,8 @@ pub struct Submission {
     pub request: JobRequest,
     /// How its tokens are chosen.
     pub choosing: Choosing,
+    /// What it is to those that schedule it.
+    pub serving: Serving,
     /// What of it was generated and read before.
     pub generated: Vec<u32>,
     /// Who submits it; nobody if it is this process.
@@ -600,7 +602,7 @@ impl CoordinatorState {
         myself: &ActorRef<CoordinatorMessage>,
         submission: Submission,
     ) -> Result<u64, String> {
-        let Submission { mut request, choosing, generated, client, events } = submission;
+        let Submission { mut request, choosing, serving, generated, client, events } = submission;
         if let State::Failed(reason) = self.cluster.state() {
             return Err(reason.clone());
         }
@@ -629,6 +631,7 @@ impl CoordinatorState {
                 .after(generated),
             request,
             choosing,
+            serving,
             coordinator: myself.clone(),
             events,
             cancelled,

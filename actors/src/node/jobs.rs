@@ -45,20 +45,20 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
         Ok(None) => return,
         Err(error) => Err(error.to_string()),
     };
-    let JobOrder { job, request, choosing, generated } = match start {
+    let order = match start {
         Ok(start) => start,
         Err(error) => {
             debug!(%error, "a job stream brought no job");
             return;
         }
     };
-    let trace = request.trace;
+    let (job, trace) = (order.job, order.request.trace);
     let span = debug_span!("node", job);
     trace::adopt(&span, trace);
     let (events, mut queue) = mpsc::channel(JOB_EVENTS_MAX);
     let (ticket, epitaph) = (TICKETS.fetch_add(1, Relaxed), Arc::new(OnceLock::new()));
     let lane = inbox.load_full();
-    let refused = match (engine_request(request, choosing, generated, &span), &lane) {
+    let refused = match (engine_request(order, &span), &lane) {
         (Err(reason), _) => Some(JobEventBody::Failed { reason }),
         (Ok(_), None) => {
             let reason = "this worker has no experts loaded at present".into();
@@ -107,16 +107,15 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
 
 /// The job that a stream brings, from its beginning or from where it was elsewhere.
 fn job_of(frame: &Frame) -> Result<JobOrder, MessageError> {
-    let choosing = Choosing::default();
     match frame.kind() {
         FrameKind::JobOrder => frame.decode(),
         FrameKind::JobContinue => {
             let JobContinue { job, request, generated } = frame.decode()?;
-            Ok(JobOrder { job, request, choosing, generated })
+            Ok(JobOrder { job, generated, ..request.into() })
         }
         _ => {
             let JobStart { job, request } = frame.decode()?;
-            Ok(JobOrder { job, request, choosing, generated: Vec::new() })
+            Ok(JobOrder { job, ..request.into() })
         }
     }
 }
@@ -137,18 +136,15 @@ pub fn check_order(
     if !matches!(request.prompt, Prompt::Tokens(_)) {
         return Ok(());
     }
-    let (request, choosing, generated) = (request.clone(), choosing.clone(), generated.to_vec());
-    let request = engine_request(request, choosing, generated, &Span::none())?;
+    let (choosing, generated) = (choosing.clone(), generated.to_vec());
+    let order = JobOrder { choosing, generated, ..request.clone().into() };
+    let request = engine_request(order, &Span::none())?;
     request.check(config).map(drop).map_err(|error| error.to_string())
 }
 
 /// A job as the engine takes it.
-fn engine_request(
-    request: JobRequest,
-    choosing: Choosing,
-    generated: Vec<u32>,
-    span: &Span,
-) -> Result<Request, String> {
+fn engine_request(order: JobOrder, span: &Span) -> Result<Request, String> {
+    let JobOrder { request, choosing, serving, generated, .. } = order;
     let Prompt::Tokens(prompt) = request.prompt else {
         return Err("a home node takes token ids, not text".into());
     };
@@ -174,6 +170,9 @@ fn engine_request(
         logits: request.want_logits == LogitsWanted::All,
         routes: request.want_routes,
         prefill_chunk: request.prefill_chunk as usize,
+        speculate: serving.speculate,
+        tenant: serving.tenant,
+        priority: serving.priority,
         span: span.clone(),
     })
 }

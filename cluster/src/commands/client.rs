@@ -15,9 +15,7 @@ use lite_llm_transport::{
     frame::{FrameReceiver, FrameSender},
     identity::{Identity, OPERATOR, Role},
     join::join_within,
-    messages::{
-        ClientReply, ClientRequest, ClusterStatus, JobContinue, JobRequest, NodeResidences,
-    },
+    messages::{ClientReply, ClientRequest, ClusterStatus, JobOrder, JobRequest, NodeResidences},
     session::Hello,
     token::JoinToken,
 };
@@ -112,12 +110,9 @@ impl Client {
     }
 
     /// Runs a job from its beginning, or goes on where its answer is.
-    async fn run(&self, request: JobRequest, answer: &mut Answer) -> Result<()> {
+    async fn run(&self, order: JobOrder, answer: &mut Answer) -> Result<()> {
         let generated = answer.ids().to_vec();
-        let request = match generated.is_empty() {
-            true => ClientRequest::Submit(request),
-            false => ClientRequest::Continue(JobContinue { job: 0, request, generated }.into()),
-        };
+        let request = ClientRequest::Order(Box::new(JobOrder { generated, ..order }));
         // The sender stays open: its end would tell the coordinator that nobody listens.
         let (_sender, mut receiver) = self.ask(&request).await?;
         loop {
@@ -177,10 +172,10 @@ impl Reconnecting {
 
     /// Runs a job. Where the connection is lost the job goes on over another, with the same bits:
     /// it is its prompt, its seed and its tokens so far.
-    async fn run(&self, request: JobRequest, answer: &mut Answer) -> Result<()> {
+    async fn run(&self, order: JobOrder, answer: &mut Answer) -> Result<()> {
         loop {
             let client = self.client().await?;
-            match client.run(request.clone(), answer).await {
+            match client.run(order.clone(), answer).await {
                 Err(_) if !client.is_live() && !self.args.retry.0.is_zero() => {}
                 ended => return ended,
             }
@@ -231,7 +226,8 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
         let span = debug_span!("submit");
         request.trace = telemetry::context_of(&span);
         let mut answer = Answer::begin(&prompt, &args.sampling, json, Instant::now());
-        client.run(request, &mut answer).await?;
+        let serving = args.sampling.serving();
+        client.run(JobOrder { serving, ..request.into() }, &mut answer).await?;
         answer.finish()?;
         client.close().await;
         return Ok(());
@@ -253,7 +249,8 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
             running.spawn(async move {
                 let _span = span;
                 let mut answer = Answer::silent(&prompt, sampling.stop_texts(), Instant::now());
-                let result = client.run(request, &mut answer).await;
+                let order = JobOrder { serving: sampling.serving(), ..request.into() };
+                let result = client.run(order, &mut answer).await;
                 (index, result.map(|()| answer))
             });
         }

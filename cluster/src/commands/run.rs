@@ -17,7 +17,9 @@ use lite_llm_runtime::{
     stop::StopTexts,
     tier::TierSet,
 };
-use lite_llm_transport::messages::{JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt};
+use lite_llm_transport::messages::{
+    JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt, Serving,
+};
 use serde_json::json;
 use tokio::sync::mpsc;
 
@@ -56,8 +58,9 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
     }
     let result = async {
         for (prompt, request) in prompts.iter().zip(requests) {
-            let started = Instant::now();
-            let (_, mut events) = cluster.coordinator().submit(request).await?;
+            let (started, serving) = (Instant::now(), args.sampling.serving());
+            let (_, mut events) =
+                cluster.coordinator().submit_order(request, Default::default(), serving).await?;
             let mut answer = Answer::begin(prompt, &args.sampling, json, started);
             while let Some(event) = events.recv().await {
                 if answer.take(event)? {
@@ -148,6 +151,12 @@ fn describe(checkpoint: &Checkpoint, args: &RunArgs, dram: u64, started: Instant
 }
 
 impl SamplingArgs {
+    /// What that job is to those that schedule it.
+    pub(super) fn serving(&self) -> Serving {
+        let (tenant, speculate) = (String::new(), self.speculate.is_some());
+        Serving { tenant, priority: self.priority, speculate }
+    }
+
     /// The job that these flags and a prompt describe.
     pub(super) fn request(&self, prompt: Prompt) -> JobRequest {
         JobRequest {

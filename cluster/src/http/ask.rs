@@ -11,7 +11,9 @@ use std::{
     time::Duration,
 };
 
-use lite_llm_transport::messages::{Choosing, JobRequest, LogitsWanted, Prompt, TokenBias};
+use lite_llm_transport::messages::{
+    Choosing, JobRequest, LogitsWanted, Prompt, Serving, TokenBias,
+};
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Map, Value};
 
@@ -71,6 +73,8 @@ pub(super) struct Body {
     ignore_eos: Option<bool>,
 
     tiers: Option<String>,
+    priority: Option<i64>,
+    speculate: Option<String>,
     deadline_ms: Option<u64>,
 
     // Taken, and without a say in the answer.
@@ -105,8 +109,6 @@ pub(super) struct Body {
     function_call: Option<IgnoredAny>,
     reasoning_effort: Option<IgnoredAny>,
     verbosity: Option<IgnoredAny>,
-    priority: Option<IgnoredAny>,
-    speculate: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -159,6 +161,8 @@ pub(super) struct Asked {
     /// seed.
     pub(super) request: JobRequest,
     pub(super) choosing: Choosing,
+    /// Without its tenant, whom the caller's key tells.
+    pub(super) serving: Serving,
     pub(super) stop: Vec<String>,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
@@ -174,6 +178,7 @@ impl Body {
             return Err(ApiError::invalid("n", format!("n is {n}; 1 to {JOBS_MAX} is expected")));
         }
         let choosing = self.choosing(kind)?;
+        let serving = self.serving()?;
         let request = self.request(kind)?;
         let stop = stops(self.stop)?;
         let deadline = match self.deadline_ms {
@@ -225,13 +230,24 @@ impl Body {
             let message = format!("prompts × n is {jobs}; at most {JOBS_MAX} are taken at once");
             return Err(ApiError::invalid("n", message));
         }
-        Ok(Asked { kind, prompts, n, request, choosing, stop, stream, include_usage, deadline })
+        Ok(Asked {
+            kind,
+            prompts,
+            n,
+            request,
+            choosing,
+            serving,
+            stop,
+            stream,
+            include_usage,
+            deadline,
+        })
     }
 
     fn refuse_what_is_not_known(&self) -> Result<(), ApiError> {
         let text = |modalities: &Vec<String>| modalities.iter().all(|what| what == "text");
         let tools = self.tools.as_ref().is_some_and(|tools| !tools.is_empty());
-        let refused: [(&'static str, bool, &str); 14] = [
+        let refused: [(&'static str, bool, &str); 12] = [
             ("best_of", self.best_of.is_some_and(|of| of != self.n.unwrap_or(1)), "leave it out"),
             ("echo", self.echo == Some(true), "leave it out, or put the prompt before the answer"),
             ("suffix", self.suffix.as_ref().is_some_and(|s| !s.is_empty()), "leave it out"),
@@ -240,7 +256,6 @@ impl Body {
             ("prediction", self.prediction.is_some(), "leave it out"),
             ("web_search_options", self.web_search_options.is_some(), "leave it out"),
             ("tools", tools, "leave it out"),
-            ("speculate", self.speculate.is_some(), "leave it out"),
             ("functions", self.functions.is_some(), "leave it out"),
             ("function_call", self.function_call.is_some(), "leave it out"),
             (
@@ -249,7 +264,6 @@ impl Body {
                 "give what the model's template reads in chat_template_kwargs",
             ),
             ("verbosity", self.verbosity.is_some(), "leave it out"),
-            ("priority", self.priority.is_some(), "jobs are served in their order: leave it out"),
         ];
         for (name, given, remedy) in refused {
             if given {
@@ -310,6 +324,24 @@ impl Body {
             prefill_chunk: 0,
             trace: Default::default(),
         })
+    }
+
+    fn serving(&self) -> Result<Serving, ApiError> {
+        let given = self.priority.unwrap_or(0);
+        let priority = i8::try_from(given).map_err(|_| {
+            let message =
+                format!("priority is {given}; -128 to 127 is expected, higher ones go first");
+            ApiError::invalid("priority", message)
+        })?;
+        let speculate = match self.speculate.as_deref() {
+            None | Some("off") => false,
+            Some("ngram") => true,
+            Some(found) => {
+                let message = format!("speculate is {found:?}; ngram or off is expected");
+                return Err(ApiError::invalid("speculate", message));
+            }
+        };
+        Ok(Serving { tenant: String::new(), priority, speculate })
     }
 
     fn choosing(&self, kind: Kind) -> Result<Choosing, ApiError> {
@@ -488,7 +520,8 @@ mod tests {
             ("logit_bias", json!({ "1": 1, "01": 1 }), "twice"),
             ("tiers", json!("a,,b"), "tiers"),
             ("seed", json!(1.5), "seed"),
-            ("priority", json!(1), "not supported"),
+            ("priority", json!(1000), "higher ones go first"),
+            ("speculate", json!("tea leaves"), "ngram"),
             ("echo", json!(true), "not supported"),
             ("temprature", json!(1), "unknown field `temprature`"),
             ("stream_options", json!({ "include_usage": true }), "stream: true"),
@@ -527,7 +560,7 @@ mod tests {
     }
 
     /// Fields that clients of others send, and that are not for new ones.
-    const NOT_DESCRIBED: [&str; 24] = [
+    const NOT_DESCRIBED: [&str; 22] = [
         "audio",
         "best_of",
         "cache_prompt",
@@ -538,13 +571,11 @@ mod tests {
         "modalities",
         "parallel_tool_calls",
         "prediction",
-        "priority",
         "prompt_cache_key",
         "prompt_cache_retention",
         "reasoning_effort",
         "safety_identifier",
         "service_tier",
-        "speculate",
         "store",
         "suffix",
         "tool_choice",

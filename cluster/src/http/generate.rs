@@ -87,7 +87,21 @@ async fn begin(
     asked: Asked,
     deadline: Option<Deadline>,
 ) -> Result<Answering, ApiError> {
-    let Asked { kind, prompts, n, mut request, choosing, stop, stream, include_usage, .. } = asked;
+    let Asked {
+        kind,
+        prompts,
+        n,
+        mut request,
+        choosing,
+        mut serving,
+        stop,
+        stream,
+        include_usage,
+        ..
+    } = asked;
+    if let Some((name, _)) = &caller.key {
+        serving.tenant.clone_from(name);
+    }
     request.trace = telemetry::context_of(&Span::current());
     let field = if kind == Kind::Chat { "messages" } else { "prompt" };
     let (mut jobs, mut tokens, mut load) = (Vec::new(), 0, Load { jobs: 0, prompt: 0, answer: 0 });
@@ -120,7 +134,8 @@ async fn begin(
         for copy in 0..n {
             let seed = request.seed.wrapping_add(u64::from(copy));
             let request = JobRequest { seed, ..request.clone() };
-            let submitted = api.coordinator.submit_order(request, choosing.clone()).await;
+            let submitted =
+                api.coordinator.submit_order(request, choosing.clone(), serving.clone()).await;
             let (_, events) = submitted.map_err(|e| ApiError::unavailable(e.to_string()))?;
             let choice = Choice::new(events, StopTexts::new(stop.iter().cloned()), deadline);
             let index = choices.len() as u32;

@@ -117,6 +117,18 @@ impl Default for Choosing {
     }
 }
 
+/// What a job is to those that schedule it. It never changes a result.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Serving {
+    /// Whose it is; the coordinator fills it in. Tenants get equal shares, and none learns from how soon
+    /// an answer comes what others have asked.
+    pub tenant: String,
+    /// Higher ones go first.
+    pub priority: i8,
+    /// Tokens are guessed, and several verified in one pass.
+    pub speculate: bool,
+}
+
 /// Natural logarithm of a token's probability.
 #[derive(Debug, Clone, Copy, PartialEq, Archive, Serialize, Deserialize)]
 pub struct TokenLogprob {
@@ -277,6 +289,8 @@ pub enum ClientRequest {
     Drain(String),
     /// Where are the nodes' experts?
     Residences,
+    /// Run a job with all that can be asked for; its number is the coordinator's to give.
+    Order(Box<JobOrder>),
 }
 
 /// The coordinator answers a client.
@@ -323,7 +337,8 @@ pub struct JobContinue {
 }
 
 /// A job with all that can be asked for goes to a home node: from its beginning, or from where it was
-/// elsewhere. Jobs whose [`Choosing`] is the default travel as [`JobStart`] and [`JobContinue`].
+/// elsewhere. Jobs whose [`Choosing`] and [`Serving`] are the default travel as [`JobStart`] and
+/// [`JobContinue`].
 #[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
 pub struct JobOrder {
     /// Number of the job.
@@ -332,6 +347,16 @@ pub struct JobOrder {
     pub request: JobRequest,
     /// How its tokens are chosen.
     pub choosing: Choosing,
+    /// What it is to those that schedule it.
+    pub serving: Serving,
     /// What it has generated.
     pub generated: Vec<u32>,
+}
+
+impl From<JobRequest> for JobOrder {
+    /// From its beginning, with the defaults, under no number.
+    fn from(request: JobRequest) -> Self {
+        let (choosing, serving) = (Choosing::default(), Serving::default());
+        Self { job: 0, request, choosing, serving, generated: Vec::new() }
+    }
 }
