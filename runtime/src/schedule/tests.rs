@@ -154,7 +154,7 @@ type Written = (String, Vec<u32>);
 
 /// What every sequence goes on with: mostly what was there before.
 fn answer(at: usize) -> u32 {
-    if at % 11 == 0 { 96 } else { at as u32 % 7 }
+    if at.is_multiple_of(11) { 96 } else { at as u32 % 7 }
 }
 
 /// Runs a random history to its end; what was planned, for comparison.
