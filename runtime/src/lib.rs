@@ -28,3 +28,4 @@ pub mod store;
 pub mod tier;
 pub mod tokenizer;
 pub mod trace;
+pub mod train;
