@@ -2,6 +2,7 @@
 
 mod import;
 mod plan;
+mod train;
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -15,6 +16,7 @@ use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
 pub use import::{ImportArgs, ModelPath};
 pub use plan::PlanArgs;
+pub use train::{GradArgs, TierAddArgs, TierCommand, TrainArgs, TrainComputeArgs};
 
 use crate::{
     size::{NvmeArg, Size},
@@ -78,6 +80,13 @@ pub enum Command {
     Revoke(RevokeArgs),
     /// Say how fast a model will be here, what bounds it, and what to buy next.
     Plan(PlanArgs),
+    /// Train a model by the phases of a configuration, on this machine.
+    Train(TrainArgs),
+    /// Compute the loss of token rows and its gradients, for comparison.
+    Grad(GradArgs),
+    /// Grow the checkpoint in a folder by a tier.
+    #[command(subcommand)]
+    Tier(TierCommand),
     /// Measure this machine and this program.
     Bench(BenchArgs),
     /// Show what this machine has, and what is missing.

@@ -14,12 +14,18 @@
 
 pub mod balance;
 pub mod batch;
+pub mod config;
+pub mod data;
 pub mod gradients;
+pub mod grow;
 mod moe;
 pub mod optimizer;
 pub mod params;
 mod pass;
+pub mod run;
 pub mod schedule;
+pub mod starvation;
+pub mod state;
 pub mod step;
 pub mod trained;
 pub mod trainer;

@@ -213,7 +213,7 @@ pub(super) fn backward(
         }
         let weights = weights_of(params, expert.ids);
         let plan = of.plan(&expert.rows);
-        let wanted = wanted[expert.ids.gate];
+        let wanted = any_wanted(wanted, expert.ids);
         let rows = Rows::List(&rows);
         *done = Some((dw, gated::backward(cpu, rows, &expert.tape, weights, &dy, &plan, wanted)));
     });
@@ -291,6 +291,11 @@ pub(super) fn backward(
     dx
 }
 
+/// Whether the gradient of one of a network's matrices is wanted.
+fn any_wanted(wanted: &[bool], ids: MlpIds) -> bool {
+    [ids.gate, ids.up, ids.down].iter().any(|id| wanted[*id])
+}
+
 /// Backward of a network that sees every token: adds to `dx`.
 pub(super) fn mlp_backward(
     of: &Context<'_>,
@@ -303,7 +308,7 @@ pub(super) fn mlp_backward(
 ) {
     let weights = weights_of(of.params, ids);
     let rows = hidden.as_rows();
-    let wanted = of.wanted[ids.gate];
+    let wanted = any_wanted(of.wanted, ids);
     let of_mlp = gated::backward(of.cpu, rows, tape, weights, dy, of.tokens, wanted);
     elementwise::add(of.cpu, dx, &of_mlp.x);
     let ids = [ids.gate, ids.up, ids.down];

@@ -17,7 +17,7 @@ use super::{
     batch::Batch,
     gradients::Gradients,
     optimizer::{Optimizer, StepAt},
-    params::Params,
+    params::{Param, Params},
     step::{self, StepLosses, StepOptions},
     trained::Trained,
 };
@@ -33,7 +33,24 @@ pub struct Trainer {
     states: Vec<Vec<Vec<f32>>>,
     /// Largest norm of the gradient.
     clip: Option<f64>,
+    pull: Option<Pull>,
     steps: u64,
+}
+
+/// A pull of parameters toward what they were: λ/2 · |p − p₀|² is added to what is minimised.
+#[derive(Debug, Clone)]
+pub struct Pull {
+    strength: f64,
+    /// p₀ of each parameter that is pulled.
+    toward: Vec<Option<Vec<f32>>>,
+}
+
+impl Pull {
+    /// Toward what the parameters that `which` names are now.
+    pub fn toward(params: &Params, strength: f64, which: impl Fn(&str) -> bool) -> Self {
+        let now = |param: &Param| which(&param.name).then(|| param.values().to_vec());
+        Self { strength, toward: params.list().iter().map(now).collect() }
+    }
 }
 
 /// What a step did.
@@ -45,6 +62,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Learning rate of the step.
     pub lr: f64,
+    /// λ/2 · |p − p₀|² of what is pulled.
+    pub pull: f64,
 }
 
 impl Trainer {
@@ -74,7 +93,12 @@ impl Trainer {
                 None => Vec::new(),
             })
             .collect();
-        Self { cpu, params, optimizer, trained, decays, states, clip, steps: 0 }
+        Self { cpu, params, optimizer, trained, decays, states, clip, pull: None, steps: 0 }
+    }
+
+    /// Pulls parameters from now on, or no longer.
+    pub fn pull(&mut self, pull: Option<Pull>) {
+        self.pull = pull;
     }
 
     /// The parameters.
@@ -95,14 +119,19 @@ impl Trainer {
     /// Names and values of the optimizer's states, by parameter.
     pub fn states(&self) -> impl Iterator<Item = (String, &[f32])> {
         let names = self.params.list().iter().zip(&self.trained).zip(&self.states);
-        names.flat_map(|((param, trained), states)| {
+        let states = names.flat_map(|((param, trained), states)| {
             let shape = stepped_shape(&param.shape, trained);
             let kinds = shape.map_or_else(Vec::new, |shape| self.optimizer.state(&shape));
             kinds
                 .into_iter()
                 .zip(states)
                 .map(|((kind, _), values)| (format!("{}.{kind}", param.name), &values[..]))
-        })
+        });
+        let toward = self.pull.iter().flat_map(|pull| self.params.list().iter().zip(&pull.toward));
+        let toward = toward.filter_map(|(param, toward)| {
+            Some((format!("{}.toward", param.name), toward.as_deref()?))
+        });
+        states.chain(toward)
     }
 
     /// Takes up where a trainer was that had done so many steps. `state` gives each of
@@ -114,7 +143,8 @@ impl Trainer {
     ) -> Result<(), String> {
         let names: Vec<String> = self.states().map(|(name, _)| name).collect();
         let mut names = names.into_iter();
-        for values in self.states.iter_mut().flatten() {
+        let toward = self.pull.iter_mut().flat_map(|pull| pull.toward.iter_mut().flatten());
+        for values in self.states.iter_mut().flatten().chain(toward) {
             let name = names.next().unwrap_or_default();
             match state(&name) {
                 Some(saved) if saved.len() == values.len() => *values = saved,
@@ -140,11 +170,12 @@ impl Trainer {
             let rows = self.params.list()[id].row_len();
             each.push(gradients.take(id).filter(|_| wanted[id]).map(|g| stepped(g, rows, trained)));
         }
+        let pull = self.add_pull(&mut each);
         let grad_norm = self.norm(&each)?;
         let clip = self.clip.map_or(1.0, |most| (most / (grad_norm + 1e-6)).min(1.0)) as f32;
         self.steps += 1;
         self.apply(StepAt { t: self.steps, lr, clip }, each);
-        Ok(StepReport { losses, grad_norm, lr })
+        Ok(StepReport { losses, grad_norm, lr, pull })
     }
 
     /// The gradients of a batch, with nothing stepped.
@@ -155,6 +186,23 @@ impl Trainer {
     ) -> Result<(StepLosses, Gradients), TrainError> {
         let wanted: Vec<bool> = self.trained.iter().map(|t| *t != Trained::Nothing).collect();
         step::gradients(&self.cpu, &self.params, batch, options, &wanted)
+    }
+
+    /// Adds the pull's gradients, λ (p − p₀), and gives its loss.
+    fn add_pull(&self, gradients: &mut [Option<Vec<f32>>]) -> f64 {
+        let Some(Pull { strength, toward }) = &self.pull else { return 0.0 };
+        let of_each = gradients.iter_mut().zip(toward).zip(self.params.list()).zip(&self.trained);
+        let mut loss = 0.0;
+        for (((gradient, toward), param), trained) in of_each {
+            let (Some(toward), true) = (toward, *trained == Trained::All) else { continue };
+            let away: Vec<f32> = param.values().iter().zip(toward).map(|(p, p0)| p - p0).collect();
+            loss += 0.5 * strength * f64::from(sum_of_squares(&away));
+            let gradient = gradient.get_or_insert_with(|| vec![0.0; away.len()]);
+            for (gradient, away) in gradient.iter_mut().zip(&away) {
+                *gradient = (*strength as f32).mul_add(*away, *gradient);
+            }
+        }
+        loss
     }
 
     fn norm(&self, gradients: &[Option<Vec<f32>>]) -> Result<f64, TrainError> {
