@@ -140,7 +140,8 @@ fn gradients_have_the_same_bits_in_every_layout() {
         (2, Simd::available()[Simd::available().len() / 2], 4, Recompute::Layer),
     ] {
         let (found_losses, found) = run(&Cpu::new(threads, simd), micro_rows, recompute);
-        let layout = format!("{threads} threads, {simd}, micro-batches of {micro_rows}, {recompute:?}");
+        let layout =
+            format!("{threads} threads, {simd}, micro-batches of {micro_rows}, {recompute:?}");
         assert_eq!(found_losses.total.to_bits(), losses.total.to_bits(), "{layout}");
         for (id, param) in params.list().iter().enumerate() {
             let (f, e) = (found.get(id).unwrap(), expected.get(id).unwrap());
@@ -169,7 +170,10 @@ fn gradients_are_those_of_the_loss() {
     let (_, found) = gradients(&cpu, &base, &batch, &options, &wanted).unwrap();
     let routes = |params: &Params| outputs(&cpu, params, &batch, &options).unwrap().routes;
     let keys = |params: &Params| -> Vec<_> {
-        routes(params).iter().flat_map(|r| r.all().iter().map(|route| route.key).collect::<Vec<_>>()).collect()
+        routes(params)
+            .iter()
+            .flat_map(|r| r.all().iter().map(|route| route.key).collect::<Vec<_>>())
+            .collect()
     };
     let expected_routes = keys(&base);
     let (mut checked, mut worst) = (0, 0.0f64);
@@ -277,13 +281,21 @@ fn what_a_phase_freezes_keeps_its_bits_and_an_unused_tier_its_logits() {
         let name = optimizer.name();
         let trained = selection.resolve(&params);
         let decays = vec![true; trained.len()];
-        let mut trainer =
-            Trainer::new(cpu.clone(), params.clone(), optimizer, trained.clone(), decays, Some(1.0));
+        let mut trainer = Trainer::new(
+            cpu.clone(),
+            params.clone(),
+            optimizer,
+            trained.clone(),
+            decays,
+            Some(1.0),
+        );
         let all = mask(&params);
         for _ in 0..3 {
             trainer.step(&batch(), &StepOptions { mask: &all, ..options }, 1e-2).unwrap();
         }
-        for ((old, new), trained) in before.0.list().iter().zip(trainer.params().list()).zip(&trained) {
+        for ((old, new), trained) in
+            before.0.list().iter().zip(trainer.params().list()).zip(&trained)
+        {
             let (old_bits, new_bits) = (bits(old.values()), bits(new.values()));
             match trained {
                 Trained::Nothing => assert_eq!(old_bits, new_bits, "{name}: {}", old.name),
@@ -355,7 +367,8 @@ fn run_config(out: &str, steps: u64) -> TrainConfig {
 }
 
 fn write_text(dir: &Path) {
-    let text: String = (0..400).map(|i| format!("The {}th line of a text about {}. ", i, i * i % 17)).collect();
+    let text: String =
+        (0..400).map(|i| format!("The {}th line of a text about {}. ", i, i * i % 17)).collect();
     std::fs::write(dir.join("text.txt"), text).unwrap();
     let lines = (0..40).map(|i| format!("{{\"text\": \"line {i} has its own document\"}}\n"));
     std::fs::write(dir.join("lines.jsonl"), lines.collect::<String>()).unwrap();

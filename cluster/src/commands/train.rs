@@ -43,7 +43,10 @@ impl TrainComputeArgs {
         let simd = self.simd.unwrap_or_else(Simd::best);
         if !simd.is_available() {
             let here: Vec<_> = Simd::available().iter().map(|s| s.to_string()).collect();
-            return Err(bad_input(anyhow!("--simd {simd}: this processor has {}", here.join(", "))));
+            return Err(bad_input(anyhow!(
+                "--simd {simd}: this processor has {}",
+                here.join(", ")
+            )));
         }
         Ok(Arc::new(Cpu::new(threads, simd)))
     }
@@ -64,7 +67,8 @@ fn run(args: &TrainArgs, json: bool) -> Result<()> {
     let base = args.config.parent().unwrap_or(Path::new("")).to_owned();
     let mut run = Run::open(config, &base, args.compute.cpu()?, args.resume)
         .map_err(|error| bad_input(anyhow!("{path}: {error}")))?;
-    fs::create_dir_all(run.out()).with_context(|| format!("{}: cannot create", run.out().display()))?;
+    fs::create_dir_all(run.out())
+        .with_context(|| format!("{}: cannot create", run.out().display()))?;
     let (done, steps) = run.steps();
     let mut metrics = Metrics::open(&run.out().join(METRICS), done)?;
     let [rows, held_out] = run.data().rows();
@@ -269,9 +273,9 @@ pub(super) fn tier(command: TierCommand, json: bool) -> Result<()> {
 fn add(args: TierAddArgs, json: bool) -> Result<()> {
     let init = args.init.parse().map_err(|error| bad_input(anyhow!("--init: {error}")))?;
     let checkpoint = Checkpoint::open(&args.dir).map_err(bad_input)?;
-    let mut tier =
-        lite_llm_runtime::tier::TierConfig::new(args.name, args.groups, args.experts, 0);
-    (tier.intermediate, tier.dtype, tier.placement) = (args.intermediate, args.dtype, args.placement);
+    let mut tier = lite_llm_runtime::tier::TierConfig::new(args.name, args.groups, args.experts, 0);
+    (tier.intermediate, tier.dtype, tier.placement) =
+        (args.intermediate, args.dtype, args.placement);
     tier.parameters = tier_parameters(checkpoint.config(), &tier);
     let name = tier.id.clone();
     let root = add_tier(&args.dir, tier, &init).map_err(bad_input)?;

@@ -351,7 +351,12 @@ impl TrainConfig {
         require(count(self.data.sequence), "data.sequence", self.data.sequence, COUNT)?;
         require(count(self.data.batch), "data.batch", self.data.batch, COUNT)?;
         let share = (0.0..1.0).contains(&self.data.held_out);
-        require(share, "data.held_out", self.data.held_out, "a share from 0 to below 1 is expected")?;
+        require(
+            share,
+            "data.held_out",
+            self.data.held_out,
+            "a share from 0 to below 1 is expected",
+        )?;
         require(self.checkpoint.keep > 0, "checkpoint.keep", 0, "at least 1 is expected")?;
         let rho = self.starvation.rho.is_finite() && self.starvation.rho >= 0.0;
         require(rho, "starvation.rho", self.starvation.rho, "0 or more is expected")?;
@@ -435,8 +440,14 @@ impl NewModel {
             eos_tokens: like.eos_tokens.clone(),
         };
         config.check()?;
-        let counted: Vec<u64> = config.moe.iter().flat_map(|moe| &moe.tiers).map(|tier| super::grow::tier_parameters(&config, tier)).collect();
-        for (tier, parameters) in config.moe.iter_mut().flat_map(|moe| &mut moe.tiers).zip(counted) {
+        let counted: Vec<u64> = config
+            .moe
+            .iter()
+            .flat_map(|moe| &moe.tiers)
+            .map(|tier| super::grow::tier_parameters(&config, tier))
+            .collect();
+        for (tier, parameters) in config.moe.iter_mut().flat_map(|moe| &mut moe.tiers).zip(counted)
+        {
             tier.parameters = parameters;
         }
         Ok(config)

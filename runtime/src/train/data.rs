@@ -35,7 +35,8 @@ fn error(path: &Path, found: impl Into<String>, expected: impl Into<String>) -> 
 
 /// The texts of a file, document by document.
 fn documents(path: &Path) -> Result<Vec<String>, DataError> {
-    const READABLE: &str = "a readable file of text, or of JSON lines with a \"text\" each, is expected";
+    const READABLE: &str =
+        "a readable file of text, or of JSON lines with a \"text\" each, is expected";
     let bytes = fs::read(path).map_err(|e| error(path, format!("cannot read: {e}"), READABLE))?;
     let text = String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
@@ -48,7 +49,11 @@ fn documents(path: &Path) -> Result<Vec<String>, DataError> {
     lines
         .map(|(number, line)| {
             let bad = |found: String| {
-                error(path, format!("line {number}: {found}"), "a JSON object with a \"text\" is expected")
+                error(
+                    path,
+                    format!("line {number}: {found}"),
+                    "a JSON object with a \"text\" is expected",
+                )
             };
             let value: serde_json::Value =
                 serde_json::from_str(line).map_err(|e| bad(e.to_string()))?;
@@ -64,8 +69,9 @@ fn files(base: &Path, pattern: &str) -> Result<Vec<PathBuf>, DataError> {
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let Some((before, after)) = name.split_once('*') else { return Ok(vec![path]) };
     let folder = path.parent().unwrap_or(base);
-    let found = fs::read_dir(folder)
-        .map_err(|e| error(folder, format!("cannot list: {e}"), "an existing folder is expected"))?;
+    let found = fs::read_dir(folder).map_err(|e| {
+        error(folder, format!("cannot list: {e}"), "an existing folder is expected")
+    })?;
     let mut list: Vec<PathBuf> = found
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| {
@@ -175,8 +181,10 @@ impl Dataset {
         for start in &starts {
             targets[start - 1] = None;
         }
-        let documents =
-            [0].into_iter().chain(starts.into_iter().filter(|start| *start < self.length)).collect();
+        let documents = [0]
+            .into_iter()
+            .chain(starts.into_iter().filter(|start| *start < self.length))
+            .collect();
         Row { tokens: self.stream[from..to].to_vec(), targets, documents }
     }
 
@@ -234,7 +242,8 @@ mod tests {
     fn an_epoch_has_every_row_once_and_any_sample_can_be_asked_for() {
         let data = dataset(&[0]);
         assert_eq!(data.rows(), [8, 2]);
-        let first = |batch: &Batch| -> Vec<u32> { batch.rows.iter().map(|r| r.tokens[0]).collect() };
+        let first =
+            |batch: &Batch| -> Vec<u32> { batch.rows.iter().map(|r| r.tokens[0]).collect() };
         let (one, two) = (first(&data.batch(0, 8)), first(&data.batch(8, 8)));
         assert_ne!(one, two, "epochs have their own orders");
         assert_eq!(first(&data.batch(5, 6)), [&one[5..], &two[..3]].concat());

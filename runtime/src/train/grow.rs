@@ -33,7 +33,8 @@ impl FromStr for Init {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let error = || format!("{text:?} is no way to begin; random:SEED, copy:TIER or means is expected");
+        let error =
+            || format!("{text:?} is no way to begin; random:SEED, copy:TIER or means is expected");
         match text.split_once(':') {
             Some(("random", seed)) => seed.parse().map(Self::Random).map_err(|_| error()),
             Some(("copy", tier)) => tier.parse().map(Self::Copy).map_err(|e| format!("{e}")),
@@ -127,9 +128,10 @@ impl Sources<'_> {
         };
         let from = self.from();
         match self.init {
-            Init::Copy(id) if from.is_empty() => {
-                Err(GrowError::Init(format!("copy:{id}: the model has no such tier; it has {}", known())))
-            }
+            Init::Copy(id) if from.is_empty() => Err(GrowError::Init(format!(
+                "copy:{id}: the model has no such tier; it has {}",
+                known()
+            ))),
             Init::Copy(id) if self.width(from[0]) != self.width(self.new) => {
                 let (there, here) = (self.width(from[0]), self.width(self.new));
                 Err(GrowError::Init(format!(
@@ -138,7 +140,8 @@ impl Sources<'_> {
                 )))
             }
             Init::Means if from.is_empty() => Err(GrowError::Init(
-                "means: no tier's experts are as wide as the new ones; begin with random:SEED".into(),
+                "means: no tier's experts are as wide as the new ones; begin with random:SEED"
+                    .into(),
             )),
             _ => Ok(()),
         }
@@ -229,7 +232,8 @@ impl Sources<'_> {
         let of = |(tier, flat): (usize, usize)| {
             let per_group = self.tiers()[tier].experts_per_group as usize;
             let (group, expert) = (flat / per_group, flat % per_group);
-            let name = format!("layers.{layer}.tiers.{tier}.groups.{group}.experts.{expert}.{matrix}");
+            let name =
+                format!("layers.{layer}.tiers.{tier}.groups.{group}.experts.{expert}.{matrix}");
             Some(self.params.values(self.params.find(&name)?))
         };
         let from: Option<Vec<&[f32]>> =

@@ -222,7 +222,8 @@ impl Run {
         if !resume && !saved.is_empty() {
             return Err(RunError::Exists(out.display().to_string()));
         }
-        let named = config.model.from.as_ref().or(config.model.new.as_ref().map(|new| &new.tokenizer));
+        let named =
+            config.model.from.as_ref().or(config.model.new.as_ref().map(|new| &new.tokenizer));
         let source = Checkpoint::open(base.join(named.map_or("", String::as_str)))?;
         let text = text_of(&source)?;
         let end = source.config().eos_tokens.first().copied();
@@ -267,7 +268,8 @@ impl Run {
         let begun = begin(&config, index, params, &cpu, fresh)?;
         let Begun { mut trainer, mask, event } = begun;
         if progress.step_in_phase > 0 {
-            let missing = trainer.restore(progress.step_in_phase, |name| tensors.get(name).cloned());
+            let missing =
+                trainer.restore(progress.step_in_phase, |name| tensors.get(name).cloned());
             missing.map_err(|name| StateError::Bad {
                 path: out.display().to_string(),
                 reason: format!("the checkpoint's state lacks {name}; remove its folder to go on from the one before"),
@@ -380,14 +382,21 @@ impl Run {
         let window = self.config.starvation.window;
         let of_tier = |(index, config): (usize, &crate::tier::TierConfig)| {
             let gates = losses.sums.layers.iter().flatten();
-            let here = gates.filter(|(gate, _)| matches!(gate, Gate::Experts { tier, .. } if *tier == index));
+            let here = gates
+                .filter(|(gate, _)| matches!(gate, Gate::Experts { tier, .. } if *tier == index));
             let assignments: u64 = here.flat_map(|(_, sums)| &sums.routes).sum();
             let experts = u64::from(config.experts()) * losses.sums.layers.len() as u64;
             let ratio = assignments as f64 / experts.max(1) as f64;
             TierRecord {
                 tier: config.id.to_string(),
                 assignments,
-                starved: starvation::starved(params, index, self.progress.step, window, &self.progress.last_used),
+                starved: starvation::starved(
+                    params,
+                    index,
+                    self.progress.step,
+                    window,
+                    &self.progress.last_used,
+                ),
                 bound: libm::exp(-(window as f64) * ratio),
             }
         };
@@ -416,10 +425,11 @@ impl Run {
         let (mut nats, mut predictions) = (0.0, 0);
         let options = self.options(phase);
         for batch in self.data.held_out(self.config.data.batch) {
-            let losses = evaluate(&self.cpu, self.trainer.params(), &batch, &options).map_err(|source| {
-                let (step, phase) = (self.progress.step, phase.name.clone());
-                RunError::Step { step, phase, first: 0, end: 0, source }
-            })?;
+            let losses =
+                evaluate(&self.cpu, self.trainer.params(), &batch, &options).map_err(|source| {
+                    let (step, phase) = (self.progress.step, phase.name.clone());
+                    RunError::Step { step, phase, first: 0, end: 0, source }
+                })?;
             nats += losses.ce * losses.predictions as f64;
             predictions += losses.predictions;
         }
@@ -492,7 +502,9 @@ fn begin(
     trained_tiers.dedup();
     if let Some(&tier) = trained_tiers.iter().find(|tier| !mask.allows(**tier)) {
         let (tier, set) = (&tiers[tier].id, &phase.tiers);
-        return Err(wrong(format!("it trains {tier}, which its tiers, {set}, leave out; name it in both")));
+        return Err(wrong(format!(
+            "it trains {tier}, which its tiers, {set}, leave out; name it in both"
+        )));
     }
     let (backbone, gates) = (phase.train.backbone, phase.train.gates);
     let selection = Selection { backbone, tiers: trained_tiers.clone(), gates };
@@ -508,7 +520,9 @@ fn begin(
         })
         .sum();
     if count == 0 {
-        return Err(wrong("it trains nothing; give train.backbone, train.tiers or train.gates".into()));
+        return Err(wrong(
+            "it trains nothing; give train.backbone, train.tiers or train.gates".into(),
+        ));
     }
     let tokens = config.data.batch * config.data.sequence;
     let expected = starvation::expected(&params, &mask, &trained_tiers, tokens);

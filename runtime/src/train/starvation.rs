@@ -44,7 +44,12 @@ impl Expected {
 }
 
 /// What every trained tier of a set can expect of a step of so many tokens.
-pub fn expected(params: &Params, mask: &TierMask, trained: &[usize], tokens: usize) -> Vec<Expected> {
+pub fn expected(
+    params: &Params,
+    mask: &TierMask,
+    trained: &[usize],
+    tokens: usize,
+) -> Vec<Expected> {
     let Some(moe) = &params.config().moe else { return Vec::new() };
     let share = (f64::from(moe.routing.k_tier) / mask.count().max(1) as f64).min(1.0);
     let of = |&tier: &usize| {
@@ -76,7 +81,13 @@ pub fn mark(params: &Params, sums: &Sums, step: u64, last_used: &mut Vec<Vec<u64
 }
 
 /// Experts of a tier, over all layers, without a token in the last `window` steps.
-pub fn starved(params: &Params, tier: usize, step: u64, window: u64, last_used: &[Vec<u64>]) -> usize {
+pub fn starved(
+    params: &Params,
+    tier: usize,
+    step: u64,
+    window: u64,
+    last_used: &[Vec<u64>],
+) -> usize {
     let Some(moe) = &params.config().moe else { return 0 };
     let before: usize = moe.tiers[..tier].iter().map(|t| t.experts() as usize).sum();
     let here = before..before + moe.tiers[tier].experts() as usize;

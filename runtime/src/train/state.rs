@@ -158,7 +158,8 @@ pub fn save<'a>(
         .map_err(|e| bad(&path, e.to_string()))?;
     let bytes = safetensors::serialize(views, None).map_err(|e| bad(&path, e.to_string()))?;
     write_file(&path, &bytes)?;
-    let saved = Saved { format: 1, config, model, tensors: Hash::of(&bytes), progress: progress.clone() };
+    let saved =
+        Saved { format: 1, config, model, tensors: Hash::of(&bytes), progress: progress.clone() };
     let text = serde_json::to_vec_pretty(&saved).map_err(|e| bad(&path, e.to_string()))?;
     write_file(&staging.join(STATE), &text)?;
     sync_folder(&staging)?;
@@ -203,7 +204,12 @@ pub fn load(dir: &Path, config: Hash) -> Result<Loaded, StateError> {
     let path = dir.join(STATE);
     let bytes = fs::read(&path).map_err(io(&path, "read"))?;
     let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| {
-        bad(&path, format!("{e}; the checkpoint is damaged: remove its folder to go on from the one before"))
+        bad(
+            &path,
+            format!(
+                "{e}; the checkpoint is damaged: remove its folder to go on from the one before"
+            ),
+        )
     })?;
     if saved.config != config {
         return Err(bad(
