@@ -378,7 +378,7 @@ fn write_text(dir: &Path) {
 fn finish(mut run: Run) -> (Vec<Happened>, Hash) {
     let mut all = Vec::new();
     loop {
-        let events = run.next().unwrap();
+        let events = run.advance().unwrap();
         if events.is_empty() {
             break;
         }
@@ -412,7 +412,7 @@ fn a_run_that_was_interrupted_anywhere_makes_the_same_model() {
     for calls in [1, 3, 2, 5, 4] {
         let mut run = open("broken", 1, true);
         for _ in 0..calls {
-            seen.extend(run.next().unwrap());
+            seen.extend(run.advance().unwrap());
         }
     }
     let (rest, found) = finish(open("broken", 3, true));
@@ -470,7 +470,7 @@ fn a_run_that_diverges_stops_with_its_step_and_keeps_its_checkpoint() {
     (config.phase[0].lr, config.phase[0].warmup, config.phase[0].clip) = (1e6, 0, 0.0);
     let mut run = Run::open(config, dir.path(), Arc::new(Cpu::best(2)), false).unwrap();
     let error = loop {
-        match run.next() {
+        match run.advance() {
             Ok(events) => assert!(!events.iter().any(|e| matches!(e, Happened::Done { .. }))),
             Err(error) => break error.to_string(),
         }

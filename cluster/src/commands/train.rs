@@ -80,7 +80,7 @@ fn run(args: &TrainArgs, json: bool) -> Result<()> {
     }
     let mut pace = Pace::new(done, steps);
     loop {
-        let events = run.next()?;
+        let events = run.advance()?;
         if events.is_empty() {
             return Ok(());
         }

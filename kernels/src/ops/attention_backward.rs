@@ -166,12 +166,12 @@ fn one_head(
             // Keys before this are seen by none of the block.
             let first = window.map_or(0, |w| (here.start + 1).saturating_sub(w as usize));
             let (mut p, mut dp) = (vec![0.0; here.len() * seen], vec![0.0; here.len() * seen]);
-            for kb in first / LEAF..=b {
+            for (kb, pack) in packs.iter().enumerate().take(b + 1).skip(first / LEAF) {
                 let to = block(kb);
                 let mut part = vec![0.0; here.len() * to.len()];
                 for (side, from, all) in [(0, &queries, &mut p), (1, &douts, &mut dp)] {
                     let from = Rows::List(&from[here.clone()]);
-                    matmul(cpu, from, &packs[kb][side], None, &mut part);
+                    matmul(cpu, from, &pack[side], None, &mut part);
                     for (row, part) in part.chunks_exact(to.len()).enumerate() {
                         all[row * seen..][to.clone()].copy_from_slice(part);
                     }

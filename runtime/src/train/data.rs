@@ -42,7 +42,7 @@ fn documents(path: &Path) -> Result<Vec<String>, DataError> {
         let at = e.utf8_error().valid_up_to();
         error(path, format!("not UTF-8: byte {at} begins no character"), "convert it to UTF-8")
     })?;
-    if !path.extension().is_some_and(|e| e == "jsonl") {
+    if path.extension().is_none_or(|e| e != "jsonl") {
         return Ok(if text.trim().is_empty() { Vec::new() } else { vec![text] });
     }
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());

@@ -198,8 +198,8 @@ pub(super) fn backward(
     let mut dx = vec![0.0; dout.len()];
     let routes = &tape.routes;
     // Gradients of the routes' weights, and of what went into the experts.
-    type Done = (ExpertTape, Vec<f32>, gated::GatedGradients);
-    let experts: Vec<(ExpertTape, Option<(Vec<f32>, gated::GatedGradients)>)> =
+    type OfExpert = Option<(Vec<f32>, gated::GatedGradients)>;
+    let experts: Vec<(ExpertTape, OfExpert)> =
         std::mem::take(&mut tape.experts).into_iter().map(|expert| (expert, None)).collect();
     let experts = each(cpu, experts, |(expert, done)| {
         let (mut dy, mut dw) = (Vec::with_capacity(expert.tape.y.len()), Vec::new());
@@ -217,7 +217,7 @@ pub(super) fn backward(
         let rows = Rows::List(&rows);
         *done = Some((dw, gated::backward(cpu, rows, &expert.tape, weights, &dy, &plan, wanted)));
     });
-    let experts: Vec<Done> =
+    let experts: Vec<_> =
         experts.into_iter().filter_map(|(e, done)| done.map(|(dw, g)| (e, dw, g))).collect();
     let mut dw = vec![0.0; routes.all().len()];
     let mut parts: Vec<&[f32]> = vec![&[]; routes.all().len()];

@@ -497,7 +497,7 @@ impl<'a> Pass<'a> {
         (layer, sparse): (usize, usize),
         kept: Kept,
         x: &Tensor,
-        dx: &mut Vec<f32>,
+        dx: &mut [f32],
         gradients: &mut Gradients,
     ) {
         let (cpu, wanted) = (self.cpu, of.wanted);

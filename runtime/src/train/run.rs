@@ -1,6 +1,6 @@
 //! A run: the phases of a curriculum over a stream of batches, step by step, with checkpoints.
 //!
-//! A pure machine but for its files: [`Run::next`] does one step and says what happened; the caller shows it
+//! A pure machine but for its files: [`Run::advance`] does one step and says what happened; the caller shows it
 //! and keeps the time. What a run computes is a function of its configuration and text: where it is
 //! interrupted, and how often, changes no bit.
 
@@ -73,7 +73,7 @@ pub enum RunError {
         /// Name of the phase.
         phase: String,
         /// What is wrong.
-        source: GrowError,
+        source: Box<GrowError>,
     },
     /// A step.
     #[error("step {step} (phase {phase}, rows {first}..{end} of the data's order): {source}")]
@@ -276,7 +276,14 @@ impl Run {
             })?;
         }
         let pending = if done { Vec::new() } else { vec![event] };
-        Ok(Self { cpu, config, out, hash, text, data, trainer, mask, progress, pending, done })
+        let mut run =
+            Self { cpu, config, out, hash, text, data, trainer, mask, progress, pending, done };
+        if done {
+            // It may have been interrupted while the model was written.
+            let model = run.finish()?;
+            run.pending.push(Happened::Done { model });
+        }
+        Ok(run)
     }
 
     /// The run's folder.
@@ -300,7 +307,7 @@ impl Run {
     }
 
     /// One step, with what comes before and after it; nothing once [`Happened::Done`] was said.
-    pub fn next(&mut self) -> Result<Vec<Happened>, RunError> {
+    pub fn advance(&mut self) -> Result<Vec<Happened>, RunError> {
         let mut events = std::mem::take(&mut self.pending);
         if self.done {
             return Ok(events);
@@ -309,17 +316,16 @@ impl Run {
         events.push(Happened::Step(Box::new(self.step(&phase)?)));
         let look = self.config.data.evaluate_every;
         let mut over = self.progress.step_in_phase >= phase.steps;
-        if over || (look > 0 && self.progress.step.is_multiple_of(look)) {
-            if let Some(held_out) = self.held_out(&phase)? {
-                let (step, name) = (self.progress.step, phase.name.clone());
-                events.push(Happened::Evaluated { step, phase: name, held_out });
-                if self.progress.best.is_none_or(|best| held_out < best) {
-                    (self.progress.best, self.progress.since_best) = (Some(held_out), 0);
-                } else {
-                    self.progress.since_best += 1;
-                }
-                over |= phase.patience > 0 && self.progress.since_best >= phase.patience;
+        let looks = over || (look > 0 && self.progress.step.is_multiple_of(look));
+        if looks && let Some(held_out) = self.held_out(&phase)? {
+            let (step, name) = (self.progress.step, phase.name.clone());
+            events.push(Happened::Evaluated { step, phase: name, held_out });
+            if self.progress.best.is_none_or(|best| held_out < best) {
+                (self.progress.best, self.progress.since_best) = (Some(held_out), 0);
+            } else {
+                self.progress.since_best += 1;
             }
+            over |= phase.patience > 0 && self.progress.since_best >= phase.patience;
         }
         let every = self.config.checkpoint.every;
         if over {
@@ -572,7 +578,7 @@ fn add_tier(
     let mut tier = add.config();
     tier.parameters = tier_parameters(params.config(), &tier);
     with_tier(params, &tier, &init, add.k_tier)
-        .map_err(|source| RunError::Grow { phase: phase.name.clone(), source })
+        .map_err(|source| RunError::Grow { phase: phase.name.clone(), source: source.into() })
 }
 
 /// Names all that decides the bits of a run.
