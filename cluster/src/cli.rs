@@ -3,6 +3,7 @@
 mod http;
 mod import;
 mod plan;
+mod train;
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -17,6 +18,7 @@ use lite_llm_kernels::{kv::KvDType, simd::Simd};
 pub use http::{HttpArgs, KeyArgs, KeyCommand};
 pub use import::{ImportArgs, ModelPath};
 pub use plan::PlanArgs;
+pub use train::{GradArgs, TierAddArgs, TierCommand, TrainArgs, TrainComputeArgs};
 
 use crate::{
     size::{NvmeArg, Size},
@@ -82,6 +84,13 @@ pub enum Command {
     Key(KeyArgs),
     /// Say how fast a model will be here, what bounds it, and what to buy next.
     Plan(PlanArgs),
+    /// Train a model by the phases of a configuration, on this machine.
+    Train(TrainArgs),
+    /// Compute the loss of token rows and its gradients, for comparison.
+    Grad(GradArgs),
+    /// Grow the checkpoint in a folder by a tier.
+    #[command(subcommand)]
+    Tier(TierCommand),
     /// Measure this machine and this program.
     Bench(BenchArgs),
     /// Show what this machine has, and what is missing.

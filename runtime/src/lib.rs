@@ -29,3 +29,4 @@ pub mod store;
 pub mod tier;
 pub mod tokenizer;
 pub mod trace;
+pub mod train;

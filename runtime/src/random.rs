@@ -12,6 +12,8 @@ pub enum Purpose {
     Weights = 3,
     /// Which node an expert is placed on, where that is asked to be random.
     Placement = 4,
+    /// The order of training rows; the index is the epoch · 2^32 + the row.
+    Shuffle = 5,
 }
 
 /// A uniform 64-bit number.

@@ -15,6 +15,7 @@ mod plan;
 mod record;
 mod run;
 mod tokenize;
+mod train;
 mod worker;
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
@@ -200,6 +201,9 @@ async fn perform(command: Command, json: bool) -> Result<()> {
         Command::Revoke(args) => authority::revoke(args, json),
         Command::Key(args) => http::key(args, json),
         Command::Plan(args) => plan::plan(args, json).await,
+        Command::Train(args) => train::train(args, json).await,
+        Command::Grad(args) => train::grad(args, json),
+        Command::Tier(command) => train::tier(command, json),
         Command::Bench(args) => bench::bench(args, json).await,
         Command::Doctor => doctor::doctor(json),
     }

@@ -2,7 +2,7 @@
 
 use crate::{
     cpu::Cpu,
-    ops::function::sigmoid,
+    ops::{function::sigmoid, sum},
     rows::{Rows, RowsMut},
     simd::{Simd, vectorised},
 };
@@ -116,6 +116,71 @@ pub fn sigmoid_gate(cpu: &Cpu, x: &mut [f32], logits: &[f32]) {
     let cols = x.len() / logits.len();
     if cols > 0 {
         for_rows(cpu, x, cols, |first, x| gate_rows(cpu.simd(), x, cols, &logits[first..]));
+    }
+}
+
+/// Backward of [`clamp`], in place on the gradient: it passes where the value was not limited, its
+/// limits included.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn clamp_backward(cpu: &Cpu, x: &[f32], limit: f32, dx: &mut [f32]) {
+    assert_eq!(x.len(), dx.len(), "x and dx are of one shape");
+    for_rows(cpu, dx, 1, |first, dx| {
+        let len = dx.len();
+        clamp_backward_all(cpu.simd(), &x[first..][..len], limit, dx);
+    });
+}
+
+/// Backward of [`sigmoid_gate`] for y `[rows, cols]`, what came in: `dx = dy · σ`, and
+/// `dlogit = σ (1 − σ) · Σ y dy`, the sum by rule 3.
+///
+/// # Panics
+/// If the shapes do not fit each other.
+pub fn sigmoid_gate_backward(
+    cpu: &Cpu,
+    y: &[f32],
+    logits: &[f32],
+    dy: &[f32],
+    dx: &mut [f32],
+    dlogits: &mut [f32],
+) {
+    assert!(y.len() == dy.len() && y.len() == dx.len(), "y, dy and dx are of one shape");
+    assert_eq!(logits.len(), dlogits.len(), "one gradient per logit");
+    if y.is_empty() {
+        return;
+    }
+    let cols = y.len() / logits.len();
+    for (row, (&logit, dlogit)) in logits.iter().zip(dlogits).enumerate() {
+        let gate = sigmoid(logit);
+        let of = row * cols..(row + 1) * cols;
+        let along = sum::sum_products(&y[of.clone()], &dy[of]);
+        *dlogit = gate * (1.0 - gate) * along;
+    }
+    for_rows(cpu, dx, cols, |first, dx| {
+        dx.copy_from_slice(&dy[first * cols..][..dx.len()]);
+        gate_rows(cpu.simd(), dx, cols, &logits[first..]);
+    });
+}
+
+/// `x *= factor`.
+pub fn scale(cpu: &Cpu, x: &mut [f32], factor: f32) {
+    for_rows(cpu, x, 1, |_, x| scale_all(cpu.simd(), x, factor));
+}
+
+vectorised! {
+    fn scale_all(x: &mut [f32], factor: f32) {
+        for x in x {
+            *x *= factor;
+        }
+    }
+}
+
+vectorised! {
+    fn clamp_backward_all(x: &[f32], limit: f32, dx: &mut [f32]) {
+        for (dx, &x) in dx.iter_mut().zip(x) {
+            *dx = if x > limit || x < -limit { 0.0 } else { *dx };
+        }
     }
 }
 

@@ -51,6 +51,21 @@ pub fn rope(cpu: &Cpu, x: &mut [f32], head_dim: usize, table: &[f32]) {
     });
 }
 
+/// Backward of [`rope`], in place on the gradient: the transposed turn.
+///
+/// # Panics
+/// If the shapes do not fit each other.
+pub fn rope_backward(cpu: &Cpu, dx: &mut [f32], head_dim: usize, table: &[f32]) {
+    let turned: Vec<f32> = table
+        .chunks_exact(head_dim.max(1))
+        .flat_map(|row| {
+            let (cos, sin) = row.split_at(head_dim / 2);
+            cos.iter().copied().chain(sin.iter().map(|s| -s))
+        })
+        .collect();
+    rope(cpu, dx, head_dim, &turned);
+}
+
 vectorised! {
     /// `(a, b) → (a·cos − b·sin, b·cos + a·sin)`, each as one product and one fused multiply-add.
     fn turn_heads(row: &mut [f32], cos: &[f32], sin: &[f32]) {

@@ -36,6 +36,25 @@ vectorised! {
     }
 }
 
+/// Backward of a softmax with result p: `ds_i = p_i (dp_i − Σ_j p_j dp_j)`, in place on dp, the sum by
+/// rule 3.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn softmax_backward(p: &[f32], dp: &mut [f32]) {
+    assert_eq!(p.len(), dp.len(), "p and dp are of one length");
+    softmax_backward_with(Simd::best(), p, dp);
+}
+
+vectorised! {
+    pub(crate) fn softmax_backward_with(p: &[f32], dp: &mut [f32]) {
+        let along = sum::sum_products(p, dp);
+        for (dp, &p) in dp.iter_mut().zip(p) {
+            *dp = p * (*dp - along);
+        }
+    }
+}
+
 /// The largest value; −infinity for none. Which of +0 and −0 is returned, and what a NaN does,
 /// is open: neither can be seen after exp and the sum.
 #[inline(always)]

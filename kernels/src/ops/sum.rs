@@ -58,6 +58,28 @@ pub(crate) fn sum_of_squares(values: &[f32]) -> f32 {
     sum_by(values, |sum, x: f32| x.mul_add(x, sum))
 }
 
+/// The sum of all products of two rows of one length, each added by a fused multiply-add.
+#[inline(always)]
+pub fn sum_products(a: &[f32], b: &[f32]) -> f32 {
+    let leaf = |a: &[f32], b: &[f32]| {
+        let mut lanes = [0.0f32; LANES];
+        let ((a, more_a), (b, more_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+        for (a, b) in a.iter().zip(b) {
+            for i in 0..LANES {
+                lanes[i] = a[i].mul_add(b[i], lanes[i]);
+            }
+        }
+        for ((lane, &a), &b) in lanes.iter_mut().zip(more_a).zip(more_b) {
+            *lane = a.mul_add(b, *lane);
+        }
+        tree(lanes)
+    };
+    match a.len() {
+        0..=LEAF => leaf(a, b),
+        _ => fold(a.chunks(LEAF).zip(b.chunks(LEAF)).map(|(a, b)| leaf(a, b))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -20,6 +20,7 @@
 mod copy;
 pub mod gguf;
 pub mod hf_config;
+pub mod hf_names;
 mod hf_rope;
 mod hf_tensors;
 mod keys;

@@ -14,7 +14,7 @@ use lite_llm_kernels::{
 };
 
 use super::{
-    Route, Router, Routes, ScoreError,
+    Gate, GateTrace, Route, Router, Routes, ScoreError,
     select::{Among, Choice, Place, Scratch, top_k},
 };
 use crate::{config::MoeConfig, expert::ExpertKey, random::hash_name, tier::TierMask};
@@ -86,6 +86,7 @@ impl HierarchicalRouter {
         branches: &[Branch],
         open: impl Fn(&Branch, usize) -> bool,
         out: &mut Routes,
+        trace: Option<(&mut Vec<GateTrace>, Gate)>,
         mut descend: impl FnMut(&Branch, u32, Choice),
     ) {
         let Some(gate) = gate else {
@@ -98,6 +99,9 @@ impl HierarchicalRouter {
         let place = Place { seed: self.moe.routing.seed, layer: self.layer, among };
         let (mut scratch, mut candidates, mut choices) =
             (Scratch::default(), Vec::with_capacity(gate.n()), Vec::with_capacity(k));
+        let mut traced = trace
+            .as_ref()
+            .map(|(_, name)| GateTrace::new(*name, gate.n(), branches.iter().map(|b| b.row)));
         for (branch, scores) in branches.iter().zip(scores.chunks_exact(gate.n())) {
             candidates.clear();
             candidates.extend(
@@ -110,9 +114,15 @@ impl HierarchicalRouter {
                 out.fail_row(ScoreError { layer, level, row, score });
                 continue;
             }
+            if let Some(traced) = &mut traced {
+                traced.push(scores, &candidates, scratch.probabilities());
+            }
             for (order, &choice) in (0u32..).zip(&choices) {
                 descend(branch, order, choice);
             }
+        }
+        if let (Some((all, _)), Some(traced)) = (trace, traced) {
+            all.push(traced);
         }
     }
 }
@@ -120,7 +130,23 @@ impl HierarchicalRouter {
 type Tensor = <Cpu as lite_llm_kernels::device::Device>::Tensor;
 
 impl HierarchicalRouter {
+    /// [`Router::route`], with what every gate said, for training: gates of tiers, then of groups by
+    /// tier, then of experts by tier and group; those that nobody came to are left out.
+    pub fn route_traced(
+        &self,
+        cpu: &Cpu,
+        hidden: &Tensor,
+        masks: &[&TierMask],
+        out: &mut Routes,
+    ) -> Vec<GateTrace> {
+        let mut trace = Vec::new();
+        let k_expert = |tier| self.moe.k_expert(tier) as usize;
+        self.route_to(k_expert, cpu, hidden, masks, out, Some(&mut trace));
+        trace
+    }
+
     /// Routes with so many experts for each chosen group of a tier.
+    #[allow(clippy::too_many_arguments)]
     fn route_to(
         &self,
         k_expert: impl Fn(usize) -> usize,
@@ -128,6 +154,7 @@ impl HierarchicalRouter {
         hidden: &Tensor,
         masks: &[&TierMask],
         out: &mut Routes,
+        mut trace: Option<&mut Vec<GateTrace>>,
     ) {
         out.clear();
         let routing = &self.moe.routing;
@@ -146,6 +173,7 @@ impl HierarchicalRouter {
             &roots,
             |branch, tier| masks[branch.row as usize].allows(tier),
             out,
+            trace.as_deref_mut().map(|all| (all, Gate::Tiers)),
             |branch, order, choice| {
                 let weight = choice.probability;
                 tiers.push(Branch { place: order, tier: choice.index, weight, ..*branch });
@@ -166,6 +194,7 @@ impl HierarchicalRouter {
                     &here,
                     |_, _| true,
                     out,
+                    trace.as_deref_mut().map(|all| (all, Gate::Groups { tier })),
                     |branch, order, choice| {
                         groups.push(Branch {
                             place: branch.below(order),
@@ -194,6 +223,9 @@ impl HierarchicalRouter {
                 here,
                 |_, _| true,
                 out,
+                trace
+                    .as_deref_mut()
+                    .map(|all| (all, Gate::Experts { tier: tier as usize, group: group as usize })),
                 |branch, order, choice| {
                     let place = branch.below(order);
                     let weight = branch.weight * choice.probability;
@@ -234,7 +266,7 @@ impl Router<Cpu> for HierarchicalRouter {
         masks: &[&TierMask],
         out: &mut Routes,
     ) -> Result<(), DeviceError> {
-        self.route_to(|tier| self.moe.k_expert(tier) as usize, cpu, hidden, masks, out);
+        self.route_to(|tier| self.moe.k_expert(tier) as usize, cpu, hidden, masks, out, None);
         Ok(())
     }
 
@@ -247,7 +279,8 @@ impl Router<Cpu> for HierarchicalRouter {
     ) -> Result<(), DeviceError> {
         // An order of choice has 10 bits.
         let wider = |k: usize| (k + k.div_ceil(2)).min(1024);
-        self.route_to(|tier| wider(self.moe.k_expert(tier) as usize), cpu, hidden, masks, out);
+        let k_expert = |tier| wider(self.moe.k_expert(tier) as usize);
+        self.route_to(k_expert, cpu, hidden, masks, out, None);
         out.sort_by_weight();
         Ok(())
     }

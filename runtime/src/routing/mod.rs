@@ -8,12 +8,16 @@
 
 mod hierarchical;
 mod select;
+mod trace;
 
 use std::collections::BTreeSet;
 
 use lite_llm_kernels::device::{Device, DeviceError};
 
-pub use self::hierarchical::{HierarchicalRouter, TierGates};
+pub use self::{
+    hierarchical::{HierarchicalRouter, TierGates},
+    trace::{Gate, GateTrace},
+};
 use crate::{config::MoeConfig, expert::ExpertKey, tier::TierMask};
 
 /// One expert chosen for one token.

@@ -70,6 +70,13 @@ pub(super) struct Scratch {
     probabilities: Vec<f32>,
 }
 
+impl Scratch {
+    /// Softmax over the candidates of the last selection, in their order.
+    pub(super) fn probabilities(&self) -> &[f32] {
+        &self.probabilities
+    }
+}
+
 /// The `k` best of the candidates `(index, score)`, best first.
 ///
 /// Scores are compared, not probabilities; equal scores (−0 equals +0) by [`Place::tie_break`].

@@ -1,0 +1,108 @@
+//! `train`, `grad` and `tier`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use lite_llm_kernels::simd::Simd;
+use lite_llm_runtime::tier::{TierId, TierSet};
+
+/// `train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The run: model, data, phases. Paths in it are relative to its folder.
+    #[arg(value_name = "CONFIG.toml")]
+    pub config: PathBuf,
+    /// Go on from the last checkpoint of the run, if there is one.
+    #[arg(long)]
+    pub resume: bool,
+    /// How it is computed.
+    #[command(flatten)]
+    pub compute: TrainComputeArgs,
+}
+
+/// Threads and instructions; neither changes a result.
+#[derive(Debug, Clone, Args)]
+pub struct TrainComputeArgs {
+    /// Compute threads [default: the machine's cores].
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Vector instructions: scalar, avx2, avx512, neon [default: the best here].
+    #[arg(long)]
+    pub simd: Option<Simd>,
+}
+
+/// `grad`.
+#[derive(Debug, Args)]
+pub struct GradArgs {
+    /// Checkpoint folder.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// JSON file {"prompts": [[ids…], …]}: the rows of one batch.
+    #[arg(long, value_name = "FILE")]
+    pub tokens: PathBuf,
+    /// safetensors file to write: loss.* and the gradient of each parameter by its name.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Tiers that are used: all, tier_1b,tier_10b or ..tier_10b.
+    #[arg(long, default_value = "all")]
+    pub tiers: TierSet,
+    /// Weights of the balance losses over tiers, groups and experts.
+    #[arg(long, value_name = "T,G,E", value_delimiter = ',', num_args = 3)]
+    pub balance: Option<Vec<f64>>,
+    /// Rows of a micro-batch [default: all at once].
+    #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub micro_rows: Option<u32>,
+    /// Compute layers again instead of keeping their activations.
+    #[arg(long)]
+    pub recompute: bool,
+    /// How it is computed.
+    #[command(flatten)]
+    pub compute: TrainComputeArgs,
+}
+
+/// What to do with the tiers of a checkpoint.
+#[derive(Debug, Subcommand)]
+pub enum TierCommand {
+    /// Add a tier to the checkpoint in a folder, by adding files: earlier manifests still open.
+    Add(TierAddArgs),
+}
+
+/// `tier add`.
+#[derive(Debug, Args)]
+pub struct TierAddArgs {
+    /// Checkpoint folder.
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Name of the tier, for example tier_10b.
+    #[arg(long)]
+    pub name: TierId,
+    /// Groups in a layer.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub groups: u32,
+    /// Experts in a group.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub experts: u32,
+    /// Inner width of its experts [default: the model's].
+    #[arg(long)]
+    pub intermediate: Option<usize>,
+    /// Format of its experts: f32, bf16, int8, int6 or int4 [default: the checkpoint's].
+    #[arg(long)]
+    pub dtype: Option<lite_llm_kernels::dtype::DType>,
+    /// Where it would like to be: hbm, dram, nvme or archive.
+    #[arg(long, default_value = "dram", value_parser = placement)]
+    pub placement: lite_llm_runtime::tier::Residence,
+    /// What it begins with: random:SEED, copy:TIER or means.
+    #[arg(long, default_value = "random:0")]
+    pub init: String,
+}
+
+fn placement(text: &str) -> Result<lite_llm_runtime::tier::Residence, String> {
+    use lite_llm_runtime::tier::Residence;
+    match text {
+        "hbm" => Ok(Residence::Hbm),
+        "dram" => Ok(Residence::Dram),
+        "nvme" => Ok(Residence::Nvme),
+        "archive" => Ok(Residence::Archive),
+        _ => Err("hbm, dram, nvme or archive is expected".into()),
+    }
+}

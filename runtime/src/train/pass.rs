@@ -1,0 +1,581 @@
+//! One pass over a node of the global batch: forward with a tape, then backward.
+//!
+//! Shapes: `N` tokens of the node's rows, `H` hidden, `A` = heads · head_dim, `B` = kv_heads · head_dim, `V`
+//! vocabulary.
+//!
+//! Invariants: forward has the bits of [`crate::forward::ForwardPass`] for each document by itself;
+//! what a layer keeps or computes again (`recompute`) has the same bits; logits exist for a piece of
+//! [`LOGITS_MAX`] values at a time.
+
+use std::ops::Range;
+
+use lite_llm_kernels::{
+    cpu::{Cpu, Tensor},
+    kv::{KvDType, KvShape, KvSlot, PAGE_TOKENS, Query},
+    ops::{
+        arena::KvArena,
+        attention::attention,
+        attention_backward::{Attended, AttentionGradients, AttentionShape, attention_backward},
+        cross_entropy::{self, RowSoftmax},
+        elementwise,
+        embed::embed,
+        gated::{self, GatedTape},
+        leaves::{LeafPlan, Place},
+        matmul::{Linear, matmul, matmul_many},
+        norm::{rms_norm, rms_norm_backward, rms_norm_in_place},
+        rope::{rope, rope_backward, rotary_table},
+        row_sums::{Factor, sum_rows},
+    },
+    rows::Rows,
+};
+
+use super::{
+    Recompute, TrainError,
+    balance::{BalanceWeights, Sums, layer_sums},
+    batch::Flat,
+    gradients::Gradients,
+    moe::{self, Context, MoeTape},
+    params::{FeedForwardIds, LayerIds, LinearIds, ParamId, Params},
+};
+use crate::{config::AttentionConfig, rope::Rotary, routing::Routes, tier::TierMask};
+
+/// Logits that exist at a time.
+pub const LOGITS_MAX: usize = 1 << 22;
+
+/// What a pass computes with.
+pub(super) struct Pass<'a> {
+    pub(super) cpu: &'a Cpu,
+    pub(super) params: &'a Params,
+    pub(super) mask: &'a TierMask,
+    pub(super) recompute: Recompute,
+    /// Whether the router z-loss is wanted.
+    pub(super) with_z: bool,
+    flat: Flat,
+    tokens: LeafPlan,
+    /// Rotary table `[N, head_dim]`.
+    table: Vec<f32>,
+}
+
+/// What a forward pass left.
+pub(super) struct Tape {
+    layers: Vec<LayerTape>,
+    /// The residual stream after the last layer `[N, H]`.
+    last: Tensor,
+    /// Sums of the gates over the node.
+    pub(super) sums: Sums,
+    /// Routes of each sparse layer.
+    pub(super) routes: Vec<Routes>,
+}
+
+struct LayerTape {
+    /// The residual stream before the layer `[N, H]`.
+    x: Tensor,
+    /// Absent where it is to be computed again.
+    kept: Option<Kept>,
+}
+
+/// What a layer's backward pass needs.
+struct Kept {
+    normed: Tensor,
+    /// q and k before their norms, where there are norms.
+    raw_qk: Option<[Vec<f32>; 2]>,
+    /// q, k and v before they are limited, where they are.
+    unclipped: Option<[Vec<f32>; 3]>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    attended: Vec<f32>,
+    /// The residual stream after attention `[N, H]`.
+    middle: Tensor,
+    ffn_normed: Tensor,
+    feed_forward: FeedForwardTape,
+}
+
+enum FeedForwardTape {
+    Dense(GatedTape),
+    Sparse(MoeTape),
+}
+
+fn tensor(rows: usize, values: &[f32]) -> Tensor {
+    let mut tensor = Tensor::zeros(rows, values.len() / rows.max(1));
+    tensor.as_mut_slice().copy_from_slice(values);
+    tensor
+}
+
+impl<'a> Pass<'a> {
+    pub(super) fn new(
+        cpu: &'a Cpu,
+        params: &'a Params,
+        mask: &'a TierMask,
+        recompute: Recompute,
+        with_z: bool,
+        flat: Flat,
+    ) -> Self {
+        let config = params.config();
+        let Rotary { inv_freq, scale } = Rotary::new(&config.attention, config.context);
+        let mut table = vec![0.0; flat.len() * config.attention.head_dim];
+        rotary_table(cpu, &flat.positions, &inv_freq, scale, &mut table);
+        let tokens = LeafPlan::of_tokens(&flat.places, flat.rows.clone());
+        Self { cpu, params, mask, recompute, with_z, flat, tokens, table }
+    }
+
+    fn rows(&self) -> usize {
+        self.flat.len()
+    }
+
+    fn attention(&self) -> &AttentionConfig {
+        &self.params.config().attention
+    }
+
+    fn shape(&self, layer: usize) -> AttentionShape {
+        let AttentionConfig { heads, kv_heads, head_dim, .. } = *self.attention();
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let window = self.params.config().layers[layer].window;
+        AttentionShape { heads, kv_heads, head_dim, scale, window }
+    }
+
+    /// Through all layers.
+    pub(super) fn forward(&self) -> Result<Tape, TrainError> {
+        let config = self.params.config();
+        let mut x = Tensor::zeros(self.rows(), config.hidden);
+        let table = self.params.matrix(self.params.ids().embed);
+        embed(self.cpu, table, &self.flat.ids, x.as_mut_slice());
+        let mut tape = Tape {
+            layers: Vec::with_capacity(config.layers.len()),
+            last: Tensor::zeros(0, 0),
+            sums: Sums::default(),
+            routes: Vec::new(),
+        };
+        for layer in 0..config.layers.len() {
+            let before = tensor(self.rows(), x.as_slice());
+            let kept = self.layer(layer, &mut x)?;
+            if let FeedForwardTape::Sparse(moe) = &kept.feed_forward {
+                let MoeTape { traces, routes, .. } = moe;
+                let (places, rows) = (&self.flat.places, self.flat.rows.clone());
+                let sums = layer_sums(self.cpu, traces, routes, places, rows, self.with_z);
+                tape.sums.layers.push(sums);
+                tape.routes.push(routes.clone());
+            }
+            let kept = (self.recompute == Recompute::None).then_some(kept);
+            tape.layers.push(LayerTape { x: before, kept });
+        }
+        tape.last = x;
+        Ok(tape)
+    }
+
+    /// One layer: x is replaced by what comes out.
+    fn layer(&self, layer: usize, x: &mut Tensor) -> Result<Kept, TrainError> {
+        let Self { cpu, params, .. } = *self;
+        let (config, rows) = (params.config(), self.rows());
+        let ids = &params.ids().layers[layer];
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape(layer);
+        let mut normed = Tensor::zeros(rows, config.hidden);
+        let norm = params.values(ids.attention_norm);
+        rms_norm(cpu, x.as_slice(), norm, config.norm_eps, normed.as_mut_slice());
+        let mut qkv = [heads, kv_heads, kv_heads].map(|n| vec![0.0; rows * n * head_dim]);
+        let [q, k, v] = &mut qkv;
+        let outs = [q, k, v];
+        let mut linears: Vec<Linear<'_>> = ids
+            .qkv
+            .iter()
+            .zip(outs)
+            .map(|(ids, out)| Linear {
+                weight: params.matrix(ids.weight),
+                bias: ids.bias.map(|id| params.values(id)),
+                out,
+            })
+            .collect();
+        matmul_many(cpu, normed.as_rows(), &mut linears);
+        drop(linears);
+        let raw_qk = ids.qk_norm.map(|norms| {
+            let raw = [qkv[0].clone(), qkv[1].clone()];
+            for (x, id) in qkv.iter_mut().zip(norms) {
+                rms_norm_in_place(cpu, x, params.values(id), config.norm_eps);
+            }
+            raw
+        });
+        let unclipped = config.attention.clip_qkv.map(|limit| {
+            let before = qkv.clone();
+            for x in &mut qkv {
+                elementwise::clamp(cpu, x, limit);
+            }
+            before
+        });
+        let [mut q, mut k, v] = qkv;
+        for x in [&mut q, &mut k] {
+            rope(cpu, x, head_dim, &self.table);
+        }
+        let mut attended = vec![0.0; q.len()];
+        self.attend(layer, [&q, &k, &v], &mut attended);
+        let mut delta = vec![0.0; rows * config.hidden];
+        let bias = ids.o.bias.map(|id| params.values(id));
+        let from = Rows::Dense { values: &attended, cols: heads * head_dim };
+        matmul(cpu, from, params.matrix(ids.o.weight), bias, &mut delta);
+        elementwise::add(cpu, x.as_mut_slice(), &delta);
+        let middle = tensor(rows, x.as_slice());
+        let mut ffn_normed = Tensor::zeros(rows, config.hidden);
+        let norm = params.values(ids.ffn_norm);
+        rms_norm(cpu, x.as_slice(), norm, config.norm_eps, ffn_normed.as_mut_slice());
+        let feed_forward = match &ids.feed_forward {
+            FeedForwardIds::Dense(mlp) => {
+                let packed = moe::packed_of(params, *mlp);
+                let tape = gated::forward(cpu, ffn_normed.as_rows(), packed);
+                elementwise::add(cpu, x.as_mut_slice(), &tape.y);
+                FeedForwardTape::Dense(tape)
+            }
+            FeedForwardIds::Sparse { .. } => {
+                let (out, tape) = moe::forward(cpu, params, layer, self.mask, &ffn_normed)
+                    .map_err(|error| error.at(&self.flat))?;
+                elementwise::add(cpu, x.as_mut_slice(), &out);
+                FeedForwardTape::Sparse(tape)
+            }
+        };
+        Ok(Kept { normed, raw_qk, unclipped, q, k, v, attended, middle, ffn_normed, feed_forward })
+    }
+
+    /// Attention of every document by itself, by way of pages, as inference has it.
+    fn attend(&self, layer: usize, [q, k, v]: [&[f32]; 3], out: &mut [f32]) {
+        let AttentionShape { kv_heads, head_dim, scale, window, .. } = self.shape(layer);
+        let shape = KvShape { layers: 1, kv_heads, head_dim, dtype: KvDType::F32 };
+        let mut pages: Vec<Vec<u32>> = Vec::new();
+        let mut next = 0;
+        for document in &self.flat.documents {
+            let count = document.len().div_ceil(PAGE_TOKENS) as u32;
+            pages.push((next..next + count).collect());
+            next += count;
+        }
+        let mut arena = KvArena::new(shape, next.max(1) as usize);
+        let (mut slots, mut queries) = (Vec::new(), Vec::new());
+        for (pages, document) in pages.iter().zip(&self.flat.documents) {
+            for position in 0..document.len() {
+                let offset = (position % PAGE_TOKENS) as u32;
+                slots.push(KvSlot { page: pages[position / PAGE_TOKENS], offset });
+                queries.push(Query { pages, position: position as u32 });
+            }
+        }
+        arena.append(self.cpu, 0, k, v, &slots);
+        attention(self.cpu, &arena, 0, q, &queries, scale, window, out);
+    }
+
+    /// The last norm of the residual stream.
+    fn normed(&self, tape: &Tape) -> Tensor {
+        let config = self.params.config();
+        let mut normed = Tensor::zeros(self.rows(), config.hidden);
+        let norm = self.params.values(self.params.ids().norm);
+        rms_norm(self.cpu, tape.last.as_slice(), norm, config.norm_eps, normed.as_mut_slice());
+        normed
+    }
+
+    fn head(&self) -> ParamId {
+        self.params.ids().head.unwrap_or(self.params.ids().embed)
+    }
+
+    /// Logits of some rows `[rows, V]`.
+    fn logits_of(&self, normed: &Tensor, rows: Range<usize>) -> Vec<f32> {
+        let config = self.params.config();
+        let mut logits = vec![0.0; rows.len() * config.vocab];
+        let from = &normed.as_slice()[rows.start * config.hidden..rows.end * config.hidden];
+        let from = Rows::dense(from, config.hidden);
+        matmul(self.cpu, from, self.params.matrix(self.head()), None, &mut logits);
+        logits
+    }
+
+    /// All logits `[N, V]`: for comparison.
+    pub(super) fn logits(&self, tape: &Tape) -> Vec<f32> {
+        self.logits_of(&self.normed(tape), 0..self.rows())
+    }
+
+    /// Pieces of rows whose logits exist at a time.
+    fn pieces(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (rows, vocab) = (self.rows(), self.params.config().vocab);
+        let most = (LOGITS_MAX / vocab).max(1);
+        (0..rows).step_by(most).map(move |from| from..(from + most).min(rows))
+    }
+
+    /// The sum of all predictions' losses, by rule 8.
+    pub(super) fn loss(&self, tape: &Tape) -> Result<f32, TrainError> {
+        let normed = self.normed(tape);
+        let mut softmaxes = Vec::with_capacity(self.rows());
+        for piece in self.pieces() {
+            let logits = self.logits_of(&normed, piece.clone());
+            softmaxes.extend(cross_entropy::losses(self.cpu, &logits, &self.flat.targets[piece]));
+        }
+        self.sum_losses(&softmaxes)
+    }
+
+    fn sum_losses(&self, softmaxes: &[RowSoftmax]) -> Result<f32, TrainError> {
+        let predicted: Vec<usize> =
+            (0..self.rows()).filter(|&row| self.flat.targets[row].is_some()).collect();
+        let losses: Vec<f32> = predicted.iter().map(|&row| softmaxes[row].loss).collect();
+        if let Some(at) = losses.iter().position(|loss| !loss.is_finite()) {
+            let (row, value) = (predicted[at], losses[at]);
+            let error = TrainError::NotFinite { tensor: "the logits".into(), row, value };
+            return Err(error.at(&self.flat));
+        }
+        let places: Vec<Place> = predicted.iter().map(|&row| self.flat.places[row]).collect();
+        let plan = LeafPlan::of_tokens(&places, self.flat.rows.clone());
+        let mut sum = [0.0];
+        sum_rows(self.cpu, Factor::One, Rows::dense(&losses, 1), 1, &plan, &mut sum);
+        Ok(sum[0])
+    }
+
+    /// Backward of everything. `scale` multiplies the loss of each prediction (0: only the balance losses
+    /// are differentiated). Returns the sum of the predictions' losses.
+    pub(super) fn backward(
+        &self,
+        mut tape: Tape,
+        scale: f32,
+        wanted: &[bool],
+        sums: &Sums,
+        balance: &BalanceWeights,
+        gradients: &mut Gradients,
+    ) -> Result<f32, TrainError> {
+        let (params, ids) = (self.params, self.params.ids().clone());
+        let context = Context {
+            cpu: self.cpu,
+            params,
+            flat: &self.flat,
+            wanted,
+            tokens: &self.tokens,
+            sums,
+            balance,
+        };
+        let normed = self.normed(&tape);
+        let (loss, dnormed) = self.head_backward(&normed, scale, wanted, gradients)?;
+        let last = std::mem::replace(&mut tape.last, Tensor::zeros(0, 0));
+        let mut dx = vec![0.0; dnormed.len()];
+        self.norm_backward(ids.norm, last.as_slice(), &dnormed, &mut dx, wanted, gradients);
+        let mut sparse = tape.sums.layers.len();
+        for (layer, of_layer) in tape.layers.into_iter().enumerate().rev() {
+            let kept = match of_layer.kept {
+                Some(kept) => kept,
+                None => self.layer(layer, &mut tensor(self.rows(), of_layer.x.as_slice()))?,
+            };
+            let is_sparse = matches!(kept.feed_forward, FeedForwardTape::Sparse(_));
+            sparse -= usize::from(is_sparse);
+            self.layer_backward(&context, (layer, sparse), kept, &of_layer.x, &mut dx, gradients);
+        }
+        if wanted[ids.embed] {
+            gradients.set(ids.embed, self.embed_gradient(&dx));
+        }
+        Ok(loss)
+    }
+
+    /// Loss, and the gradients of the last norm's output and of the head.
+    fn head_backward(
+        &self,
+        normed: &Tensor,
+        scale: f32,
+        wanted: &[bool],
+        gradients: &mut Gradients,
+    ) -> Result<(f32, Vec<f32>), TrainError> {
+        let (cpu, config) = (self.cpu, self.params.config());
+        let (hidden, vocab, rows) = (config.hidden, config.vocab, self.rows());
+        let head = self.head();
+        let mut dnormed = vec![0.0; rows * hidden];
+        let mut softmaxes = Vec::with_capacity(rows);
+        let mut all: Option<Vec<f32>> = None;
+        let over_vocab = LeafPlan::of(vocab);
+        for piece in self.pieces() {
+            let mut logits = self.logits_of(normed, piece.clone());
+            let targets = &self.flat.targets[piece.clone()];
+            let of = cross_entropy::losses(cpu, &logits, targets);
+            cross_entropy::gradient(cpu, &mut logits, &of, targets, 0, scale);
+            let factor = Factor::PerOutput(Rows::dense(&logits, vocab));
+            let table = Rows::dense(self.params.values(head), hidden);
+            let out = &mut dnormed[piece.start * hidden..piece.end * hidden];
+            sum_rows(cpu, factor, table, hidden, &over_vocab, out);
+            softmaxes.extend(of);
+            if piece.len() == rows {
+                all = Some(logits);
+            }
+        }
+        let loss = self.sum_losses(&softmaxes)?;
+        if wanted[head] {
+            let mut gradient = vec![0.0; vocab * hidden];
+            match all {
+                Some(dlogits) => {
+                    let factor = Factor::PerTerm(Rows::dense(&dlogits, vocab));
+                    sum_rows(cpu, factor, normed.as_rows(), hidden, &self.tokens, &mut gradient);
+                }
+                None => self.head_gradient(normed, &softmaxes, scale, &mut gradient),
+            }
+            // A table that is both has its parts added when all rows have been.
+            let tied = self.params.list().len();
+            gradients.set(self.params.ids().head.unwrap_or(tied), gradient);
+        }
+        Ok((loss, dnormed))
+    }
+
+    /// The head's gradient, by pieces of the vocabulary whose logits are computed again.
+    fn head_gradient(
+        &self,
+        normed: &Tensor,
+        softmaxes: &[RowSoftmax],
+        scale: f32,
+        gradient: &mut [f32],
+    ) {
+        use lite_llm_kernels::{
+            dtype::DType,
+            matrix::{PackedMatrix, Source},
+        };
+        let (cpu, hidden, rows) = (self.cpu, self.params.config().hidden, self.rows());
+        let table = self.params.values(self.head());
+        let piece = (LOGITS_MAX / rows.max(1)).max(1);
+        for (i, (table, out)) in
+            table.chunks(piece * hidden).zip(gradient.chunks_mut(piece * hidden)).enumerate()
+        {
+            let n = table.len() / hidden;
+            let packed = PackedMatrix::pack(DType::F32, n, hidden, Source::F32(table));
+            let mut logits = vec![0.0; rows * n];
+            matmul(cpu, normed.as_rows(), &packed, None, &mut logits);
+            let targets = &self.flat.targets;
+            cross_entropy::gradient(cpu, &mut logits, softmaxes, targets, i * piece, scale);
+            let factor = Factor::PerTerm(Rows::dense(&logits, n));
+            sum_rows(cpu, factor, normed.as_rows(), hidden, &self.tokens, out);
+        }
+    }
+
+    fn norm_backward(
+        &self,
+        id: ParamId,
+        x: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        wanted: &[bool],
+        gradients: &mut Gradients,
+    ) {
+        let weight = self.params.values(id);
+        let eps = self.params.config().norm_eps;
+        let cols = x.len() / self.rows().max(1);
+        let mut each = vec![0.0; if wanted[id] { self.rows() * weight.len() } else { 0 }];
+        let of_weight = wanted[id].then_some(&mut each[..]);
+        rms_norm_backward(self.cpu, x, cols, weight, eps, dy, dx, of_weight);
+        if wanted[id] {
+            gradients.set(id, self.column_sums(&each, weight.len()));
+        }
+    }
+
+    /// The sum over all tokens of rows `[N, cols]`, by rule 8.
+    fn column_sums(&self, rows: &[f32], cols: usize) -> Vec<f32> {
+        let mut sums = vec![0.0; cols];
+        sum_rows(self.cpu, Factor::One, Rows::dense(rows, cols), cols, &self.tokens, &mut sums);
+        sums
+    }
+
+    /// The gradient of a linear map's input, `[N, inputs]`; those of its parameters are set.
+    fn linear_backward(
+        &self,
+        ids: LinearIds,
+        x: &[f32],
+        dy: &[f32],
+        wanted: &[bool],
+        gradients: &mut Gradients,
+    ) -> Vec<f32> {
+        let rows = self.rows();
+        let (n, k) = (dy.len() / rows, x.len() / rows);
+        let mut dx = vec![0.0; x.len()];
+        let weight = Rows::dense(self.params.values(ids.weight), k);
+        let factor = Factor::PerOutput(Rows::dense(dy, n));
+        sum_rows(self.cpu, factor, weight, k, &LeafPlan::of(n), &mut dx);
+        if wanted[ids.weight] {
+            let mut gradient = vec![0.0; n * k];
+            let factor = Factor::PerTerm(Rows::dense(dy, n));
+            sum_rows(self.cpu, factor, Rows::dense(x, k), k, &self.tokens, &mut gradient);
+            gradients.set(ids.weight, gradient);
+        }
+        if let Some(bias) = ids.bias.filter(|id| wanted[*id]) {
+            gradients.set(bias, self.column_sums(dy, n));
+        }
+        dx
+    }
+
+    /// dx `[N, H]` is the gradient of what comes out, and becomes that of what went in.
+    fn layer_backward(
+        &self,
+        of: &Context<'_>,
+        (layer, sparse): (usize, usize),
+        kept: Kept,
+        x: &Tensor,
+        dx: &mut [f32],
+        gradients: &mut Gradients,
+    ) {
+        let (cpu, wanted) = (self.cpu, of.wanted);
+        let ids: &LayerIds = &self.params.ids().layers[layer];
+        let hidden = &kept.ffn_normed;
+        let mut dnormed = match (&ids.feed_forward, kept.feed_forward) {
+            (FeedForwardIds::Dense(mlp), FeedForwardTape::Dense(tape)) => {
+                let mut dnormed = vec![0.0; dx.len()];
+                moe::mlp_backward(of, *mlp, &tape, hidden, dx, &mut dnormed, gradients);
+                dnormed
+            }
+            (_, FeedForwardTape::Sparse(tape)) => {
+                moe::backward(of, layer, sparse, tape, hidden, dx, gradients)
+            }
+            _ => unreachable!("a layer has the tape of its kind"),
+        };
+        let mut more = vec![0.0; dx.len()];
+        let middle = kept.middle.as_slice();
+        self.norm_backward(ids.ffn_norm, middle, &dnormed, &mut more, wanted, gradients);
+        elementwise::add(cpu, dx, &more);
+
+        let dattended = self.linear_backward(ids.o, &kept.attended, dx, wanted, gradients);
+        let shape = self.shape(layer);
+        let mut of_qkv = [&kept.q, &kept.k, &kept.v].map(|x| vec![0.0; x.len()]);
+        let [dq, dk, dv] = &mut of_qkv;
+        let attended =
+            Attended { q: &kept.q, k: &kept.k, v: &kept.v, out: &kept.attended, dout: &dattended };
+        let into = AttentionGradients { dq, dk, dv };
+        attention_backward(cpu, shape, &self.flat.documents, attended, into);
+        for d in &mut of_qkv[..2] {
+            rope_backward(cpu, d, shape.head_dim, &self.table);
+        }
+        if let (Some(limit), Some(before)) = (self.attention().clip_qkv, &kept.unclipped) {
+            for (d, x) in of_qkv.iter_mut().zip(before) {
+                elementwise::clamp_backward(cpu, x, limit, d);
+            }
+        }
+        if let (Some(norms), Some(raw)) = (ids.qk_norm, &kept.raw_qk) {
+            for ((d, raw), id) in of_qkv.iter_mut().zip(raw).zip(norms) {
+                let dy = std::mem::replace(d, vec![0.0; d.len()]);
+                self.norm_backward(id, raw, &dy, d, wanted, gradients);
+            }
+        }
+        // From q, then k, then v.
+        dnormed.fill(0.0);
+        for (ids, d) in ids.qkv.iter().zip(&of_qkv) {
+            let part = self.linear_backward(*ids, kept.normed.as_slice(), d, wanted, gradients);
+            elementwise::add(cpu, &mut dnormed, &part);
+        }
+        self.norm_backward(
+            ids.attention_norm,
+            x.as_slice(),
+            &dnormed,
+            &mut more,
+            wanted,
+            gradients,
+        );
+        elementwise::add(cpu, dx, &more);
+    }
+
+    /// The gradient of the embedding as a table of inputs: per token id the sum over its places, by
+    /// rule 8.
+    fn embed_gradient(&self, dx: &[f32]) -> Vec<f32> {
+        let config = self.params.config();
+        let (hidden, vocab) = (config.hidden, config.vocab);
+        let mut by_id: Vec<(u32, u32)> =
+            (0u32..).zip(&self.flat.ids).map(|(row, &id)| (id, row)).collect();
+        by_id.sort_unstable();
+        let mut gradient = vec![0.0; vocab * hidden];
+        for same in by_id.chunk_by(|a, b| a.0 == b.0) {
+            let row = |&(_, row): &(u32, u32)| &dx[row as usize * hidden..][..hidden];
+            let rows: Vec<&[f32]> = same.iter().map(row).collect();
+            let places: Vec<Place> =
+                same.iter().map(|&(_, row)| self.flat.places[row as usize]).collect();
+            let plan = LeafPlan::of_tokens(&places, self.flat.rows.clone());
+            let out = &mut gradient[same[0].0 as usize * hidden..][..hidden];
+            sum_rows(self.cpu, Factor::One, Rows::List(&rows), hidden, &plan, out);
+        }
+        gradient
+    }
+}

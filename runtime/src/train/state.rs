@@ -1,0 +1,240 @@
+//! Checkpoints of a run: the model, what the optimizer remembers, and where the run is.
+//!
+//! `step-N/` holds `model/` (a checkpoint that opens by itself), `state.safetensors` (optimizer states and what
+//! tiers are pulled to) and, written last, `state.json` with the hashes of both. It is written as
+//! `step-N.staging/`, synced, and renamed: a folder under its name is whole. A run goes on from the highest one.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use safetensors::{
+    SafeTensors,
+    tensor::{Dtype, TensorView},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    grow::{TRAINED_DTYPE, tensor_bytes},
+    params::Params,
+};
+use crate::checkpoint::{
+    Checkpoint, CheckpointError,
+    index::Hash,
+    layout::Part,
+    writer::{Text, Writer},
+};
+
+const STAGING: &str = ".staging";
+const STATE: &str = "state.json";
+const TENSORS: &str = "state.safetensors";
+/// The model within a checkpoint of a run.
+pub const MODEL: &str = "model";
+
+/// Where a run is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// Steps of the whole run.
+    pub step: u64,
+    /// Phase that it is in.
+    pub phase: usize,
+    /// Steps of that phase.
+    pub step_in_phase: u64,
+    /// Rows of data that were used.
+    pub samples: u64,
+    /// Best loss held out in this phase, and looks since; for `patience`.
+    pub best: Option<f64>,
+    /// See `best`.
+    pub since_best: u64,
+    /// Step at which each expert last had a token: by layer and flat index.
+    pub last_used: Vec<Vec<u64>>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    format: u32,
+    /// Hash of all of the configuration that decides bits.
+    config: Hash,
+    model: Hash,
+    tensors: Hash,
+    progress: Progress,
+}
+
+/// Why a run's checkpoint was not written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The operating system refused.
+    #[error("{path}: cannot {action}: {source}; earlier checkpoints are as they were")]
+    Io {
+        /// Which file.
+        path: String,
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The model within could not be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// It is not what it should be.
+    #[error("{path}: {reason}")]
+    Bad {
+        /// Which file.
+        path: String,
+        /// What was found, and what to do.
+        reason: String,
+    },
+}
+
+fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> StateError {
+    let path = path.display().to_string();
+    move |source| StateError::Io { path, action, source }
+}
+
+fn bad(path: &Path, reason: impl Into<String>) -> StateError {
+    StateError::Bad { path: path.display().to_string(), reason: reason.into() }
+}
+
+/// Writes a whole model into a new folder.
+pub fn write_model(dir: &Path, params: &Params, text: &Text) -> Result<Hash, CheckpointError> {
+    let mut writer = Writer::create(dir, params.config(), TRAINED_DTYPE)?;
+    let parts: Vec<Part> = Part::all(params.config()).collect();
+    for part in parts {
+        writer.write_part(part, |spec, sink| sink.write(&tensor_bytes(params, part, spec)))?;
+    }
+    writer.finish(text)
+}
+
+fn write_file(path: &Path, bytes: &[u8]) -> Result<(), StateError> {
+    let mut file = File::create(path).map_err(io(path, "create"))?;
+    file.write_all(bytes).map_err(io(path, "write"))?;
+    file.sync_all().map_err(io(path, "sync"))
+}
+
+fn sync_folder(path: &Path) -> Result<(), StateError> {
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(io(path, "sync"))
+}
+
+/// The folder of a step.
+fn folder(run: &Path, step: u64) -> PathBuf {
+    run.join(format!("step-{step:08}"))
+}
+
+/// Writes a checkpoint of a run, and removes all but the `keep` latest. `config` names all that decides
+/// bits.
+pub fn save<'a>(
+    run: &Path,
+    params: &Params,
+    text: &Text,
+    progress: &Progress,
+    tensors: impl Iterator<Item = (String, &'a [f32])>,
+    (config, keep): (Hash, usize),
+) -> Result<PathBuf, StateError> {
+    let done = folder(run, progress.step);
+    let mut staging = done.clone().into_os_string();
+    staging.push(STAGING);
+    let staging = PathBuf::from(staging);
+    for old in [&staging, &done] {
+        if old.exists() {
+            fs::remove_dir_all(old).map_err(io(old, "remove"))?;
+        }
+    }
+    fs::create_dir_all(&staging).map_err(io(&staging, "create"))?;
+    let model = write_model(&staging.join(MODEL), params, text)?;
+    let path = staging.join(TENSORS);
+    let tensors: BTreeMap<String, &[f32]> = tensors.collect();
+    let views = tensors
+        .iter()
+        .map(|(name, values)| {
+            let bytes = bytemuck::cast_slice(values);
+            TensorView::new(Dtype::F32, vec![values.len()], bytes).map(|view| (name.as_str(), view))
+        })
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| bad(&path, e.to_string()))?;
+    let bytes = safetensors::serialize(views, None).map_err(|e| bad(&path, e.to_string()))?;
+    write_file(&path, &bytes)?;
+    let saved =
+        Saved { format: 1, config, model, tensors: Hash::of(&bytes), progress: progress.clone() };
+    let text = serde_json::to_vec_pretty(&saved).map_err(|e| bad(&path, e.to_string()))?;
+    write_file(&staging.join(STATE), &text)?;
+    sync_folder(&staging)?;
+    fs::rename(&staging, &done).map_err(io(&done, "rename"))?;
+    sync_folder(run)?;
+    let mut all = list(run)?;
+    all.truncate(all.len().saturating_sub(keep));
+    for (_, old) in all {
+        fs::remove_dir_all(&old).map_err(io(&old, "remove"))?;
+    }
+    Ok(done)
+}
+
+/// Checkpoints of a run, earliest first.
+pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>, StateError> {
+    let entries = match fs::read_dir(run) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(io(run, "list")(e)),
+    };
+    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok();
+    let mut all: Vec<(u64, PathBuf)> =
+        entries.filter_map(|e| Some(e.ok()?.path())).filter_map(|p| Some((step(&p)?, p))).collect();
+    all.sort();
+    Ok(all)
+}
+
+/// What a checkpoint of a run holds.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The parameters.
+    pub params: Params,
+    /// Where the run was.
+    pub progress: Progress,
+    /// Everything else by name.
+    pub tensors: BTreeMap<String, Vec<f32>>,
+}
+
+/// Reads a checkpoint of a run, and verifies every byte; `config` must be the hash that it was written
+/// with.
+pub fn load(dir: &Path, config: Hash) -> Result<Loaded, StateError> {
+    let path = dir.join(STATE);
+    let bytes = fs::read(&path).map_err(io(&path, "read"))?;
+    let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| {
+        bad(
+            &path,
+            format!(
+                "{e}; the checkpoint is damaged: remove its folder to go on from the one before"
+            ),
+        )
+    })?;
+    if saved.config != config {
+        return Err(bad(
+            &path,
+            "it was written by a run with another configuration of model, data or phases; go on with that one, \
+             or name another `out`",
+        ));
+    }
+    let checkpoint = Checkpoint::open(dir.join(MODEL))?;
+    if Hash(checkpoint.id()) != saved.model {
+        return Err(bad(&path, "the model beside it is another one; restore the folder"));
+    }
+    let params = Params::load(&checkpoint)?;
+    let path = dir.join(TENSORS);
+    let bytes = fs::read(&path).map_err(io(&path, "read"))?;
+    if Hash::of(&bytes) != saved.tensors {
+        let reason = "its bytes are not those that were written; remove the checkpoint's folder to go on from \
+                      the one before";
+        return Err(bad(&path, reason));
+    }
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(&path, e.to_string()))?;
+    let tensors = file
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| (name, bytemuck::pod_collect_to_vec(view.data())))
+        .collect();
+    Ok(Loaded { params, progress: saved.progress, tensors })
+}
