@@ -6,7 +6,9 @@
 
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::{ClusterStatus, MessageError, NodeResidences, TraceContext};
+use super::{
+    ClusterStatus, DetachedReply, DetachedRequest, MessageError, NodeResidences, TraceContext,
+};
 
 /// What the model is to continue.
 #[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
@@ -208,6 +210,8 @@ pub enum ClientRequest {
     Drain(String),
     /// Where are the nodes' experts?
     Residences,
+    /// A question of the ledger.
+    Detached(DetachedRequest),
 }
 
 /// The coordinator answers a client.
@@ -231,6 +235,8 @@ pub enum ClientReply {
     Noted,
     /// Where the experts of those nodes are that answered.
     Residences(Vec<NodeResidences>),
+    /// The ledger's answer.
+    Detached(DetachedReply),
 }
 
 /// The coordinator gives a job to its home node.
