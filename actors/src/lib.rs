@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! CoordinatorHandle (door: QUIC endpoint)
+//! ├─ Jobs                        the ledger of detached jobs, on an OS thread
 //! └─ Coordinator                 membership, placement, jobs          (one per cluster)
 //!      │  ractor: Describe, Load, Serve, Vitals, Dismiss              control plane
 //!      ▼
@@ -25,6 +26,7 @@ pub mod cluster;
 pub mod control;
 pub mod coordinator;
 pub mod lane;
+pub mod ledger;
 pub mod links;
 pub mod liveness;
 pub mod local;

@@ -76,6 +76,7 @@ impl LocalCluster {
             remote_workers: false,
             replicas: options.replicas,
             patience: options.patience,
+            ledger: None,
         })
         .await?;
         let starts = (1..=options.workers).map(|number| {

@@ -2,6 +2,7 @@
 
 mod http;
 mod import;
+mod jobs;
 mod plan;
 mod train;
 
@@ -17,6 +18,9 @@ use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
 pub use http::{HttpArgs, KeyArgs, KeyCommand};
 pub use import::{ImportArgs, ModelPath};
+pub use jobs::{
+    CancelArgs, ClientArgs, JobArgs, JobsArgs, KeepJobs, Numbers, OwnerArgs, SubmitArgs,
+};
 pub use plan::PlanArgs;
 pub use train::{GradArgs, TierAddArgs, TierCommand, TrainArgs, TrainComputeArgs};
 
@@ -72,6 +76,12 @@ pub enum Command {
     Tokenize(TokenizeArgs),
     /// Send a prompt, or a file of prompts, to a coordinator.
     Submit(SubmitArgs),
+    /// List the jobs that were left with a coordinator.
+    Jobs(JobsArgs),
+    /// Show a job that was left with a coordinator, and its result.
+    Job(JobArgs),
+    /// End jobs that were left with a coordinator.
+    Cancel(CancelArgs),
     /// Show a cluster's nodes and load.
     Status(ClientArgs),
     /// Move a worker's work and experts to others, and let it go.
@@ -382,9 +392,14 @@ pub struct CoordinatorArgs {
     /// How long jobs wait for a worker when none can serve them.
     #[arg(long, value_name = "TIME", default_value = "60s")]
     pub patience: Time,
-    /// Where the cluster's authority is kept, and client.token and worker.token are written.
+    /// Where the cluster's authority and the ledger of detached jobs are kept, and client.token and
+    /// worker.token are written.
     #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
     pub state: Option<PathBuf>,
+    /// How long results of detached jobs are kept, such as 7d, or how many jobs' [default: 7d, and at
+    /// most 100000 jobs'].
+    #[arg(long, value_name = "TIME|COUNT")]
+    pub keep_jobs: Option<KeepJobs>,
     /// Address in the tokens, if workers see another than --listen.
     #[arg(long, value_name = "ADDR")]
     pub advertise: Option<SocketAddr>,
@@ -431,20 +446,6 @@ pub struct WorkerArgs {
     /// Compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
-}
-
-/// Where the coordinator is and what lets us in.
-#[derive(Debug, Clone, Args)]
-pub struct ClientArgs {
-    /// The coordinator's address or host name, with its port [default: the address in the token].
-    #[arg(long, value_name = "HOST:PORT")]
-    pub coordinator: Option<HostPort>,
-    /// The client.token that the coordinator wrote [default: the one of this machine's coordinator].
-    #[arg(long, value_name = "FILE")]
-    pub token: Option<PathBuf>,
-    /// How long to try again when the coordinator is busy or lost; jobs go on where they were.
-    #[arg(long, value_name = "TIME", default_value = "30s")]
-    pub retry: Time,
 }
 
 /// `drain`.
@@ -502,24 +503,6 @@ pub struct RevokeArgs {
     /// Where the coordinator keeps the cluster's authority.
     #[arg(long, value_name = "DIR", env = "LITE_LLM_STATE")]
     pub state: Option<PathBuf>,
-}
-
-/// `submit`.
-#[derive(Debug, Args)]
-pub struct SubmitArgs {
-    /// What to continue; `-` reads standard input.
-    #[arg(required_unless_present = "file", conflicts_with = "file")]
-    pub prompt: Option<String>,
-    /// JSON lines: {"prompt": "…"} with any of max_tokens, temperature, top_k, top_p, seed, tiers, stop,
-    /// chat, system.
-    #[arg(long, value_name = "JOBS.jsonl")]
-    pub file: Option<PathBuf>,
-    /// Where.
-    #[command(flatten)]
-    pub client: ClientArgs,
-    /// Sampling.
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
 }
 
 /// `bench`.

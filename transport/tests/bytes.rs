@@ -13,10 +13,10 @@ use std::{fmt::Debug, fs, path::PathBuf};
 use lite_llm_transport::{
     frame::{Frame, OutgoingFrame},
     messages::{
-        Assignment, ClientReply, ClientRequest, ClusterStatus, ExpertBatchView, ExpertFailure,
-        ExpertOutputs, ExpertReplyView, FailedExpert, JobEvent, JobEventBody, JobStart, Message,
-        NodeInfo, NodeReport, NodeVitals, OutgoingExpertBatch, OutgoingExpertOutputs,
-        OutgoingWeights, TraceContext, WeightsPart, decode, encode,
+        Assignment, ClientReply, ClientRequest, ClusterStatus, DetachedJob, ExpertBatchView,
+        ExpertFailure, ExpertOutputs, ExpertReplyView, FailedExpert, JobEnding, JobEvent,
+        JobEventBody, JobStart, Message, NodeInfo, NodeReport, NodeVitals, OutgoingExpertBatch,
+        OutgoingExpertOutputs, OutgoingWeights, TraceContext, WeightsPart, decode, encode,
     },
     pool::BufferPool,
     session::Hello,
@@ -82,6 +82,18 @@ fn what_protocol_3_added_is_written_and_read_as_it_was() {
     message("client_request_residences.v3", &ClientRequest::Residences);
     let residences = fixtures::residences();
     message("client_reply_residences.v3", &ClientReply::Residences(vec![residences]));
+    for (i, request) in fixtures::detached_requests().into_iter().enumerate() {
+        message(&format!("client_request_detached_{i}.v3"), &ClientRequest::Detached(request));
+    }
+    for (i, reply) in fixtures::detached_replies().into_iter().enumerate() {
+        message(&format!("client_reply_detached_{i}.v3"), &ClientReply::Detached(reply));
+    }
+    // What the ledger's file holds.
+    let (job, ending) = (fixtures::detached_job(), fixtures::ending());
+    let bytes = kept_bytes("detached_job.v3", &encode(&job));
+    assert_eq!(decode::<DetachedJob>(&bytes).unwrap(), job);
+    let bytes = kept_bytes("job_ending.v3", &encode(&ending));
+    assert_eq!(decode::<JobEnding>(&bytes).unwrap(), ending);
     message("weights_request.v3", &fixtures::weights_request());
     for (i, reply) in fixtures::weights_replies().iter().enumerate() {
         message(&format!("weights_reply_{i}.v3"), reply);

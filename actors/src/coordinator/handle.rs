@@ -9,6 +9,7 @@ use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
 use lite_llm_runtime::{
     chat::Conversation,
     checkpoint::{Checkpoint, DATA_ALIGN},
+    config::ModelConfig,
     prompt::{PromptError, Prompts},
     tokenizer::Tokenizer,
 };
@@ -34,8 +35,10 @@ use tracing::warn;
 use crate::{
     control::ControlPlane,
     coordinator::{
-        Coordinator, CoordinatorArguments, CoordinatorMessage, Submission, job::CLIENT_EVENTS_MAX,
+        CLIENT_EVENTS_MAX, Coordinator, CoordinatorArguments, CoordinatorMessage, Submission,
+        detached,
     },
+    ledger::{Jobs, LedgerError, LedgerOptions},
     placement::PlacementPolicy,
 };
 
@@ -69,6 +72,8 @@ pub struct CoordinatorOptions {
     pub replicas: u16,
     /// How long jobs wait for a worker when none can serve them.
     pub patience: Duration,
+    /// Where detached jobs are kept, if any are taken.
+    pub ledger: Option<LedgerOptions>,
 }
 
 /// Why a coordinator did not start, or a request to it failed.
@@ -100,11 +105,14 @@ fn failed(error: impl std::fmt::Display) -> ServeError {
 /// A running coordinator.
 #[derive(Clone)]
 pub struct CoordinatorHandle {
-    actor: ActorRef<CoordinatorMessage>,
+    pub(super) actor: ActorRef<CoordinatorMessage>,
     endpoint: Endpoint,
     token: Arc<JoinToken>,
     control: Option<ControlPlane>,
-    prompts: Option<Prompts>,
+    pub(super) prompts: Option<Prompts>,
+    pub(super) config: Arc<ModelConfig>,
+    /// Detached jobs, if they are kept.
+    pub(super) jobs: Option<Jobs>,
     /// Places at the tokenizer, and in the queue for it.
     tokenizing: Arc<Semaphore>,
     queued: Arc<Semaphore>,
@@ -113,9 +121,11 @@ pub struct CoordinatorHandle {
 
 impl CoordinatorHandle {
     /// Starts a coordinator.
-    pub async fn start(options: CoordinatorOptions) -> Result<Self, ServeError> {
+    pub async fn start(mut options: CoordinatorOptions) -> Result<Self, ServeError> {
+        let config = options.checkpoint.config().served(options.context).map_err(failed)?;
+        let ledger = options.ledger.take();
+        let model = detached::model_hash(&options, config.context);
         let CoordinatorOptions { listen, authority, checkpoint, workers, placement, .. } = options;
-        let config = checkpoint.config().served(options.context).map_err(failed)?;
         // In memory they take whole pages.
         let pages = |bytes: u64| bytes.next_multiple_of(DATA_ALIGN);
         let expert_bytes = checkpoint.tier_expert_bytes().into_iter().map(pages).collect();
@@ -153,14 +163,29 @@ impl CoordinatorHandle {
             replicas: options.replicas,
             placement,
             kv_dtype: options.kv_dtype,
-            config,
+            config: config.clone(),
             patience: options.patience,
             control: control.clone(),
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
         let tokenizing = Arc::new(Semaphore::new(TOKENISED_MAX));
         let queued = Arc::new(Semaphore::new(TOKENISE_WAITING_MAX));
-        let handle = Self { actor, endpoint, token, control, prompts, tokenizing, queued, address };
+        let (config, jobs) = (Arc::new(config), None);
+        let mut handle = Self {
+            actor,
+            endpoint,
+            token,
+            control,
+            prompts,
+            config,
+            jobs,
+            tokenizing,
+            queued,
+            address,
+        };
+        if let Some(ledger) = ledger {
+            handle.open_ledger(ledger, model).await?;
+        }
         tokio::spawn(handle.clone().accept());
         tokio::spawn(handle.clone().pass_revoked_on());
         Ok(handle)
@@ -221,8 +246,16 @@ impl CoordinatorHandle {
             text => Prompt::Tokens(self.encode(text).await?),
         };
         let (events, receiver) = mpsc::channel(CLIENT_EVENTS_MAX);
-        let submission =
-            Box::new(Submission { request, choosing, serving, generated, client, events });
+        let patience = None;
+        let submission = Box::new(Submission {
+            request,
+            choosing,
+            serving,
+            generated,
+            client,
+            patience,
+            events,
+        });
         let submit = |reply| CoordinatorMessage::Submit(submission, reply);
         let job = ractor::call!(self.actor, submit).map_err(failed)?.map_err(ServeError)?;
         Ok((job, receiver))
@@ -287,6 +320,9 @@ impl CoordinatorHandle {
 
     /// Ends it: workers and clients are told.
     pub async fn stop(self) {
+        if let Some(jobs) = &self.jobs {
+            jobs.stop().await;
+        }
         let _ = self.actor.stop_and_wait(None, None).await;
         if let Some(control) = &self.control {
             control.stop();
@@ -386,6 +422,15 @@ impl CoordinatorHandle {
                 Ok(ClientRequest::Drain(name)) => {
                     let reply = match self.drain(name).await {
                         Ok(()) => ClientReply::Noted,
+                        Err(error) => ClientReply::Refused { reason: error.to_string() },
+                    };
+                    sender.send_message(&reply).await
+                }
+                Ok(ClientRequest::Detached(request)) => {
+                    let reply = match self.answer_detached(&client, request).await {
+                        Ok(reply) => ClientReply::Detached(reply),
+                        // Its connection ends, too; it asks the next coordinator.
+                        Err(LedgerError::Stopping) => return,
                         Err(error) => ClientReply::Refused { reason: error.to_string() },
                     };
                     sender.send_message(&reply).await

@@ -31,7 +31,7 @@ use super::{
 use crate::words::gone;
 
 /// Events of one job that may wait for a client.
-pub(super) const CLIENT_EVENTS_MAX: usize = 64;
+pub(crate) const CLIENT_EVENTS_MAX: usize = 64;
 /// How long a home may say nothing of a job: it waits its turn there, or reads a long prompt.
 const SILENCE_MAX: Duration = Duration::from_secs(600);
 /// Pause before a job is offered again, when a node did not take it.

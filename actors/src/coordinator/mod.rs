@@ -4,6 +4,7 @@
 //! through messages. What takes time (a node that loads, a job that runs) is done beside its mailbox
 //! and reported back.
 
+mod detached;
 mod handle;
 mod job;
 pub mod progress;
@@ -34,7 +35,7 @@ use ractor_cluster::RactorMessage;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-pub(crate) use self::handle::scope;
+pub(crate) use self::{handle::scope, job::CLIENT_EVENTS_MAX};
 pub use self::{
     handle::{CoordinatorHandle, CoordinatorOptions, EncodeError, PROMPT_BYTES_MAX, ServeError},
     job::JobHome,
@@ -123,6 +124,8 @@ pub struct Submission {
     pub generated: Vec<u32>,
     /// Who submits it; nobody if it is this process.
     pub client: Option<String>,
+    /// How long it waits for a node, if not as long as others.
+    pub patience: Option<Duration>,
     /// Where its events go.
     pub events: mpsc::Sender<JobEvent>,
 }
@@ -602,7 +605,8 @@ impl CoordinatorState {
         myself: &ActorRef<CoordinatorMessage>,
         submission: Submission,
     ) -> Result<u64, String> {
-        let Submission { mut request, choosing, serving, generated, client, events } = submission;
+        let Submission { mut request, choosing, serving, generated, client, patience, events } =
+            submission;
         if let State::Failed(reason) = self.cluster.state() {
             return Err(reason.clone());
         }
@@ -636,7 +640,7 @@ impl CoordinatorState {
             events,
             cancelled,
             tokenizer: self.arguments.tokenizer.clone(),
-            patience: self.arguments.patience,
+            patience: patience.unwrap_or(self.arguments.patience),
         };
         self.jobs.insert(id, RunningJob { client, cancel, wants: None, _span: span });
         let myself = myself.clone();

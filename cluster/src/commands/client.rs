@@ -1,7 +1,9 @@
-//! `lite-llm submit` and `lite-llm status`: talking to a coordinator from outside.
+//! `lite-llm submit` and `lite-llm status`: talking to a coordinator from outside. Jobs that are left
+//! there are in `detached`.
 
 use std::{
     net::SocketAddr,
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -24,17 +26,17 @@ use serde_json::json;
 use tracing::debug_span;
 
 use super::{
-    answer::Answer, authority::open_authority, bad_input, coordinator_addresses,
+    answer::Answer, authority::open_authority, bad_input, coordinator_addresses, detached,
     first_that_answers, read_token, run::read_prompt,
 };
 use crate::{
-    cli::{ChatArgs, ClientArgs, DrainArgs, SamplingArgs, Seed, SubmitArgs},
+    cli::{ChatArgs, ClientArgs, DrainArgs, HostPort, SamplingArgs, Seed, SubmitArgs},
     size::Size,
     telemetry,
 };
 
 /// What is said of an answer that fits nothing that was asked.
-const OTHER_QUESTION: &str = "the coordinator answered another question than was asked";
+pub(super) const OTHER_QUESTION: &str = "the coordinator answered another question than was asked";
 /// How long the coordinator may take to answer a question.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -42,10 +44,15 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(250);
 
 /// A connection to a coordinator.
-struct Client {
+pub(super) struct Client {
     endpoint: Endpoint,
     connection: Connection,
 }
+
+/// The coordinator does not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Refused(String);
 
 impl Client {
     async fn connect(args: &ClientArgs) -> Result<Self> {
@@ -54,7 +61,7 @@ impl Client {
         let addresses = coordinator_addresses(args.coordinator.as_ref(), &token).await?;
         let mut last = anyhow::anyhow!("the coordinator has no address");
         for address in addresses {
-            match Self::connect_to(address, &token, retry).await {
+            match Self::connect_to(address, &token, args.name.as_deref(), retry).await {
                 Ok(client) => return Ok(client),
                 Err(error) => last = error,
             }
@@ -62,11 +69,16 @@ impl Client {
         Err(last)
     }
 
-    async fn connect_to(address: SocketAddr, token: &JoinToken, retry: Duration) -> Result<Self> {
+    async fn connect_to(
+        address: SocketAddr,
+        token: &JoinToken,
+        name: Option<&str>,
+        retry: Duration,
+    ) -> Result<Self> {
         let hello = Hello::new(DETERMINISM_VERSION);
-        let name = format!("client-{}", std::process::id());
-        let started = Instant::now();
-        let identity = join_within(retry, address, token, Role::Client, &name, &hello).await?;
+        let any = format!("client-{}", std::process::id());
+        let (name, started) = (name.unwrap_or(&any), Instant::now());
+        let identity = join_within(retry, address, token, Role::Client, name, &hello).await?;
         Self::connect_as(address, &identity, retry.saturating_sub(started.elapsed())).await
     }
 
@@ -85,12 +97,21 @@ impl Client {
 
     /// The answer to a question that has one.
     async fn answer(&self, question: &ClientRequest) -> Result<ClientReply> {
+        self.answer_within(ANSWER_TIMEOUT, question).await
+    }
+
+    /// The same, within another time. An answer that says no is [`Refused`].
+    pub(super) async fn answer_within(
+        &self,
+        limit: Duration,
+        question: &ClientRequest,
+    ) -> Result<ClientReply> {
         let (_sender, mut receiver) = self.ask(question).await?;
-        let reply = tokio::time::timeout(ANSWER_TIMEOUT, next(&mut receiver)).await.with_context(
-            || format!("the coordinator did not answer within {ANSWER_TIMEOUT:?}"),
-        )??;
+        let reply = tokio::time::timeout(limit, next(&mut receiver))
+            .await
+            .with_context(|| format!("the coordinator did not answer within {limit:?}"))??;
         match reply {
-            ClientReply::Refused { reason } => bail!("{reason}"),
+            ClientReply::Refused { reason } => Err(Refused(reason).into()),
             reply => Ok(reply),
         }
     }
@@ -124,9 +145,10 @@ impl Client {
                     }
                 }
                 ClientReply::Refused { reason } => bail!("{reason}"),
-                ClientReply::Status(_) | ClientReply::Residences(_) | ClientReply::Noted => {
-                    bail!(OTHER_QUESTION)
-                }
+                ClientReply::Status(_)
+                | ClientReply::Residences(_)
+                | ClientReply::Noted
+                | ClientReply::Detached(_) => bail!(OTHER_QUESTION),
             }
         }
     }
@@ -138,18 +160,45 @@ impl Client {
 }
 
 /// A connection to a coordinator that is made anew when it is lost.
-struct Reconnecting {
+pub(super) struct Reconnecting {
     args: ClientArgs,
+    /// The operator's identity and where the coordinator is, if the operator asks.
+    operator: Option<(Identity, Vec<SocketAddr>)>,
     client: tokio::sync::Mutex<Option<Arc<Client>>>,
 }
 
 impl Reconnecting {
-    fn new(args: &ClientArgs) -> Self {
-        Self { args: args.clone(), client: tokio::sync::Mutex::default() }
+    pub(super) fn new(args: &ClientArgs) -> Self {
+        Self { args: args.clone(), operator: None, client: tokio::sync::Mutex::default() }
+    }
+
+    /// One of whoever has the coordinator's state folder.
+    pub(super) async fn as_operator(args: &ClientArgs, state: Option<PathBuf>) -> Result<Self> {
+        let operator = operator(state, args.coordinator.as_ref()).await?;
+        Ok(Self { operator: Some(operator), ..Self::new(args) })
+    }
+
+    async fn connect(&self) -> Result<Client> {
+        let Some((identity, addresses)) = &self.operator else {
+            return Client::connect(&self.args).await;
+        };
+        let mut last = anyhow::anyhow!("the coordinator has no address");
+        for address in addresses {
+            match Client::connect_as(*address, identity, self.args.retry.0).await {
+                Ok(client) => return Ok(client),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// How long the coordinator is looked for when it is lost.
+    pub(super) fn retry(&self) -> Duration {
+        self.args.retry.0
     }
 
     /// The connection that stands, or a new one, within `--retry` if the first was lost.
-    async fn client(&self) -> Result<Arc<Client>> {
+    pub(super) async fn client(&self) -> Result<Arc<Client>> {
         let mut kept = self.client.lock().await;
         let lost = match &*kept {
             Some(client) if client.is_live() => return Ok(client.clone()),
@@ -158,7 +207,7 @@ impl Reconnecting {
         let limit = if lost { self.args.retry.0 } else { Duration::ZERO };
         let deadline = Instant::now() + limit;
         loop {
-            match Client::connect(&self.args).await {
+            match self.connect().await {
                 Ok(client) => {
                     let client = Arc::new(client);
                     *kept = Some(client.clone());
@@ -182,7 +231,7 @@ impl Reconnecting {
         }
     }
 
-    async fn close(self) {
+    pub(super) async fn close(self) {
         if let Some(client) = self.client.into_inner() {
             client.endpoint.close("done").await;
         }
@@ -210,6 +259,16 @@ struct JobLine {
     stop: Option<Vec<String>>,
     chat: Option<bool>,
     system: Option<String>,
+    /// The client's own name for it.
+    custom_id: Option<String>,
+}
+
+/// A job of a file.
+pub(super) struct FileJob {
+    pub(super) prompt: String,
+    pub(super) sampling: SamplingArgs,
+    pub(super) request: JobRequest,
+    pub(super) custom_id: Option<String>,
 }
 
 /// Jobs of a file that run at a time.
@@ -217,6 +276,9 @@ const CONCURRENT_MAX: usize = 32;
 
 pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     args.sampling.check()?;
+    if args.detach || args.wait {
+        return detached::submit(args, json).await;
+    }
     if let Some(prompt) = &args.prompt {
         let prompt = read_prompt(prompt, PROMPT_BYTES_MAX).await?;
         let client = Reconnecting::new(&args.client);
@@ -241,7 +303,8 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     let mut failed = 0;
     loop {
         while running.len() < CONCURRENT_MAX {
-            let Some((index, (prompt, sampling, mut request))) = next.next() else { break };
+            let Some((index, job)) = next.next() else { break };
+            let FileJob { prompt, sampling, mut request, custom_id } = job;
             // Each job is a trace of its own.
             let span = debug_span!("submit", index);
             request.trace = telemetry::context_of(&span);
@@ -251,17 +314,22 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
                 let mut answer = Answer::silent(&prompt, sampling.stop_texts(), Instant::now());
                 let order = JobOrder { serving: sampling.serving(), ..request.into() };
                 let result = client.run(order, &mut answer).await;
-                (index, result.map(|()| answer))
+                (index, custom_id, result.map(|()| answer))
             });
         }
         let Some(ended) = running.join_next().await else { break };
-        match ended? {
-            (index, Ok(answer)) => say!("{}", answer.line(index)?),
-            (index, Err(error)) => {
+        let (index, custom_id, result) = ended?;
+        let mut line = match result {
+            Ok(answer) => answer.line(index)?,
+            Err(error) => {
                 failed += 1;
-                say!("{}", json!({ "job": index, "error": format!("{error:#}") }));
+                json!({ "job": index, "error": format!("{error:#}") })
             }
+        };
+        if let Some(id) = custom_id {
+            line["custom_id"] = id.into();
         }
+        say!("{line}");
     }
     if let Ok(client) = Arc::try_unwrap(client) {
         client.close().await;
@@ -272,7 +340,7 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn read_jobs(args: &SubmitArgs) -> Result<Vec<(String, SamplingArgs, JobRequest)>> {
+pub(super) fn read_jobs(args: &SubmitArgs) -> Result<Vec<FileJob>> {
     let Some(path) = &args.file else { return Ok(Vec::new()) };
     let shown = path.display();
     let text = std::fs::read_to_string(path)
@@ -299,7 +367,8 @@ fn read_jobs(args: &SubmitArgs) -> Result<Vec<(String, SamplingArgs, JobRequest)
         };
         sampling.check().with_context(|| format!("{shown}, line {number}")).map_err(bad_input)?;
         let request = sampling.request(sampling.remote_prompt(&job.prompt));
-        jobs.push((job.prompt, sampling, request));
+        let (prompt, custom_id) = (job.prompt, job.custom_id);
+        jobs.push(FileJob { prompt, sampling, request, custom_id });
     }
     Ok(jobs)
 }
@@ -425,12 +494,20 @@ fn residences_json(node: &NodeResidences) -> serde_json::Value {
     })
 }
 
-/// Asks the coordinator to move a worker's work away and to let it go.
-pub(super) async fn drain(args: DrainArgs) -> Result<()> {
-    let (state, authority) = open_authority(args.state)?;
+/// The operator's identity, made by the authority in a state folder, and where its coordinator is.
+async fn operator(
+    state: Option<PathBuf>,
+    coordinator: Option<&HostPort>,
+) -> Result<(Identity, Vec<SocketAddr>)> {
+    let (state, authority) = open_authority(state)?;
     let token = JoinToken::read(&JoinToken::path_in(&state, Role::Client)).map_err(bad_input)?;
     let identity = authority.identity(Role::Client, OPERATOR)?;
-    let addresses = coordinator_addresses(args.coordinator.as_ref(), &token).await?;
+    Ok((identity, coordinator_addresses(coordinator, &token).await?))
+}
+
+/// Asks the coordinator to move a worker's work away and to let it go.
+pub(super) async fn drain(args: DrainArgs) -> Result<()> {
+    let (identity, addresses) = operator(args.state, args.coordinator.as_ref()).await?;
     let connect = async |address| Client::connect_as(address, &identity, Duration::ZERO).await;
     let client = first_that_answers(&addresses, connect).await?;
     match client.answer(&ClientRequest::Drain(args.name.clone())).await? {

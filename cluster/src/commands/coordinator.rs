@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use lite_llm_actors::{
     archive,
     coordinator::{CoordinatorHandle, CoordinatorOptions},
+    ledger::{Keep, LedgerOptions},
 };
 use lite_llm_transport::{
     identity::{ClusterCa, Role},
@@ -20,12 +21,28 @@ use lite_llm_transport::{
 };
 
 use super::{bad_input, default_state, interrupted, open_model, placement};
-use crate::cli::CoordinatorArgs;
+use crate::{
+    cli::{CoordinatorArgs, KeepJobs},
+    time::Time,
+};
 
 /// How often the state is looked at, to say what changed.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// How often a wait is mentioned again.
 const REMIND_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The ledger's file in the state folder.
+const LEDGER_FILE: &str = "jobs.redb";
+
+/// How long results are kept: as was said, and for the rest as by default.
+fn keep(said: Option<KeepJobs>) -> Keep {
+    let default = Keep::default();
+    match said {
+        None => default,
+        Some(KeepJobs::Time(Time(time))) => Keep { time, ..default },
+        Some(KeepJobs::Count(jobs)) => Keep { jobs, ..default },
+    }
+}
 
 pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     // Workers open the same path, wherever they were started.
@@ -64,6 +81,7 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
         remote_workers: true,
         replicas: args.replicas,
         patience: args.patience.0,
+        ledger: Some(LedgerOptions { file: state.join(LEDGER_FILE), keep: keep(args.keep_jobs) }),
     };
     let coordinator = CoordinatorHandle::start(options).await?;
     let address = args.advertise.unwrap_or(coordinator.address());

@@ -5,6 +5,7 @@ mod authority;
 mod bench;
 mod client;
 mod coordinator;
+mod detached;
 mod doctor;
 mod eval;
 mod http;
@@ -195,6 +196,9 @@ async fn perform(command: Command, json: bool) -> Result<()> {
         Command::Worker(args) => worker::worker(args).await,
         Command::Tokenize(args) => tokenize::tokenize(args, json).await,
         Command::Submit(args) => client::submit(args, json).await,
+        Command::Jobs(args) => detached::jobs(args, json).await,
+        Command::Job(args) => detached::job(args, json).await,
+        Command::Cancel(args) => detached::cancel(args, json).await,
         Command::Status(args) => client::status(args, json).await,
         Command::Drain(args) => client::drain(args).await,
         Command::Token(args) => authority::token(args, json),

@@ -112,6 +112,7 @@ impl Process {
             .args(args)
             .env_remove("LITE_LLM_LOG")
             .env_remove("LITE_LLM_STATE")
+            .env_remove("LITE_LLM_CLIENT")
             .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT")
             .stdin(input)
             .stdout(Stdio::piped())
@@ -174,6 +175,12 @@ impl Process {
     pub(crate) fn signal(&self, name: &str) {
         let kill = format!("kill -{name} {}", self.child.id());
         assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+    }
+
+    /// Kills it, as the system does when memory is short, and waits until it is gone.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// Waits for its end, for `limit` at most.

@@ -112,6 +112,7 @@ async fn coordinate(folder: &Path, replicas: u16) {
         remote_workers: true,
         replicas,
         patience: PATIENCE,
+        ledger: None,
     });
     let handle = handle.await.unwrap();
     for role in [Role::Worker, Role::Client] {

@@ -45,6 +45,7 @@ async fn head(checkpoint: &Arc<Checkpoint>, workers: usize, replicas: u16) -> Co
         remote_workers: false,
         replicas,
         patience: PATIENCE,
+        ledger: None,
     };
     CoordinatorHandle::start(options).await.unwrap()
 }

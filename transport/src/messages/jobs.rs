@@ -6,7 +6,9 @@
 
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::{ClusterStatus, MessageError, NodeResidences, TraceContext};
+use super::{
+    ClusterStatus, DetachedReply, DetachedRequest, MessageError, NodeResidences, TraceContext,
+};
 
 /// What the model is to continue.
 #[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
@@ -291,6 +293,8 @@ pub enum ClientRequest {
     Residences,
     /// Run a job with all that can be asked for; its number is the coordinator's to give.
     Order(Box<JobOrder>),
+    /// A question of the ledger.
+    Detached(DetachedRequest),
 }
 
 /// The coordinator answers a client.
@@ -314,6 +318,8 @@ pub enum ClientReply {
     Noted,
     /// Where the experts of those nodes are that answered.
     Residences(Vec<NodeResidences>),
+    /// The ledger's answer.
+    Detached(DetachedReply),
 }
 
 /// The coordinator gives a job to its home node.

@@ -1,6 +1,7 @@
 //! What is said on the wire: rkyv messages, each checked once, on receipt.
 //!
-//! [`experts`] is the data plane, read in place; [`weights`] moves experts themselves; [`jobs`] and [`cluster`] are small owned values;
+//! [`experts`] is the data plane, read in place; [`weights`] moves experts themselves; [`jobs`],
+//! [`detached`] and [`cluster`] are small owned values;
 //! every message carries a [`trace::TraceContext`] or belongs to a job that has one.
 //! Messages are data only: nothing in them is code, a path that is opened, or a type name.
 
@@ -14,6 +15,7 @@ use rkyv::{
 };
 
 pub mod cluster;
+pub mod detached;
 pub mod experts;
 pub mod jobs;
 pub mod trace;
@@ -23,6 +25,11 @@ pub use cluster::{
     Assignment, ClusterStatus, NodeAddress, NodeInfo, NodeReport, NodeResidences, NodeStatus,
     NodeVitals, PLACEMENT_HOLDERS_MAX, PLACEMENT_RULES_MAX, PlacementRule, RESIDENCES_MAX,
     REVOKED_MAX, ResidenceStatus, Revoked, RevokedNames,
+};
+pub use detached::{
+    BATCH_JOBS_MAX, DetachedBatch, DetachedJob, DetachedReply, DetachedReport, DetachedRequest,
+    DetachedState, DetachedStatus, JobEnding, JobRange, JobsQuery, LABEL_BYTES_MAX, LISTED_MAX,
+    NOTE_BYTES_MAX, RESULTS_BYTES_MAX, WAIT_MS_MAX,
 };
 pub use experts::{
     ExpertBatch, ExpertBatchView, ExpertCall, ExpertFailure, ExpertOutputs, ExpertOutputsView,
@@ -136,6 +143,13 @@ impl Message for JobEvent {
 }
 impl Message for ClientRequest {
     const KIND: FrameKind = FrameKind::ClientRequest;
+
+    fn check(&self) -> Result<(), MessageError> {
+        match self {
+            ClientRequest::Detached(DetachedRequest::Submit(batch)) => batch.check(),
+            _ => Ok(()),
+        }
+    }
 }
 impl Message for JobStart {
     const KIND: FrameKind = FrameKind::JobStart;

@@ -103,6 +103,7 @@ impl Processes {
             remote_workers: true,
             replicas: local.replicas,
             patience: LOCAL_PATIENCE,
+            ledger: None,
         })
         .await?;
         let folder = tempfile::tempdir().context("a folder for the join token")?;

@@ -1,0 +1,211 @@
+//! A detached job as it runs: an ordinary job of the coordinator, whose answer goes to the ledger.
+//!
+//! Invariants: its ending is a function of the job alone, wherever its answer was broken off before:
+//! text and stop texts are followed from the first token; only an end of the job itself ends it: while
+//! there is no worker, or the coordinator cannot take it, it is submitted again.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use lite_llm_runtime::{
+    stop::StopTexts,
+    tokenizer::{DecodeStream, Tokenizer},
+};
+use lite_llm_transport::messages::{
+    Choosing, DetachedJob, DetachedState, EndReason, JobEnding, JobEventBody, JobRequest, Prompt,
+    Serving,
+};
+use ractor::ActorRef;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep},
+};
+use tracing::debug;
+
+use super::keeper::Wish;
+use crate::coordinator::{CLIENT_EVENTS_MAX, CoordinatorMessage, Submission};
+
+/// How long a detached job waits for a worker that takes it. Nobody sits before it.
+const PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Pause before it is submitted again, and the longest one.
+const AGAIN_PAUSE: Duration = Duration::from_millis(250);
+const AGAIN_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// How often the ledger hears of tokens.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
+
+/// What runs detached jobs.
+#[derive(Clone)]
+pub(crate) struct RunsOn {
+    pub(crate) coordinator: ActorRef<CoordinatorMessage>,
+    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+}
+
+/// Milliseconds since 1970.
+pub(super) fn now() -> u64 {
+    // A clock before 1970 is none.
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The answer so far.
+struct Answer {
+    ids: Vec<u32>,
+    text: String,
+    stream: Option<DecodeStream>,
+    stop: StopTexts,
+}
+
+impl Answer {
+    /// One of which these tokens are known. Tokens after a stop text are none of it.
+    fn new(job: &DetachedJob, tokenizer: Option<&Tokenizer>, known: &[u32]) -> Self {
+        let prompt = match &job.request.prompt {
+            Prompt::Tokens(ids) => &ids[..],
+            Prompt::Text(_) | Prompt::Chat(_) => &[],
+        };
+        let stream = tokenizer.map(|tokenizer| tokenizer.stream_after(prompt));
+        let stop = StopTexts::new(job.stop.iter().cloned());
+        let mut answer = Self { ids: Vec::new(), text: String::new(), stream, stop };
+        for &id in known {
+            answer.push(id);
+        }
+        answer
+    }
+
+    fn push(&mut self, id: u32) {
+        if self.stop.stopped() {
+            return;
+        }
+        self.ids.push(id);
+        if let Some(stream) = &mut self.stream {
+            let piece = stream.push(id);
+            self.text.push_str(&self.stop.push(&piece));
+        }
+    }
+
+    /// The whole of it, when no further token comes.
+    fn end(mut self, state: DetachedState, reason: String) -> JobEnding {
+        if let Some(stream) = &mut self.stream {
+            let piece = stream.finish();
+            self.text.push_str(&self.stop.push(&piece));
+        }
+        let state = match (self.stop.stopped(), state) {
+            (true, _) => DetachedState::Stop,
+            (false, state) => {
+                let rest = self.stop.finish();
+                self.text.push_str(&rest);
+                state
+            }
+        };
+        JobEnding { state, at: now(), ids: self.ids, text: self.text, reason }
+    }
+}
+
+/// How one submission ended.
+enum Ended {
+    With(DetachedState, String),
+    /// It is to be submitted again.
+    Broken(String),
+    /// The coordinator is gone.
+    Gone,
+}
+
+impl RunsOn {
+    /// Runs a job to its end, from the tokens that are known, and tells the ledger.
+    pub(super) async fn run(
+        self,
+        (number, owner): (u64, String),
+        job: DetachedJob,
+        known: Vec<u32>,
+        ledger: mpsc::Sender<Wish>,
+    ) {
+        let mut answer = Answer::new(&job, self.tokenizer.as_deref(), &known);
+        let mut pause = AGAIN_PAUSE;
+        let (state, reason) = loop {
+            if answer.stop.stopped() {
+                break (DetachedState::Stop, String::new());
+            }
+            let had = answer.ids.len();
+            match self.submit((number, &owner), job.request.clone(), &mut answer, &ledger).await {
+                Ended::With(state, reason) => break (state, reason),
+                Ended::Gone => return,
+                Ended::Broken(reason) => {
+                    debug!(job = number, %reason, "a detached job is submitted again");
+                    if answer.ids.len() > had {
+                        pause = AGAIN_PAUSE;
+                    }
+                    sleep(pause).await;
+                    pause = (pause * 2).min(AGAIN_PAUSE_MAX);
+                }
+            }
+        };
+        let ending = answer.end(state, reason);
+        // A ledger that is gone will run it again.
+        let _ = ledger.send(Wish::Ended { job: number, ending }).await;
+    }
+
+    async fn submit(
+        &self,
+        (number, owner): (u64, &str),
+        request: JobRequest,
+        answer: &mut Answer,
+        ledger: &mpsc::Sender<Wish>,
+    ) -> Ended {
+        let (events, mut receiver) = mpsc::channel(CLIENT_EVENTS_MAX);
+        let generated = answer.ids.clone();
+        let patience = Some(PATIENCE);
+        let serving = Serving { tenant: owner.to_owned(), ..Serving::default() };
+        let submission = Box::new(Submission {
+            request,
+            choosing: Choosing::default(),
+            serving,
+            generated,
+            client: None,
+            patience,
+            events,
+        });
+        let submit = |reply| CoordinatorMessage::Submit(submission, reply);
+        match ractor::call!(self.coordinator, submit) {
+            Ok(Ok(_)) => {}
+            Ok(Err(reason)) => return Ended::Broken(reason),
+            Err(_) => return Ended::Gone,
+        }
+        let mut told = (answer.ids.len(), Instant::now());
+        while let Some(event) = receiver.recv().await {
+            match event.body {
+                JobEventBody::Token { index, id, .. } if index as usize == answer.ids.len() => {
+                    answer.push(id);
+                    if answer.stop.stopped() {
+                        // The job's reader goes, which ends it.
+                        return Ended::With(DetachedState::Stop, String::new());
+                    }
+                    if told.1.elapsed() >= PROGRESS_INTERVAL {
+                        let (from, tokens) = (told.0 as u32, answer.ids[told.0..].to_vec());
+                        told = (answer.ids.len(), Instant::now());
+                        let progress = Wish::Progress { job: number, from, tokens };
+                        if ledger.send(progress).await.is_err() {
+                            return Ended::Gone;
+                        }
+                    }
+                }
+                JobEventBody::Done { reason, .. } => {
+                    let state = match reason {
+                        EndReason::Length => DetachedState::Length,
+                        EndReason::EndOfText => DetachedState::EndOfText,
+                        EndReason::Context => DetachedState::Context,
+                        EndReason::Cancelled => {
+                            return Ended::Broken("it was cancelled by nobody".into());
+                        }
+                    };
+                    return Ended::With(state, String::new());
+                }
+                JobEventBody::Failed { reason } => {
+                    return Ended::With(DetachedState::Failed, reason);
+                }
+                _ => {}
+            }
+        }
+        Ended::Broken("its events broke off".into())
+    }
+}
