@@ -61,7 +61,9 @@ impl Reference {
         let length = *shape.last().unwrap();
         let rows = shape[shape.len() - 2];
         let ids: Vec<u32> = self.values(name, u32::from_le_bytes);
-        let batch = |ids: &[u32]| Batch { rows: ids.chunks(length).map(|ids| Row::whole(ids.to_vec())).collect() };
+        let batch = |ids: &[u32]| Batch {
+            rows: ids.chunks(length).map(|ids| Row::whole(ids.to_vec())).collect(),
+        };
         ids.chunks(rows * length).map(batch).collect()
     }
 
@@ -92,8 +94,10 @@ fn params(variant: &str) -> Params {
 }
 
 fn mask(params: &Params, tiers: &Value) -> TierMask {
-    let names: Vec<&str> = tiers.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    let set: TierSet = if names.is_empty() { TierSet::All } else { names.join(",").parse().unwrap() };
+    let names: Vec<&str> =
+        tiers.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let set: TierSet =
+        if names.is_empty() { TierSet::All } else { names.join(",").parse().unwrap() };
     set.mask(&params.config().moe.as_ref().unwrap().tiers).unwrap()
 }
 
@@ -176,7 +180,8 @@ fn changes_agree(reference: &Reference, prefix: &str, start: &Params, found: &Pa
 #[test]
 fn optimizers_agree() {
     let (cpu, info) = (Arc::new(Cpu::best(2)), info());
-    let cases: [(&str, Box<dyn Optimizer>, Option<f64>, f64); 3] = [
+    type Case = (&'static str, Box<dyn Optimizer>, Option<f64>, f64);
+    let cases: [Case; 3] = [
         ("optim/adamw_idle", Box::new(AdamW::default()), Some(1.0), 5e-4),
         ("optim/adafactor", Box::new(Adafactor::default()), None, 1e-4),
         ("optim/sgd", Box::new(Sgd::default()), None, 1e-4),
@@ -188,7 +193,8 @@ fn optimizers_agree() {
         let options = options(&mask, 1.0, balance(&info));
         let count = start.list().len();
         let (trained, decays) = (vec![Trained::All; count], vec![true; count]);
-        let mut trainer = Trainer::new(cpu.clone(), start.clone(), optimizer, trained, decays, clip);
+        let mut trainer =
+            Trainer::new(cpu.clone(), start.clone(), optimizer, trained, decays, clip);
         let lrs = reference.scalars("lr");
         let mut losses = Vec::new();
         for (batch, lr) in reference.batches("ids").iter().zip(&lrs) {
@@ -211,7 +217,8 @@ fn phases_agree() {
     let eval = reference.batches("eval_ids").remove(0);
     for phase in of["phases"].as_array().unwrap() {
         let mask = mask(&params, &phase["tierset"]);
-        let strings = |list: &Value| -> Vec<String> { serde_json::from_value(list.clone()).unwrap() };
+        let strings =
+            |list: &Value| -> Vec<String> { serde_json::from_value(list.clone()).unwrap() };
         let rows = phase["frozen_rows"].as_object().unwrap();
         let rows: Vec<(String, Vec<usize>)> = rows
             .iter()
@@ -238,6 +245,10 @@ fn phases_agree() {
     }
     same_losses(&reference, &losses, 2e-4);
     let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-    assert_eq!(bits(&logits[0]), bits(&logits[1]), "the first tier alone, before and after the second was trained");
+    assert_eq!(
+        bits(&logits[0]),
+        bits(&logits[1]),
+        "the first tier alone, before and after the second was trained"
+    );
     assert_ne!(bits(&logits[1]), bits(&logits[2]));
 }
