@@ -180,7 +180,8 @@ fn changes_agree(reference: &Reference, prefix: &str, start: &Params, found: &Pa
 #[test]
 fn optimizers_agree() {
     let (cpu, info) = (Arc::new(Cpu::best(2)), info());
-    let cases: [(&str, Box<dyn Optimizer>, Option<f64>, f64); 3] = [
+    type Case = (&'static str, Box<dyn Optimizer>, Option<f64>, f64);
+    let cases: [Case; 3] = [
         ("optim/adamw_idle", Box::new(AdamW::default()), Some(1.0), 5e-4),
         ("optim/adafactor", Box::new(Adafactor::default()), None, 1e-4),
         ("optim/sgd", Box::new(Sgd::default()), None, 1e-4),
