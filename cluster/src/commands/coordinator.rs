@@ -101,7 +101,21 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     say!("start a worker:  lite-llm worker --join {address} --token {}", tokens[0]);
     say!("ask it:          lite-llm submit --token {} \"…\"", tokens[1]);
     let watched = coordinator.clone();
+    let ledger = coordinator.jobs().cloned();
+    let ledger_ended = async {
+        match ledger {
+            Some(jobs) => jobs.ended().await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
+        () = ledger_ended => {
+            coordinator.stop().await;
+            anyhow::bail!(
+                "the ledger's thread died; what it logged says why. Start the coordinator again: what \
+                 was accepted is on disk"
+            );
+        }
         () = watch(watched) => {
             coordinator.stop().await;
             anyhow::bail!(
