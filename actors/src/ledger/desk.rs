@@ -170,6 +170,11 @@ impl Jobs {
         self.ask(|reply| Wish::Cancel { owner, jobs, reply }).await
     }
 
+    /// Returns when the ledger's thread is gone.
+    pub async fn ended(&self) {
+        self.wishes.closed().await;
+    }
+
     /// Writes what is known, and ends.
     pub(crate) async fn stop(&self) {
         let (told, stopped) = oneshot::channel();

@@ -145,7 +145,8 @@ impl Keeper {
         loop {
             let until = Instant::now() + REOPEN_PAUSE;
             while let Some(left) = until.checked_duration_since(Instant::now()) {
-                match self.runtime.block_on(timeout(left, self.inbox.recv())) {
+                let wish = async { timeout(left, self.inbox.recv()).await };
+                match self.runtime.block_on(wish) {
                     Ok(None) => return None,
                     Ok(Some(Wish::Stop(told))) => {
                         let _ = told.send(());
@@ -210,7 +211,9 @@ impl Session {
             if let Err(error) = self.carry_out(keeper) {
                 return Ended::Failed(error);
             }
-            let mut next = match keeper.runtime.block_on(timeout(TICK, keeper.inbox.recv())) {
+            // A timer is made where its runtime is entered.
+            let wish = async { timeout(TICK, keeper.inbox.recv()).await };
+            let mut next = match keeper.runtime.block_on(wish) {
                 Ok(None) => return Ended::Stopped(None),
                 Ok(wish) => wish,
                 Err(_) => None,

@@ -106,7 +106,21 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     let served = (&*checkpoint, args.kv_dtype, args.context);
     let http = args.http.serve(Some(&model), served, &coordinator, Some(keys)).await?;
     let watched = coordinator.clone();
+    let ledger = coordinator.jobs().cloned();
+    let ledger_ended = async {
+        match ledger {
+            Some(jobs) => jobs.ended().await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
+        () = ledger_ended => {
+            coordinator.stop().await;
+            anyhow::bail!(
+                "the ledger's thread died; what it logged says why. Start the coordinator again: what \
+                 was accepted is on disk"
+            );
+        }
         () = watch(watched) => {
             coordinator.stop().await;
             anyhow::bail!(
