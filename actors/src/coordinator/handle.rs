@@ -10,7 +10,6 @@ use lite_llm_runtime::{
     chat::Conversation,
     checkpoint::{Checkpoint, DATA_ALIGN},
     prompt::{PromptError, Prompts},
-    tokenizer::Tokenizer,
 };
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
@@ -200,9 +199,9 @@ impl CoordinatorHandle {
         self.submit_for(None, request, choosing, Vec::new()).await
     }
 
-    /// What turns its prompts into tokens, if the model has a tokenizer.
-    pub fn tokenizer(&self) -> Option<&Tokenizer> {
-        self.prompts.as_ref().map(Prompts::tokenizer)
+    /// What turns text into tokens and back, if the model has a tokenizer.
+    pub fn prompts(&self) -> Option<&Prompts> {
+        self.prompts.as_ref()
     }
 
     /// The same for a client, of a job that may have been begun.
