@@ -146,6 +146,15 @@ fn one_process_serves_and_ends_in_good_order() {
         assert!(!reply.head.to_lowercase().contains("access-control"), "{reply:?}");
     }
 
+    // The page needs nothing from elsewhere, and what it shows is there.
+    let page = api.get("/");
+    assert_eq!(page.status, 200);
+    assert!(page.head.to_lowercase().contains("content-security-policy: default-src 'none'"));
+    assert!(!page.body.contains("http://") && !page.body.contains("https://"));
+    let shown = api.get("/cluster").json();
+    assert_eq!((&shown["model"], &shown["state"]), (&json!("demo"), &json!("ready")));
+    assert_eq!(shown["nodes"][0]["residences"][0]["name"], "memory");
+
     let answer = api.post(&json!({ "prompt": "ls - list", "max_tokens": 5, "seed": 1 }));
     assert_eq!((answer.status, &answer.json()["usage"]["completion_tokens"]), (200, &json!(5)));
     assert_eq!(api.metric("lite_llm_generation_tokens_total"), 5.0);
@@ -273,6 +282,8 @@ fn keys_open_the_door_and_bound_what_their_holders_take() {
     let text = made["key"].as_str().unwrap().to_owned();
     api.get("/v1/models").refuses(401, "a key is expected");
     api.get("/metrics").refuses(401, "a key is expected");
+    api.get("/cluster").refuses(401, "a key is expected");
+    assert_eq!(api.get("/").status, 200);
     assert_eq!(api.get("/health").status, 200);
     assert_eq!(api.get("/ready").status, 200);
     api.key = Some(text[..text.len() - 1].to_owned());

@@ -159,6 +159,23 @@ def refusals():
     refused(openai.InternalServerError, extra_body={"deadline_ms": 1}, max_tokens=500, param="deadline_ms", code="deadline_exceeded")
 
 
+def tools():
+    # The demo's template tells the model nothing of tools, so they are refused, and not left out in silence.
+    function = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    asked = dict(model=MODEL, max_tokens=4, temperature=0, tools=[{"type": "function", "function": function}])
+    question = {"role": "user", "content": "1 + 2?"}
+    try:
+        client.chat.completions.create(**asked, messages=[question])
+        raise AssertionError("tools were left out in silence")
+    except openai.BadRequestError as error:
+        assert error.param == "tools" and error.code == "unsupported_parameter", error
+    # Where they are not to be called, an earlier conversation with calls in it goes on.
+    call = {"id": "call_0", "type": "function", "function": {"name": "add", "arguments": "{\"a\": 1}"}}
+    said = [question, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3", "tool_call_id": "call_0"}]
+    answer = client.chat.completions.create(**asked, messages=said, tool_choice="none")
+    assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls, answer
+
+
 def leaving():
     # One that leaves in the middle takes its job along; what is left is seen by the test in Rust.
     stream = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=900, stream=True, extra_body={"ignore_eos": True})
@@ -166,6 +183,6 @@ def leaving():
     stream.close()
 
 
-for case in (models, completion, token_ids, streaming, several, stops, chat, logprobs, choosing, refusals, leaving):
+for case in (models, completion, token_ids, streaming, several, stops, chat, logprobs, choosing, refusals, tools, leaving):
     case()
     print(case.__name__, "ok", flush=True)

@@ -147,6 +147,7 @@ fn normalised(message: &Value) -> Option<Value> {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: BTreeMap<String, String>,
+    names_tools: bool,
 }
 
 impl ChatTemplate {
@@ -170,7 +171,13 @@ impl ChatTemplate {
         environment.add_filter("tojson", json::tojson);
         python::add_to(&mut environment);
         environment.add_template_owned(NAME, source::rewritten(template))?;
-        Ok(Self { environment, special_tokens: special_tokens.clone() })
+        let (names_tools, special_tokens) = (template.contains("tools"), special_tokens.clone());
+        Ok(Self { environment, special_tokens, names_tools })
+    }
+
+    /// Whether tools that a conversation brings can come into its text: the template names them.
+    pub fn names_tools(&self) -> bool {
+        self.names_tools
     }
 
     /// The text of a conversation.

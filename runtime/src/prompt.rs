@@ -91,6 +91,12 @@ impl Prompts {
         Ok(self.tokenizer.encode(text, true)?)
     }
 
+    /// Whether the model has a chat template that tells it of tools.
+    pub fn names_tools(&self) -> bool {
+        let template = self.template.as_deref().and_then(|template| template.as_ref().ok());
+        template.is_some_and(ChatTemplate::names_tools)
+    }
+
     /// A conversation as text: what the model is to continue.
     pub fn render(&self, conversation: &Conversation) -> Result<String, PromptError> {
         match self.template.as_deref() {

@@ -11,7 +11,6 @@ use lite_llm_runtime::{
     checkpoint::{Checkpoint, DATA_ALIGN},
     config::ModelConfig,
     prompt::{PromptError, Prompts},
-    tokenizer::Tokenizer,
 };
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
@@ -226,9 +225,9 @@ impl CoordinatorHandle {
         self.submit_for(None, JobOrder { choosing, serving, ..request.into() }).await
     }
 
-    /// What turns its prompts into tokens, if the model has a tokenizer.
-    pub fn tokenizer(&self) -> Option<&Tokenizer> {
-        self.prompts.as_ref().map(Prompts::tokenizer)
+    /// What turns text into tokens and back, if the model has a tokenizer.
+    pub fn prompts(&self) -> Option<&Prompts> {
+        self.prompts.as_ref()
     }
 
     /// The same for a client, of a job that may have been begun.

@@ -17,7 +17,11 @@ use lite_llm_transport::messages::{
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Map, Value};
 
-use super::{chat, error::ApiError};
+use super::{
+    calls::{ToolUse, tool_use},
+    chat,
+    error::ApiError,
+};
 
 /// Jobs of one request: its prompts, each `n` times.
 const JOBS_MAX: usize = 64;
@@ -47,7 +51,7 @@ pub(super) struct Body {
     pub(super) model: Option<String>,
     prompt: Option<PromptField>,
     messages: Option<Vec<chat::Message>>,
-    tools: Option<Vec<IgnoredAny>>,
+    tools: Option<Vec<chat::Tool>>,
     tool_choice: Option<Value>,
     response_format: Option<Value>,
     chat_template_kwargs: Option<Map<String, Value>>,
@@ -167,6 +171,8 @@ pub(super) struct Asked {
     pub(super) stream: bool,
     pub(super) include_usage: bool,
     pub(super) deadline: Option<Duration>,
+    /// How calls of tools are told from text.
+    pub(super) tool_use: ToolUse,
 }
 
 impl Body {
@@ -196,7 +202,7 @@ impl Body {
             return Err(ApiError::invalid("stream_options", message));
         }
         let include_usage = options.and_then(|options| options.include_usage).unwrap_or(false);
-        let prompts = match kind {
+        let (prompts, tool_use) = match kind {
             Kind::Text => {
                 let chat_only: [(&'static str, bool); 5] = [
                     ("messages", self.messages.is_some()),
@@ -210,7 +216,7 @@ impl Body {
                     return Err(ApiError::invalid(name, message));
                 }
                 chat::check_format(self.response_format.as_ref())?;
-                prompts(self.prompt)?
+                (prompts(self.prompt)?, ToolUse::None)
             }
             Kind::Chat => {
                 if self.prompt.is_some() {
@@ -218,11 +224,17 @@ impl Body {
                     return Err(ApiError::invalid("prompt", message));
                 }
                 chat::check_format(self.response_format.as_ref())?;
+                let mut tools = self.tools.unwrap_or_default();
+                let tool_use = tool_use(self.tool_choice.as_ref(), tools.len())?;
+                if tool_use == ToolUse::None {
+                    tools.clear();
+                }
                 let asked = chat::Conversation {
                     messages: self.messages.unwrap_or_default(),
+                    tools,
                     variables: self.chat_template_kwargs.unwrap_or_default(),
                 };
-                vec![Prompt::Chat(asked.check(unix_time)?)]
+                (vec![Prompt::Chat(asked.check(unix_time)?)], tool_use)
             }
         };
         let jobs = prompts.len() * n as usize;
@@ -241,13 +253,13 @@ impl Body {
             stream,
             include_usage,
             deadline,
+            tool_use,
         })
     }
 
     fn refuse_what_is_not_known(&self) -> Result<(), ApiError> {
         let text = |modalities: &Vec<String>| modalities.iter().all(|what| what == "text");
-        let tools = self.tools.as_ref().is_some_and(|tools| !tools.is_empty());
-        let refused: [(&'static str, bool, &str); 12] = [
+        let refused: [(&'static str, bool, &str); 11] = [
             ("best_of", self.best_of.is_some_and(|of| of != self.n.unwrap_or(1)), "leave it out"),
             ("echo", self.echo == Some(true), "leave it out, or put the prompt before the answer"),
             ("suffix", self.suffix.as_ref().is_some_and(|s| !s.is_empty()), "leave it out"),
@@ -255,9 +267,8 @@ impl Body {
             ("audio", self.audio.is_some(), "only text is served"),
             ("prediction", self.prediction.is_some(), "leave it out"),
             ("web_search_options", self.web_search_options.is_some(), "leave it out"),
-            ("tools", tools, "leave it out"),
-            ("functions", self.functions.is_some(), "leave it out"),
-            ("function_call", self.function_call.is_some(), "leave it out"),
+            ("functions", self.functions.is_some(), "use tools"),
+            ("function_call", self.function_call.is_some(), "use tool_choice"),
             (
                 "reasoning_effort",
                 self.reasoning_effort.is_some(),
@@ -560,7 +571,7 @@ mod tests {
     }
 
     /// Fields that clients of others send, and that are not for new ones.
-    const NOT_DESCRIBED: [&str; 22] = [
+    const NOT_DESCRIBED: [&str; 20] = [
         "audio",
         "best_of",
         "cache_prompt",
@@ -578,8 +589,6 @@ mod tests {
         "service_tier",
         "store",
         "suffix",
-        "tool_choice",
-        "tools",
         "user",
         "verbosity",
         "web_search_options",

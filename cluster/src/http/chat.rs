@@ -18,7 +18,9 @@ pub(super) struct Message {
     #[serde(default)]
     reasoning_content: Option<String>,
     #[serde(default)]
-    tool_calls: Option<Vec<IgnoredAny>>,
+    tool_calls: Option<Vec<ToolCall>>,
+    #[serde(default)]
+    tool_call_id: Option<String>,
 
     // What clients send back of an answer, and templates do not read.
     #[serde(default, rename = "refusal")]
@@ -29,6 +31,85 @@ pub(super) struct Message {
     _audio: Option<IgnoredAny>,
     #[serde(default, rename = "function_call")]
     _function_call: Option<IgnoredAny>,
+}
+
+/// A call that the model made earlier.
+#[derive(Debug, Deserialize)]
+struct ToolCall {
+    id: String,
+    function: CalledFunction,
+}
+
+#[derive(Debug, Deserialize)]
+struct CalledFunction {
+    name: String,
+    arguments: String,
+}
+
+impl ToolCall {
+    /// As templates read it: arguments are an object, as transformers gives them.
+    fn json(self) -> Value {
+        let CalledFunction { name, arguments } = self.function;
+        let arguments = match serde_json::from_str::<Map<String, Value>>(&arguments) {
+            Ok(object) => Value::Object(object),
+            Err(_) => Value::String(arguments),
+        };
+        let function = json!({ "name": name, "arguments": arguments });
+        json!({ "id": self.id, "type": "function", "function": function })
+    }
+}
+
+/// Something that the model may call.
+#[derive(Debug, Deserialize, Serialize)]
+pub(super) struct Tool {
+    #[serde(rename = "type")]
+    kind: String,
+    function: Function,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+struct Function {
+    name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    description: Option<String>,
+    /// A JSON schema.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    parameters: Option<Value>,
+    /// Asks that arguments follow the schema, which nobody can promise yet.
+    #[serde(default, skip_serializing)]
+    strict: Option<bool>,
+}
+
+/// Longest name of a tool, in bytes.
+const TOOL_NAME_BYTES_MAX: usize = 64;
+/// Most tools of a conversation.
+const TOOLS_MAX: usize = 128;
+
+fn check_tools(tools: &[Tool]) -> Result<(), ApiError> {
+    if tools.len() > TOOLS_MAX {
+        let message = format!("tools has {} entries; at most {TOOLS_MAX} are taken", tools.len());
+        return Err(ApiError::invalid("tools", message));
+    }
+    for (number, Tool { kind, function }) in tools.iter().enumerate() {
+        let name = &function.name;
+        let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+        if !plain || name.is_empty() || name.len() > TOOL_NAME_BYTES_MAX {
+            let message = format!(
+                "tools[{number}]: a name of 1 to {TOOL_NAME_BYTES_MAX} letters, digits, _ and - is \
+                 expected"
+            );
+            return Err(ApiError::invalid("tools", message));
+        }
+        if kind != "function" {
+            let message = format!("tools[{number}]: type function is expected");
+            return Err(ApiError::unsupported("tools", message));
+        }
+        if function.strict == Some(true) {
+            let message = format!("tools[{number}]: strict is not supported: leave it out");
+            return Err(ApiError::unsupported("tools", message));
+        }
+    }
+    Ok(())
 }
 
 #[derive(Debug, Deserialize)]
@@ -76,12 +157,18 @@ struct Turn {
     name: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_call_id: Option<String>,
 }
 
 /// What a template is to be rendered with.
 #[derive(Debug)]
 pub(super) struct Conversation {
     pub(super) messages: Vec<Message>,
+    /// What the model may call; none where it may not.
+    pub(super) tools: Vec<Tool>,
     /// What else the template reads: `enable_thinking`, ….
     pub(super) variables: Map<String, Value>,
 }
@@ -100,29 +187,35 @@ impl Conversation {
             let role = match message.role.as_str() {
                 // The same, by its newer name; templates know the older.
                 "developer" => "system",
-                role @ ("system" | "user" | "assistant") => role,
+                role @ ("system" | "user" | "assistant" | "tool") => role,
                 other => {
                     let other: String = other.chars().take(40).collect();
                     let message = format!(
-                        "messages[{number}]: role {other:?}; system, developer, user or assistant \
-                         is expected"
+                        "messages[{number}]: role {other:?}; system, developer, user, assistant or \
+                         tool is expected"
                     );
                     return Err(ApiError::invalid("messages", message));
                 }
             };
-            if message.tool_calls.is_some_and(|calls| !calls.is_empty()) {
-                let message = format!("messages[{number}]: tool_calls are not supported");
-                return Err(ApiError::unsupported("messages", message));
-            }
+            let calls = message.tool_calls.unwrap_or_default();
+            let calls: Vec<Value> = calls.into_iter().map(ToolCall::json).collect();
             let content = message.content.map(Content::text).transpose()?;
-            let content = content.ok_or_else(|| {
-                ApiError::invalid("messages", format!("messages[{number}] has no content"))
-            })?;
+            let content = match content {
+                Some(content) => content,
+                // Whoever calls may say nothing beside it.
+                None if !calls.is_empty() => String::new(),
+                None => {
+                    let message = format!("messages[{number}] has no content");
+                    return Err(ApiError::invalid("messages", message));
+                }
+            };
             turns.push(Turn {
                 role: role.to_owned(),
                 content,
                 name: message.name,
                 reasoning_content: message.reasoning_content,
+                tool_calls: calls,
+                tool_call_id: message.tool_call_id,
             });
         }
         let mut variables = self.variables;
@@ -131,6 +224,10 @@ impl Conversation {
                 let message = format!("chat_template_kwargs: {name} is a field of its own");
                 return Err(ApiError::invalid("chat_template_kwargs", message));
             }
+        }
+        check_tools(&self.tools)?;
+        if !self.tools.is_empty() {
+            variables.insert("tools".into(), json!(self.tools));
         }
         variables.insert("messages".into(), json!(turns));
         variables.insert("unix_time".into(), json!(unix_time));
@@ -156,7 +253,7 @@ mod tests {
 
     fn rendered(messages: Value) -> Result<Value, ApiError> {
         let messages = serde_json::from_value(messages).unwrap();
-        let asked = Conversation { messages, variables: Map::new() };
+        let asked = Conversation { messages, tools: Vec::new(), variables: Map::new() };
         asked.check(7).map(|json| serde_json::from_str(&json).unwrap())
     }
 
@@ -173,6 +270,37 @@ mod tests {
             { "role": "assistant", "content": "c" },
         ]});
         assert_eq!(found.unwrap(), expected);
+    }
+
+    #[test]
+    fn tools_and_their_calls_become_what_templates_read() {
+        let messages = json!([
+            { "role": "user", "content": "1 + 2?" },
+            { "role": "assistant", "content": null, "tool_calls": [{
+                "id": "call_0", "type": "function",
+                "function": { "name": "add", "arguments": "{\"a\":1,\"b\":2}" },
+            }]},
+            { "role": "tool", "content": "3", "tool_call_id": "call_0" },
+        ]);
+        let tool = json!({ "type": "function", "function": { "name": "add", "parameters": {} } });
+        let asked = |tools: Value| Conversation {
+            messages: serde_json::from_value(messages.clone()).unwrap(),
+            tools: serde_json::from_value(tools).unwrap(),
+            variables: Map::new(),
+        };
+        let found = asked(json!([tool])).check(0).unwrap();
+        let found: Value = serde_json::from_str(&found).unwrap();
+        assert_eq!(found["tools"], json!([tool]));
+        let call = &found["messages"][1]["tool_calls"][0]["function"];
+        assert_eq!(call["arguments"], json!({ "a": 1, "b": 2 }));
+        assert_eq!(found["messages"][1]["content"], "");
+        assert_eq!(found["messages"][2]["tool_call_id"], "call_0");
+        for (name, kind, strict) in
+            [("a b", "function", false), ("a", "x", false), ("a", "function", true)]
+        {
+            let bad = json!([{ "type": kind, "function": { "name": name, "strict": strict } }]);
+            assert!(asked(bad).check(0).is_err());
+        }
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub(super) enum Finish {
     Stop,
     /// It has as many tokens as it may have, or as the context has room for.
     Length,
+    /// The model ended it, and has called tools.
+    ToolCalls,
 }
 
 impl Finish {
@@ -38,6 +40,7 @@ impl Finish {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
         }
     }
 }

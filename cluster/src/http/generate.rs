@@ -20,7 +20,7 @@ use futures::{
     stream::{self, Peekable},
 };
 use lite_llm_actors::{coordinator::EncodeError, node::jobs};
-use lite_llm_runtime::stop::StopTexts;
+use lite_llm_runtime::{prompt::Prompts, stop::StopTexts};
 use lite_llm_transport::messages::{JobRequest, Prompt};
 use tokio::time::{Instant, timeout};
 use tracing::{Instrument, Span, debug_span};
@@ -29,10 +29,11 @@ use super::{
     Api, Caller,
     admission::Load,
     ask::{Asked, Body, Kind},
-    choice::{Choice, Deadline, Piece},
+    calls::{Calls, Said, ToolUse},
+    choice::{Choice, Deadline, Finish, Piece},
     error::ApiError,
     place::Place,
-    show::{Show, Whole, usage},
+    show::{Show, Whole, call, usage},
 };
 use crate::{commands::unix_time, telemetry};
 
@@ -97,12 +98,18 @@ async fn begin(
         stop,
         stream,
         include_usage,
+        tool_use,
         ..
     } = asked;
     if let Some((name, _)) = &caller.key {
         serving.tenant.clone_from(name);
     }
     request.trace = telemetry::context_of(&Span::current());
+    let prompts_of_model = api.coordinator.prompts();
+    if tool_use == ToolUse::Auto && !prompts_of_model.is_some_and(Prompts::names_tools) {
+        let message = "the model's chat template does not tell it of tools: leave them out";
+        return Err(ApiError::unsupported("tools", message));
+    }
     let field = if kind == Kind::Chat { "messages" } else { "prompt" };
     let (mut jobs, mut tokens, mut load) = (Vec::new(), 0, Load { jobs: 0, prompt: 0, answer: 0 });
     for prompt in prompts {
@@ -150,18 +157,21 @@ async fn begin(
         model: api.name.clone(),
         fingerprint: api.fingerprint.clone(),
         seed: request.seed,
-        tokenizer: api.coordinator.tokenizer().cloned(),
+        tokenizer: prompts_of_model.map(|prompts| prompts.tokenizer().clone()),
         include_usage,
     };
     let open = choices.len();
     let pieces = stream::select_all(choices).peekable();
-    Ok(Answering { show, pieces, open, place, prompt: tokens, stream })
+    let calls = (0..open).map(|_| (Calls::new(tool_use), 0)).collect();
+    Ok(Answering { show, pieces, calls, open, place, prompt: tokens, stream })
 }
 
 /// An answer whose jobs run.
 struct Answering {
     show: Show,
     pieces: Peekable<stream::SelectAll<Pieces>>,
+    /// What each choice calls, and how often it did.
+    calls: Vec<(Calls, usize)>,
     /// Choices that have not ended.
     open: usize,
     place: Place,
@@ -194,16 +204,26 @@ impl Answering {
     async fn whole(mut self) -> Result<Response, ApiError> {
         let mut choices: Vec<Whole> = (0..self.open).map(|_| Whole::default()).collect();
         while let Some((index, piece)) = self.pieces.next().await {
-            let choice = &mut choices[index as usize];
-            match piece? {
+            let (choice, (calls, _)) =
+                (&mut choices[index as usize], &mut self.calls[index as usize]);
+            let settled = match piece? {
                 Piece::Text { text, tokens, scored } => {
                     self.place.tokens(index, tokens);
-                    choice.text.push_str(&text);
                     choice.scored.extend(scored);
+                    calls.push(&text)
                 }
                 Piece::End(finish) => {
+                    let rest = calls.finish();
+                    let finish = with_calls(finish, calls);
                     self.place.ended(index, finish);
                     choice.finish = Some(finish);
+                    rest
+                }
+            };
+            for said in settled {
+                match said {
+                    Said::Text(text) => choice.text.push_str(&text),
+                    Said::Call(called) => choice.calls.push(call(called)),
                 }
             }
         }
@@ -224,18 +244,36 @@ struct Streaming {
 impl Streaming {
     async fn next(&mut self) -> Option<String> {
         while self.ready.is_empty() && !self.ended {
-            let Answering { show, pieces, open, place, prompt, .. } = &mut self.answering;
+            let Answering { show, pieces, calls, open, place, prompt, .. } = &mut self.answering;
             match pieces.next().instrument(self.span.clone()).await {
-                Some((index, Ok(Piece::Text { text, tokens, scored }))) => {
-                    place.tokens(index, tokens);
-                    if !text.is_empty() || scored.is_some() {
-                        self.ready.push_back(show.more(index, &text, scored.as_ref()));
+                Some((index, Ok(piece))) => {
+                    let (calls, called) = &mut calls[index as usize];
+                    let (settled, mut scored, finish) = match piece {
+                        Piece::Text { text, tokens, scored } => {
+                            place.tokens(index, tokens);
+                            (calls.push(&text), scored, None)
+                        }
+                        Piece::End(finish) => (calls.finish(), None, Some(finish)),
+                    };
+                    for said in settled {
+                        self.ready.push_back(match said {
+                            Said::Text(text) => show.more(index, &text, scored.take().as_ref()),
+                            Said::Call(one) => {
+                                *called += 1;
+                                show.call(index, call(one), *called - 1)
+                            }
+                        });
                     }
-                }
-                Some((index, Ok(Piece::End(finish)))) => {
-                    place.ended(index, finish);
-                    self.ready.push_back(show.end(index, finish));
-                    *open -= 1;
+                    // A token without text is told, too, if its probability is asked for.
+                    if let Some(scored) = scored {
+                        self.ready.push_back(show.more(index, "", Some(&scored)));
+                    }
+                    if let Some(finish) = finish {
+                        let finish = with_calls(finish, calls);
+                        place.ended(index, finish);
+                        self.ready.push_back(show.end(index, finish));
+                        *open -= 1;
+                    }
                 }
                 Some((_, Err(error))) => {
                     // Without [DONE]: what came is not the whole answer.
@@ -253,5 +291,13 @@ impl Streaming {
             }
         }
         self.ready.pop_front()
+    }
+}
+
+/// How an answer ended, if something was called in it.
+fn with_calls(finish: Finish, calls: &Calls) -> Finish {
+    match finish {
+        Finish::Stop if calls.called() => Finish::ToolCalls,
+        finish => finish,
     }
 }

@@ -14,7 +14,9 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
-use lite_llm_transport::messages::{JobEventBody, JobRequest, Prompt};
+use lite_llm_transport::messages::{
+    ClusterStatus, JobEventBody, JobRequest, NodeResidences, Prompt,
+};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::time::timeout;
@@ -90,15 +92,18 @@ async fn one_token(api: &Api) -> Result<(), ApiError> {
     Err(ApiError::unavailable("the coordinator is stopping"))
 }
 
-/// Metrics for Prometheus.
-pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, ApiError> {
-    let asked = async { tokio::join!(api.coordinator.status(), api.coordinator.residences()) };
+/// How the cluster is, and where its experts are.
+pub(super) async fn describe(api: &Api) -> Result<(ClusterStatus, Vec<NodeResidences>), ApiError> {
+    let asked = async { tokio::try_join!(api.coordinator.status(), api.coordinator.residences()) };
     let silent =
         |_| ApiError::unavailable(format!("the cluster said nothing within {STATUS_TIMEOUT:?}"));
-    let (status, residences) = timeout(STATUS_TIMEOUT, asked).await.map_err(silent)?;
-    let stopped = |error: &dyn std::fmt::Display| ApiError::unavailable(error.to_string());
-    let status = status.map_err(|error| stopped(&error))?;
-    let residences = residences.map_err(|error| stopped(&error))?;
+    let said = timeout(STATUS_TIMEOUT, asked).await.map_err(silent)?;
+    said.map_err(|error| ApiError::unavailable(error.to_string()))
+}
+
+/// Metrics for Prometheus.
+pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, ApiError> {
+    let (status, residences) = describe(&api).await?;
     let text = api.metrics.text(&status, &residences);
     let text = text.map_err(|error| ApiError::failed(error.to_string()))?;
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];

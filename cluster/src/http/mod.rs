@@ -11,12 +11,14 @@
 mod admission;
 mod ask;
 mod body;
+mod calls;
 mod chat;
 mod choice;
 mod error;
 mod generate;
 mod health;
 mod metrics;
+mod page;
 mod place;
 mod show;
 mod stall;
@@ -57,6 +59,7 @@ use self::{
     error::ApiError,
     health::Readiness,
     metrics::Metrics,
+    place::Requests,
     stall::Stalling,
 };
 use crate::commands::unix_time;
@@ -154,6 +157,7 @@ struct Api {
     admission: Mutex<Admission>,
     metrics: Metrics,
     readiness: Readiness,
+    requests: Mutex<Requests>,
 }
 
 impl Api {
@@ -172,6 +176,7 @@ impl Api {
             admission: Mutex::new(Admission::new(Limits { jobs: JOBS_MAX, tokens })),
             metrics: Metrics::new()?,
             readiness: Readiness::default(),
+            requests: Mutex::default(),
         }))
     }
 }
@@ -191,8 +196,10 @@ fn router(api: Arc<Api>) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{*model}", get(model))
         .route("/metrics", get(health::metrics))
+        .route("/cluster", get(page::cluster))
         .route_layer(guarded)
-        // Whoever looks after the process asks without a key.
+        // The page asks for a key by itself; whoever looks after the process needs none.
+        .route("/", get(page::page))
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .route(

@@ -2,7 +2,16 @@
 //!
 //! Invariant: what it takes is given back when it is dropped, however it ends.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+
+use serde_json::{Value, json};
 
 use super::{Api, Caller, admission::Load, choice::Finish, error::ApiError};
 
@@ -15,9 +24,62 @@ enum Stage {
     Over,
 }
 
+/// What others see of a request: nothing that it says.
+pub(super) struct Visible {
+    number: u64,
+    key: Option<String>,
+    jobs: usize,
+    prompt: u64,
+    arrived: Instant,
+    tokens: AtomicU64,
+}
+
+impl Visible {
+    /// For the page.
+    pub(super) fn json(&self) -> Value {
+        json!({
+            "number": self.number,
+            "key": self.key,
+            "jobs": self.jobs,
+            "prompt": self.prompt,
+            "tokens": self.tokens.load(Relaxed),
+            "seconds": self.arrived.elapsed().as_secs_f64(),
+        })
+    }
+}
+
+/// All requests that were let in and have not left.
+#[derive(Default)]
+pub(super) struct Requests {
+    begun: u64,
+    open: BTreeMap<u64, Arc<Visible>>,
+}
+
+impl Requests {
+    /// Those that came last first.
+    pub(super) fn newest(&self) -> impl Iterator<Item = &Arc<Visible>> {
+        self.open.values().rev()
+    }
+
+    fn begin(&mut self, caller: &Caller, load: Load, arrived: Instant) -> Arc<Visible> {
+        self.begun += 1;
+        let visible = Arc::new(Visible {
+            number: self.begun,
+            key: caller.key.as_ref().map(|(name, _)| name.clone()),
+            jobs: load.jobs,
+            prompt: load.prompt,
+            arrived,
+            tokens: AtomicU64::new(0),
+        });
+        self.open.insert(self.begun, visible.clone());
+        visible
+    }
+}
+
 /// See the module's text.
 pub(super) struct Place {
     api: Arc<Api>,
+    visible: Arc<Visible>,
     caller: Caller,
     load: Load,
     arrived: Instant,
@@ -39,8 +101,9 @@ impl Api {
         self.metrics.prompt_tokens.inc_by(load.prompt);
         self.metrics.waiting.add(load.jobs as i64);
         let stages = vec![Stage::Waits; load.jobs];
+        let visible = self.requests.lock().begin(caller, load, arrived);
         let (api, caller) = (self.clone(), caller.clone());
-        Ok(Place { api, caller, load, arrived, stages, generated: 0 })
+        Ok(Place { api, visible, caller, load, arrived, stages, generated: 0 })
     }
 }
 
@@ -51,6 +114,7 @@ impl Place {
             return;
         }
         self.generated += u64::from(tokens);
+        self.visible.tokens.store(self.generated, Relaxed);
         let (now, metrics) = (Instant::now(), &self.api.metrics);
         metrics.generation_tokens.inc_by(tokens.into());
         self.api.readiness.token(now);
@@ -92,6 +156,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         (0..self.stages.len()).for_each(|job| self.over(job));
         let key = self.caller.key.as_ref().map(|(name, _)| name.as_str());
+        self.api.requests.lock().open.remove(&self.visible.number);
         self.api.admission.lock().leave(Instant::now(), key, self.load, self.generated);
     }
 }

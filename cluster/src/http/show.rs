@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     ask::Kind,
+    calls::Call,
     choice::{Finish, Scored},
 };
 
@@ -30,6 +31,7 @@ pub(super) struct Show {
 #[derive(Debug, Default)]
 pub(super) struct Whole {
     pub(super) text: String,
+    pub(super) calls: Vec<Value>,
     pub(super) scored: Vec<Scored>,
     pub(super) finish: Option<Finish>,
 }
@@ -55,7 +57,7 @@ impl Show {
             match self.kind {
                 Kind::Chat => json!({
                     "index": index,
-                    "message": { "role": "assistant", "content": choice.text, "refusal": null },
+                    "message": message(choice),
                     "logprobs": logprobs,
                     "finish_reason": finish,
                 }),
@@ -90,6 +92,12 @@ impl Show {
             Kind::Text => json!(text),
         };
         self.chunk(index, more, logprobs, None)
+    }
+
+    /// A call of a choice, whole.
+    pub(super) fn call(&self, index: u32, mut call: Value, number: usize) -> String {
+        call["index"] = json!(number);
+        self.chunk(index, json!({ "tool_calls": [call] }), Value::Null, None)
     }
 
     /// The end of a choice.
@@ -200,6 +208,26 @@ impl Show {
             None => format!("token_id:{id}"),
         }
     }
+}
+
+/// A call as clients read it, and send it back.
+pub(super) fn call(call: Call) -> Value {
+    json!({
+        "id": format!("call_{}", uuid::Uuid::new_v4().simple()),
+        "type": "function",
+        "function": { "name": call.name, "arguments": call.arguments },
+    })
+}
+
+fn message(choice: &Whole) -> Value {
+    let mut message = json!({ "role": "assistant", "content": choice.text, "refusal": null });
+    if !choice.calls.is_empty() {
+        message["tool_calls"] = json!(choice.calls);
+        if choice.text.trim().is_empty() {
+            message["content"] = Value::Null;
+        }
+    }
+    message
 }
 
 fn bounded(logprob: f32) -> f32 {
