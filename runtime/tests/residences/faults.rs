@@ -180,6 +180,29 @@ fn a_folder_belongs_to_one_process_at_a_time() {
 }
 
 #[test]
+fn what_another_takes_the_place_of_lets_go_of_the_folder_and_goes_on_without() {
+    let old = Source::new(Place::Empty);
+    let (first, rest) = model().keys.split_at(2);
+    old.fill(first);
+    old.fetcher.retire();
+    // At once, while the old one lives and is asked.
+    let new = over_memory(&Memory::new(), &reader(true), old.nvme.path(), experts()).unwrap();
+    assert_eq!(
+        new.residences()[0].held,
+        first.len() as u64 * model().slot,
+        "it finds what was kept"
+    );
+    all_right(&old);
+    assert!(rest.iter().all(|&key| old.file(key).is_none()), "the old one writes nothing any more");
+    let client = Client::new(1);
+    for &key in first {
+        client.fetch(&*new, key, Demand);
+        client.right(key);
+    }
+    assert_eq!(new.residences()[0].hits, first.len() as u64, "nor has it deleted anything");
+}
+
+#[test]
 fn less_room_than_before_is_kept_to_at_once_and_other_models_make_room() {
     let Source { fetcher, nvme, .. } = Source::new(Place::Warm);
     drop(fetcher);
