@@ -282,7 +282,10 @@ pub fn tier_parameters(config: &ModelConfig, tier: &TierConfig) -> u64 {
     let default = config.moe.as_ref().map_or(0, |moe| moe.intermediate);
     let inner = tier.intermediate.unwrap_or(default);
     let experts = u64::from(tier.groups) * u64::from(tier.experts_per_group);
-    experts * 3 * (config.hidden * inner) as u64 * config.sparse_layers().count() as u64
+    // A size that no model can have is refused when the configuration is checked.
+    [3, config.hidden as u64, inner as u64, config.sparse_layers().count() as u64]
+        .into_iter()
+        .fold(experts, u64::saturating_mul)
 }
 
 /// The stored format of what is trained: masters are f32.

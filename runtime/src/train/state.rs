@@ -139,10 +139,11 @@ pub fn save<'a>(
     let mut staging = done.clone().into_os_string();
     staging.push(STAGING);
     let staging = PathBuf::from(staging);
-    for old in [&staging, &done] {
-        if old.exists() {
-            fs::remove_dir_all(old).map_err(io(old, "remove"))?;
-        }
+    // What an interrupted writer left, here or at another step.
+    let left = fs::read_dir(run).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    let left = left.filter(|path| path.to_string_lossy().ends_with(STAGING));
+    for old in left.chain([done.clone()]).filter(|path| path.exists()) {
+        fs::remove_dir_all(&old).map_err(io(&old, "remove"))?;
     }
     fs::create_dir_all(&staging).map_err(io(&staging, "create"))?;
     let model = write_model(&staging.join(MODEL), params, text)?;
