@@ -30,7 +30,8 @@ pub use experts::{
 };
 pub use jobs::{
     Choosing, ClientReply, ClientRequest, EndReason, JobContinue, JobEvent, JobEventBody, JobOrder,
-    JobRequest, JobStart, LogitsWanted, Prompt, TOP_LOGPROBS_MAX, TokenBias, TokenLogprob,
+    JobRequest, JobStart, LogitsWanted, Prompt, ScoredToken, TOP_LOGPROBS_MAX, TokenBias,
+    TokenLogprob,
 };
 pub use trace::TraceContext;
 pub use weights::{
