@@ -326,6 +326,7 @@ async fn collect(mut events: mpsc::Receiver<JobEvent>) -> Result<Outcome, String
                 outcome.chunks.push(rows as usize);
                 outcome.experts.extend(ids);
             }
+            JobEventBody::Scored(token) => outcome.tokens.push(token.id),
             JobEventBody::Progress { .. } | JobEventBody::Text(_) => {}
             JobEventBody::Done { .. } => return Ok(outcome),
             JobEventBody::Failed { reason } | JobEventBody::NotTaken { reason } => {

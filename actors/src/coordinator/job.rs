@@ -260,10 +260,13 @@ impl Job {
         mut body: JobEventBody,
         text: &mut Option<DecodeStream>,
     ) -> Result<(), Gone> {
-        if let JobEventBody::Token { id, text: piece, .. }
-        | JobEventBody::ScoredToken { id, text: piece, .. } = &mut body
-        {
-            *piece = text.as_mut().map(|text| text.push(*id)).filter(|piece| !piece.is_empty());
+        let token = match &mut body {
+            JobEventBody::Token { id, text, .. } => Some((*id, text)),
+            JobEventBody::Scored(token) => Some((token.id, &mut token.text)),
+            _ => None,
+        };
+        if let Some((id, piece)) = token {
+            *piece = text.as_mut().map(|text| text.push(id)).filter(|piece| !piece.is_empty());
         }
         if body.is_last()
             && let Some(text) = text.as_mut().map(DecodeStream::finish).filter(|t| !t.is_empty())

@@ -150,8 +150,8 @@ impl JobProgress {
             return if attempt < self.attempt { Take::Drop } else { Take::Violation(reason) };
         }
         let taken = match body {
-            body @ (JobEventBody::Token { index, id, .. }
-            | JobEventBody::ScoredToken { index, id, .. }) => self.token(index, id, body),
+            JobEventBody::Token { index, id, .. } => self.token(index, id, body),
+            JobEventBody::Scored(ref token) => self.token(token.index, token.id, body),
             JobEventBody::Logits { first_row, rows, width, values } => {
                 self.logits(first_row, rows, width, values)
             }
@@ -193,15 +193,15 @@ impl JobProgress {
                     && *id < bounds.vocab
                     && u64::from(self.prompt) + u64::from(*index) < u64::from(bounds.context)
             }
-            JobEventBody::ScoredToken { index, id, logprob, top, .. } => {
+            JobEventBody::Scored(token) => {
                 // A NaN is neither.
                 let is_one = |id: u32, logprob: f32| id < bounds.vocab && logprob <= 0.0;
                 let most = bounds.vocab.min(bounds.logprobs.unwrap_or(0));
                 bounds.logprobs.is_some()
-                    && is_one(*id, *logprob)
-                    && top.len() as u64 == u64::from(most)
-                    && top.iter().all(|token| is_one(token.id, token.logprob))
-                    && u64::from(self.prompt) + u64::from(*index) < u64::from(bounds.context)
+                    && is_one(token.id, token.logprob)
+                    && token.top.len() as u64 == u64::from(most)
+                    && token.top.iter().all(|token| is_one(token.id, token.logprob))
+                    && u64::from(self.prompt) + u64::from(token.index) < u64::from(bounds.context)
             }
             JobEventBody::Logits { first_row, rows, width, .. } => {
                 bounds.logits && *width == bounds.vocab && *rows > 0 && fits(*first_row, *rows)
@@ -228,9 +228,12 @@ impl JobProgress {
         };
         let what = match body {
             JobEventBody::Token { index, id, .. } => format!("token {index}, which is {id}"),
-            JobEventBody::ScoredToken { index, id, logprob, top, .. } => format!(
-                "token {index}, which is {id}, of {logprob} and with {} candidates",
-                top.len()
+            JobEventBody::Scored(token) => format!(
+                "token {}, which is {}, of {} and with {} candidates",
+                token.index,
+                token.id,
+                token.logprob,
+                token.top.len()
             ),
             JobEventBody::Logits { first_row, rows, width, .. } => {
                 format!("{rows} rows of {width} logits from {first_row}")
@@ -355,6 +358,8 @@ fn known_rows(have: u32, first_row: u32, rows: u32) -> Result<u32, Take> {
 
 #[cfg(test)]
 mod tests {
+    use lite_llm_transport::messages::{ScoredToken, TokenLogprob};
+
     use super::*;
     use crate::testing::Draws;
 
@@ -391,6 +396,37 @@ mod tests {
         assert!(matches!(job.take(0, token(2, 7)), Take::Violation(_)), "more than was asked for");
         assert_eq!(job.generated(), [7, 7]);
         assert!(job.cancel().is_some(), "it has not ended");
+    }
+
+    #[test]
+    fn tokens_are_scored_if_and_only_if_that_was_asked_for() {
+        let scored = |index: u32, logprob: f32, top: u32| {
+            let top = (0..top).map(|id| TokenLogprob { id, logprob: -1.0 }).collect();
+            JobEventBody::Scored(ScoredToken { index, id: 7, text: None, logprob, top }.into())
+        };
+        let job = |logprobs| {
+            let mut job = JobProgress::new(3);
+            job.bounds = Some(Bounds {
+                vocab: 10,
+                context: 100,
+                layers: 1,
+                logits: false,
+                routes: false,
+                logprobs,
+                ends: Vec::new(),
+            });
+            job
+        };
+        assert!(matches!(job(None).take(0, scored(0, -1.0, 0)), Take::Violation(_)));
+        assert!(matches!(job(Some(2)).take(0, token(0, 7)), Take::Violation(_)));
+        for (logprob, top) in [(0.5, 2), (f32::NAN, 2), (-1.0, 1), (-1.0, 3)] {
+            assert!(matches!(job(Some(2)).take(0, scored(0, logprob, top)), Take::Violation(_)));
+        }
+        let mut job = job(Some(2));
+        assert_eq!(job.take(0, scored(0, -1.0, 2)), Take::Pass(scored(0, -1.0, 2)));
+        job.lost();
+        assert_eq!(job.take(1, scored(0, -1.0, 2)), Take::Drop, "no token twice");
+        assert_eq!(job.take(1, scored(1, 0.0, 2)), Take::Pass(scored(1, 0.0, 2)));
     }
 
     #[test]

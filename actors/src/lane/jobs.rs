@@ -9,7 +9,9 @@ use std::{
 };
 
 use lite_llm_runtime::{engine::Event, sampler::Score, sequence};
-use lite_llm_transport::messages::{EndReason, JobEvent, JobEventBody, TokenLogprob, TraceContext};
+use lite_llm_transport::messages::{
+    EndReason, JobEvent, JobEventBody, ScoredToken, TokenLogprob, TraceContext,
+};
 use tokio::sync::mpsc;
 use tracing::Span;
 
@@ -99,7 +101,7 @@ impl Jobs {
                     Some(Score { logprob, top }) => {
                         let named = |(id, logprob)| TokenLogprob { id, logprob };
                         let top = top.into_iter().map(named).collect();
-                        JobEventBody::ScoredToken { index, id, text, logprob, top }
+                        JobEventBody::Scored(ScoredToken { index, id, text, logprob, top }.into())
                     }
                 };
                 self.send(sequence, body)

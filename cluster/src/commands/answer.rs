@@ -86,7 +86,7 @@ impl Answer {
     /// whoever reads the events drops them, which cancels the job.
     pub(super) fn take(&mut self, event: JobEvent) -> Result<bool> {
         match event.body {
-            JobEventBody::Token { id, text, .. } | JobEventBody::ScoredToken { id, text, .. } => {
+            JobEventBody::Token { id, text, .. } => {
                 let now = Instant::now();
                 self.first.get_or_insert(now);
                 self.last = Some(now);
@@ -106,6 +106,8 @@ impl Answer {
             JobEventBody::Logits { .. }
             | JobEventBody::Routes { .. }
             | JobEventBody::Progress { .. } => Ok(false),
+            // Nobody asks here how likely tokens are.
+            JobEventBody::Scored(_) => Ok(false),
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures::{Stream, stream};
 use lite_llm_runtime::stop::StopTexts;
-use lite_llm_transport::messages::{EndReason, JobEvent, JobEventBody, TokenLogprob};
+use lite_llm_transport::messages::{EndReason, JobEvent, JobEventBody, ScoredToken, TokenLogprob};
 use tokio::{
     sync::mpsc,
     time::{Instant, timeout_at},
@@ -132,7 +132,8 @@ impl Choice {
                 JobEventBody::Token { text, .. } => {
                     return Ok(self.token(text.unwrap_or_default(), None));
                 }
-                JobEventBody::ScoredToken { id, text, logprob, top, .. } => {
+                JobEventBody::Scored(token) => {
+                    let ScoredToken { id, text, logprob, top, .. } = *token;
                     let scored = Scored { token: TokenLogprob { id, logprob }, top };
                     return Ok(self.token(text.unwrap_or_default(), Some(scored)));
                 }

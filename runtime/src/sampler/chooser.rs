@@ -110,23 +110,26 @@ impl Chooser {
 
 #[cfg(test)]
 mod tests {
+    use lite_llm_kernels::ops::function;
+
     use super::*;
 
-    /// Scores of the logits below. They change only with the version of the determinism contract.
-    const PINNED: [u32; 3] = [0xbf9e0b2f, 0xbf9e0b2f, 0xc00f0597];
-
     #[test]
-    fn scores_are_log_softmax_and_pinned() {
+    fn scores_are_by_the_rule() {
         let logits = [1.0, 3.0, 2.0, 3.0, -1.0];
+        let w = logits.map(|z: f32| function::exp(z - 3.0));
+        // Rule 3, of a row that ends within its first leaf.
+        let total = ((w[0] + w[4]) + w[2]) + (w[1] + w[3]);
+        let expected = |z: f32| (f64::from(z - 3.0) - libm::log(f64::from(total))) as f32;
         let found = score(&logits, 2, 3);
-        let total: f64 = logits.iter().map(|z| f64::from(*z - 3.0).exp()).sum();
-        let expected = |z: f64| (z - 3.0 - total.ln()) as f32;
-        assert!((found.logprob - expected(2.0)).abs() < 1e-6);
-        assert_eq!(found.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 3, 2]);
-        let bits: Vec<u32> = found.top.iter().map(|(_, logprob)| logprob.to_bits()).collect();
-        assert_eq!(bits, PINNED, "{bits:x?}");
-        assert_eq!(found.top[2].1.to_bits(), found.logprob.to_bits());
-        assert_eq!(score(&logits, 0, 0).top, []);
+        assert_eq!(found.logprob.to_bits(), expected(2.0).to_bits());
+        let bits = |pairs: &[(u32, f32)]| -> Vec<(u32, u32)> {
+            pairs.iter().map(|(id, logprob)| (*id, logprob.to_bits())).collect()
+        };
+        let best = [(1, expected(3.0)), (3, expected(3.0)), (2, expected(2.0))];
+        assert_eq!(bits(&found.top), bits(&best));
+        assert!((found.logprob + 1.924_866).abs() < 1e-5, "{found:?}");
+        assert!(score(&logits, 0, 0).top.is_empty());
         assert_eq!(score(&logits, 0, 99).top.len(), 5);
         assert_eq!(score(&[0.0], 0, 1), Score { logprob: 0.0, top: vec![(0, 0.0)] });
     }

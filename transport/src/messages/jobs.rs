@@ -102,7 +102,7 @@ pub struct Choosing {
     pub frequency: f32,
     /// Tokens whose logits are shifted, each at most once.
     pub bias: Vec<TokenBias>,
-    /// Report tokens as [`JobEventBody::ScoredToken`], each with so many of the likeliest.
+    /// Report tokens as [`JobEventBody::Scored`], each with so many of the likeliest.
     pub logprobs: Option<u32>,
 }
 
@@ -229,19 +229,24 @@ pub enum JobEventBody {
         /// Why.
         reason: String,
     },
-    /// A token was generated, of a job that asks how likely its tokens are.
-    ScoredToken {
-        /// How many were generated before it.
-        index: u32,
-        /// Its id.
-        id: u32,
-        /// The text that it completes, if any.
-        text: Option<String>,
-        /// Natural logarithm of its probability by the model's own logits.
-        logprob: f32,
-        /// The likeliest tokens in its place, likelier ones first.
-        top: Vec<TokenLogprob>,
-    },
+    /// A token was generated, of a job that asks how likely its tokens are. Boxed, so that the others
+    /// keep their layout.
+    Scored(Box<ScoredToken>),
+}
+
+/// A token, and how likely it was.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+pub struct ScoredToken {
+    /// How many were generated before it.
+    pub index: u32,
+    /// Its id.
+    pub id: u32,
+    /// The text that it completes, if any.
+    pub text: Option<String>,
+    /// Natural logarithm of its probability by the model's own logits.
+    pub logprob: f32,
+    /// The likeliest tokens in its place, likelier ones first.
+    pub top: Vec<TokenLogprob>,
 }
 
 impl JobEventBody {
@@ -260,8 +265,8 @@ impl JobEventBody {
             JobEventBody::Routes { layers, rows, k, ids, .. } => {
                 ("Routes", ids.len(), &[*layers, *rows, *k])
             }
-            JobEventBody::ScoredToken { top, .. } if top.len() > TOP_LOGPROBS_MAX => {
-                let (what, field, found) = ("ScoredToken", "number of candidates", top.len());
+            JobEventBody::Scored(token) if token.top.len() > TOP_LOGPROBS_MAX => {
+                let (what, field, found) = ("ScoredToken", "number of candidates", token.top.len());
                 let expected = format!("at most {TOP_LOGPROBS_MAX}");
                 return Err(MessageError::Field { what, field, found: found as u64, expected });
             }

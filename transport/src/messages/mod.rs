@@ -37,7 +37,8 @@ pub use experts::{
 };
 pub use jobs::{
     Choosing, ClientReply, ClientRequest, EndReason, JobContinue, JobEvent, JobEventBody, JobOrder,
-    JobRequest, JobStart, LogitsWanted, Prompt, Serving, TOP_LOGPROBS_MAX, TokenBias, TokenLogprob,
+    JobRequest, JobStart, LogitsWanted, Prompt, ScoredToken, Serving, TOP_LOGPROBS_MAX, TokenBias,
+    TokenLogprob,
 };
 pub use trace::TraceContext;
 pub use weights::{

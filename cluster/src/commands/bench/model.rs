@@ -341,9 +341,7 @@ async fn request_of_cluster(cluster: &Cluster, prompt: &[u32], work: &Work) -> R
     loop {
         let event = events.recv().await.context("the coordinator ended the job without a word")?;
         match event.body {
-            JobEventBody::Token { id, .. } | JobEventBody::ScoredToken { id, .. } => {
-                timeline.push(id);
-            }
+            JobEventBody::Token { id, .. } => timeline.push(id),
             JobEventBody::Done { .. } => return Ok(timeline),
             JobEventBody::Failed { reason } | JobEventBody::NotTaken { reason } => {
                 bail!("the cluster: {reason}")
@@ -351,7 +349,8 @@ async fn request_of_cluster(cluster: &Cluster, prompt: &[u32], work: &Work) -> R
             JobEventBody::Progress { .. }
             | JobEventBody::Text(_)
             | JobEventBody::Logits { .. }
-            | JobEventBody::Routes { .. } => {}
+            | JobEventBody::Routes { .. }
+            | JobEventBody::Scored(_) => {}
         }
     }
 }
