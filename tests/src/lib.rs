@@ -316,9 +316,7 @@ async fn collect(mut events: mpsc::Receiver<JobEvent>) -> Result<Outcome, String
     let mut outcome = Outcome::default();
     while let Some(event) = events.recv().await {
         match event.body {
-            JobEventBody::Token { id, .. } | JobEventBody::ScoredToken { id, .. } => {
-                outcome.tokens.push(id);
-            }
+            JobEventBody::Token { id, .. } => outcome.tokens.push(id),
             JobEventBody::Logits { values, .. } => {
                 outcome.logits.extend(values.iter().map(|v| v.to_bits()));
             }
