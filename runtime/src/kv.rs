@@ -157,10 +157,12 @@ impl PageTable {
         &self.pages
     }
 
-    /// Positions that these tokens, of which at least one is to be computed, would find in the cache.
-    pub fn found(pool: &PagePool, root: Prefix, tokens: &[u32]) -> usize {
+    /// Pages with users that a sequence of these tokens, of which at least one is to be computed, would
+    /// share: it needs no free ones for them.
+    pub fn shared(pool: &PagePool, root: Prefix, tokens: &[u32]) -> usize {
         let all_but_one = &tokens[..tokens.len().saturating_sub(1)];
-        pool.known(root, all_but_one).len() * PAGE_TOKENS
+        let known = pool.known(root, all_but_one).into_iter();
+        known.filter(|(_, page)| pool.pages[*page as usize].users > 0).count()
     }
 
     /// Takes the pages of these tokens that are in the cache, into an empty table: the positions that
@@ -240,7 +242,9 @@ mod tests {
         let mut a = PageTable::default();
         a.reserve(&mut pool, text.len()).unwrap();
         a.show(&mut pool, root("a"), &text, text.len() - 1);
-        let found = |pool: &PagePool, root, text: &[u32]| PageTable::found(pool, root, text);
+        let found = |pool: &PagePool, root, text: &[u32]| {
+            pool.known(root, &text[..text.len() - 1]).len() * PAGE_TOKENS
+        };
         assert_eq!(found(&pool, root("a"), &text), 2 * PAGE_TOKENS, "two pages are full");
         assert_eq!(found(&pool, root("b"), &text), 0, "another tenant's");
         let other = Prefix::root("a", &TierMask::new(vec![true, true]));

@@ -189,26 +189,20 @@ impl Schedule {
         (!sequence.held, sequence.request.priority, Reverse(sequence.arrived))
     }
 
-    /// Moves waiting sequences to the running ones, while what they have to compute has room.
+    /// Moves waiting sequences to the running ones, while what they have to compute has room beside
+    /// what those that run are about to take.
     fn admit(&mut self) {
         while let Some(at) =
             (0..self.waiting.len()).min_by_key(|&at| self.turn_of(self.waiting[at]))
         {
             let id = self.waiting[at];
             let sequence = &self.sequences[&id];
-            let (tokens, root) = (&sequence.tokens, sequence.root);
-            let found = if sequence.shares() {
-                PageTable::found(&self.pool, root, tokens) / PAGE_TOKENS
-            } else {
-                0
-            };
-            let needed = (tokens.len() + 1).div_ceil(PAGE_TOKENS) - found;
-            let priority = sequence.request.priority;
-            let room = self.pool.free() + self.pages_below(priority);
-            // Those that it takes nothing from may each need one more soon.
-            let others = self.running.iter().map(|id| &self.sequences[id].request);
-            let others = others.filter(|other| other.priority >= priority).count();
-            if !self.running.is_empty() && needed + others > room {
+            let mut needed = sequence.pages_soon();
+            if sequence.shares() {
+                needed -= PageTable::shared(&self.pool, sequence.root, &sequence.tokens);
+            }
+            let free = self.pool.free();
+            if !self.running.is_empty() && needed + self.claimed(id) > free + self.pages_after(id) {
                 return;
             }
             self.waiting.swap_remove(at);
@@ -216,11 +210,26 @@ impl Schedule {
         }
     }
 
-    /// Pages that who has this priority can take from others.
-    fn pages_below(&self, priority: i8) -> usize {
-        let lower = self.running.iter().map(|id| &self.sequences[id]);
-        let lower = lower.filter(|other| !other.in_pass && other.request.priority < priority);
-        lower.map(|other| other.table.pages().len()).sum()
+    /// Running sequences from which another may take pages when it needs them.
+    fn after(&self, id: u64) -> impl Iterator<Item = &Sequence> {
+        let mine = self.sequences[&id].request.priority;
+        let running = self.running.iter().map(|other| &self.sequences[other]);
+        running.filter(move |other| other.held || other.request.priority < mine)
+    }
+
+    /// Pages that a sequence can take from others now.
+    fn pages_after(&self, id: u64) -> usize {
+        let others = self.after(id).filter(|other| !other.in_pass);
+        others.map(|other| other.table.pages().len()).sum()
+    }
+
+    /// Pages that the running sequences which go before another are about to take.
+    fn claimed(&self, id: u64) -> usize {
+        let claims = |sequence: &Sequence| {
+            sequence.pages_soon().saturating_sub(sequence.table.pages().len()).max(1)
+        };
+        let all: usize = self.running.iter().map(|other| claims(&self.sequences[other])).sum();
+        all - self.after(id).map(claims).sum::<usize>()
     }
 
     /// The running sequences that may be in the next pass, by priority: decodes first, in turns.
@@ -264,7 +273,9 @@ impl Schedule {
                 chunk => chunk,
             };
             let left = sequence.tokens.len() - sequence.cached;
-            let mut guessed = sequence.guess(limit.min(room), config);
+            // Guesses leave half of a pass to others.
+            let for_guesses = room.saturating_sub(PASS_TOKENS_MAX / 2);
+            let mut guessed = sequence.guess(limit.min(for_guesses), config);
             let mut count = self.grow(id, left.min(limit).min(room));
             if count == 0 {
                 continue;

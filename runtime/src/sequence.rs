@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use lite_llm_kernels::kv::PAGE_TOKENS;
 use tracing::Span;
 
 use crate::{
@@ -286,6 +287,11 @@ impl Sequence {
     /// Whether a pass may take it.
     pub(crate) fn is_free(&self) -> bool {
         !self.in_pass && !self.held
+    }
+
+    /// Pages for the tokens that it has, and one more.
+    pub(crate) fn pages_soon(&self) -> usize {
+        (self.tokens.len() + 1).div_ceil(PAGE_TOKENS)
     }
 
     /// Whether it has one token to compute.

@@ -31,6 +31,8 @@ use crate::coordinator::{CLIENT_EVENTS_MAX, CoordinatorMessage, Submission};
 const PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Pause before it is submitted again, and the longest one.
 const AGAIN_PAUSE: Duration = Duration::from_millis(250);
+/// Failures in a row, none of which brought a token, that end a job.
+const FAILURES_MAX: u32 = 5;
 const AGAIN_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How often the ledger hears of tokens.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
@@ -107,6 +109,9 @@ enum Ended {
     With(DetachedState, String),
     /// It is to be submitted again.
     Broken(String),
+    /// The same, unless it fails again and again: what failed it may pass (a lost holder of an expert,
+    /// a disk that hung).
+    Failed(String),
     /// The coordinator is gone.
     Gone,
 }
@@ -121,24 +126,38 @@ impl RunsOn {
         ledger: mpsc::Sender<Wish>,
     ) {
         let mut answer = Answer::new(&job, self.tokenizer.as_deref(), &known);
-        let mut pause = AGAIN_PAUSE;
+        // Tokens that the ledger knows.
+        let mut told = answer.ids.len();
+        let (mut pause, mut failures) = (AGAIN_PAUSE, 0);
         let (state, reason) = loop {
             if answer.stop.stopped() {
                 break (DetachedState::Stop, String::new());
             }
             let had = answer.ids.len();
-            match self.submit((number, &owner), job.request.clone(), &mut answer, &ledger).await {
+            let submitted = self.submit(
+                (number, &owner),
+                job.request.clone(),
+                (&mut answer, &mut told),
+                &ledger,
+            );
+            let reason = match submitted.await {
                 Ended::With(state, reason) => break (state, reason),
                 Ended::Gone => return,
-                Ended::Broken(reason) => {
-                    debug!(job = number, %reason, "a detached job is submitted again");
-                    if answer.ids.len() > had {
-                        pause = AGAIN_PAUSE;
+                Ended::Broken(reason) => reason,
+                Ended::Failed(reason) => {
+                    failures = if answer.ids.len() > had { 1 } else { failures + 1 };
+                    if failures == FAILURES_MAX {
+                        break (DetachedState::Failed, reason);
                     }
-                    sleep(pause).await;
-                    pause = (pause * 2).min(AGAIN_PAUSE_MAX);
+                    reason
                 }
+            };
+            debug!(job = number, %reason, "a detached job is submitted again");
+            if answer.ids.len() > had {
+                pause = AGAIN_PAUSE;
             }
+            sleep(pause).await;
+            pause = (pause * 2).min(AGAIN_PAUSE_MAX);
         };
         let ending = answer.end(state, reason);
         // A ledger that is gone will run it again.
@@ -149,7 +168,7 @@ impl RunsOn {
         &self,
         (number, owner): (u64, &str),
         request: JobRequest,
-        answer: &mut Answer,
+        (answer, told): (&mut Answer, &mut usize),
         ledger: &mpsc::Sender<Wish>,
     ) -> Ended {
         let (events, mut receiver) = mpsc::channel(CLIENT_EVENTS_MAX);
@@ -171,7 +190,7 @@ impl RunsOn {
             Ok(Err(reason)) => return Ended::Broken(reason),
             Err(_) => return Ended::Gone,
         }
-        let mut told = (answer.ids.len(), Instant::now());
+        let mut last = Instant::now();
         while let Some(event) = receiver.recv().await {
             match event.body {
                 JobEventBody::Token { index, id, .. } if index as usize == answer.ids.len() => {
@@ -180,12 +199,15 @@ impl RunsOn {
                         // The job's reader goes, which ends it.
                         return Ended::With(DetachedState::Stop, String::new());
                     }
-                    if told.1.elapsed() >= PROGRESS_INTERVAL {
-                        let (from, tokens) = (told.0 as u32, answer.ids[told.0..].to_vec());
-                        told = (answer.ids.len(), Instant::now());
+                    if last.elapsed() >= PROGRESS_INTERVAL {
+                        let (from, tokens) = (*told as u32, answer.ids[*told..].to_vec());
                         let progress = Wish::Progress { job: number, from, tokens };
-                        if ledger.send(progress).await.is_err() {
-                            return Ended::Gone;
+                        // A ledger that is behind hears of them with the next: waiting for a disk
+                        // would hold up the lane.
+                        match ledger.try_send(progress) {
+                            Ok(()) => (*told, last) = (answer.ids.len(), Instant::now()),
+                            Err(TrySendError::Full(_)) => {}
+                            Err(TrySendError::Closed(_)) => return Ended::Gone,
                         }
                     }
                 }
@@ -200,9 +222,7 @@ impl RunsOn {
                     };
                     return Ended::With(state, String::new());
                 }
-                JobEventBody::Failed { reason } => {
-                    return Ended::With(DetachedState::Failed, reason);
-                }
+                JobEventBody::Failed { reason } => return Ended::Failed(reason),
                 _ => {}
             }
         }

@@ -232,7 +232,10 @@ impl Params {
 
     /// All parameters of a checkpoint, widened exactly.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
-        let config = checkpoint.config().clone();
+        let mut config = checkpoint.config().clone();
+        // Masters are f32, also of a tier that was packed in a format of its own.
+        let tiers = config.moe.as_mut().map_or(&mut [][..], |moe| &mut moe.tiers);
+        tiers.iter_mut().for_each(|tier| tier.dtype = None);
         let tiers = config.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
         if let Some(tier) = tiers.iter().find(|tier| tier.absent) {
             let location = checkpoint.location();
