@@ -387,7 +387,8 @@ mod tests {
                             }
                         }
                     }
-                    assert!(terms < 256 || differs > 0, "the data can tell orders apart");
+                    let few = terms < 256 || outputs * columns < 100;
+                    assert!(few || differs > 0, "the data can tell orders apart");
                 }
             }
         }
