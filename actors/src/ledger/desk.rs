@@ -133,10 +133,9 @@ impl Jobs {
             if all_over || listed.ended > u64::from(ended) || Instant::now() >= until {
                 return Ok(listed.jobs);
             }
-            match timeout_at(until, changed.changed()).await {
-                Ok(Err(_)) => return Err(gone()),
-                // The deadline is asked about above.
-                Ok(Ok(())) | Err(_) => {}
+            // A deadline is asked about above.
+            if let Ok(Err(_)) = timeout_at(until, changed.changed()).await {
+                return Err(gone());
             }
         }
     }
