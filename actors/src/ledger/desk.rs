@@ -133,7 +133,7 @@ impl Jobs {
             if all_over || listed.ended > u64::from(ended) || Instant::now() >= until {
                 return Ok(listed.jobs);
             }
-            // The deadline is asked about above.
+            // A deadline is asked about above.
             if let Ok(Err(_)) = timeout_at(until, changed.changed()).await {
                 return Err(gone());
             }
