@@ -19,7 +19,7 @@ use lite_llm_transport::messages::{
 };
 use ractor::ActorRef;
 use tokio::{
-    sync::mpsc,
+    sync::mpsc::{self, error::TrySendError},
     time::{Instant, sleep},
 };
 use tracing::debug;
@@ -31,9 +31,9 @@ use crate::coordinator::{CLIENT_EVENTS_MAX, CoordinatorMessage, Submission};
 const PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Pause before it is submitted again, and the longest one.
 const AGAIN_PAUSE: Duration = Duration::from_millis(250);
+const AGAIN_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// Failures in a row, none of which brought a token, that end a job.
 const FAILURES_MAX: u32 = 5;
-const AGAIN_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How often the ledger hears of tokens.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 

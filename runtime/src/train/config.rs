@@ -11,8 +11,8 @@ use super::{
 };
 use crate::{
     config::{
-        AttentionConfig, ConfigError, FeedForward, LayerConfig, ModelConfig, MoeConfig, QkNorm,
-        RopeScaling, RoutingConfig, Scoring,
+        AttentionConfig, ConfigError, FeedForward, LAYERS_MAX, LayerConfig, ModelConfig, MoeConfig,
+        QkNorm, RopeScaling, RoutingConfig, Scoring,
     },
     tier::{Residence, TierConfig, TierId, TierSet},
 };
@@ -313,6 +313,59 @@ impl Default for OptimizerConfig {
 }
 
 impl OptimizerConfig {
+    /// Numbers with which a step is a number.
+    fn check(&self, at: &str) -> Result<(), ConfigError> {
+        let below_one = |x: f64| (0.0..1.0).contains(&x);
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        let not_negative = |x: f64| x.is_finite() && x >= 0.0;
+        let numbers = match *self {
+            Self::Adamw(AdamW { beta1, beta2, eps, weight_decay }) => vec![
+                ("beta1", beta1, below_one(beta1), "0 to below 1 is expected"),
+                ("beta2", beta2, below_one(beta2), "0 to below 1 is expected"),
+                ("eps", eps, positive(eps), "more than 0 is expected"),
+                ("weight_decay", weight_decay, not_negative(weight_decay), "0 or more is expected"),
+            ],
+            Self::Adafactor(Adafactor {
+                eps,
+                scale_min,
+                clip_threshold,
+                decay_rate,
+                weight_decay,
+            }) => {
+                vec![
+                    ("eps", eps, positive(eps), "more than 0 is expected"),
+                    ("scale_min", scale_min, not_negative(scale_min), "0 or more is expected"),
+                    (
+                        "clip_threshold",
+                        clip_threshold,
+                        positive(clip_threshold),
+                        "more than 0 is expected",
+                    ),
+                    (
+                        "decay_rate",
+                        decay_rate,
+                        decay_rate.is_finite() && decay_rate < 0.0,
+                        "less than 0 is expected",
+                    ),
+                    (
+                        "weight_decay",
+                        weight_decay,
+                        not_negative(weight_decay),
+                        "0 or more is expected",
+                    ),
+                ]
+            }
+            Self::Sgd(Sgd { momentum, weight_decay }) => vec![
+                ("momentum", momentum, below_one(momentum), "0 to below 1 is expected"),
+                ("weight_decay", weight_decay, not_negative(weight_decay), "0 or more is expected"),
+            ],
+        };
+        for (key, found, fits, expected) in numbers {
+            require(fits, &format!("{at}.{key}"), found, expected)?;
+        }
+        Ok(())
+    }
+
     /// The optimizer.
     pub fn build(&self) -> Box<dyn Optimizer> {
         match *self {
@@ -379,6 +432,7 @@ impl TrainConfig {
             for (key, n) in numbers {
                 require(n.is_finite() && n >= 0.0, &at(key), n, "0 or more is expected")?;
             }
+            phase.optimizer.check(&at("optimizer"))?;
             let warmup = phase.warmup <= phase.steps;
             require(warmup, &at("warmup"), phase.warmup, "no more than steps is expected")?;
             let evaluated = phase.patience == 0 || self.data.evaluate_every > 0;
@@ -422,7 +476,8 @@ impl NewModel {
                 output_bias: false,
                 clip_qkv: None,
             },
-            layers: vec![layer; self.layers],
+            // More than any model may have is refused by the check of the whole.
+            layers: vec![layer; self.layers.min(LAYERS_MAX + 1)],
             moe: Some(MoeConfig {
                 intermediate: self.intermediate,
                 tiers: self.tiers.iter().map(NewTier::config).collect(),

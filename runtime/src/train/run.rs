@@ -90,7 +90,9 @@ pub enum RunError {
         source: TrainError,
     },
     /// There is something to go on from, and nobody said so.
-    #[error("{0} holds checkpoints of a run; go on with --resume, or name another `out`")]
+    #[error(
+        "{0} holds checkpoints or the model of a run; go on with --resume, or name another `out`"
+    )]
     Exists(String),
 }
 
@@ -189,7 +191,8 @@ pub struct Run {
     cpu: Arc<Cpu>,
     config: TrainConfig,
     out: PathBuf,
-    hash: Hash,
+    /// What of the configuration may not change, beside phases that have begun.
+    fixed: serde_json::Value,
     text: Text,
     data: Dataset,
     trainer: Trainer,
@@ -219,7 +222,9 @@ impl Run {
         config.check()?;
         let out = base.join(&config.out);
         let saved = state::list(&out)?;
-        if !resume && !saved.is_empty() {
+        // Its end would write over the model that is there, which may be the source.
+        let model = out.join(state::MODEL);
+        if !resume && !saved.is_empty() || saved.is_empty() && model.exists() {
             return Err(RunError::Exists(out.display().to_string()));
         }
         let named =
@@ -230,9 +235,11 @@ impl Run {
         let tokenizer = Tokenizer::from_json(&text.tokenizer_json)?;
         let settings = (config.data.sequence, config.data.held_out, config.seed);
         let data = Dataset::read(base, &config.data.files, &tokenizer, end, settings)?;
-        let hash = config_hash(&config, &data, &source);
+        let fixed = fixed(&config, &data, &source);
         let loaded = match saved.last() {
-            Some((_, dir)) => Some(state::load(dir, hash)?),
+            Some((_, dir)) => {
+                Some(state::load(dir, |progress| config_hash(&fixed, &config.phase, progress))?)
+            }
             None => None,
         };
         let (params, progress, tensors) = match loaded {
@@ -277,10 +284,15 @@ impl Run {
         }
         let pending = if done { Vec::new() } else { vec![event] };
         let mut run =
-            Self { cpu, config, out, hash, text, data, trainer, mask, progress, pending, done };
+            Self { cpu, config, out, fixed, text, data, trainer, mask, progress, pending, done };
         if done {
-            // It may have been interrupted while the model was written.
-            let model = run.finish()?;
+            // It may have been interrupted while the model was written. One that is whole is left as it
+            // is: tiers may have been added to it since.
+            let path = run.out.join(state::MODEL);
+            let model = match Checkpoint::open(&path) {
+                Ok(_) => path.display().to_string(),
+                Err(_) => run.finish()?,
+            };
             run.pending.push(Happened::Done { model });
         }
         Ok(run)
@@ -446,7 +458,8 @@ impl Run {
         let keep = self.config.checkpoint.keep;
         // A phase that has not begun remembers nothing.
         let states = self.trainer.states().filter(|_| self.progress.step_in_phase > 0);
-        let (params, to) = (self.trainer.params(), (self.hash, keep));
+        let hash = config_hash(&self.fixed, &self.config.phase, &self.progress);
+        let (params, to) = (self.trainer.params(), (hash, keep));
         let path = state::save(&self.out, params, &self.text, &self.progress, states, to)?;
         Ok(Happened::Saved { step: self.progress.step, path: path.display().to_string() })
     }
@@ -582,14 +595,20 @@ fn add_tier(
 }
 
 /// Names all that decides the bits of a run.
-fn config_hash(config: &TrainConfig, data: &Dataset, source: &Checkpoint) -> Hash {
-    let TrainConfig { seed, model, data: of_data, phase, compute, .. } = config;
-    let settings = serde_json::json!({
-        "seed": seed, "model": model, "phase": phase, "precision": compute.precision,
+fn fixed(config: &TrainConfig, data: &Dataset, source: &Checkpoint) -> serde_json::Value {
+    let TrainConfig { seed, model, data: of_data, compute, .. } = config;
+    serde_json::json!({
+        "seed": seed, "model": model, "precision": compute.precision,
         "sequence": of_data.sequence, "batch": of_data.batch, "held_out": of_data.held_out,
         "evaluate_every": of_data.evaluate_every,
         "data": data.hash().to_string(), "from": source.manifest().root.to_string(),
         "parameters": shapes(source.config()).len(),
-    });
-    Hash::of(settings.to_string().as_bytes())
+    })
+}
+
+/// Of what has shaped a run so far: phases that have not begun may still be changed.
+fn config_hash(fixed: &serde_json::Value, phases: &[PhaseConfig], progress: &Progress) -> Hash {
+    let begun = progress.phase + usize::from(progress.step_in_phase > 0);
+    let phases = &phases[..begun.min(phases.len())];
+    Hash::of(serde_json::json!({ "fixed": fixed, "phases": phases }).to_string().as_bytes())
 }

@@ -199,9 +199,9 @@ pub struct Loaded {
     pub tensors: BTreeMap<String, Vec<f32>>,
 }
 
-/// Reads a checkpoint of a run, and verifies every byte; `config` must be the hash that it was written
-/// with.
-pub fn load(dir: &Path, config: Hash) -> Result<Loaded, StateError> {
+/// Reads a checkpoint of a run, and verifies every byte; `config` of where the run was must be the hash
+/// that it was written with.
+pub fn load(dir: &Path, config: impl Fn(&Progress) -> Hash) -> Result<Loaded, StateError> {
     let path = dir.join(STATE);
     let bytes = fs::read(&path).map_err(io(&path, "read"))?;
     let saved: Saved = serde_json::from_slice(&bytes).map_err(|e| {
@@ -212,10 +212,10 @@ pub fn load(dir: &Path, config: Hash) -> Result<Loaded, StateError> {
             ),
         )
     })?;
-    if saved.config != config {
+    if saved.config != config(&saved.progress) {
         return Err(bad(
             &path,
-            "it was written by a run with another configuration of model, data or phases; go on with that one, \
+            "it was written by a run with another configuration of model, data or of phases that had begun; go on with that one, \
              or name another `out`",
         ));
     }
