@@ -384,6 +384,18 @@ impl Body {
             let message = format!("{name} is {found}; at most {TOP_LOGPROBS_MAX} is expected");
             return Err(ApiError::invalid(name, message));
         }
+        let ranges = [
+            ("presence_penalty", self.presence_penalty, -2.0..=2.0),
+            ("frequency_penalty", self.frequency_penalty, -2.0..=2.0),
+            ("repetition_penalty", self.repetition_penalty, 0.01..=100.0),
+        ];
+        for (name, given, range) in ranges {
+            if let Some(found) = given.filter(|given| !range.contains(given)) {
+                let (least, most) = (range.start(), range.end());
+                let message = format!("{name} is {found}; {least} to {most} is expected");
+                return Err(ApiError::invalid(name, message));
+            }
+        }
         let bias = self.logit_bias.as_ref().map_or_else(|| Ok(Vec::new()), biases)?;
         let defaults = Choosing::default();
         Ok(Choosing {

@@ -40,6 +40,9 @@ use crate::{commands::unix_time, telemetry};
 /// How long the head of a stream waits for the first event, so that what fails at once has a status of
 /// its own. A client must see the head before its patience ends.
 const HEAD_WAIT: Duration = Duration::from_secs(5);
+/// Log-probabilities of an answer, at most: each takes the better part of a kilobyte while an answer is
+/// put together.
+const LOGPROBS_MAX: u64 = 200_000;
 /// How often a stream that has nothing to say shows that it is alive.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
@@ -133,6 +136,15 @@ async fn begin(
         load.jobs += n as usize;
         load.prompt += count * u64::from(n);
         load.answer += u64::from(request.max_new_tokens).min(room) * u64::from(n);
+        let candidates = choosing.logprobs.map_or(0, |top| u64::from(top) + 1);
+        if load.answer.saturating_mul(candidates) > LOGPROBS_MAX {
+            let message = format!(
+                "log-probabilities of {} tokens with {candidates} candidates each are asked for; {LOGPROBS_MAX} \
+                 in all are given: set max_tokens, or ask for fewer",
+                load.answer
+            );
+            return Err(ApiError::invalid("logprobs", message));
+        }
         tokens += count;
         jobs.push(request);
     }
