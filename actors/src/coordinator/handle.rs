@@ -281,12 +281,16 @@ impl CoordinatorHandle {
                 "{TOKENISE_WAITING_MAX} prompts wait to be tokenised already; try again later"
             ))
         };
-        let _queued = self.queued.try_acquire().map_err(|_| busy())?;
-        let place = timeout(TOKENISE_TIMEOUT, self.tokenizing.acquire()).await;
-        let _place = place.map_err(|_| busy())?.map_err(|_| busy())?;
-        let encode = move || match chat {
-            true => prompts.encode_chat(&Conversation::from_json(&text)?),
-            false => prompts.encode(&text),
+        let queued = self.queued.clone().try_acquire_owned().map_err(|_| busy())?;
+        let place = timeout(TOKENISE_TIMEOUT, self.tokenizing.clone().acquire_owned()).await;
+        let place = place.map_err(|_| busy())?.map_err(|_| busy())?;
+        let encode = move || {
+            // Until it is done, also if nobody waits for it any more.
+            let _permits = (queued, place);
+            match chat {
+                true => prompts.encode_chat(&Conversation::from_json(&text)?),
+                false => prompts.encode(&text),
+            }
         };
         let unusable = |error: &dyn std::fmt::Display| EncodeError::Prompt(error.to_string());
         let encoded =

@@ -279,7 +279,10 @@ impl Session {
                 self.ledger.handle(now(), Event::Progress { job, from, tokens });
             }
             Wish::Ended { job, ending } => {
-                self.tasks.remove(&job);
+                // If this was an earlier one's, before the file was opened anew, the other computes in vain.
+                if let Some(task) = self.tasks.remove(&job) {
+                    task.abort();
+                }
                 self.ledger.handle(now(), Event::Ended { job, ending });
             }
             // The caller has seen to it.

@@ -19,7 +19,7 @@ use lite_llm_transport::{
     messages::{
         BATCH_JOBS_MAX, ClientReply, ClientRequest, DetachedBatch, DetachedJob, DetachedReply,
         DetachedReport, DetachedRequest, DetachedState, DetachedStatus, JobRange, JobsQuery,
-        LISTED_MAX, Prompt,
+        LISTED_MAX, Prompt, Serving,
     },
     moment::utc,
     state::StateDir,
@@ -243,6 +243,11 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     if jobs.is_empty() {
         return Err(bad_input(anyhow!("there are no jobs in the file")));
     }
+    if args.sampling.serving() != Serving::default() {
+        let what =
+            "--priority and --speculate are for jobs that their client waits for: leave them out";
+        return Err(bad_input(anyhow!("{what} with --detach and --wait")));
+    }
     args.sampling.tell_seed();
     let span = debug_span!("submit");
     let trace = telemetry::context_of(&span);
@@ -259,13 +264,13 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
         let stop: usize = sampling.stop.iter().map(|text| text.len() + 16).sum();
         let size = JOB_BYTES + of_prompt + stop + label.len();
         if batch.len() == BATCH_JOBS_MAX || (!batch.is_empty() && bytes + size > BATCH_BYTES_MAX) {
-            ranges.push(ledger.submit(std::mem::take(&mut batch)).await?);
+            ranges.push(accept(&ledger, std::mem::take(&mut batch), &ranges, json).await?);
             bytes = 0;
         }
         bytes += size;
         batch.push(DetachedJob { request, stop: sampling.stop, label });
     }
-    ranges.push(ledger.submit(batch).await?);
+    ranges.push(accept(&ledger, batch, &ranges, json).await?);
     if !args.wait {
         told(&ranges, json);
     } else {
@@ -278,6 +283,20 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     }
     ledger.client.close().await;
     Ok(())
+}
+
+/// Has a batch accepted. If it is not, the numbers of those before it are said: they will be finished.
+async fn accept(
+    ledger: &Ledger,
+    batch: Vec<DetachedJob>,
+    before: &[JobRange],
+    json: bool,
+) -> Result<JobRange> {
+    let accepted = ledger.submit(batch).await;
+    if accepted.is_err() && !before.is_empty() {
+        told(before, json);
+    }
+    accepted
 }
 
 /// Says which numbers were given.

@@ -121,6 +121,10 @@ impl Choice {
         loop {
             let event = match self.deadline {
                 None => self.events.recv().await,
+                // Events that are there already do not stretch it.
+                Some(Deadline { limit, at }) if Instant::now() >= at => {
+                    return Err(ApiError::deadline(limit, self.tokens));
+                }
                 Some(Deadline { limit, at }) => timeout_at(at, self.events.recv())
                     .await
                     .map_err(|_| ApiError::deadline(limit, self.tokens))?,
