@@ -10,6 +10,7 @@ pub(crate) const JOB_EVENT: u16 = 4;
 pub(crate) const CLIENT_REQUEST: u16 = 5;
 pub(crate) const CLIENT_REPLY: u16 = 6;
 pub(crate) const JOB_START: u16 = 7;
+pub(crate) const JOB_ORDER: u16 = 12;
 pub(crate) const JOB_CONTINUE: u16 = 8;
 
 /// A frame of some kind.

@@ -15,15 +15,15 @@ use std::{
 use lite_llm_transport::{
     connection::{AcceptedStream, Connection},
     messages::{
-        ClientReply, EndReason, JobContinue, JobEvent, JobEventBody, JobStart, TraceContext,
-        decode, encode,
+        ClientReply, EndReason, JobContinue, JobEvent, JobEventBody, JobOrder, JobStart,
+        TraceContext, decode, encode,
     },
 };
 
 use crate::{
     cluster::{Cluster, HonestJob, PATIENCE},
     damage::{Draws, times},
-    frames::{self, CLIENT_REPLY, EXPERT_OUTPUTS, JOB_EVENT, JOB_START},
+    frames::{self, CLIENT_REPLY, EXPERT_OUTPUTS, JOB_EVENT, JOB_ORDER, JOB_START},
     member::Member,
 };
 
@@ -74,6 +74,10 @@ impl Script {
         let Some((kind, body)) = frames::read(&mut receiver).await else { return };
         let (job, given) = match kind {
             JOB_START => (decode::<JobStart>(&body).unwrap().job, 0),
+            JOB_ORDER => {
+                let JobOrder { job, generated, .. } = decode(&body).unwrap();
+                (job, generated.len() as u32)
+            }
             _ => {
                 let JobContinue { job, generated, .. } = decode(&body).unwrap();
                 (job, generated.len() as u32)
