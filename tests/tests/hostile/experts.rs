@@ -322,7 +322,14 @@ async fn own(member: &Member, mut answers: VecDeque<Answer>) {
     while !answers.is_empty() {
         let connection = member.dial().await;
         let served = async {
-            let Some(stream) = connection.accept_stream().await else { return };
+            // It gives nobody its weights, which the honest one may ask for meanwhile.
+            let stream = loop {
+                match connection.accept_stream().await {
+                    Some(stream) if stream.kind == StreamKind::Experts => break stream,
+                    Some(_) => {}
+                    None => return,
+                }
+            };
             let (mut sender, mut receiver) = stream.into_raw();
             if let Some((kind, body)) = frames::read(&mut receiver).await {
                 assert_eq!(kind, EXPERT_BATCH);
