@@ -11,7 +11,7 @@
 //! - A pass takes one token of every sequence that decodes, and fills up with prompts, in chunks, to
 //!   [`PASS_TOKENS_MAX`].
 //! - Decodes share one pass: those that are out of phase would read the dense weights twice. So they
-//!   wait for the end of a pass that decodes, unless that one waits for weights (`apart`).
+//!   wait for the end of a pass that decodes, unless that one waits for something slow (`apart`).
 //! - Pages are taken as they are needed. Who needs one that is not there takes those of who comes last:
 //!   of the lowest priority, the youngest.
 //! - All goes by priority; within one, decodes go before prompts, and prompts to the tenant that was
