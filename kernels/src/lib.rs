@@ -12,6 +12,7 @@ pub mod buffer;
 pub mod cpu;
 mod cpu_device;
 pub mod cuda;
+pub mod cuda_device;
 pub mod device;
 pub mod dtype;
 pub mod kv;

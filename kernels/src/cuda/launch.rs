@@ -36,6 +36,11 @@ pub struct DevMatrix {
 }
 
 impl DevMatrix {
+    /// Stored format.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Outputs.
     pub fn n(&self) -> usize {
         self.n
@@ -177,6 +182,13 @@ pub struct DevKv {
     pages: Dev<u8>,
 }
 
+impl DevKv {
+    /// What it holds.
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+}
+
 /// Queries of one call: a row of pages for each.
 pub struct DevQueries {
     /// `[rows, stride]`.
@@ -271,7 +283,7 @@ impl Cuda {
         Ok(DevMatrix { dtype, math: Math::Exact, n, k, data: self.filled(bytes, byte)? })
     }
 
-    fn each(&self, len: usize) -> Grid {
+    pub(super) fn each(&self, len: usize) -> Grid {
         Grid::new(len.div_ceil(THREADS as usize).min(self.processors() * 16), THREADS)
     }
 
@@ -343,9 +355,9 @@ impl Cuda {
     ) -> Result<Grouped, DeviceError> {
         assert!(matches!(item_rows, 1 | 4 | 8 | 16 | 64 | 128), "1, 4, 8, 16, 64 or 128 rows");
         Ok(Grouped {
-            order: self.filled(routes, 0)?,
-            items: self.filled(Grouped::items_max(routes, experts, item_rows), 0)?,
-            count: self.filled(1, 0)?,
+            order: self.scratch(routes)?,
+            items: self.scratch(Grouped::items_max(routes, experts, item_rows))?,
+            count: self.scratch(1)?,
             item_rows,
             routes,
         })
@@ -533,30 +545,6 @@ impl Cuda {
         unsafe { self.launch(Source::Elementwise, "select_rows", self.each(out.len()), args) }
     }
 
-    /// Reads all of it and does nothing else, for measuring.
-    pub fn read_all(&self, memory: &Dev<u8>, out: &Dev<u32>) -> Done {
-        let args = Args::default().dev(memory).word(memory.len() as u64 / 16).dev(out);
-        let grid = Grid::new(self.processors() * 16, 512);
-        // SAFETY: whole pieces of 16 bytes inside the buffer.
-        unsafe { self.launch(Source::Elementwise, "read_all", grid, args) }
-    }
-
-    /// Fills it with values that look like weights, for measuring.
-    pub fn scramble(&self, memory: &Dev<u8>, seed: u32) -> Done {
-        let args = Args::default().dev(memory).word(memory.len() as u64 / 4).u32(seed as usize);
-        let grid = Grid::new(self.processors() * 16, 512);
-        // SAFETY: whole words inside the buffer.
-        unsafe { self.launch(Source::Elementwise, "scramble", grid, args) }
-    }
-
-    /// One of `exp_all`, `sigmoid_all` and `silu_all` of every value, for tests.
-    pub fn function_of(&self, name: &'static str, x: &Dev<f32>) -> Done {
-        assert!(["exp_all", "sigmoid_all", "silu_all"].contains(&name), "a function of these");
-        let args = Args::default().dev(x).word(x.len() as u64);
-        // SAFETY: the whole buffer.
-        unsafe { self.launch(Source::Elementwise, name, self.each(x.len()), args) }
-    }
-
     /// Chooses the k best candidates of every branch: `scores` is `[branches, n]`, `index` and
     /// `weight` are `[branches, k]`, `bad` is `[branches]`, 1 where a score is not finite.
     pub fn choose(
@@ -629,10 +617,7 @@ impl Cuda {
         longest: usize,
     ) -> Result<AttentionParts, DeviceError> {
         let parts = rows * heads * (longest / LEAF + 1);
-        Ok(AttentionParts {
-            sums: self.filled(parts, 0xff)?,
-            values: self.filled(parts * head_dim, 0xff)?,
-        })
+        Ok(AttentionParts { sums: self.scratch(parts)?, values: self.scratch(parts * head_dim)? })
     }
 
     /// Causal attention of every row of q `[rows, heads * head_dim]` over its sequence.

@@ -1,18 +1,93 @@
 //! Memory of the device, and what a kernel is launched with.
 //!
-//! Invariant: a [`Dev`] frees its memory when it is dropped, after all work has ended that was given
-//! to the device before. So nothing is dropped while a step runs.
+//! Invariants:
+//! - A [`Block`] that belongs to no pool is freed when its last [`Dev`] is dropped, after all work has
+//!   ended that was given to the device before: dropping one waits, so nothing of that kind is dropped
+//!   while a step runs.
+//! - A block of the pool goes back to it at once. Its next user writes to it by the same stream, after
+//!   whatever still reads it.
 
-use std::{ffi::c_void, marker::PhantomData, sync::Arc};
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    marker::PhantomData,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
 
 use cudarc::driver::{CudaContext, result};
 
-/// `len` values of T in the device's memory.
+/// The smallest block of a pool, in bytes.
+const BLOCK_MIN: usize = 512;
+
+/// Memory that was allocated at once.
+pub(super) struct Block {
+    at: u64,
+    bytes: usize,
+    context: Arc<CudaContext>,
+    pool: Weak<Pool>,
+}
+
+impl Block {
+    pub(super) fn new(at: u64, bytes: usize, context: Arc<CudaContext>) -> Self {
+        Self { at, bytes, context, pool: Weak::new() }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if let Some(pool) = self.pool.upgrade() {
+            pool.free().entry(self.bytes).or_default().push(self.at);
+            return;
+        }
+        // Freeing need not wait for a stream that does not wait for others: kernels would lose
+        // their memory (seen as illegal addresses).
+        if self.context.bind_to_thread().is_ok() && self.context.synchronize().is_ok() {
+            // SAFETY: allocated in this size, and freed once. A device that is lost has nothing to
+            // free.
+            let _ = unsafe { result::free_sync(self.at) };
+        }
+    }
+}
+
+/// Blocks that are used again and again, by size: powers of two.
+#[derive(Default)]
+pub(super) struct Pool {
+    free: Mutex<HashMap<usize, Vec<u64>>>,
+}
+
+impl Pool {
+    fn free(&self) -> std::sync::MutexGuard<'_, HashMap<usize, Vec<u64>>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The size of the block that so many bytes get.
+    pub(super) fn size(bytes: usize) -> usize {
+        bytes.max(BLOCK_MIN).next_power_of_two()
+    }
+
+    /// A block that is free.
+    pub(super) fn take(self: &Arc<Self>, size: usize, context: &Arc<CudaContext>) -> Option<Block> {
+        let at = self.free().get_mut(&size)?.pop()?;
+        Some(self.adopt(at, size, context))
+    }
+
+    /// A block that comes back here when it is dropped.
+    pub(super) fn adopt(self: &Arc<Self>, at: u64, size: usize, of: &Arc<CudaContext>) -> Block {
+        Block { at, bytes: size, context: of.clone(), pool: Arc::downgrade(self) }
+    }
+
+    /// Addresses of all blocks that are free, which are forgotten here.
+    pub(super) fn drain(&self) -> Vec<u64> {
+        self.free().drain().flat_map(|(_, blocks)| blocks).collect()
+    }
+}
+
+/// `len` values of T in the device's memory: a whole allocation or a part of one.
 pub struct Dev<T> {
     pub(super) at: u64,
     pub(super) len: usize,
-    pub(super) context: Arc<CudaContext>,
-    pub(super) of: PhantomData<T>,
+    block: Option<Arc<Block>>,
+    of: PhantomData<T>,
 }
 
 // SAFETY: an address on the device; the driver's calls may come from any thread.
@@ -21,6 +96,16 @@ unsafe impl<T> Send for Dev<T> {}
 unsafe impl<T> Sync for Dev<T> {}
 
 impl<T> Dev<T> {
+    /// The beginning of a block, or nothing.
+    pub(super) fn new(block: Option<Block>, len: usize) -> Self {
+        let at = block.as_ref().map_or(0, |block| block.at);
+        assert!(
+            len * size_of::<T>() <= block.as_ref().map_or(0, |block| block.bytes),
+            "inside its block"
+        );
+        Self { at, len, block: block.map(Arc::new), of: PhantomData }
+    }
+
     /// Values.
     pub fn len(&self) -> usize {
         self.len
@@ -35,17 +120,17 @@ impl<T> Dev<T> {
     pub fn address(&self) -> u64 {
         self.at
     }
-}
 
-impl<T> Drop for Dev<T> {
-    fn drop(&mut self) {
-        // Freeing need not wait for a stream that does not wait for others: kernels would lose
-        // their memory (seen as illegal addresses).
-        if self.at != 0 && self.context.synchronize().is_ok() {
-            // SAFETY: allocated by `Cuda::alloc`, and freed once. A device that is lost has
-            // nothing to free.
-            let _ = unsafe { result::free_sync(self.at) };
-        }
+    /// `len` values of U from byte `from` on, in the same memory.
+    ///
+    /// # Panics
+    /// If they leave it, or are not aligned.
+    pub fn part<U>(&self, from: usize, len: usize) -> Dev<U> {
+        let end = from.checked_add(len * size_of::<U>()).expect("a size");
+        assert!(end <= self.len * size_of::<T>(), "values leave the device's buffer");
+        let at = self.at + from as u64;
+        assert!(at.is_multiple_of(align_of::<U>() as u64), "aligned values");
+        Dev { at, len, block: self.block.clone(), of: PhantomData }
     }
 }
 

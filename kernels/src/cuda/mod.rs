@@ -9,13 +9,13 @@
 pub mod compile;
 pub mod fast;
 pub mod launch;
+mod measuring;
 mod memory;
 pub mod one;
 pub mod tile;
 
 use std::{
     collections::HashMap,
-    marker::PhantomData,
     sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
 };
 
@@ -28,7 +28,7 @@ use cudarc::nvrtc::Ptx;
 
 use self::{
     compile::{Folders, Source},
-    memory::Args,
+    memory::{Args, Block, Pool},
 };
 use crate::device::DeviceError;
 
@@ -51,6 +51,7 @@ pub struct Cuda {
     starts_early: bool,
     wide: AtomicBool,
     folders: Folders,
+    pool: Arc<Pool>,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(Source, &'static str), CudaFunction>>,
 }
@@ -77,6 +78,17 @@ pub fn driver_present() -> bool {
 
 fn failed(device: &str, reason: impl ToString) -> DeviceError {
     DeviceError::Failed { device: device.to_owned(), reason: reason.to_string() }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() && self.context.synchronize().is_ok() {
+            for at in self.pool.drain() {
+                // SAFETY: nobody has them any more, and nothing runs.
+                let _ = unsafe { result::free_sync(at) };
+            }
+        }
+    }
 }
 
 impl Cuda {
@@ -120,6 +132,7 @@ impl Cuda {
                 starts_early: major >= 9,
                 wide: AtomicBool::new(false),
                 folders,
+                pool: Arc::default(),
                 modules: Mutex::default(),
                 functions: Mutex::default(),
                 context,
@@ -147,20 +160,62 @@ impl Cuda {
         self.context.mem_get_info().map_err(|e| self.fail(e))
     }
 
+    /// Makes the device's context this thread's: whoever gives it work does so first.
+    fn bind(&self) -> Result<(), DeviceError> {
+        self.context.bind_to_thread().map_err(|e| self.fail(e))
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
+        self.bind()?;
+        // SAFETY: whoever gets the address owns the memory.
+        let got = unsafe { result::malloc_sync(bytes) };
+        got.or_else(|error| {
+            // What the pool keeps may be in the way.
+            let kept = self.pool.drain();
+            if kept.is_empty() || self.context.synchronize().is_err() {
+                return Err(error);
+            }
+            for at in kept {
+                // SAFETY: nobody has them any more, and nothing runs.
+                unsafe { result::free_sync(at) }?;
+            }
+            // SAFETY: as above.
+            unsafe { result::malloc_sync(bytes) }
+        })
+        .map_err(|e| self.no_room(e, bytes))
+    }
+
     /// Room for `len` values, every byte of which is `fill`.
     pub fn filled<T: Pod>(&self, len: usize, fill: u8) -> Result<Dev<T>, DeviceError> {
         let bytes = len * size_of::<T>();
-        self.context.bind_to_thread().map_err(|e| self.fail(e))?;
-        let mut at = 0;
-        if bytes > 0 {
-            // SAFETY: the memory is owned by what is returned, and was allocated in this size.
-            unsafe {
-                at = result::malloc_sync(bytes).map_err(|e| self.no_room(e, bytes))?;
-                result::memset_d8_async(at, fill, bytes, self.stream.cu_stream())
-                    .map_err(|e| self.fail(e))?;
-            }
+        if bytes == 0 {
+            return Ok(Dev::new(None, len));
         }
-        Ok(Dev { at, len, context: self.context.clone(), of: PhantomData })
+        let block = Block::new(self.allocate(bytes)?, bytes, self.context.clone());
+        let memory = Dev::new(Some(block), len);
+        self.fill(&memory, fill)?;
+        Ok(memory)
+    }
+
+    /// Room for `len` values that holds anything, from memory that is kept and used again.
+    pub fn scratch<T: Pod>(&self, len: usize) -> Result<Dev<T>, DeviceError> {
+        let bytes = len * size_of::<T>();
+        if bytes == 0 {
+            return Ok(Dev::new(None, len));
+        }
+        let size = Pool::size(bytes);
+        let block = match self.pool.take(size, &self.context) {
+            Some(block) => block,
+            None => self.pool.adopt(self.allocate(size)?, size, &self.context),
+        };
+        Ok(Dev::new(Some(block), len))
+    }
+
+    /// Values in memory that is kept and used again.
+    pub fn lend<T: Pod>(&self, values: &[T]) -> Result<Dev<T>, DeviceError> {
+        let memory = self.scratch(values.len())?;
+        self.write(&memory, 0, values)?;
+        Ok(memory)
     }
 
     fn no_room(&self, error: DriverError, bytes: usize) -> DeviceError {
@@ -187,6 +242,7 @@ impl Cuda {
         if values.is_empty() {
             return Ok(());
         }
+        self.bind()?;
         let at = to.at + (from * size_of::<T>()) as u64;
         let bytes: &[u8] = bytemuck::cast_slice(values);
         // SAFETY: inside the buffer, as just seen; the copy has ended when this returns.
@@ -198,6 +254,7 @@ impl Cuda {
     /// The values, when all work before has ended.
     pub fn download<T: Pod>(&self, from: &Dev<T>) -> Result<Vec<T>, DeviceError> {
         let mut values = vec![T::zeroed(); from.len];
+        self.bind()?;
         if !values.is_empty() {
             let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
             // SAFETY: both are of the same size, and the copy has ended when this returns.
@@ -213,6 +270,7 @@ impl Cuda {
         if memory.is_empty() {
             return Ok(());
         }
+        self.bind()?;
         let bytes = memory.len * size_of::<T>();
         // SAFETY: the whole buffer.
         unsafe { result::memset_d8_async(memory.at, byte, bytes, self.stream.cu_stream()) }
@@ -328,6 +386,7 @@ impl Cuda {
         if x == 0 || y == 0 || z == 0 {
             return Ok(());
         }
+        self.bind()?;
         let function = self.function(source, name)?;
         let shared = u32::try_from(grid.shared).unwrap_or(u32::MAX);
         // A kernel may start before the one before it has ended: it waits itself (`begin`).
