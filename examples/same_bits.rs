@@ -22,6 +22,8 @@ async fn main() -> anyhow::Result<()> {
             workers,
             threads: 1,
             simd: Simd::best(),
+            device: lite_llm_actors::node::DeviceChoice::Cpu,
+            hbm_bytes: None,
             dram_bytes: 1 << 30,
             nvme: None,
             kv_bytes: 64 << 20,

@@ -15,7 +15,7 @@ use lite_llm_transport::identity::ClusterCa;
 
 use crate::{
     coordinator::{CoordinatorHandle, CoordinatorOptions, ServeError},
-    node::Model,
+    node::{DeviceChoice, Model},
     placement::PlacementPolicy,
     worker::{Worker, WorkerOptions},
 };
@@ -29,6 +29,10 @@ pub struct LocalOptions {
     pub threads: usize,
     /// Vector instructions.
     pub simd: Simd,
+    /// What they compute with.
+    pub device: DeviceChoice,
+    /// Bytes of a GPU's memory for experts, per node; by default what is free.
+    pub hbm_bytes: Option<u64>,
     /// Bytes of experts in memory per node.
     pub dram_bytes: u64,
     /// A folder of a local disk that all nodes share, and its bytes: each has a part of its own.
@@ -79,13 +83,24 @@ impl LocalCluster {
             ledger: None,
         })
         .await?;
-        let starts = (1..=options.workers).map(|number| {
+        // Opening a GPU blocks.
+        let open = {
+            let LocalOptions { device, workers, threads, simd, hbm_bytes, .. } = options.clone();
+            move || {
+                let cpu = || Arc::new(Cpu::new(threads, simd));
+                let open = |number| device.open((number, workers), cpu(), hbm_bytes);
+                (0..workers).map(open).collect::<Result<Vec<_>, _>>()
+            }
+        };
+        let devices = tokio::task::spawn_blocking(open).await.map_err(|error| failed(&error))?;
+        let devices = devices.map_err(|error| failed(&error))?;
+        let starts = (1..=options.workers).zip(devices).map(|(number, device)| {
             Worker::start(WorkerOptions {
                 coordinator: coordinator.address(),
                 token: coordinator.token().clone(),
                 name: format!("w{number}"),
                 listen: loopback,
-                device: Arc::new(Cpu::new(options.threads, options.simd)),
+                device,
                 dram_bytes: options.dram_bytes,
                 dram_holds_rest: false,
                 nvme: options.nvme.as_ref().map(|nvme| NvmeFolder {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
-use lite_llm_kernels::{DETERMINISM_VERSION, cpu::Cpu};
+use lite_llm_kernels::DETERMINISM_VERSION;
 use lite_llm_runtime::residency::{ExpertCache, NvmeFolder};
 use lite_llm_transport::{
     PROTOCOL_VERSION, RELEASE,
@@ -33,7 +33,9 @@ use crate::{
     coordinator::scope,
     lane::{LaneInbox, LaneLimits},
     links::Links,
-    node::{Model, NODES, NodeActor, NodeMessage, NodeOptions, StoreSlot, jobs::serve_jobs},
+    node::{
+        Model, NODES, NodeActor, NodeDevice, NodeMessage, NodeOptions, StoreSlot, jobs::serve_jobs,
+    },
 };
 
 /// How long a worker waits for a coordinator that is gone, if it is not told.
@@ -54,7 +56,7 @@ pub struct WorkerOptions {
     /// Where it listens for other workers; port 0 takes any.
     pub listen: SocketAddr,
     /// What computes.
-    pub device: Arc<Cpu>,
+    pub device: NodeDevice,
     /// Bytes of experts that it holds in memory at most.
     pub dram_bytes: u64,
     /// Whether those are for the rest of the model, too: what it takes is only known when the
@@ -204,7 +206,7 @@ impl Worker {
             protocol: PROTOCOL_VERSION,
             determinism: DETERMINISM_VERSION,
             budget_bytes: options.dram_bytes,
-            threads: device.pool().threads() as u32,
+            threads: device.cpu().pool().threads() as u32,
             pid: std::process::id(),
         };
         let (farewell, store) = (Arc::new(OnceLock::new()), StoreSlot::default());
@@ -219,6 +221,7 @@ impl Worker {
             inbox,
             buffers: endpoint.pool().clone(),
             store: store.clone(),
+            hbm: Arc::default(),
             farewell: farewell.clone(),
             holding: Arc::default(),
             serving: home.serving.clone(),

@@ -14,6 +14,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use lite_llm_actors::node::DeviceChoice;
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
 pub use http::{HttpArgs, KeyArgs, KeyCommand};
@@ -128,6 +129,13 @@ pub struct ComputeArgs {
     /// what is free if that is less].
     #[arg(long, value_name = "SIZE", value_parser = some_bytes)]
     pub kv: Option<Size>,
+    /// What to compute with: cpu, cuda:0 or, for several workers of this process, cuda:0,1. Never
+    /// changes a result.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: DeviceChoice,
+    /// A GPU's memory for experts, per worker [default: what is free, shared by its workers].
+    #[arg(long, value_name = "SIZE", value_parser = some_bytes)]
+    pub hbm: Option<Size>,
 }
 
 /// How many workers, and what goes where.
@@ -440,9 +448,6 @@ pub struct WorkerArgs {
     /// Checkpoint folder on this machine, or URL, if it is not where the coordinator has it.
     #[arg(long, value_name = "DIR|URL")]
     pub model: Option<PathBuf>,
-    /// What computes: cpu.
-    #[arg(long, default_value = "cpu")]
-    pub device: String,
     /// Compute.
     #[command(flatten)]
     pub compute: ComputeArgs,

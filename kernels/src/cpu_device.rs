@@ -21,6 +21,10 @@ impl Device for Cpu {
         format!("cpu ({}, {threads} thread{})", self.simd(), if threads == 1 { "" } else { "s" })
     }
 
+    fn host_threads(&self) -> usize {
+        self.pool().threads()
+    }
+
     fn matrix(&self, packed: PackedMatrix) -> Result<PackedMatrix, DeviceError> {
         Ok(packed)
     }

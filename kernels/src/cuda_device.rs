@@ -190,6 +190,10 @@ impl Device for Gpu {
         self.cuda.describe().to_owned()
     }
 
+    fn host_threads(&self) -> usize {
+        self.cpu.pool().threads()
+    }
+
     fn matrix(&self, packed: PackedMatrix) -> Result<DevMatrix, DeviceError> {
         self.cuda.matrix(&packed)
     }

@@ -87,6 +87,11 @@ pub trait Device: Send + Sync + 'static {
     /// Name for people, for example `cpu (avx512, 2 threads)`.
     fn describe(&self) -> String;
 
+    /// Threads of the host that work for it.
+    fn host_threads(&self) -> usize {
+        1
+    }
+
     /// Takes packed weights to the device (on a CPU: the same memory).
     fn matrix(&self, packed: PackedMatrix) -> Result<Self::Matrix, DeviceError>;
     /// Takes a vector to the device.

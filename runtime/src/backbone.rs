@@ -6,7 +6,6 @@
 use std::{collections::HashMap, sync::Arc};
 
 use lite_llm_kernels::{
-    cpu::Cpu,
     device::{Device, DeviceError},
     dtype::DType,
     matrix::{PackedMatrix, Source},
@@ -18,7 +17,7 @@ use crate::{
     expert::GatedMlp,
     moe_layer::{MoELayer, SharedExpert},
     rope::Rotary,
-    routing::{HierarchicalRouter, TierGates},
+    routing::{HierarchicalRouter, Router, TierGates},
 };
 
 /// Weights that every token uses, on device `D`.
@@ -93,29 +92,32 @@ pub enum LoadError {
     Context(#[from] ConfigError),
 }
 
-impl Backbone<Cpu> {
+impl<D: Device> Backbone<D>
+where
+    HierarchicalRouter: Router<D>,
+{
     /// [`Backbone::load_served`] with the model's own context.
     pub fn load(
         checkpoint: &Checkpoint,
-        device: Arc<Cpu>,
+        device: Arc<D>,
         progress: impl FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
         Self::load_served(checkpoint, None, device, progress)
     }
 
     /// Loads the backbone from a checkpoint, verifying every tensor on as many threads as the
-    /// device computes with; `progress` is told (layers done, layers in all). It is served with
+    /// host computes with; `progress` is told (layers done, layers in all). It is served with
     /// `context` ([`ModelConfig::served`]).
     pub fn load_served(
         checkpoint: &Checkpoint,
         context: Option<usize>,
-        device: Arc<Cpu>,
+        device: Arc<D>,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
         let config = checkpoint.config().served(context)?;
         let rotary = Rotary::new(&config.attention, config.context);
-        let matrices = checkpoint.dense_matrices(device.pool().threads())?;
-        let loader = Loader { checkpoint, matrices, device: &device };
+        let matrices = checkpoint.dense_matrices(device.host_threads())?;
+        let loader = Loader { checkpoint, matrices, device: &*device };
         let moe = config.moe.clone().map(Arc::new);
         let mut layers = Vec::with_capacity(config.layers.len());
         for (i, layer) in config.layers.iter().enumerate() {
@@ -174,14 +176,14 @@ impl Backbone<Cpu> {
     }
 }
 
-struct Loader<'a> {
+struct Loader<'a, D> {
     checkpoint: &'a Checkpoint,
     matrices: HashMap<String, PackedMatrix>,
-    device: &'a Cpu,
+    device: &'a D,
 }
 
-impl Loader<'_> {
-    fn matrix(&self, name: &str) -> Result<<Cpu as Device>::Matrix, LoadError> {
+impl<D: Device> Loader<'_, D> {
+    fn matrix(&self, name: &str) -> Result<D::Matrix, LoadError> {
         Ok(self.device.matrix(self.dense_matrix(name)?)?)
     }
 
@@ -193,11 +195,11 @@ impl Loader<'_> {
         }
     }
 
-    fn vector(&self, name: &str) -> Result<<Cpu as Device>::Vector, LoadError> {
+    fn vector(&self, name: &str) -> Result<D::Vector, LoadError> {
         Ok(self.device.vector(&self.checkpoint.dense_vector(name)?)?)
     }
 
-    fn mlp(&self, prefix: &str) -> Result<GatedMlp<<Cpu as Device>::Matrix>, LoadError> {
+    fn mlp(&self, prefix: &str) -> Result<GatedMlp<D::Matrix>, LoadError> {
         Ok(GatedMlp {
             gate: self.matrix(&format!("{prefix}.gate"))?,
             up: self.matrix(&format!("{prefix}.up"))?,

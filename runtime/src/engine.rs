@@ -32,7 +32,7 @@ pub use crate::schedule::{PASS_TOKENS_MAX, ScheduleStats, WAITING_MAX};
 use crate::{
     backbone::Backbone,
     expert::{ExpertKey, ExpertStore},
-    forward::{Chunk, Dispatch, FailedRoute, ForwardPass, Progress},
+    forward::{Carrier, Chunk, Dispatch, FailedRoute, ForwardPass, Progress},
     moe_layer::{ExpertFailure, run_all},
     residency::{ROUTED_ROWS_MAX, RoutedRow},
     routing::{Route, Routes},
@@ -141,6 +141,7 @@ pub struct Engine<D: Device> {
     next_pass: u64,
     /// Decodes may be in several passes.
     apart: bool,
+    carrier: Option<Arc<dyn Carrier<D>>>,
     events: VecDeque<Event>,
 }
 
@@ -172,8 +173,15 @@ impl<D: Device> Engine<D> {
             passes: BTreeMap::new(),
             next_pass: 0,
             apart: false,
+            carrier: None,
             events: VecDeque::new(),
         })
+    }
+
+    /// The same, whose passes a device carries through the layers where it can.
+    pub fn carried_by(mut self, carrier: Option<Arc<dyn Carrier<D>>>) -> Self {
+        self.carrier = carrier;
+        self
     }
 
     /// The model.
@@ -384,7 +392,12 @@ impl<D: Device> Engine<D> {
             return Begun::Nothing;
         };
         let Plan { chunks, sequences, record, span } = plan;
-        match ForwardPass::new(self.backbone.clone(), chunks, record, span) {
+        let begun = ForwardPass::new(self.backbone.clone(), chunks, record, span);
+        let begun = begun.and_then(|mut pass| {
+            self.carrier.iter().try_for_each(|carrier| pass.carried_by(&**carrier))?;
+            Ok(pass)
+        });
+        match begun {
             Ok(forward) => {
                 let id = PassId(self.next_pass);
                 self.next_pass += 1;

@@ -114,6 +114,45 @@ pub enum ChunkError {
     },
 }
 
+/// How a device carries passes through several layers without coming back to the host.
+pub trait Carrier<D: Device>: Send + Sync {
+    /// What it needs for a pass, taken to the device once; `None` if it cannot carry this one.
+    fn begin(
+        &self,
+        backbone: &Backbone<D>,
+        chunks: &[Chunk],
+    ) -> Result<Option<Box<dyn Carried<D>>>, DeviceError>;
+}
+
+/// A pass that is carried.
+pub trait Carried<D: Device>: Send {
+    /// Goes on from the beginning of `layer`, as far as it can: `tensors.x` is the residual stream
+    /// before and after.
+    fn carry(
+        &mut self,
+        backbone: &Backbone<D>,
+        layer: usize,
+        tensors: &mut Tensors<D>,
+        arena: &mut D::KvArena,
+    ) -> Result<Reached, DeviceError>;
+}
+
+/// Where a carried pass has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reached {
+    /// The end of the layers.
+    End,
+    /// This layer's attention was added and `tensors.normed` is what its gates read, but its experts
+    /// are not all here.
+    Experts {
+        /// Which layer.
+        layer: usize,
+    },
+    /// A number that is not finite: the pass must be taken layer by layer, from the first, to say
+    /// whose it is.
+    NotFinite,
+}
+
 /// One batch on its way through the layers.
 pub struct ForwardPass<D: Device> {
     backbone: Arc<Backbone<D>>,
@@ -129,32 +168,33 @@ pub struct ForwardPass<D: Device> {
     recorded: Vec<Routes>,
     routes: Routes,
     tensors: Tensors<D>,
+    carried: Option<Box<dyn Carried<D>>>,
     span: Span,
     layer_span: Span,
 }
 
 /// Activations of a pass, allocated for its rows.
-struct Tensors<D: Device> {
+pub struct Tensors<D: Device> {
     /// Residual stream `[N, H]`.
-    x: D::Tensor,
+    pub x: D::Tensor,
     /// Rotary table `[N, head_dim]`.
-    rotary: D::Tensor,
+    pub rotary: D::Tensor,
     /// Normalised states `[N, H]`.
-    normed: D::Tensor,
+    pub normed: D::Tensor,
     /// Queries `[N, A]`.
-    q: D::Tensor,
+    pub q: D::Tensor,
     /// Keys `[N, B]`.
-    k: D::Tensor,
+    pub k: D::Tensor,
     /// Values `[N, B]`.
-    v: D::Tensor,
+    pub v: D::Tensor,
     /// Output of attention `[N, A]`.
-    attended: D::Tensor,
+    pub attended: D::Tensor,
     /// What is added to the residual stream `[N, H]`.
-    delta: D::Tensor,
+    pub delta: D::Tensor,
     /// `[L, H]`.
-    wanted: D::Tensor,
+    pub wanted: D::Tensor,
     /// `[L, V]`.
-    logits: D::Tensor,
+    pub logits: D::Tensor,
 }
 
 /// The tiers that each row may use.
@@ -220,9 +260,19 @@ impl<D: Device> ForwardPass<D> {
             recorded: Vec::new(),
             routes: Routes::default(),
             tensors,
+            carried: None,
             layer_span: Span::none(),
             span,
         })
+    }
+
+    /// Lets a carrier take it through the layers, where it can. Before [`ForwardPass::advance`].
+    pub fn carried_by(&mut self, carrier: &dyn Carrier<D>) -> Result<(), DeviceError> {
+        // Who wants to see the routes wants them on the host.
+        if !self.record {
+            self.carried = carrier.begin(&self.backbone, &self.chunks)?;
+        }
+        Ok(())
     }
 
     /// The chunks of this batch.
@@ -264,10 +314,34 @@ impl<D: Device> ForwardPass<D> {
             }
             self.layer_span = debug_span!(parent: &self.span, "layer", layer = self.layer);
             let _layer = self.layer_span.clone().entered();
-            debug_span!("attention").in_scope(|| self.attend(layer, arena))?;
             let device = &*backbone.device;
+            let attended = match &mut self.carried {
+                Some(carried) => {
+                    match carried.carry(&backbone, self.layer, &mut self.tensors, arena)? {
+                        Reached::End => {
+                            self.layer = backbone.layers.len();
+                            break;
+                        }
+                        Reached::Experts { layer } => {
+                            self.layer = layer;
+                            true
+                        }
+                        Reached::NotFinite => {
+                            self.carried = None;
+                            self.begin_anew()?;
+                            continue;
+                        }
+                    }
+                }
+                None => false,
+            };
+            let layer = if attended { &backbone.layers[self.layer] } else { layer };
+            if !attended {
+                debug_span!("attention").in_scope(|| self.attend(layer, arena))?;
+                let t = &mut self.tensors;
+                device.rms_norm(&t.x, &layer.ffn_norm, backbone.config.norm_eps, &mut t.normed)?;
+            }
             let t = &mut self.tensors;
-            device.rms_norm(&t.x, &layer.ffn_norm, backbone.config.norm_eps, &mut t.normed)?;
             match &layer.feed_forward {
                 FeedForwardLayer::Dense(mlp) => {
                     device.swiglu(&t.normed, mlp.swiglu(), &mut t.delta)?;
@@ -298,6 +372,13 @@ impl<D: Device> ForwardPass<D> {
         debug_span!(parent: &self.span, "logits").in_scope(|| self.compute_logits())?;
         self.clean(arena)?;
         Ok(Progress::Logits)
+    }
+
+    /// Goes back to the first layer: what the layers wrote into the cache is written again.
+    fn begin_anew(&mut self) -> Result<(), DeviceError> {
+        self.layer = 0;
+        let ids: Vec<u32> = self.chunks.iter().flat_map(|c| &c.tokens).copied().collect();
+        self.backbone.device.embed(&self.backbone.embed, &ids, &mut self.tensors.x)
     }
 
     /// Tells the device what comes after the experts that are awaited: for a caller who has to

@@ -12,6 +12,7 @@ pub mod draft;
 pub mod engine;
 pub mod expert;
 pub mod forward;
+pub mod gpu;
 pub mod import;
 pub mod kv;
 pub mod moe_layer;

@@ -12,7 +12,7 @@
 //! whoever holds the expert fills its output. An expert that cannot be run fails the rows that
 //! were routed to it and no other.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, iter::Peekable, sync::Arc};
 
 use lite_llm_kernels::device::{Device, DeviceError, SwigluGroup};
 
@@ -73,9 +73,6 @@ pub struct ExpertFailure {
     pub error: ExpertError,
 }
 
-/// An expert, how many calls want it, and its weights if they could be had.
-type Fetched<M> = (ExpertKey, usize, Option<Arc<GatedMlp<M>>>);
-
 /// Runs calls of any number of requests together: rows of one expert are one piece of work.
 /// Returns the experts that could not be run, by key; all other calls have their outputs.
 ///
@@ -89,40 +86,61 @@ pub fn run_experts<'a, D: Device>(
 ) -> Vec<ExpertFailure> {
     calls.sort_by_key(|call| call.key);
     let mut failures = Vec::new();
-    let mut experts: Vec<Fetched<D::Matrix>> = Vec::new();
-    for same in calls.chunk_by(|a, b| a.key == b.key) {
-        let key = same[0].key;
-        let expert = store.fetch(key).map_err(|error| {
-            failures.push(ExpertFailure { key, error: error.into() });
-        });
-        experts.push((key, same.len(), expert.ok()));
+    let mut calls = calls.into_iter().peekable();
+    while calls.peek().is_some() {
+        run_some(device, store, &mut calls, &mut failures);
     }
-    let mut calls = calls.into_iter();
-    let mut groups: Vec<SwigluGroup<'_, D::Matrix>> = Vec::with_capacity(experts.len());
-    for (_, count, expert) in &experts {
-        let same = calls.by_ref().take(*count);
+    failures.sort_by_key(|failure| failure.key);
+    failures
+}
+
+/// Runs the next calls, by key, of as many experts as the store has room for at the same time.
+fn run_some<'a, D: Device>(
+    device: &D,
+    store: &dyn ExpertStore<D::Matrix>,
+    calls: &mut Peekable<impl Iterator<Item = ExpertCall<'a>>>,
+    failures: &mut Vec<ExpertFailure>,
+) {
+    let mut experts: Vec<(ExpertKey, Arc<GatedMlp<D::Matrix>>)> = Vec::new();
+    let mut rows: Vec<(Vec<&'a [f32]>, Vec<&'a mut [f32]>)> = Vec::new();
+    while let Some(key) = calls.peek().map(|call| call.key) {
+        let expert = match store.fetch(key) {
+            // There is room once these have been computed with.
+            Err(StoreError::OverBudget { .. }) if !experts.is_empty() => break,
+            expert => expert,
+        };
+        let same = std::iter::from_fn(|| calls.next_if(|call| call.key == key));
         match expert {
-            None => same.for_each(drop),
-            Some(expert) => {
-                let (rows, outputs) = same.map(|call| (call.row, call.output)).unzip();
-                groups.push(SwigluGroup { weights: expert.swiglu(), rows, outputs });
+            Ok(expert) => {
+                rows.push(same.map(|call| (call.row, call.output)).unzip());
+                experts.push((key, expert));
+            }
+            Err(error) => {
+                same.for_each(drop);
+                failures.push(ExpertFailure { key, error: error.into() });
             }
         }
     }
+    let mut groups: Vec<SwigluGroup<'_, D::Matrix>> = experts
+        .iter()
+        .zip(rows)
+        .map(|((_, expert), (rows, outputs))| SwigluGroup {
+            weights: expert.swiglu(),
+            rows,
+            outputs,
+        })
+        .collect();
     if !groups.is_empty() && device.swiglu_groups(&mut groups).is_err() {
-        let keys = experts.iter().filter(|(_, _, expert)| expert.is_some()).map(|(key, ..)| *key);
-        for (key, group) in keys.zip(&mut groups) {
+        for (&(key, _), group) in experts.iter().zip(&mut groups) {
             if let Err(error) = device.swiglu_groups(std::slice::from_mut(group)) {
                 failures.push(ExpertFailure { key, error: ExpertError::Device { key, error } });
             }
         }
-        failures.sort_by_key(|failure| failure.key);
     }
     drop(groups);
-    let used: Vec<ExpertKey> =
-        experts.into_iter().filter(|(.., expert)| expert.is_some()).map(|(key, ..)| key).collect();
+    let used: Vec<ExpertKey> = experts.iter().map(|(key, _)| *key).collect();
+    drop(experts);
     store.used(&used);
-    failures
 }
 
 impl<D: Device> SharedExpert<D> {

@@ -163,7 +163,7 @@ fn demo() -> (Arc<Faulty>, Engine<Faulty>, DramStore) {
         attention: AtomicBool::default(),
         expert: AtomicPtr::default(),
     });
-    let model = Backbone::load(&checkpoint, Arc::new(cpu()), |_, _| {}).unwrap();
+    let model = Backbone::<Cpu>::load(&checkpoint, Arc::new(cpu()), |_, _| {}).unwrap();
     let linear = |l: Linear<Cpu>| Linear { weight: l.weight, bias: l.bias };
     let layer = |l: BackboneLayer<Cpu>| BackboneLayer {
         attention_norm: l.attention_norm,

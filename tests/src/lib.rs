@@ -213,6 +213,8 @@ impl Setup {
             workers: self.workers,
             threads: self.threads,
             simd: self.simd,
+            device: lite_llm_actors::node::DeviceChoice::Cpu,
+            hbm_bytes: None,
             dram_bytes: self.dram_bytes,
             nvme: None,
             kv_bytes: 256 << 20,

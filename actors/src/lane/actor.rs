@@ -2,19 +2,32 @@
 //!
 //! Control arrives here (begin, stop); batches and jobs go straight to the lane's bounded inbox.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
-use lite_llm_kernels::cpu::Cpu;
+use lite_llm_kernels::device::Device;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
 
 use super::{Lane, LaneHandle, LaneInbox, LaneParts, LaneStats};
 
+/// Called when a lane's thread ends, with its panic if any.
+type Gone = Box<dyn FnOnce(Option<String>) + Send>;
+
+/// A lane that is to be started, whatever it computes with.
+pub struct LaneStart(Box<dyn FnOnce(Arc<LaneStats>, Gone) -> io::Result<LaneHandle> + Send>);
+
+impl LaneStart {
+    /// The lane of these parts.
+    pub fn new<D: Device>(parts: LaneParts<D>) -> Self {
+        Self(Box::new(move |stats, gone| Lane::spawn(parts, stats, gone)))
+    }
+}
+
 /// What a lane actor is told.
 #[derive(RactorMessage)]
 pub enum LaneMessage {
     /// Start a lane in the place of the present one.
-    Begin(Box<LaneParts<Cpu>>, Arc<LaneStats>, RpcReplyPort<Result<(), String>>),
+    Begin(LaneStart, Arc<LaneStats>, RpcReplyPort<Result<(), String>>),
     /// The lane's thread ended, with its panic if any.
     LaneEnded {
         /// Which lane.
@@ -65,7 +78,7 @@ impl Actor for LaneActor {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            LaneMessage::Begin(parts, stats, reply) => {
+            LaneMessage::Begin(LaneStart(start), stats, reply) => {
                 state.stop().await;
                 state.count += 1;
                 let lane = state.count;
@@ -73,7 +86,7 @@ impl Actor for LaneActor {
                     // An actor that is gone needs no report.
                     let _ = myself.cast(LaneMessage::LaneEnded { lane, panic });
                 };
-                let result = Lane::spawn(*parts, stats, gone)
+                let result = start(stats, Box::new(gone))
                     .map_err(|error| format!("the system gives no thread for computing: {error}"));
                 let result = result.map(|lane| {
                     state.inbox.store(Some(Arc::new(lane.inbox().clone())));

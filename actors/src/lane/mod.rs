@@ -28,7 +28,7 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
-use lite_llm_kernels::{cpu::Cpu, device::Device};
+use lite_llm_kernels::device::Device;
 use lite_llm_runtime::sequence::Request;
 use lite_llm_transport::{
     frame::OutgoingFrame,
@@ -39,7 +39,7 @@ use tracing::Span;
 
 use self::jobs::{Job, Jobs};
 pub use self::{
-    actor::{LaneActor, LaneMessage},
+    actor::{LaneActor, LaneMessage, LaneStart},
     limits::LaneLimits,
     machine::{Arrangement, BATCH_BYTES_MAX, Command, Event, LaneMachine, LaneParts},
     reply::ReplyQueue,
@@ -175,8 +175,8 @@ impl Drop for LaneHandle {
 }
 
 /// The thread around a machine.
-pub struct Lane {
-    machine: LaneMachine<Cpu, ReplyQueue>,
+pub struct Lane<D: Device> {
+    machine: LaneMachine<D, ReplyQueue>,
     outboxes: HashMap<u16, mpsc::Sender<OutgoingFrame>>,
     jobs: Jobs,
     stats: Arc<LaneStats>,
@@ -188,10 +188,10 @@ pub struct Lane {
     stopped: bool,
 }
 
-impl Lane {
+impl<D: Device> Lane<D> {
     /// Starts a lane's thread. `gone` is called when the thread ends, with its panic if any.
     pub fn spawn(
-        parts: LaneParts<Cpu>,
+        parts: LaneParts<D>,
         stats: Arc<LaneStats>,
         gone: impl FnOnce(Option<String>) + Send + 'static,
     ) -> std::io::Result<LaneHandle> {

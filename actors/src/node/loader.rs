@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
 };
 
-use lite_llm_kernels::{cpu::Cpu, kv::KvDType};
+use lite_llm_kernels::{cpu::Cpu, cuda_device::Gpu, device::DeviceError, kv::KvDType};
 use lite_llm_runtime::{
     backbone::Backbone,
     blocks::{BlockOptions, BlockReader},
@@ -14,8 +14,9 @@ use lite_llm_runtime::{
     config::MoeConfig,
     engine::Engine,
     expert::ExpertKey,
+    gpu::GpuCarrier,
     residency::{
-        CacheOptions, ExpertCache, FetchOptions, REQUESTS, WRITES_MAX, fetcher_for,
+        CacheOptions, ExpertCache, FetchOptions, HbmStore, REQUESTS, WRITES_MAX, fetcher_for,
         policy::{self, Shape},
     },
 };
@@ -26,9 +27,9 @@ use ractor_cluster::RactorMessage;
 
 use crate::{
     archive,
-    lane::{Arrangement, LaneEvent, LaneMessage, LaneParts, LaneStats},
+    lane::{Arrangement, LaneEvent, LaneMessage, LaneParts, LaneStart, LaneStats},
     links::deliver,
-    node::{Loaded, Model, NodeOptions},
+    node::{Loaded, Model, NodeDevice, NodeOptions, device::hbm_budget},
     peers::{Epoch, PeerFetcher, PeerOptions},
     placement::Placement,
     shard::{ExpertShard, LoadCounters, ShardArguments, ShardMessage},
@@ -60,11 +61,27 @@ pub(super) struct LoaderMessage {
 #[derive(Clone)]
 pub(super) struct OpenModel {
     checkpoint: Arc<Checkpoint>,
-    backbone: Arc<Backbone<Cpu>>,
+    backbone: OpenBackbone,
     store: Arc<ExpertCache>,
     storage: ActorRef<StorageMessage>,
     /// Knows who else may have experts.
     peers: Arc<PeerFetcher>,
+}
+
+/// The dense part of a model, where it is computed with.
+#[derive(Clone)]
+enum OpenBackbone {
+    Cpu(Arc<Backbone<Cpu>>),
+    Cuda(Arc<Backbone<Gpu>>),
+}
+
+impl OpenBackbone {
+    fn context(&self) -> usize {
+        match self {
+            Self::Cpu(backbone) => backbone.config.context,
+            Self::Cuda(backbone) => backbone.config.context,
+        }
+    }
 }
 
 /// An assignment whose experts are here.
@@ -234,20 +251,15 @@ impl LoaderState {
         assignment: &Assignment,
         arrangement: Arrangement,
     ) -> Result<(), String> {
-        let (backbone, kv_bytes) = (model.backbone.clone(), self.options.kv_bytes);
         let kv_dtype: KvDType = assignment.kv_dtype.parse().map_err(|error| {
             format!("the coordinator assigned a cache that this release lacks: {error}")
         })?;
-        let engine =
-            Engine::with_cache(backbone, kv_bytes, kv_dtype).map_err(|error| error.to_string())?;
-        let parts = LaneParts {
-            engine,
-            store: model.store.clone(),
-            arrangement,
-            buffers: self.options.buffers.clone(),
-            limits: self.options.limits,
-        };
-        let begin = |reply| LaneMessage::Begin(Box::new(parts), self.stats.clone(), reply);
+        let (model, options) = (model.clone(), self.options.clone());
+        // Taking memory from a GPU blocks.
+        let start = move || lane_start(&model, &options, kv_dtype, arrangement);
+        let start = tokio::task::spawn_blocking(start).await.map_err(|error| error.to_string())?;
+        let start = start.map_err(|error| error.to_string())?;
+        let begin = |reply| LaneMessage::Begin(start, self.stats.clone(), reply);
         ractor::call!(self.lane, begin)
             .map_err(|error| format!("the lane actor is gone: {error}"))?
     }
@@ -267,7 +279,7 @@ impl LoaderState {
         &self,
         checkpoint: &Arc<Checkpoint>,
     ) -> Result<(Arc<ExpertCache>, Arc<PeerFetcher>), String> {
-        let threads = self.options.device.pool().threads().min(VERIFY_THREADS_MAX);
+        let threads = self.options.device.cpu().pool().threads().min(VERIFY_THREADS_MAX);
         let failed = |error: std::io::Error| format!("experts cannot be read: {error}");
         let reader = BlockReader::new(BlockOptions::default()).map_err(failed)?;
         let nvme = self.options.nvme.clone();
@@ -327,7 +339,7 @@ impl LoaderState {
         if let Some(model) = &self.model
             && model.checkpoint.id() == assignment.checkpoint
         {
-            let here = model.backbone.config.context;
+            let here = model.backbone.context();
             if here != context {
                 // A coordinator keeps its context for life, and a worker its coordinator.
                 return Err(format!(
@@ -353,8 +365,17 @@ impl LoaderState {
                     checkpoint.location()
                 ));
             }
-            let backbone = Backbone::load_served(&checkpoint, Some(context), device, |_, _| {});
-            Ok((checkpoint, Arc::new(backbone.map_err(|error| error.to_string())?)))
+            let backbone = match device {
+                NodeDevice::Cpu(cpu) => {
+                    Backbone::load_served(&checkpoint, Some(context), cpu, |_, _| {})
+                        .map(|backbone| OpenBackbone::Cpu(Arc::new(backbone)))
+                }
+                NodeDevice::Cuda { gpu, .. } => {
+                    Backbone::load_served(&checkpoint, Some(context), gpu, |_, _| {})
+                        .map(|backbone| OpenBackbone::Cuda(Arc::new(backbone)))
+                }
+            };
+            Ok((checkpoint, backbone.map_err(|error| error.to_string())?))
         };
         let (checkpoint, backbone) =
             tokio::task::spawn_blocking(open).await.map_err(|error| error.to_string())??;
@@ -380,6 +401,39 @@ impl LoaderState {
             let _ = old.storage.stop_and_wait(None, None).await;
         }
         Ok(model)
+    }
+}
+
+/// A lane that computes with a model on a node's device.
+fn lane_start(
+    model: &OpenModel,
+    options: &NodeOptions,
+    kv_dtype: KvDType,
+    arrangement: Arrangement,
+) -> Result<LaneStart, DeviceError> {
+    let (buffers, limits, kv_bytes) = (options.buffers.clone(), options.limits, options.kv_bytes);
+    match (&model.backbone, &options.device) {
+        (OpenBackbone::Cpu(backbone), _) => {
+            let engine = Engine::with_cache(backbone.clone(), kv_bytes, kv_dtype)?;
+            let store = model.store.clone();
+            Ok(LaneStart::new(LaneParts { engine, store, arrangement, buffers, limits }))
+        }
+        (OpenBackbone::Cuda(backbone), device) => {
+            let (gpu, asked, sharers) = match device {
+                NodeDevice::Cuda { gpu, hbm_bytes, sharers } => (gpu, *hbm_bytes, *sharers),
+                NodeDevice::Cpu(_) => (&backbone.device, None, 1),
+            };
+            // An earlier lane's memory is to be free again.
+            *options.hbm.lock() = None;
+            let engine = Engine::with_cache(backbone.clone(), kv_bytes, kv_dtype)?;
+            let budget = hbm_budget(gpu, asked, sharers)?;
+            let bytes = model.checkpoint.tier_expert_bytes();
+            let store = Arc::new(HbmStore::new(gpu.clone(), model.store.clone(), budget, bytes));
+            let carrier = GpuCarrier::new(backbone, store.clone())?;
+            let engine = engine.carried_by(carrier.map(|carrier| Arc::new(carrier) as _));
+            *options.hbm.lock() = Some(store.clone());
+            Ok(LaneStart::new(LaneParts { engine, store, arrangement, buffers, limits }))
+        }
     }
 }
 

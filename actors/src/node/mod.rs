@@ -7,6 +7,7 @@
 //! A child that fails takes the node down: the coordinator notices, fails what it must with a
 //! clear reason, and waits for a worker.
 
+pub mod device;
 pub mod jobs;
 mod loader;
 
@@ -20,11 +21,10 @@ use std::{
     time::Instant,
 };
 
-use lite_llm_kernels::{cpu::Cpu, device::Device};
 use lite_llm_runtime::{
     checkpoint::Checkpoint,
     expert::ExpertStore,
-    residency::{ExpertCache, NvmeFolder, ResidenceStats},
+    residency::{ExpertCache, HbmStore, NvmeFolder, ResidenceStats},
 };
 use lite_llm_transport::{
     messages::{
@@ -39,6 +39,7 @@ use ractor_cluster::RactorClusterMessage;
 use rkyv::{Archive, Deserialize, Serialize};
 use tracing::{error, info};
 
+pub use self::device::{DeviceChoice, NodeDevice};
 use self::loader::{Loader, LoaderMessage, LoaderState};
 use crate::{
     lane::{LaneActor, LaneEvent, LaneInbox, LaneLimits, LaneMessage, LaneStats},
@@ -89,7 +90,7 @@ pub struct NodeOptions {
     /// Who it says it is.
     pub info: NodeInfo,
     /// What computes.
-    pub device: Arc<Cpu>,
+    pub device: NodeDevice,
     /// Whether the budget of its experts is for the rest of the model, too.
     pub dram_holds_rest: bool,
     /// A folder of a local disk for experts that memory does not hold.
@@ -106,6 +107,8 @@ pub struct NodeOptions {
     pub buffers: BufferPool,
     /// Where the store of its experts is found.
     pub store: StoreSlot,
+    /// Where the store of a GPU's memory is found.
+    pub hbm: Arc<Mutex<Option<Arc<HbmStore>>>>,
     /// Why the node stopped by itself, if it did.
     pub farewell: Arc<OnceLock<String>>,
     /// The assignment whose experts are here.
@@ -304,7 +307,10 @@ impl NodeState {
 
     fn residences(&self) -> NodeResidences {
         let store = self.options.store.lock().clone();
-        let places = store.map_or_else(Vec::new, |store| store.residences());
+        let mut places = store.map_or_else(Vec::new, |store| store.residences());
+        if let Some(hbm) = &*self.options.hbm.lock() {
+            places.insert(0, hbm.residence());
+        }
         let status = |place: ResidenceStats| ResidenceStatus {
             name: place.name,
             held: place.held,

@@ -25,6 +25,7 @@ use anyhow::{Context, Result};
 use lite_llm_actors::{
     archive,
     local::{LocalCluster, LocalOptions},
+    node::NodeDevice,
     placement::PlacementPolicy,
 };
 use lite_llm_kernels::{cpu::Cpu, simd::Simd};
@@ -282,8 +283,14 @@ impl ComputeArgs {
         }
     }
 
-    fn device(&self, workers: usize) -> Result<Arc<Cpu>> {
+    fn cpu(&self, workers: usize) -> Result<Arc<Cpu>> {
         Ok(Arc::new(Cpu::new(self.threads(workers), self.simd()?)))
+    }
+
+    /// The device of the only worker of this process.
+    fn device(&self) -> Result<NodeDevice> {
+        let hbm = self.hbm.map(|size| size.0);
+        self.device.open((0, 1), self.cpu(1)?, hbm).map_err(bad_input)
     }
 
     /// Bytes of caches of keys and values of one of `workers` workers on this machine. They are taken
@@ -349,6 +356,8 @@ impl LocalArgs {
             workers,
             threads: self.compute.threads(workers),
             simd: self.compute.simd()?,
+            device: self.compute.device.clone(),
+            hbm_bytes: self.compute.hbm.map(|size| size.0),
             dram_bytes: self.compute.dram_bytes(workers, checkpoint.dense_bytes()),
             nvme: self.compute.nvme.clone().map(Into::into),
             kv_bytes: self.compute.kv_bytes(workers)?,

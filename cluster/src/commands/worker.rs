@@ -1,16 +1,13 @@
 //! `lite-llm worker`.
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use lite_llm_actors::{
     node::Model,
     worker::{Worker, WorkerOptions, local_address},
 };
-use lite_llm_kernels::device::Device;
 use lite_llm_transport::identity::Role;
 
-use super::{
-    bad_input, budgets, coordinator_addresses, first_that_answers, interrupted, read_token,
-};
+use super::{budgets, coordinator_addresses, first_that_answers, interrupted, read_token};
 use crate::cli::WorkerArgs;
 
 /// The worker's name in the cluster.
@@ -19,13 +16,9 @@ pub(super) fn name(args: &WorkerArgs) -> String {
 }
 
 pub(super) async fn worker(args: WorkerArgs) -> Result<()> {
-    if args.device != "cpu" {
-        let found = &args.device;
-        return Err(bad_input(anyhow!("--device {found}: this release computes on cpu only")));
-    }
     let token = read_token(args.token.as_ref(), Role::Worker)?;
     let addresses = coordinator_addresses(args.join.as_ref(), &token).await?;
-    let device = args.compute.device(1)?;
+    let device = args.compute.device()?;
     let dram_bytes = args.compute.dram_bytes(1, 0);
     let kv_bytes = args.compute.kv_bytes(1)?;
     let name = name(&args);

@@ -271,6 +271,15 @@ impl Cuda {
         Ok(DevMatrix { dtype, math: Math::Exact, n, k, data })
     }
 
+    /// A matrix `[n, k]` whose panels are to lie at `data`, which may still hold anything.
+    ///
+    /// # Panics
+    /// If it does not have the bytes of such a matrix.
+    pub fn matrix_at(&self, dtype: DType, n: usize, k: usize, data: Dev<u8>) -> DevMatrix {
+        assert_eq!(PackedMatrix::packed_bytes(dtype, n, k), Some(data.len()), "its packed bytes");
+        DevMatrix { dtype, math: Math::Exact, n, k, data }
+    }
+
     /// A matrix of which every byte is `byte`, for measuring.
     pub fn matrix_of(
         &self,

@@ -214,8 +214,31 @@ impl Cuda {
     /// Values in memory that is kept and used again.
     pub fn lend<T: Pod>(&self, values: &[T]) -> Result<Dev<T>, DeviceError> {
         let memory = self.scratch(values.len())?;
-        self.write(&memory, 0, values)?;
+        self.copy_in(&memory, 0, values)?;
         Ok(memory)
+    }
+
+    /// Room for `bytes` bytes that holds anything, from memory of its own.
+    pub fn room(&self, bytes: usize) -> Result<Dev<u8>, DeviceError> {
+        if bytes == 0 {
+            return Ok(Dev::new(None, 0));
+        }
+        Ok(Dev::new(Some(Block::new(self.allocate(bytes)?, bytes, self.context.clone())), bytes))
+    }
+
+    /// Writes values from value `from` on, in order with the device's work. The driver has read them
+    /// when this returns, for they are not in pinned memory.
+    fn copy_in<T: Pod>(&self, to: &Dev<T>, from: usize, values: &[T]) -> Result<(), DeviceError> {
+        assert!(from + values.len() <= to.len, "values leave the device's buffer");
+        if values.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        let at = to.at + (from * size_of::<T>()) as u64;
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        // SAFETY: inside the buffer, as just seen, and read before this returns.
+        unsafe { result::memcpy_htod_async(at, bytes, self.stream.cu_stream()) }
+            .map_err(|e| self.fail(e))
     }
 
     fn no_room(&self, error: DriverError, bytes: usize) -> DeviceError {
@@ -238,16 +261,7 @@ impl Cuda {
     /// # Panics
     /// If there is no room for them.
     pub fn write<T: Pod>(&self, to: &Dev<T>, from: usize, values: &[T]) -> Result<(), DeviceError> {
-        assert!(from + values.len() <= to.len, "values leave the device's buffer");
-        if values.is_empty() {
-            return Ok(());
-        }
-        self.bind()?;
-        let at = to.at + (from * size_of::<T>()) as u64;
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        // SAFETY: inside the buffer, as just seen; the copy has ended when this returns.
-        unsafe { result::memcpy_htod_async(at, bytes, self.stream.cu_stream()) }
-            .map_err(|e| self.fail(e))?;
+        self.copy_in(to, from, values)?;
         self.wait()
     }
 

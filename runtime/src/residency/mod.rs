@@ -8,6 +8,7 @@ mod archive;
 mod cache;
 mod chain;
 mod fetch;
+mod hbm;
 mod machine;
 mod nvme;
 pub mod policy;
@@ -19,6 +20,7 @@ pub use self::{
     cache::{CacheOptions, ExpertCache},
     chain::{FetchOptions, NvmeFolder, REQUESTS, fetcher_for},
     fetch::{Done, Fetched, Fetcher, LocalFetcher, ResidenceStats},
+    hbm::HbmStore,
     machine::{
         Command, Counters, Event, ROUTED_ROWS_MAX, Residency, ResidencyOptions, RoutedRow, Urgency,
     },

@@ -10,7 +10,12 @@
 use std::sync::Arc;
 
 use lite_llm_kernels::{
-    cpu::Cpu, device::DeviceError, matrix::PackedMatrix, ops::matmul, rows::Rows,
+    cpu::Cpu,
+    cuda_device::{Gpu, GpuTensor},
+    device::{Device, DeviceError},
+    matrix::PackedMatrix,
+    ops::matmul,
+    rows::Rows,
 };
 
 use super::{
@@ -141,7 +146,7 @@ impl HierarchicalRouter {
     ) -> Vec<GateTrace> {
         let mut trace = Vec::new();
         let k_expert = |tier| self.moe.k_expert(tier) as usize;
-        self.route_to(k_expert, cpu, hidden, masks, out, Some(&mut trace));
+        self.route_to(k_expert, cpu, hidden.as_slice(), masks, out, Some(&mut trace));
         trace
     }
 
@@ -151,14 +156,15 @@ impl HierarchicalRouter {
         &self,
         k_expert: impl Fn(usize) -> usize,
         cpu: &Cpu,
-        hidden: &Tensor,
+        hidden: &[f32],
         masks: &[&TierMask],
         out: &mut Routes,
         mut trace: Option<&mut Vec<GateTrace>>,
     ) {
         out.clear();
         let routing = &self.moe.routing;
-        let rows: Vec<&[f32]> = (0..hidden.rows()).map(|row| hidden.row(row)).collect();
+        let width = hidden.len() / masks.len().max(1);
+        let rows: Vec<&[f32]> = hidden.chunks_exact(width.max(1)).collect();
         let roots: Vec<Branch> = (0..rows.len() as u32)
             .map(|row| Branch { row, place: 0, tier: 0, group: 0, weight: 1.0 })
             .collect();
@@ -258,6 +264,22 @@ impl HierarchicalRouter {
     }
 }
 
+impl HierarchicalRouter {
+    /// [`Router::route`] of rows in the host's memory, `[rows, hidden]`.
+    fn route_rows(&self, cpu: &Cpu, hidden: &[f32], masks: &[&TierMask], out: &mut Routes) {
+        self.route_to(|tier| self.moe.k_expert(tier) as usize, cpu, hidden, masks, out, None);
+    }
+
+    /// [`Router::route_wider`], alike.
+    fn route_rows_wider(&self, cpu: &Cpu, hidden: &[f32], masks: &[&TierMask], out: &mut Routes) {
+        // An order of choice has 10 bits.
+        let wider = |k: usize| (k + k.div_ceil(2)).min(1024);
+        let k_expert = |tier| wider(self.moe.k_expert(tier) as usize);
+        self.route_to(k_expert, cpu, hidden, masks, out, None);
+        out.sort_by_weight();
+    }
+}
+
 impl Router<Cpu> for HierarchicalRouter {
     fn route(
         &self,
@@ -266,7 +288,7 @@ impl Router<Cpu> for HierarchicalRouter {
         masks: &[&TierMask],
         out: &mut Routes,
     ) -> Result<(), DeviceError> {
-        self.route_to(|tier| self.moe.k_expert(tier) as usize, cpu, hidden, masks, out, None);
+        self.route_rows(cpu, hidden.as_slice(), masks, out);
         Ok(())
     }
 
@@ -277,11 +299,42 @@ impl Router<Cpu> for HierarchicalRouter {
         masks: &[&TierMask],
         out: &mut Routes,
     ) -> Result<(), DeviceError> {
-        // An order of choice has 10 bits.
-        let wider = |k: usize| (k + k.div_ceil(2)).min(1024);
-        let k_expert = |tier| wider(self.moe.k_expert(tier) as usize);
-        self.route_to(k_expert, cpu, hidden, masks, out, None);
-        out.sort_by_weight();
+        self.route_rows_wider(cpu, hidden.as_slice(), masks, out);
         Ok(())
+    }
+
+    fn flat_gate(&self) -> Option<&PackedMatrix> {
+        let [tier] = &self.tiers[..] else { return None };
+        let [gate] = &tier.experts[..] else { return None };
+        Some(gate)
+    }
+}
+
+/// The hidden states come to the host.
+impl Router<Gpu> for HierarchicalRouter {
+    fn route(
+        &self,
+        gpu: &Gpu,
+        hidden: &GpuTensor,
+        masks: &[&TierMask],
+        out: &mut Routes,
+    ) -> Result<(), DeviceError> {
+        self.route_rows(gpu.cpu(), &gpu.read(hidden)?, masks, out);
+        Ok(())
+    }
+
+    fn route_wider(
+        &self,
+        gpu: &Gpu,
+        hidden: &GpuTensor,
+        masks: &[&TierMask],
+        out: &mut Routes,
+    ) -> Result<(), DeviceError> {
+        self.route_rows_wider(gpu.cpu(), &gpu.read(hidden)?, masks, out);
+        Ok(())
+    }
+
+    fn flat_gate(&self) -> Option<&PackedMatrix> {
+        Router::<Cpu>::flat_gate(self)
     }
 }

@@ -12,7 +12,10 @@ mod trace;
 
 use std::collections::BTreeSet;
 
-use lite_llm_kernels::device::{Device, DeviceError};
+use lite_llm_kernels::{
+    device::{Device, DeviceError},
+    matrix::PackedMatrix,
+};
 
 pub use self::{
     hierarchical::{HierarchicalRouter, TierGates},
@@ -212,6 +215,11 @@ pub trait Router<D: Device>: Send + Sync {
         out: &mut Routes,
     ) -> Result<(), DeviceError> {
         self.route(device, hidden, tiers, out)
+    }
+
+    /// The one gate of a flat mixture, `[experts, hidden]`; of others nothing.
+    fn flat_gate(&self) -> Option<&PackedMatrix> {
+        None
     }
 }
 

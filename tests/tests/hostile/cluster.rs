@@ -131,7 +131,7 @@ async fn work(folder: &Path, name: &str) -> String {
         token,
         name: name.to_owned(),
         listen: loopback(),
-        device: Arc::new(Cpu::new(1, Simd::best())),
+        device: Arc::new(Cpu::new(1, Simd::best())).into(),
         dram_bytes: 1 << 30,
         dram_holds_rest: false,
         nvme: None,

@@ -56,7 +56,7 @@ async fn worker(head: &CoordinatorHandle, name: &str, dram_bytes: u64, model: Mo
         token: head.token().clone(),
         name: name.into(),
         listen: loopback(),
-        device: Arc::new(Cpu::new(1, Simd::best())),
+        device: Arc::new(Cpu::new(1, Simd::best())).into(),
         dram_bytes,
         dram_holds_rest: false,
         nvme: None,

@@ -6,6 +6,7 @@
 //! and of the rate at which weights can be read, both measured in the same run.
 
 use anyhow::Result;
+use lite_llm_actors::node::DeviceChoice;
 use lite_llm_kernels::{
     RELAXED_ORDER,
     buffer::AlignedBytes,
@@ -39,7 +40,16 @@ const READ_RATIO: f64 = 0.8;
 
 pub(super) async fn measure(args: BenchKernelsArgs, json: bool) -> Result<()> {
     let BenchKernelsArgs { threads, simd, runs } = args;
-    let cpu = ComputeArgs { threads, simd, dram: None, nvme: None, kv: Some(Size(0)) }.device(1)?;
+    let cpu = ComputeArgs {
+        threads,
+        simd,
+        dram: None,
+        nvme: None,
+        kv: Some(Size(0)),
+        device: DeviceChoice::Cpu,
+        hbm: None,
+    }
+    .cpu(1)?;
     let runs = usize::from(runs);
     let report = tokio::task::spawn_blocking(move || {
         let steps = ((SQUARES.len() + DType::ALL.len()) * ROWS.len()) as u64;

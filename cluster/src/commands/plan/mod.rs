@@ -6,6 +6,7 @@ mod show;
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Result, anyhow};
+use lite_llm_actors::node::DeviceChoice;
 use lite_llm_kernels::{cpu::Cpu, slots::SLOT_ALIGN};
 use lite_llm_runtime::{
     checkpoint::{Checkpoint, inspect::bytes_per_token},
@@ -80,6 +81,8 @@ fn report(args: &PlanArgs) -> Result<Report> {
         dram: args.dram,
         nvme: None,
         kv: Some(Size(0)),
+        device: DeviceChoice::Cpu,
+        hbm: None,
     };
     let dram = compute.dram_bytes(1, checkpoint.dense_bytes());
     if dram < block {
@@ -106,7 +109,7 @@ fn report(args: &PlanArgs) -> Result<Report> {
         }
     };
     let begun = std::time::Instant::now();
-    let device = compute.device(1)?;
+    let device = compute.cpu(1)?;
     let found = rates(args, &checkpoint, &device, block, dense_bytes)?;
     let measured_in = begun.elapsed();
     let plan = Plan {

@@ -1,0 +1,161 @@
+//! What a node computes with: processors of the host, or a GPU that they feed.
+
+use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
+
+use lite_llm_kernels::{
+    cpu::Cpu,
+    cuda::{Cuda, compile::Folders},
+    cuda_device::Gpu,
+    device::{Device, DeviceError},
+};
+
+/// Part of a GPU's free memory that experts leave to activations: a twelfth.
+const ACTIVATIONS_SHARE: u64 = 12;
+
+/// Which device is asked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// Processors of the host.
+    #[default]
+    Cpu,
+    /// These GPUs, by number: workers of one process take turns.
+    Cuda(Vec<usize>),
+}
+
+/// A text that names no device.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no device; expected cpu, cuda:0 or, for several workers, cuda:0,1")]
+pub struct NoDevice(String);
+
+impl FromStr for DeviceChoice {
+    type Err = NoDevice;
+
+    fn from_str(text: &str) -> Result<Self, NoDevice> {
+        let wrong = || NoDevice(text.to_owned());
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(vec![0])),
+            Some(("cuda", numbers)) => {
+                let numbers: Result<_, _> = numbers.split(',').map(str::parse).collect();
+                numbers.map(Self::Cuda).map_err(|_| wrong())
+            }
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(numbers) => {
+                let numbers: Vec<_> = numbers.iter().map(usize::to_string).collect();
+                write!(f, "cuda:{}", numbers.join(","))
+            }
+        }
+    }
+}
+
+impl DeviceChoice {
+    /// The device of worker `number` of `workers` in this process, fed by `cpu`. `hbm_bytes` of its
+    /// memory are for experts; by default what is free.
+    pub fn open(
+        &self,
+        (number, workers): (usize, usize),
+        cpu: Arc<Cpu>,
+        hbm_bytes: Option<u64>,
+    ) -> Result<NodeDevice, DeviceError> {
+        let Self::Cuda(numbers) = self else { return Ok(NodeDevice::Cpu(cpu)) };
+        let folders = Folders { cache: kernel_cache(), sources: None };
+        let cuda = Cuda::open(numbers[number % numbers.len()], folders)?;
+        let sharers = workers.div_ceil(numbers.len()) as u64;
+        Ok(NodeDevice::Cuda { gpu: Arc::new(Gpu::new(cuda, cpu)), hbm_bytes, sharers })
+    }
+}
+
+/// Where compiled kernels are kept: `LITE_LLM_CACHE`, or the user's cache folder.
+fn kernel_cache() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let folder = set("LITE_LLM_CACHE").or_else(|| {
+        let caches = set("XDG_CACHE_HOME");
+        let caches = caches.or_else(|| std::env::home_dir().map(|home| home.join(".cache")));
+        caches.map(|caches| caches.join("lite-llm"))
+    });
+    folder.map(|folder| folder.join("cuda"))
+}
+
+/// A device that was opened.
+#[derive(Clone)]
+pub enum NodeDevice {
+    /// Processors of the host.
+    Cpu(Arc<Cpu>),
+    /// A GPU.
+    Cuda {
+        /// The GPU, and the processors that feed it.
+        gpu: Arc<Gpu>,
+        /// Bytes of its memory that are for experts; nothing for what is free.
+        hbm_bytes: Option<u64>,
+        /// Workers that share it.
+        sharers: u64,
+    },
+}
+
+impl From<Arc<Cpu>> for NodeDevice {
+    fn from(cpu: Arc<Cpu>) -> Self {
+        Self::Cpu(cpu)
+    }
+}
+
+impl NodeDevice {
+    /// The processors of the host.
+    pub fn cpu(&self) -> &Arc<Cpu> {
+        match self {
+            Self::Cpu(cpu) => cpu,
+            Self::Cuda { gpu, .. } => gpu.cpu(),
+        }
+    }
+
+    /// Name for people.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Cpu(cpu) => cpu.describe(),
+            Self::Cuda { gpu, .. } => gpu.describe(),
+        }
+    }
+
+    /// See [`Device::progress`].
+    pub fn progress(&self) -> u64 {
+        match self {
+            Self::Cpu(cpu) => cpu.progress(),
+            Self::Cuda { gpu, .. } => gpu.progress(),
+        }
+    }
+}
+
+/// Bytes of a GPU's memory for experts, now that everything else has its place.
+pub(super) fn hbm_budget(gpu: &Gpu, asked: Option<u64>, sharers: u64) -> Result<u64, DeviceError> {
+    let (free, _) = gpu.cuda().memory()?;
+    let free = free as u64;
+    match asked {
+        None => Ok((free - free / ACTIVATIONS_SHARE) / sharers.max(1)),
+        Some(needed) if needed <= free => Ok(needed),
+        Some(needed) => Err(DeviceError::OutOfMemory { device: gpu.describe(), needed, free }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_named() {
+        let parse = |text: &str| text.parse::<DeviceChoice>();
+        assert_eq!(parse("cpu"), Ok(DeviceChoice::Cpu));
+        assert_eq!(parse("cuda"), Ok(DeviceChoice::Cuda(vec![0])));
+        assert_eq!(parse("cuda:0,1"), Ok(DeviceChoice::Cuda(vec![0, 1])));
+        for wrong in ["", "gpu", "cuda:", "cuda:x", "cpu:0", "cuda:0,"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(parse("cuda:0,1").unwrap().to_string(), "cuda:0,1");
+    }
+}
