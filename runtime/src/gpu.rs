@@ -217,35 +217,34 @@ impl Sparse {
         layer: usize,
         experts: impl Iterator<Item = u32>,
     ) -> Result<bool, DeviceError> {
-        let mut changed = false;
+        let (mut changed, mut all) = (false, true);
         for expert in experts {
             let place = expert as usize;
             if place >= self.held.len() || self.held[place].is_some() {
                 continue;
             }
-            match store.fetch(Self::key(layer, expert)) {
-                Ok(weights) => {
-                    let dtype = weights.gate.dtype();
-                    let kinds = [weights.up.dtype(), weights.down.dtype()];
-                    if self.held.iter().all(Option::is_none) {
-                        self.experts.dtype = dtype;
-                    }
-                    if kinds != [dtype; 2] || self.experts.dtype != dtype {
-                        return Ok(false);
-                    }
-                    let addresses = HbmStore::addresses(&weights);
-                    changed |= self.addresses[place] != addresses;
-                    self.addresses[place] = addresses;
-                    self.held[place] = Some(weights);
-                }
-                // Whoever runs it by itself says why it cannot be had.
-                Err(_) => return Ok(false),
+            // Whoever runs it by itself says why it cannot be had.
+            let Ok(weights) = store.fetch(Self::key(layer, expert)) else {
+                all = false;
+                break;
+            };
+            let dtype = weights.gate.dtype();
+            if self.held.iter().all(Option::is_none) {
+                self.experts.dtype = dtype;
             }
+            if [dtype, weights.up.dtype(), weights.down.dtype()] != [self.experts.dtype; 3] {
+                all = false;
+                break;
+            }
+            let addresses = HbmStore::addresses(&weights);
+            changed |= self.addresses[place] != addresses;
+            self.addresses[place] = addresses;
+            self.held[place] = Some(weights);
         }
         if changed {
             store.gpu().cuda().write(&self.experts.table, 0, &self.addresses)?;
         }
-        Ok(true)
+        Ok(all)
     }
 
     /// Lets go of all experts, which the device has been told to compute with.
