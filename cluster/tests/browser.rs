@@ -7,7 +7,7 @@ mod process;
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
     path::PathBuf,
     process::{Child, Command, Stdio},
@@ -42,18 +42,30 @@ fn ask(
     body: Option<&Value>,
 ) -> Result<Value, String> {
     let mut stream = TcpStream::connect(address).map_err(|error| error.to_string())?;
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(2 * PATIENCE)).unwrap();
     let body = body.map_or_else(String::new, Value::to_string);
     let length = body.len();
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\n\
          Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
     );
     stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body.as_bytes())).unwrap();
-    let mut bytes = Vec::new();
-    stream.read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    let text = String::from_utf8_lossy(&bytes);
-    let (_, body) = text.split_once("\r\n\r\n").ok_or("no answer")?;
+    // The driver keeps connections, whatever it is told.
+    let mut reader = BufReader::new(stream);
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).map_err(|error| error.to_string())?;
+        match line.trim_end().to_ascii_lowercase().split_once(':') {
+            Some(("content-length", value)) => length = value.trim().parse().unwrap(),
+            Some(_) => {}
+            None if line.trim_end().is_empty() => break,
+            None => {}
+        }
+    }
+    let mut bytes = vec![0; length];
+    reader.read_exact(&mut bytes).map_err(|error| error.to_string())?;
+    let body = std::str::from_utf8(&bytes).unwrap();
     let value: Value = serde_json::from_str(body).map_err(|error| format!("{error}: {body}"))?;
     match value["value"]["error"].as_str() {
         Some(error) => Err(format!("{method} {path}: {error}: {}", value["value"]["message"])),
@@ -89,7 +101,6 @@ impl Browser {
             "--disable-background-networking",
             "--disable-component-update",
             "--disable-sync",
-            "--disable-dev-shm-usage",
             &folder,
         ];
         let options = json!({ "binary": chromium, "args": flags });

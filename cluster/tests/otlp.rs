@@ -94,10 +94,17 @@ impl Receiver {
     async fn listen(&self) -> String {
         let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = incoming.local_addr().unwrap();
-        let (traces, metrics) =
-            (TraceServiceServer::new(self.clone()), MetricsServiceServer::new(self.clone()));
-        let server = tonic::transport::Server::builder().add_service(traces).add_service(metrics);
-        tokio::spawn(server.serve_with_incoming(incoming));
+        let service = TraceServiceServer::new(self.clone());
+        tokio::spawn(tonic::transport::Server::builder().serve_with_incoming(service, incoming));
+        format!("http://{address}")
+    }
+
+    /// The same, for metrics alone.
+    async fn listen_for_metrics(&self) -> String {
+        let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = incoming.local_addr().unwrap();
+        let service = MetricsServiceServer::new(self.clone());
+        tokio::spawn(tonic::transport::Server::builder().serve_with_incoming(service, incoming));
         format!("http://{address}")
     }
 }
@@ -228,7 +235,7 @@ fn value(metrics: &[Metric], name: &str) -> Option<f64> {
 fn metrics_are_those_of_prometheus() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let receiver = Receiver::default();
-    let url = runtime.block_on(receiver.listen());
+    let url = runtime.block_on(receiver.listen_for_metrics());
     let flags = ["run", "--http", "127.0.0.1:0", "--otlp", &url];
     let flags = [&flags[..], &["--log-format", "json", "--log", "lite_llm_cluster=debug"]].concat();
     let mut server =

@@ -176,7 +176,11 @@ impl Settings {
         let global = self.merged.iter().filter(|(key, _)| GLOBAL.contains(&key.as_str()));
         let mut values = Vec::new();
         for (flag, value) in global.chain(of_command.into_iter().flatten()) {
-            let from = origin(value);
+            // A table that was merged has forgotten its own.
+            let file = || {
+                self.file.as_ref().map_or("the settings".into(), |file| file.display().to_string())
+            };
+            let from = value.origin().map_or_else(file, str::to_owned);
             let words = words(value).ok_or_else(|| {
                 SettingsError(format!(
                     "{from}: {flag} is a text, a number, true, or a list of them"

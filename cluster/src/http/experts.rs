@@ -83,7 +83,8 @@ fn shown(config: &ModelConfig, expert_bytes: &[u64], views: &[NodeView]) -> Valu
     let tiers: Vec<Value> = tiers
         .map(|(tier, bytes)| {
             let experts = tier.experts() as usize;
-            let from = std::mem::replace(&mut first, first + experts);
+            let from = first;
+            first += experts;
             json!({
                 "name": tier.id.to_string(),
                 "first": from,
