@@ -156,6 +156,19 @@ impl Links {
         self.endpoint.set_revoked(names);
     }
 
+    /// Messages and bytes that were sent to each node since its connection was made, by name.
+    pub fn traffic(&self) -> Vec<(String, u64, u64)> {
+        let connections = self.connections.lock();
+        let sent = |(name, connection): (&String, &Connection)| {
+            let totals = connection.totals();
+            (name.clone(), totals.frames_sent, totals.bytes_sent)
+        };
+        let mut traffic: Vec<_> = connections.iter().map(sent).collect();
+        drop(connections);
+        traffic.sort();
+        traffic
+    }
+
     /// Keeps no link any more.
     pub fn stop(&self) {
         self.keepers.lock().drain().for_each(|(_, keeper)| keeper.abort());

@@ -8,6 +8,7 @@ mod detached;
 mod handle;
 mod job;
 pub mod progress;
+mod view;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -24,7 +25,7 @@ use lite_llm_transport::{
     identity::Role,
     messages::{
         Assignment, Choosing, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeResidences,
-        NodeStatus, NodeVitals, Prompt, Revoked, RevokedNames, Serving,
+        NodeStatus, NodeView, NodeVitals, Prompt, Revoked, RevokedNames, Serving,
     },
 };
 use ractor::{
@@ -106,6 +107,8 @@ pub enum CoordinatorMessage {
     Describe(RpcReplyPort<ClusterStatus>),
     /// Where are the nodes' experts?
     Residences(RpcReplyPort<Vec<NodeResidences>>),
+    /// What do the nodes' experts and links do?
+    View(RpcReplyPort<Vec<NodeView>>),
     /// Move a node's work and experts away, and let it go.
     Drain(String, RpcReplyPort<Result<(), String>>),
     /// Answered when the cluster is ready or has failed.
@@ -289,6 +292,7 @@ impl Actor for Coordinator {
                 let _ = reply.send(state.status());
             }
             CoordinatorMessage::Residences(reply) => state.residences(reply),
+            CoordinatorMessage::View(reply) => state.views(reply),
             CoordinatorMessage::Drain(name, reply) => {
                 let _ = reply.send(state.drain(now, name));
             }

@@ -10,6 +10,7 @@
 pub mod device;
 pub mod jobs;
 mod loader;
+mod view;
 
 use std::{
     collections::BTreeMap,
@@ -28,8 +29,8 @@ use lite_llm_runtime::{
 };
 use lite_llm_transport::{
     messages::{
-        Assignment, NodeInfo, NodeReport, NodeResidences, NodeStatus, NodeVitals, RESIDENCES_MAX,
-        ResidenceStatus, RevokedNames,
+        Assignment, NodeInfo, NodeReport, NodeResidences, NodeStatus, NodeView, NodeVitals,
+        RESIDENCES_MAX, ResidenceStatus, RevokedNames,
     },
     pool::BufferPool,
 };
@@ -75,6 +76,9 @@ pub enum NodeMessage {
     /// Where are your experts?
     #[rpc]
     Residences(RpcReplyPort<Wire<NodeResidences>>),
+    /// What do your experts and links do?
+    #[rpc]
+    View(RpcReplyPort<Wire<NodeView>>),
 }
 
 /// How an assignment ended.
@@ -222,6 +226,9 @@ impl Actor for NodeActor {
             }
             NodeMessage::Residences(reply) => {
                 let _ = reply.send(Wire::new(state.residences()));
+            }
+            NodeMessage::View(reply) => {
+                let _ = reply.send(Wire::new(state.view()));
             }
             NodeMessage::Suspects(names) => {
                 if let (Ok(names), Some(lane)) =
