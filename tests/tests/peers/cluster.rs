@@ -239,16 +239,21 @@ impl Archive for Slow {
     }
 }
 
+/// A checkpoint behind a store that takes as long as the number says.
+pub(crate) fn far(folder: &Path) -> (Arc<Checkpoint>, Arc<AtomicU64>) {
+    let pause = Arc::new(AtomicU64::new(0));
+    let url = format!("file://{}", folder.join("checkpoint").display());
+    let archive = StoreArchive::open(&url, &StoreOptions::default()).unwrap();
+    let slow = Arc::new(Slow { archive, pause: pause.clone() });
+    (Arc::new(Checkpoint::open_archive(slow, None).unwrap()), pause)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_whose_archive_has_become_slow_asks_its_peer() {
     let (folder, checkpoint, _) = reference("olmoe");
     let requests = requests(&checkpoint);
     let expected = alone(&checkpoint, &requests).await;
-    let pause = Arc::new(AtomicU64::new(0));
-    let url = format!("file://{}", folder.path().join("checkpoint").display());
-    let archive = StoreArchive::open(&url, &StoreOptions::default()).unwrap();
-    let slow = Arc::new(Slow { archive, pause: pause.clone() });
-    let far = Arc::new(Checkpoint::open_archive(slow, None).unwrap());
+    let (far, pause) = far(folder.path());
     let dram = checkpoint.all_expert_bytes() * 45 / 100;
     let head = head(&checkpoint, 2, 2).await;
     let first = worker(&head, "w1", dram, Model::Open(checkpoint.clone())).await;

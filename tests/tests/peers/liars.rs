@@ -34,7 +34,7 @@ use lite_llm_transport::{
     pool::BufferPool,
 };
 
-use crate::{bytes_of, hello, large, loopback, peers, soon};
+use crate::{bytes_of, cluster::far, hello, large, loopback, peers, soon};
 
 /// What a peer does with a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -51,11 +51,16 @@ enum Ways {
     /// Sends a part, and then says that it has let it go.
     LetsGo,
     Silent,
+    /// Is honest a few times, and then silent.
+    Tires,
     /// Begins and stops.
     Stops,
     /// Hangs up.
     Leaves,
 }
+
+/// Answers of who tires.
+const ANSWERED_BEFORE_TIRED: usize = 3;
 
 async fn play(
     way: Ways,
@@ -117,10 +122,15 @@ fn peer(ca: &ClusterCa, way: Ways, checkpoint: Arc<Checkpoint>) -> (Endpoint, Ar
                 let connection = connection.clone();
                 tokio::spawn(async move {
                     let (mut sender, mut receiver) = stream.into_frames();
-                    while play(way, &checkpoint, &mut sender, &mut receiver).await.is_some() {
+                    let way = || match way {
+                        Ways::Tires if counts.load(Relaxed) < ANSWERED_BEFORE_TIRED => Ways::Honest,
+                        Ways::Tires => Ways::Silent,
+                        way => way,
+                    };
+                    while play(way(), &checkpoint, &mut sender, &mut receiver).await.is_some() {
                         counts.fetch_add(1, Relaxed);
                     }
-                    if way == Ways::Leaves {
+                    if way() == Ways::Leaves {
                         counts.fetch_add(1, Relaxed);
                         connection.close("I leave");
                     }
@@ -285,27 +295,33 @@ async fn what_a_peer_brought_is_on_the_disk_afterwards() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_that_hangs_is_asked_less_and_less_often() {
-    let (_folder, checkpoint, _) = reference("olmoe");
+    let (folder, checkpoint, _) = reference("olmoe");
     let key = checkpoint.config().expert_keys().next().unwrap();
     let bytes = checkpoint.tier_expert_bytes()[0];
     let ca = ClusterCa::ephemeral().unwrap();
-    let (peer_endpoint, _) = peer(&ca, Ways::Silent, checkpoint.clone());
-    let fetcher = fetcher(&ca, &checkpoint, &peer_endpoint);
+    let (peer_endpoint, asked) = peer(&ca, Ways::Tires, checkpoint.clone());
+    // The other way is so slow that the peer is asked whenever it may be.
+    let (far, pause) = far(folder.path());
+    let fetcher = fetcher(&ca, &far, &peer_endpoint);
+    pause.store(100, Relaxed);
     let pool = SlotPool::new(bytes.next_multiple_of(4096));
-    let (first, _) = FAILED_PAUSES;
-    let failures = || peers(&fetcher.residences()).failures;
-    // Each trial takes a second; it is due as soon as it may be, for the peer's rate is not known.
-    let mut told = Vec::new();
-    let begun = Instant::now();
-    while begun.elapsed() < first * 3 {
+    let failures = || peers(&fetcher.residences()).failures as usize;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while failures() == 0 {
+        assert!(Instant::now() < deadline, "it is not asked: {asked:?}");
         fetch(&fetcher, key, &pool, bytes).await;
-        if failures() as usize > told.len() {
+    }
+    assert_eq!(asked.load(Relaxed), ANSWERED_BEFORE_TIRED);
+    let (begun, mut told) = (Instant::now(), vec![Duration::ZERO]);
+    while begun.elapsed() < Duration::from_secs(14) {
+        fetch(&fetcher, key, &pool, bytes).await;
+        if failures() > told.len() {
             told.push(begun.elapsed());
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    // At first, after 5 s, and not again before 10 more have passed.
+    // Each failure takes a second: after a pause of 5 s once more, and not again before 10 have passed.
     assert_eq!(told.len(), 2, "{told:?}");
+    assert!(told[1] >= FAILED_PAUSES.0, "{told:?}");
     drop(fetcher);
     peer_endpoint.close("the test is over").await;
 }
