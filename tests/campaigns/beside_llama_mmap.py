@@ -3,6 +3,7 @@
 
   tests/campaigns/beside_llama_mmap.py --llama-bench FILE --gguf FILE.gguf --model DIR [--binary FILE]
                                        [--memory 3GiB] [--tokens 24] [--rounds 3] [--threads 2] [--asked 8]
+                                       [--disk BYTES]
 
 FILE.gguf and DIR hold the same weights, as of benches/beside_llama.py: the GGUF in Q8_0, the checkpoint in int8.
 Each run is a process of its own in a new control group with so much memory, page cache included (v1 or v2; needs
@@ -104,7 +105,7 @@ def since(read, at):
 def llama(options):
     drop(options.gguf)
     command = [options.llama_bench, "-m", options.gguf, "-t", str(options.threads), "-p", "0",
-               "-n", str(options.tokens), "-r", "1", "-o", "json", "-mmp", "1"]
+               "-n", str(options.tokens), "-r", "1", "-o", "json", "-lm", "mmap", "--repack", "0"]
     out, read, ended, peak = run(command, options.memory, options.deadline)
     rate = json.loads(out)[0]["avg_ts"]
     return rate, since(read, ended - options.tokens / rate) / options.tokens, peak
@@ -142,12 +143,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--deadline", type=float, default=900, help="seconds of one run")
+    parser.add_argument("--disk", type=float, help="bytes per second, instead of what plan measures in each turn")
     parser.add_argument("--asked", type=float, default=8)
     options = parser.parse_args()
     rows = []
     print(f"{'':<8} {'tokens/s':>9} {'read per token':>15} {'peak of the group':>18}")
     for turn in range(options.rounds):
-        row = {"disk": disk(options)}
+        row = {"disk": options.disk or disk(options)}
         for name, measure in (("llama", lambda: llama(options)), ("ours", lambda: ours(options, turn))):
             row[name] = rate, read, peak = measure()
             print(f"{name:<8} {rate:>9.3f} {read / 2**20:>11.0f} MiB {peak / 2**20:>14.0f} MiB", flush=True)
