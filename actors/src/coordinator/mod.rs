@@ -540,8 +540,9 @@ impl CoordinatorState {
             let answer = ractor::call_t!(actor, NodeMessage::Vitals, timeout);
             let vitals = answer.ok().and_then(|answer| answer.into_inner().ok());
             let vitals = vitals.map(|NodeVitals { status, busy, progress, unreachable }| {
+                let budget = status.budget;
                 let _ = myself.cast(CoordinatorMessage::Status(name.clone(), status));
-                Vitals { busy, progress, unreachable }
+                Vitals { busy, progress, unreachable, budget }
             });
             let event = Event::Vitals { name, incarnation, vitals };
             let _ = myself.cast(CoordinatorMessage::Cluster(event));

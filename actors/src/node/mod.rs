@@ -212,7 +212,8 @@ impl Actor for NodeActor {
         match message {
             NodeMessage::Describe(reply) => {
                 // Whoever asked may be gone, here and below.
-                let (info, holding) = (state.options.info.clone(), state.options.holding.lock());
+                let info = NodeInfo { budget_bytes: state.budget(), ..state.options.info.clone() };
+                let holding = state.options.holding.lock();
                 let _ = reply.send(Wire::new(NodeReport { info, holding: holding.clone() }));
             }
             NodeMessage::Load(assignment, reply) => {
@@ -340,16 +341,23 @@ impl NodeState {
         }
     }
 
+    /// Bytes that its experts may take: known when it has opened the model, whose rest may have to fit
+    /// in what it was started with, too.
+    fn budget(&self) -> u64 {
+        let store = self.options.store.lock();
+        store.as_ref().map_or(self.options.info.budget_bytes, |store| store.budget())
+    }
+
     fn status(&mut self) -> NodeStatus {
-        let NodeInfo { name, address, budget_bytes, .. } = self.options.info.clone();
-        let store = self.options.store.lock().clone();
+        let NodeInfo { name, address, .. } = self.options.info.clone();
+        let (store, budget) = (self.options.store.lock().clone(), self.budget());
         NodeStatus {
             name,
             address,
             state: self.doing.lock().clone(),
             experts: self.counters.total.load(Relaxed),
             expert_bytes: store.map_or(0, |store| store.resident_bytes()),
-            budget: budget_bytes,
+            budget,
             sequences: self.stats.sequences.load(Relaxed),
             tokens_per_second: self.rate.update(self.stats.tokens.load(Relaxed)),
             loaded: self.counters.loaded.load(Relaxed),
