@@ -19,6 +19,7 @@ pub mod detached;
 pub mod experts;
 pub mod jobs;
 pub mod trace;
+pub mod training;
 pub mod weights;
 
 pub use cluster::{
@@ -41,6 +42,7 @@ pub use jobs::{
     TokenLogprob,
 };
 pub use trace::TraceContext;
+pub use training::TrainMessage;
 pub use weights::{
     OutgoingWeights, WEIGHTS_CHUNK_BYTES, WeightsPart, WeightsReply, WeightsRequest,
 };
