@@ -30,6 +30,8 @@ struct Browser {
     driver: Child,
     address: SocketAddr,
     session: String,
+    /// The browser's process.
+    pid: Option<u64>,
     /// The browser's own folder.
     _profile: tempfile::TempDir,
 }
@@ -90,7 +92,8 @@ impl Browser {
         };
         let address: SocketAddr = ([127, 0, 0, 1], port).into();
         let profile = tempfile::tempdir().unwrap();
-        let mut browser = Self { driver, address, session: String::new(), _profile: profile };
+        let mut browser =
+            Self { driver, address, session: String::new(), pid: None, _profile: profile };
         let folder = format!("--user-data-dir={}", browser._profile.path().display());
         let flags = [
             "--headless",
@@ -119,6 +122,7 @@ impl Browser {
                 Err(error) => panic!("{error}"),
             }
         };
+        browser.pid = made["capabilities"]["goog:processID"].as_u64();
         browser.session = made["sessionId"].as_str().unwrap().to_owned();
         Some(browser)
     }
@@ -188,8 +192,11 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Ends the browser, too.
-        let _ = ask(self.address, "DELETE", &format!("/session/{}", self.session), None);
+        // Ends the browser, too, unless the driver is too slow.
+        let ended = ask(self.address, "DELETE", &format!("/session/{}", self.session), None);
+        if let (Err(_), Some(pid)) = (ended, self.pid) {
+            let _ = Command::new("kill").arg(pid.to_string()).stderr(Stdio::null()).status();
+        }
         let _ = self.driver.kill();
         let _ = self.driver.wait();
     }

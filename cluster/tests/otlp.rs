@@ -258,6 +258,7 @@ fn metrics_are_those_of_prometheus() {
     ask(format!(
         "POST /v1/completions HTTP/1.1\r\n{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
     ));
+    let play = r#"{"prompt":"ls - list","max_tokens":3,"temperature":0,"seed":1,"tiers":"all"}"#;
     let begun = Instant::now();
     let metrics = loop {
         let (process, metrics) = receiver.metrics.lock().unwrap().clone();
@@ -291,13 +292,40 @@ fn metrics_are_those_of_prometheus() {
         assert!(told.contains(family), "packaging/grafana.json: there is no {name}");
     }
 
+    let length = play.len();
+    let played = ask(format!(
+        "POST /playground HTTP/1.1\r\n{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{play}"
+    ));
+    // Three tokens, each with the experts of five layers.
+    let tokens: Vec<serde_json::Value> = played
+        .lines()
+        .filter_map(|line| serde_json::from_str(line.strip_prefix("data: ")?).ok())
+        .filter(|said: &serde_json::Value| said["token"].is_u64())
+        .collect();
+    assert_eq!(tokens.len(), 3, "{played}");
+    for token in tokens {
+        let experts = token["experts"].as_array().unwrap();
+        assert!(
+            experts.len() == LAYERS && experts.iter().all(|layer| layer[1].is_u64()),
+            "{token}"
+        );
+    }
+
     server.signal("TERM");
     let ended = server.ends_within(PATIENCE);
     ended.expect(0, &[]);
-    // Each line of the log is an object.
-    for line in ended.err.lines() {
-        let line: serde_json::Value =
-            serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    // Each line of the log is an object; beside them the command says what it serves.
+    let lines = ended.err.lines().filter(|line| line.starts_with('{'));
+    let lines: Vec<serde_json::Value> =
+        lines.map(|line| serde_json::from_str(line).unwrap()).collect();
+    for line in &lines {
         assert!(line["timestamp"].is_string() && line["level"].is_string(), "{line}");
+    }
+    let line = lines.iter().find(|line| line["message"] == "let in from the page");
+    let line = line.unwrap_or_else(|| panic!("{}", ended.err));
+    assert_eq!(line["fields"]["most"], 3, "{line}");
+    for (id, digits) in [("trace_id", 32), ("span_id", 16)] {
+        let id = line[id].as_str().unwrap_or_else(|| panic!("{line}"));
+        assert!(id.len() == digits && id.bytes().all(|c| c.is_ascii_hexdigit()), "{line}");
     }
 }

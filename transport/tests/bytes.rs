@@ -14,9 +14,10 @@ use lite_llm_transport::{
     frame::{Frame, OutgoingFrame},
     messages::{
         Assignment, ClientReply, ClientRequest, ClusterStatus, DetachedJob, ExpertBatchView,
-        ExpertFailure, ExpertOutputs, ExpertReplyView, FailedExpert, JobEnding, JobEvent,
-        JobEventBody, JobStart, Message, NodeInfo, NodeReport, NodeVitals, OutgoingExpertBatch,
-        OutgoingExpertOutputs, OutgoingWeights, TraceContext, WeightsPart, decode, encode,
+        ExpertFailure, ExpertOutputs, ExpertPlace, ExpertReplyView, FailedExpert, JobEnding,
+        JobEvent, JobEventBody, JobStart, LinkView, Message, NodeInfo, NodeReport, NodeView,
+        NodeVitals, OutgoingExpertBatch, OutgoingExpertOutputs, OutgoingWeights, TraceContext,
+        WeightsPart, decode, encode,
     },
     pool::BufferPool,
     session::Hello,
@@ -173,4 +174,19 @@ fn messages_of_training_are_written_and_read_as_they_were() {
     for (i, head) in all.iter().enumerate() {
         message(&format!("train_message_{i}.v3"), head);
     }
+}
+
+#[test]
+fn what_nodes_show_is_written_and_read_as_it_was() {
+    let link = LinkView { peer: "w2".into(), sent: 7, sent_bytes: 4096 };
+    let view = NodeView {
+        name: "w1".into(),
+        layers: 1,
+        experts: 3,
+        places: vec![ExpertPlace::Elsewhere, ExpertPlace::Away, ExpertPlace::Memory],
+        loads: vec![0, 1, 2],
+        links: vec![link],
+    };
+    let bytes = kept_bytes("node_view.v3", &encode(&view));
+    assert_eq!(decode::<NodeView>(&bytes).unwrap(), view);
 }
