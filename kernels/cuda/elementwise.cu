@@ -15,18 +15,23 @@ ENTRY clamp(float* x, float limit, u64 len) {
 
 ENTRY sigmoid_gate(float* x, const float* logits, u32 cols, u64 len) { begin(); EACH(len) x[i] = mul(x[i], sigmoid(logits[i / cols])); }
 
-// out[r] = Σ weights · parts in route order, from +0; `adds`: out[r] += that.
-ENTRY weighted_sum(const float* parts, const float* weights, u32 per_row, u32 cols, u32 adds, float* out, u64 len) {
+// out[r] = Σ weights · parts in route order, from +0, over the row's first counts[r] (null: all); `adds`:
+// out[r] += that.
+ENTRY weighted_sum(const float* parts, const float* weights, const u32* counts, u32 per_row, u32 cols, u32 adds, float* out, u64 len) {
   begin();
   EACH(len) {
     u64 row = i / cols, col = i % cols;
     float acc = 0.0f;
-    for (u32 r = 0; r < per_row; r++) acc = fma(weights[row * per_row + r], parts[(row * per_row + r) * cols + col], acc);
+    u32 count = counts ? min(counts[row], per_row) : per_row;
+    for (u32 r = 0; r < count; r++) acc = fma(weights[row * per_row + r], parts[(row * per_row + r) * cols + col], acc);
     out[i] = adds ? add(out[i], acc) : acc;
   }
 }
 
 ENTRY select_rows(const float* x, const u32* rows, u32 cols, float* out, u64 len) { begin(); EACH(len) out[i] = x[(u64)rows[i / cols] * cols + i % cols]; }
+
+// What select_rows takes out, put back: x[rows[i]] = from[i].
+ENTRY put_rows(const float* from, const u32* rows, u32 cols, float* x, u64 len) { begin(); EACH(len) x[(u64)rows[i / cols] * cols + i % cols] = from[i]; }
 
 ENTRY silu_all(float* x, u64 len) { begin(); EACH(len) x[i] = silu(x[i]); }
 ENTRY exp_all(float* x, u64 len) { begin(); EACH(len) x[i] = exp_(x[i]); }

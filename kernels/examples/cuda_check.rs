@@ -8,6 +8,7 @@ mod cuda_check {
     pub(crate) mod checks;
     pub(crate) mod fast;
     pub(crate) mod fused;
+    pub(crate) mod seam;
     pub(crate) mod speed;
     pub(crate) mod step;
     pub(crate) mod truth;
@@ -37,6 +38,7 @@ fn run(folders: Folders, what: &[String]) -> Result<usize, DeviceError> {
     let wanted = |name: &str| what.is_empty() || what.iter().any(|w| w == name);
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(8));
     let mut check = Check::new(Cpu::best(threads), &cuda);
+    check.narrow = what.iter().any(|w| w == "narrow");
     if wanted("check") {
         checks::all(&mut check, what)?;
         println!(

@@ -57,6 +57,9 @@ template <class T> inline T __ldcs(const T* p) { return *p; }
 inline size_t __cvta_generic_to_shared(const void* p) { return (size_t)p; }
 inline void __threadfence() {}
 inline unsigned atomicInc(unsigned* p, unsigned limit) { unsigned old = *p; *p = old >= limit ? 0 : old + 1; return old; }
+template <class T> inline T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; }
+template <class T> inline T atomicMin(T* p, T x) { T old = *p; *p = x < old ? x : old; return old; }
+template <class T> inline T atomicMax(T* p, T x) { T old = *p; *p = x > old ? x : old; return old; }
 inline void __syncthreads() { rt->block_barrier(); }
 inline void __syncwarp() { rt->warp_barrier(); }
 

@@ -183,6 +183,7 @@ int cuDevicePrimaryCtxRelease(int) GOOD
 int cuCtxSetCurrent(void*) GOOD
 int cuCtxGetCurrent(void** c) { *c = (void*)1; return 0; }
 int cuCtxSynchronize() GOOD
+int cuStreamCreateWithPriority(void** s, unsigned, int) { *s = (void*)2; return 0; }
 int cuStreamCreate(void** s, unsigned) { *s = (void*)2; return 0; }
 int cuStreamDestroy_v2(void*) GOOD
 int cuStreamSynchronize(void*) GOOD
@@ -190,6 +191,9 @@ int cuStreamWaitEvent(void*, void*, unsigned) GOOD
 int cuEventCreate(void** e, unsigned) { *e = new double(0); return 0; }
 int cuEventRecord(void* e, void*) { *(double*)e = now(); return 0; }
 int cuEventSynchronize(void*) GOOD
+int cuEventQuery(void*) GOOD
+int cuMemHostAlloc(void** at, size_t bytes, unsigned) { *at = std::calloc(1, bytes); return *at ? 0 : 2; }
+int cuMemFreeHost(void* at) { std::free(at); return 0; }
 int cuEventElapsedTime_v2(float* ms, void* a, void* b) { *ms = (float)((*(double*)b - *(double*)a) * 1e3); return 0; }
 int cuEventElapsedTime(float* ms, void* a, void* b) { return cuEventElapsedTime_v2(ms, a, b); }
 int cuEventDestroy_v2(void* e) { delete (double*)e; return 0; }

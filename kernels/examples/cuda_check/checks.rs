@@ -17,7 +17,7 @@ use lite_llm_kernels::{
     rows::Rows,
 };
 
-use super::{fast, fused, truth::Check};
+use super::{fast, fused, seam, truth::Check};
 
 pub(super) type Done = Result<(), DeviceError>;
 
@@ -25,7 +25,7 @@ pub(super) type Done = Result<(), DeviceError>;
 pub(crate) fn all(check: &mut Check<'_>, what: &[String]) -> Done {
     let only: Vec<&str> =
         "small products experts attention routes one steps tiles rows fast fast-products \
-         fast-experts fast-attention"
+         fast-experts fast-attention seam descend sample sums copies"
             .split(' ')
             .filter(|name| what.iter().any(|w| w == name))
             .collect();
@@ -67,6 +67,7 @@ pub(crate) fn all(check: &mut Check<'_>, what: &[String]) -> Done {
         println!("attention of rows: {} differ", check.wrong.len());
     }
     fast::all(check, wanted)?;
+    seam::all(check, wanted)?;
     if wanted("steps") {
         for dtype in KvDType::ALL {
             fused::steps(check, dtype)?;

@@ -101,7 +101,8 @@ fn products(check: &mut Check<'_>) -> Done {
             check.cuda.matmul_by(variant, &pairs, m, &many, false)?;
             check.same(&format!("{name} by {}", variant.name()), &out, &base)?;
         }
-        for wide in [false, true].into_iter().filter(|_| check.cuda.tensor_fits(k)) {
+        let (fits, narrow) = (check.cuda.tensor_fits(k), check.narrow);
+        for wide in [false, true].into_iter().filter(|&wide| fits && !(wide && narrow)) {
             check.cuda.set_wide(wide);
             let name = if wide { format!("{name} wide") } else { name.clone() };
             let out = check.poisoned(m * n)?;
@@ -112,7 +113,7 @@ fn products(check: &mut Check<'_>) -> Done {
             let mut sum = base.clone();
             elementwise::add(&check.cpu, &mut sum, &base);
             check.same(&format!("{name} in tiles, added"), &out, &sum)?;
-            check.cuda.set_wide(false);
+            check.cuda.set_wide(true);
         }
         if check.cuda.one_fits(k) {
             let (out, dx) = (check.poisoned(n)?, check.cuda.upload(&x[..k])?);
@@ -170,11 +171,12 @@ fn experts(check: &mut Check<'_>) -> Done {
         let expected = parts.concat();
         let (dx, pairs) = rows_of(check, &x, hidden, rows)?;
         let droutes = check.cuda.upload(&routes)?;
-        let mut base: Option<Vec<f32>> = None;
+        let (mut base, narrow): (Option<Vec<f32>>, _) = (None, check.narrow);
         for (item_rows, wide) in [1, 4, 8, 16, 64, 128]
             .map(|rows| (rows, false))
             .into_iter()
             .chain([(64, true), (128, true)])
+            .filter(|&(_, wide)| !(wide && narrow))
         {
             check.cuda.set_wide(wide);
             let grouped = check.cuda.grouped(routes.len(), count, item_rows)?;
@@ -186,7 +188,7 @@ fn experts(check: &mut Check<'_>) -> Done {
             } else {
                 check.cuda.swiglu_tiles(&experts, &grouped, k, &pairs, &between, &out)?;
             }
-            check.cuda.set_wide(false);
+            check.cuda.set_wide(true);
             let wide = if wide { " wide" } else { "" };
             let name =
                 format!("fast experts {hidden}x{inter}, {rows} rows, items of {item_rows}{wide}");

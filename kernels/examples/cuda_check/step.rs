@@ -114,7 +114,7 @@ pub(crate) fn all(cuda: &Cuda, peak: f64, what: &[String]) -> Done {
             if prefills && (kind.fast() || !wide) {
                 cuda.set_wide(wide);
                 prefill(cuda, kind, &layers, &head, 2048, item_rows)?;
-                cuda.set_wide(false);
+                cuda.set_wide(true);
             }
         }
         // Items of sixteen rows read weights once, where items of eight may do so twice.

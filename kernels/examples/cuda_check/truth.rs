@@ -14,12 +14,14 @@ pub(crate) struct Check<'a> {
     pub(crate) wrong: Vec<String>,
     /// The largest error of [`Check::near`], of its limit.
     pub(crate) worst: f64,
+    /// Without the tiles by `wgmma`.
+    pub(crate) narrow: bool,
     state: u64,
 }
 
 impl<'a> Check<'a> {
     pub(crate) fn new(cpu: Cpu, cuda: &'a Cuda) -> Self {
-        Self { cpu, cuda, done: 0, wrong: Vec::new(), worst: 0.0, state: 1 }
+        Self { cpu, cuda, done: 0, wrong: Vec::new(), worst: 0.0, narrow: false, state: 1 }
     }
 
     pub(crate) fn bits(&mut self) -> u32 {
@@ -68,6 +70,23 @@ impl<'a> Check<'a> {
         let found = self.cuda.download(found)?;
         self.compare(name, &found, expected, |a, b| a == b);
         Ok(())
+    }
+
+    /// Pairs, one after the other.
+    pub(crate) fn same_pairs(
+        &mut self,
+        name: &str,
+        found: &Dev<[u32; 2]>,
+        expected: &[u32],
+    ) -> Result<(), DeviceError> {
+        let found = self.cuda.download(found)?;
+        self.compare(name, found.as_flattened(), expected, |a, b| a == b);
+        Ok(())
+    }
+
+    /// As many rows, fewer where a CPU stands for the GPU.
+    pub(crate) fn rows(&self, rows: usize) -> usize {
+        if self.cuda.describe().contains("not a GPU") { rows.div_ceil(40) } else { rows }
     }
 
     /// Whether what differs is small beside what is expected: root mean squares.

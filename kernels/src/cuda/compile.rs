@@ -17,13 +17,14 @@ const OPTIONS: [&str; 5] =
     ["--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--std=c++17"];
 
 /// The files, as they were when this was built.
-const FILES: [(&str, &str); 16] = [
+const FILES: [(&str, &str); 17] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("product.cuh", include_str!("../../cuda/product.cuh")),
     ("choose.cuh", include_str!("../../cuda/choose.cuh")),
     ("elementwise.cu", include_str!("../../cuda/elementwise.cu")),
     ("norm.cu", include_str!("../../cuda/norm.cu")),
     ("route.cu", include_str!("../../cuda/route.cu")),
+    ("sample.cu", include_str!("../../cuda/sample.cu")),
     ("attention.cu", include_str!("../../cuda/attention.cu")),
     ("attention_tile.cuh", include_str!("../../cuda/attention_tile.cuh")),
     ("matmul.cu", include_str!("../../cuda/matmul.cu")),
@@ -64,6 +65,8 @@ pub enum Source {
     Norm,
     /// Selection of routes.
     Route,
+    /// Tokens from logits.
+    Sample,
     /// Attention and its cache, of [`crate::kv::KvDType`] in order.
     Attention(u8),
     /// Attention of [`super::fast::Math::Fast`].
@@ -85,7 +88,7 @@ pub enum Source {
 impl Source {
     /// Every source there is.
     pub fn all() -> Vec<Source> {
-        let mut all = vec![Source::Elementwise, Source::Norm, Source::Route];
+        let mut all = vec![Source::Elementwise, Source::Norm, Source::Route, Source::Sample];
         all.extend([Source::AttentionFast, Source::Tensor, Source::TensorWide]);
         all.extend((0..3).map(Source::Attention));
         all.extend((0..6).map(Source::Matmul));
@@ -114,6 +117,7 @@ impl Source {
             Source::Elementwise => "elementwise.cu",
             Source::Norm => "norm.cu",
             Source::Route => "route.cu",
+            Source::Sample => "sample.cu",
             Source::Attention(_) => "attention.cu",
             Source::Matmul(_) => "matmul.cu",
             Source::Swiglu(_) => "swiglu.cu",
@@ -137,7 +141,7 @@ impl Source {
             Source::Tensor | Source::TensorWide => (String::new(), &["tensor.cuh", "product.cuh"]),
             Source::AttentionFast => (String::new(), &["tensor.cuh"]),
             Source::Route => (String::new(), &["choose.cuh"]),
-            Source::Elementwise | Source::Norm => (String::new(), &[]),
+            Source::Elementwise | Source::Norm | Source::Sample => (String::new(), &[]),
         };
         let parts: String = parts.iter().map(|part| folders.file(part)).collect();
         // Many rows of a sequence have tiles of their own where the cache is bf16.

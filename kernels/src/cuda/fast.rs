@@ -86,13 +86,13 @@ impl Cuda {
         shared(leaves(k), groups) <= self.shared_max as usize - 1024
     }
 
-    /// Whether tiles of many rows take Hopper's instruction for four warps. For checks and measuring:
-    /// whether it has the bits of the others is not known.
+    /// Whether tiles of many rows take Hopper's instruction for four warps, as they do there unless
+    /// this says otherwise. The bits are the same (`check fast` compares them).
     pub fn set_wide(&self, wide: bool) {
         self.wide.store(wide, Ordering::Relaxed);
     }
 
-    /// Whether [`Cuda::set_wide`] said so.
+    /// Whether they do.
     pub fn is_wide(&self) -> bool {
         self.wide.load(Ordering::Relaxed)
     }

@@ -442,15 +442,30 @@ impl Cuda {
         adds: bool,
         out: &Dev<f32>,
     ) -> Done {
+        self.weighted_sum_of(parts, weights, None, per_row, adds, out)
+    }
+
+    /// The same over the first `counts[r]` routes of row r; the others' parts are not read.
+    pub fn weighted_sum_of(
+        &self,
+        parts: &Dev<f32>,
+        weights: &Dev<f32>,
+        counts: Option<&Dev<u32>>,
+        per_row: usize,
+        adds: bool,
+        out: &Dev<f32>,
+    ) -> Done {
         assert_eq!(parts.len(), out.len() * per_row, "a part per route");
         if out.is_empty() {
             return Ok(());
         }
         let cols = out.len() * per_row / weights.len().max(1);
         assert_eq!(weights.len() * cols, out.len() * per_row, "a weight per route");
-        let args = Args::default().dev(parts).dev(weights).u32(per_row).u32(cols);
-        let args = args.u32(usize::from(adds)).dev(out).word(out.len() as u64);
-        // SAFETY: shapes as asserted.
+        assert!(counts.is_none_or(|c| c.len() * cols == out.len()), "a count per row");
+        let args = Args::default().dev(parts).dev(weights).word(counts.map_or(0, |c| c.at));
+        let args = args.u32(per_row).u32(cols).u32(usize::from(adds));
+        let args = args.dev(out).word(out.len() as u64);
+        // SAFETY: shapes as asserted; a count is at most `per_row` in the kernel.
         unsafe { self.launch(Source::Elementwise, "weighted_sum", self.each(out.len()), args) }
     }
 
@@ -554,34 +569,12 @@ impl Cuda {
         unsafe { self.launch(Source::Elementwise, "select_rows", self.each(out.len()), args) }
     }
 
-    /// Chooses the k best candidates of every branch: `scores` is `[branches, n]`, `index` and
-    /// `weight` are `[branches, k]`, `bad` is `[branches]`, 1 where a score is not finite.
-    pub fn choose(
-        &self,
-        scores: &Dev<f32>,
-        how: Choose<'_>,
-        index: &Dev<u32>,
-        weight: &Dev<f32>,
-        bad: &Dev<u32>,
-    ) -> Done {
-        let (n, branches) = (how.n, bad.len());
-        assert_eq!(scores.len(), branches * n, "scores are [branches, n]");
-        how.check(branches, index, weight);
-        let args = Args::default().dev(scores).structure(&how.words());
-        let args = args.dev(index).dev(weight).dev(bad);
-        let shared = (4 * n + n.div_ceil(LEAF) + 4) * size_of::<f32>();
-        let grid = Grid { shared, ..Grid::new(branches, 32) };
-        // SAFETY: shapes as asserted.
-        unsafe { self.launch(Source::Route, "choose", grid, args) }
-    }
-
-    /// Divides the weights of every row by their sum, added in order.
-    pub fn renormalise(&self, weights: &Dev<f32>, per_row: usize) -> Done {
-        assert!(per_row > 0 && weights.len().is_multiple_of(per_row), "whole rows");
-        let rows = weights.len() / per_row;
-        let args = Args::default().dev(weights).u32(per_row).u32(rows);
-        // SAFETY: whole rows.
-        unsafe { self.launch(Source::Route, "renormalise", self.each(rows), args) }
+    /// `x[rows[i], :] = from[i, :]`; the rows are rows of x, each at most once.
+    pub fn put_rows(&self, from: &Dev<f32>, rows: &Dev<u32>, cols: usize, x: &Dev<f32>) -> Done {
+        assert!(from.len() == rows.len() * cols && x.len().is_multiple_of(cols), "[rows, cols]");
+        let args = Args::default().dev(from).dev(rows).u32(cols).dev(x).word(from.len() as u64);
+        // SAFETY: shapes as asserted; the rows are the caller's promise.
+        unsafe { self.launch(Source::Elementwise, "put_rows", self.each(from.len()), args) }
     }
 
     /// Pages of keys and values, every byte of which is `fill`.

@@ -116,6 +116,11 @@ impl<T> Dev<T> {
         self.len == 0
     }
 
+    /// What it lies in, which stays taken while somebody has this.
+    pub(super) fn block(&self) -> Option<Arc<Block>> {
+        self.block.clone()
+    }
+
     /// Where the first value is, for tables of addresses.
     pub fn address(&self) -> u64 {
         self.at

@@ -7,16 +7,22 @@
 //! One thread at a time gives a device work; all work of one [`Cuda`] is done in order.
 
 pub mod compile;
+pub mod copy;
+pub mod descend;
 pub mod fast;
 pub mod launch;
 mod measuring;
 mod memory;
 pub mod one;
+pub mod sample;
 pub mod tile;
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use bytemuck::Pod;
@@ -44,6 +50,8 @@ type Found = Result<CudaFunction, DeviceError>;
 pub struct Cuda {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    copies: Arc<CudaStream>,
+    recording: AtomicBool,
     name: String,
     arch: String,
     processors: usize,
@@ -126,11 +134,14 @@ impl Cuda {
             Ok(Self {
                 name: format!("{id} ({})", context.name()?),
                 stream: context.new_stream()?,
+                copies: context.new_stream()?,
+                recording: AtomicBool::new(false),
                 arch,
                 processors: processors.unsigned_abs() as usize,
                 shared_max: shared.unsigned_abs(),
                 starts_early: major >= 9,
-                wide: AtomicBool::new(false),
+                // Other architectures have another instruction.
+                wide: AtomicBool::new(major == 9),
                 folders,
                 pool: Arc::default(),
                 modules: Mutex::default(),
@@ -194,6 +205,8 @@ impl Cuda {
         let block = Block::new(self.allocate(bytes)?, bytes, self.context.clone());
         let memory = Dev::new(Some(block), len);
         self.fill(&memory, fill)?;
+        // Else a copy on the other stream could come before the bytes that it overwrites.
+        self.copies.join(&self.stream).map_err(|e| self.fail(e))?;
         Ok(memory)
     }
 
@@ -318,7 +331,9 @@ impl Cuda {
     ) -> Result<CudaGraph, DeviceError> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         self.stream.begin_capture(mode).map_err(|e| self.fail(e))?;
+        self.recording.store(true, Ordering::Relaxed);
         let worked = work();
+        self.recording.store(false, Ordering::Relaxed);
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = self.stream.end_capture(flags).map_err(|e| self.fail(e));
         worked?;
