@@ -179,7 +179,7 @@ fn one_head(
             }
             for (r, i) in here.clone().enumerate() {
                 let from = window.map_or(0, |w| (i + 1).saturating_sub(w as usize));
-                let along = sum::sum_products(outs[i], douts[i]);
+                let along = sum::dot(cpu.simd(), outs[i], douts[i]);
                 let (p, dp) = (&mut p[r * seen..][..seen], &mut dp[r * seen..][..seen]);
                 score_gradient(cpu.simd(), p, dp, from, i + 1, scale, along);
             }

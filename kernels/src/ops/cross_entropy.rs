@@ -6,7 +6,12 @@
 
 use crate::{
     cpu::Cpu,
-    ops::{elementwise::for_rows, function::exp, softmax::largest, sum},
+    ops::{
+        elementwise::{for_rows, for_rows_of},
+        function::exp,
+        softmax::largest,
+        sum,
+    },
     simd::vectorised,
 };
 
@@ -34,7 +39,7 @@ pub fn losses(cpu: &Cpu, logits: &[f32], targets: &[Option<u32>]) -> Vec<RowSoft
     let vocabulary = logits.len() / targets.len();
     assert_eq!(logits.len(), targets.len() * vocabulary, "logits are [rows, vocabulary]");
     let mut sums = vec![0.0; 2 * targets.len()];
-    for_rows(cpu, &mut sums, 2, |first, out| {
+    for_rows_of(cpu, &mut sums, 2, logits.len(), |first, out| {
         for (row, out) in (first..).zip(out.chunks_exact_mut(2)) {
             let logits = &logits[row * vocabulary..][..vocabulary];
             [out[0], out[1]] = largest_and_sum(cpu.simd(), logits);
@@ -96,5 +101,28 @@ vectorised! {
         if let Some(at) = at {
             z[at] -= scale;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::simd::Simd;
+
+    #[test]
+    fn rows_are_shared_by_threads_where_there_is_much_to_sum_and_keep_their_bits() {
+        let (rows, vocabulary) = (40, 2000);
+        let logits: Vec<f32> = (0..rows * vocabulary).map(|i| (i as f32).sin() * 9.0).collect();
+        let targets: Vec<Option<u32>> = (0..rows as u32).map(|i| Some(i * 31)).collect();
+        let one = losses(&Cpu::new(1, Simd::Scalar), &logits, &targets);
+        assert_eq!(losses(&Cpu::best(3), &logits, &targets), one);
+        let pieces = AtomicUsize::new(0);
+        let mut out = vec![0.0; 2 * rows];
+        for_rows_of(&Cpu::best(2), &mut out, 2, logits.len(), |_, _| {
+            pieces.fetch_add(1, Ordering::Relaxed);
+        });
+        assert!(pieces.into_inner() > 1, "one thread would do all rows");
     }
 }

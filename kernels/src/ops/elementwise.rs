@@ -20,9 +20,22 @@ pub(crate) fn for_rows(
     cols: usize,
     body: impl Fn(usize, &mut [f32]) + Sync,
 ) {
+    let work = values.len();
+    for_rows_of(cpu, values, cols, work, body);
+}
+
+/// The same where a row is worth more than its own values: `work` are the values that all rows are made
+/// of.
+pub(crate) fn for_rows_of(
+    cpu: &Cpu,
+    values: &mut [f32],
+    cols: usize,
+    work: usize,
+    body: impl Fn(usize, &mut [f32]) + Sync,
+) {
     assert!(cols > 0 && values.len().is_multiple_of(cols), "values are whole rows");
     let rows = values.len() / cols;
-    if values.len() < INLINE_VALUES {
+    if work < INLINE_VALUES {
         body(0, values);
         return;
     }
@@ -154,7 +167,7 @@ pub fn sigmoid_gate_backward(
     for (row, (&logit, dlogit)) in logits.iter().zip(dlogits).enumerate() {
         let gate = sigmoid(logit);
         let of = row * cols..(row + 1) * cols;
-        let along = sum::sum_products(&y[of.clone()], &dy[of]);
+        let along = sum::dot(cpu.simd(), &y[of.clone()], &dy[of]);
         *dlogit = gate * (1.0 - gate) * along;
     }
     for_rows(cpu, dx, cols, |first, dx| {

@@ -4,7 +4,10 @@
 //! i upwards, lanes starting at +0.0; then `((l0 + l4) + (l2 + l6)) + ((l1 + l5) + (l3 + l7))`. Leaves
 //! meet in the tree of [`super::tree`], so that a row that is cut at nodes of it keeps its sum.
 
-use crate::ops::tree::{LEAF, fold};
+use crate::{
+    ops::tree::{LEAF, fold},
+    simd::vectorised,
+};
 
 /// Virtual lanes; fixed by the determinism contract.
 pub const LANES: usize = 8;
@@ -60,7 +63,7 @@ pub(crate) fn sum_of_squares(values: &[f32]) -> f32 {
 
 /// The sum of all products of two rows of one length, each added by a fused multiply-add.
 #[inline(always)]
-pub fn sum_products(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn sum_products(a: &[f32], b: &[f32]) -> f32 {
     let leaf = |a: &[f32], b: &[f32]| {
         let mut lanes = [0.0f32; LANES];
         let ((a, more_a), (b, more_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
@@ -77,6 +80,14 @@ pub fn sum_products(a: &[f32], b: &[f32]) -> f32 {
     match a.len() {
         0..=LEAF => leaf(a, b),
         _ => fold(a.chunks(LEAF).zip(b.chunks(LEAF)).map(|(a, b)| leaf(a, b))),
+    }
+}
+
+vectorised! {
+    /// [`sum_products`] by itself, with the instructions of a set: without them each fused
+    /// multiply-add would be a call of the library's.
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        sum_products(a, b)
     }
 }
 
@@ -114,6 +125,19 @@ mod tests {
             differs[1] += usize::from(len > 256 && one_leaf.to_bits() != found.to_bits());
         }
         assert!(differs[0] > 20 && differs[1] > 5, "the data can tell orders apart: {differs:?}");
+    }
+
+    #[test]
+    fn products_have_the_bits_of_the_rule_in_every_set() {
+        for len in [0, 1, 9, 256, 300, 1000] {
+            let of = |by: f32| (0..len).map(|i| (i as f32 * by).sin() * 43.5).collect::<Vec<_>>();
+            let (a, b) = (of(12.9898), of(78.233));
+            let pairs: Vec<[f32; 2]> = a.iter().zip(&b).map(|(a, b)| [*a, *b]).collect();
+            let expected = sum_by(&pairs, |sum, [a, b]: [f32; 2]| a.mul_add(b, sum));
+            for simd in crate::simd::Simd::available() {
+                assert_eq!(dot(simd, &a, &b).to_bits(), expected.to_bits(), "{len} {simd}");
+            }
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use lite_llm_kernels::{
         matmul::matmul,
         row_sums::{Factor, sum_rows},
         softmax::softmax_backward,
-        sum::sum_products,
+        sum::dot,
     },
     rows::Rows,
 };
@@ -208,7 +208,7 @@ pub(super) fn backward(
         for ((&row, &c), y) in each {
             let dout = &dout[row as usize * width..][..width];
             let weight = routes.all()[c as usize].weight;
-            dw.push(sum_products(dout, y));
+            dw.push(dot(cpu.simd(), dout, y));
             dy.extend(dout.iter().map(|d| d * weight));
         }
         let weights = weights_of(params, expert.ids);

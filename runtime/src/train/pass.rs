@@ -50,6 +50,8 @@ pub(super) struct Pass<'a> {
     pub(super) recompute: Recompute,
     /// Whether the router z-loss is wanted.
     pub(super) with_z: bool,
+    /// See [`LOGITS_MAX`].
+    logits_max: usize,
     flat: Flat,
     tokens: LeafPlan,
     /// Rotary table `[N, head_dim]`.
@@ -116,7 +118,8 @@ impl<'a> Pass<'a> {
         let mut table = vec![0.0; flat.len() * config.attention.head_dim];
         rotary_table(cpu, &flat.positions, &inv_freq, scale, &mut table);
         let tokens = LeafPlan::of_tokens(&flat.places, flat.rows.clone());
-        Self { cpu, params, mask, recompute, with_z, flat, tokens, table }
+        let logits_max = LOGITS_MAX;
+        Self { cpu, params, mask, recompute, with_z, logits_max, flat, tokens, table }
     }
 
     fn rows(&self) -> usize {
@@ -288,7 +291,7 @@ impl<'a> Pass<'a> {
     /// Pieces of rows whose logits exist at a time.
     fn pieces(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (rows, vocab) = (self.rows(), self.params.config().vocab);
-        let most = (LOGITS_MAX / vocab).max(1);
+        let most = (self.logits_max / vocab).max(1);
         (0..rows).step_by(most).map(move |from| from..(from + most).min(rows))
     }
 
@@ -421,7 +424,7 @@ impl<'a> Pass<'a> {
         };
         let (cpu, hidden, rows) = (self.cpu, self.params.config().hidden, self.rows());
         let table = self.params.values(self.head());
-        let piece = (LOGITS_MAX / rows.max(1)).max(1);
+        let piece = (self.logits_max / rows.max(1)).max(1);
         for (i, (table, out)) in
             table.chunks(piece * hidden).zip(gradient.chunks_mut(piece * hidden)).enumerate()
         {
@@ -577,5 +580,79 @@ impl<'a> Pass<'a> {
             sum_rows(self.cpu, Factor::One, Rows::List(&rows), hidden, &plan, out);
         }
         gradient
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::ModelConfig,
+        train::{batch::Batch, batch::Row, config::NewModel},
+    };
+
+    /// Head gradients of three rows where so many logits exist at a time, and what they are made of.
+    fn head(logits_max: usize) -> (Vec<f32>, Vec<f32>, Params, Flat) {
+        let tier = serde_json::json!({ "name": "tier_1b", "groups": 1, "experts": 2 });
+        let new = serde_json::json!({
+            "tokenizer": "", "hidden": 12, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 6,
+            "context": 512, "intermediate": 4, "routes": [1, 1, 1], "tiers": [tier],
+        });
+        let new: NewModel = serde_json::from_value(new).unwrap();
+        let mut like: ModelConfig = new.config(&vocabulary(1)).unwrap();
+        like.vocab = 301;
+        let mut params = Params::random(like, 3);
+        let id = params.ids().head.unwrap();
+        params.list_mut()[id].values_mut().iter_mut().for_each(|x| *x *= 30.0);
+        let row = |n: u32| Row::whole((0..n).map(|i| (i * i + n) % 301).collect());
+        let batch = Batch { rows: vec![row(300), row(5), row(40)] };
+        let mask = TierMask::new(vec![true]);
+        let cpu = Cpu::best(2);
+        let flat = Flat::new(&batch, 0..3);
+        let mut pass = Pass::new(&cpu, &params, &mask, Recompute::None, false, flat.clone());
+        pass.logits_max = logits_max;
+        let tape = pass.forward().unwrap();
+        let normed = pass.normed(&tape);
+        let wanted = vec![true; params.list().len()];
+        let mut gradients = Gradients::new(wanted.len() + 1);
+        pass.head_backward(&normed, 0.25, &wanted, &mut gradients).unwrap();
+        let gradient = gradients.take(id).unwrap();
+        let normed = normed.as_slice().to_vec();
+        (gradient, normed, params, flat)
+    }
+
+    fn vocabulary(tokens: usize) -> ModelConfig {
+        let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe");
+        let mut config = crate::checkpoint::Checkpoint::open(demo).unwrap().config().clone();
+        config.vocab = config.vocab.max(tokens);
+        config
+    }
+
+    #[test]
+    fn the_heads_gradient_by_pieces_has_the_bits_of_the_whole_and_is_the_formulas() {
+        let (whole, normed, params, flat) = head(LOGITS_MAX);
+        for most in [1, 301 * 7, 345 * 10] {
+            let pieces = head(most).0;
+            let same = pieces.iter().zip(&whole).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "pieces of {most} logits");
+        }
+        let table = params.values(params.ids().head.unwrap());
+        let mut exact = vec![0.0f64; table.len()];
+        for (row, target) in flat.targets.iter().enumerate() {
+            let Some(target) = *target else { continue };
+            let x = &normed[row * 12..][..12];
+            let dot = |w: &[f32]| w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+            let z: Vec<f64> = table.chunks(12).map(dot).collect();
+            let sum: f64 = z.iter().map(|z| z.exp()).sum();
+            for (i, z) in z.iter().enumerate() {
+                let dz = 0.25 * (z.exp() / sum - f64::from(u8::from(i == target as usize)));
+                for (to, x) in exact[i * 12..].iter_mut().zip(x) {
+                    *to += dz * f64::from(*x);
+                }
+            }
+        }
+        let norm = exact.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let off: f64 = exact.iter().zip(&whole).map(|(e, f)| (e - f64::from(*f)).powi(2)).sum();
+        assert!(norm > 1.0 && off.sqrt() < 1e-5 * norm, "{} of {norm}", off.sqrt());
     }
 }
