@@ -39,6 +39,7 @@ pub mod storage;
 #[cfg(test)]
 mod testing;
 pub mod trace;
+pub mod training;
 pub mod wire;
 pub mod words;
 pub mod worker;

@@ -25,14 +25,17 @@ pub use bench::{
     BenchTransportArgs, BenchTransportPeerArgs, RandomModelArgs,
 };
 pub use http::{HttpArgs, KeyArgs, KeyCommand};
-pub use import::{ImportArgs, ModelPath};
+pub use import::{ExportArgs, ImportArgs, ModelPath};
 pub use jobs::{
     CancelArgs, ClientArgs, JobArgs, JobsArgs, KeepJobs, Numbers, OwnerArgs, SubmitArgs,
 };
 pub use plan::PlanArgs;
 pub use settings::{Setting, Settings, SettingsError, parse};
 pub use tools::{CompletionsArgs, ConfigArgs, ConfigRole, ManArgs};
-pub use train::{GradArgs, TierAddArgs, TierCommand, TrainArgs, TrainComputeArgs};
+pub use train::{
+    GradArgs, RunTrainArgs, TierAddArgs, TierCommand, TierDropArgs, TrainArgs, TrainCommand,
+    TrainComputeArgs, TrainPlotArgs, TrainWorkerArgs,
+};
 
 use crate::{
     size::{NvmeArg, Size},
@@ -85,6 +88,8 @@ pub enum Command {
     Run(RunArgs),
     /// Turn a Hugging Face folder or a GGUF file of an MoE model into a native checkpoint.
     Import(ImportArgs),
+    /// Turn a checkpoint into a Hugging Face folder that transformers loads with equal logits.
+    Export(ExportArgs),
     /// Show what is in a checkpoint.
     Inspect(ModelPath),
     /// Check every hash of a checkpoint.

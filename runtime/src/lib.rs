@@ -11,6 +11,7 @@ pub mod config;
 pub mod draft;
 pub mod engine;
 pub mod expert;
+pub mod export;
 pub mod forward;
 pub mod gpu;
 pub mod import;

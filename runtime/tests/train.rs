@@ -19,8 +19,8 @@ use lite_llm_runtime::{
         Recompute,
         balance::BalanceWeights,
         batch::{Batch, Row},
-        config::TrainConfig,
-        grow::{Init, with_tier},
+        config::{NewTier, TrainConfig},
+        grow::{Init, add_tier, drop_tier, with_tier},
         optimizer::{Adafactor, AdamW, Optimizer, Sgd},
         params::Params,
         run::{Happened, Run},
@@ -448,6 +448,21 @@ fn what_cannot_be_trained_on_is_said_clearly() {
     assert!(error.contains("trains nothing"), "{error}");
     let error = open(&|config| config.starvation.rho = 1e6);
     assert!(error.contains("tokens a step") && error.contains("experts"), "{error}");
+    // Phases that come later are looked at before the first begins.
+    let error = open(&|config| config.phase[2].train.tiers = vec!["tier_9".into()]);
+    assert!(error.contains("phase 2") && error.contains("tier_9"), "{error}");
+    let later =
+        |change: fn(&mut NewTier)| open(&|config| change(config.phase[1].add.as_mut().unwrap()));
+    let error = later(|add| add.init = Some("copy:tier_7".into()));
+    assert!(error.contains("phase 1") && error.contains("tier_7"), "{error}");
+    let error = later(|add| add.name = "tier_1b".parse().unwrap());
+    assert!(error.contains("phase 1") && error.contains("tier_1b"), "{error}");
+    let error = later(|add| add.k_tier = Some(9));
+    assert!(error.contains("phase 1") && error.contains("k_tier"), "{error}");
+    // A weight that would do nothing.
+    assert_eq!(open(&|config| config.phase[0].balance.aux = 0.5), "");
+    let error = open(&|config| config.phase[2].balance.aux = 0.5);
+    assert!(error.contains("phase[2].balance.aux") && error.contains("one tier"), "{error}");
     let error = open(&|config| config.data.sequence = 65);
     assert!(error.contains("context"), "{error}");
     std::fs::write(dir.path().join("text.txt"), [b'a', 0xff]).unwrap();
@@ -460,6 +475,129 @@ fn what_cannot_be_trained_on_is_said_clearly() {
     std::fs::write(dir.path().join("lines.jsonl"), "").unwrap();
     let error = open(&|_| {});
     assert!(error.contains("0 tokens"), "{error}");
+}
+
+#[test]
+fn two_do_not_train_in_one_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let open = |resume| {
+        let cpu = Arc::new(Cpu::best(1));
+        Run::open(run_config("shared", 2), dir.path(), cpu, resume).map_err(|e| e.to_string())
+    };
+    let mut first = open(false).unwrap();
+    first.advance().unwrap();
+    let error = open(true).err().unwrap();
+    assert!(error.contains("shared") && error.contains("another process"), "{error}");
+    drop(first);
+    open(true).unwrap();
+}
+
+#[test]
+fn a_step_that_leaves_what_is_not_finite_is_not_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let mut config = run_config("wild", 50);
+    config.checkpoint.every = 1;
+    config.phase[0].optimizer = serde_json::from_str(r#"{ "kind": "sgd" }"#).unwrap();
+    (config.phase[0].lr, config.phase[0].warmup, config.phase[0].clip) = (1e-3, 0, 0.0);
+    // Two good steps, then one whose learning rate overflows.
+    config.phase[0].steps = 2;
+    let mut wild = config.phase[0].clone();
+    (wild.name, wild.lr, wild.steps) = ("wild".into(), 3e38, 5);
+    wild.optimizer = serde_json::from_str(r#"{ "kind": "sgd", "weight_decay": 1e30 }"#).unwrap();
+    config.phase.insert(1, wild);
+    let mut run = Run::open(config, dir.path(), Arc::new(Cpu::best(2)), false).unwrap();
+    let error = loop {
+        if let Err(error) = run.advance() {
+            break error.to_string();
+        }
+    };
+    assert!(error.starts_with("step 3 (phase wild)") && error.contains("not saved"), "{error}");
+    let last = state::list(run.out()).unwrap().pop().unwrap();
+    assert_eq!(last.0, 2);
+    let params = Params::load(&Checkpoint::open(last.1.join(state::MODEL)).unwrap()).unwrap();
+    assert!(params.list().iter().all(|p| p.values().iter().all(|x| x.is_finite())));
+}
+
+#[test]
+fn a_tier_that_was_left_out_is_not_starved_when_it_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let mut config = run_config("back", 6);
+    config.starvation.window = 4;
+    // Both tiers exist from the beginning; only the first is used for longer than the window.
+    let add = config.phase[1].add.take().unwrap();
+    config.model.new.as_mut().unwrap().tiers.push(NewTier { init: None, ..add });
+    let (all, _) = finish(Run::open(config, dir.path(), Arc::new(Cpu::best(2)), false).unwrap());
+    let records = all.iter().filter_map(|event| match event {
+        Happened::Step(record) if record.phase == "1" => Some(record),
+        _ => None,
+    });
+    let record = records.min_by_key(|record| record.step).unwrap();
+    let tier = record.tiers.iter().find(|tier| tier.tier == "tier_10b").unwrap();
+    assert_eq!((record.step, tier.starved), (7, 0));
+}
+
+#[test]
+fn what_a_tier_does_not_begin_with_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiers = || [TierConfig::new(TIER_1B, 2, 3, 0), TierConfig::new(TIER_10B, 3, 2, 0)];
+    let write = |name: &str| {
+        let mut params = config();
+        params.moe.as_mut().unwrap().tiers = tiers().to_vec();
+        let out = dir.path().join(name);
+        let text = Text {
+            tokenizer_json: Checkpoint::open(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/../models/manpages-moe"
+            ))
+            .unwrap()
+            .tokenizer_json()
+            .unwrap(),
+            ..Default::default()
+        };
+        state::write_model(&out, &Params::random(params, 4), &text).unwrap();
+        out
+    };
+    let (whole, broken) = (write("whole"), write("broken"));
+    // The second tier's and the dense part's weights are gone.
+    for folder in ["dense", "tiers/tier_10b"] {
+        for entry in std::fs::read_dir(broken.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "safetensors") {
+                std::fs::write(&path, "gone").unwrap();
+            }
+        }
+    }
+    let add = |dir: &Path, init: &str| {
+        let tier = TierConfig::new("tier_100b".parse().unwrap(), 2, 2, 0);
+        add_tier(dir, tier, &init.parse().unwrap())
+    };
+    let error = add(&broken, "means").unwrap_err();
+    assert!(error.to_string().contains("tier_10b"), "{error}");
+    assert_eq!(add(&broken, "copy:tier_1b").unwrap(), add(&whole, "copy:tier_1b").unwrap());
+}
+
+#[test]
+fn the_tier_that_was_added_last_can_be_dropped_and_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("model");
+    let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe");
+    let tokenizer_json = Checkpoint::open(demo).unwrap().tokenizer_json().unwrap();
+    let text = Text { tokenizer_json, ..Default::default() };
+    state::write_model(&out, &Params::random(config(), 4), &text).unwrap();
+    let first = Checkpoint::open(&out).unwrap().id();
+    let error = drop_tier(&out, "tier_10b").unwrap_err().to_string();
+    assert!(error.contains("tier_1b, tier_10b"), "{error}");
+    let tier = TierConfig::new("tier_100b".parse().unwrap(), 1, 2, 0);
+    add_tier(&out, tier, &Init::Random(1)).unwrap();
+    assert_ne!(Checkpoint::open(&out).unwrap().id(), first);
+    let error = drop_tier(&out, "tier_10b").unwrap_err().to_string();
+    assert!(error.contains("not the tier that was added last"), "{error}");
+    assert_eq!(drop_tier(&out, "tier_100b").unwrap(), 1);
+    assert_eq!(Checkpoint::open(&out).unwrap().id(), first);
+    assert!(!out.join("v2").exists() && !out.join("import.staging").exists());
 }
 
 #[test]

@@ -10,6 +10,7 @@
 //! | job | coordinator | worker |
 //! | client | client | coordinator |
 //! | weights | worker | worker |
+//! | training | coordinator | worker |
 //!
 //! Invariants: a peer that opens what it may not is disconnected; a stream whose header is late is
 //! dropped and holds up no other; the connection lives as long as a handle or a frame stream of it.
@@ -75,19 +76,23 @@ pub enum StreamKind {
     Client = 4,
     /// Requests for experts' weights, and those.
     Weights = 5,
+    /// Nodes of a training step, and what they give.
+    Train = 6,
 }
 
 impl StreamKind {
     fn from_wire(kind: u8) -> Option<Self> {
         use StreamKind::*;
-        [Control, Experts, Job, Client, Weights].into_iter().find(|known| *known as u8 == kind)
+        [Control, Experts, Job, Client, Weights, Train]
+            .into_iter()
+            .find(|known| *known as u8 == kind)
     }
 
     /// Whether two roles have anything to say to each other.
     pub(crate) fn any_between(one: Role, other: Role) -> bool {
         use StreamKind::*;
         let between = |kind: Self| kind.allowed(one, other) || kind.allowed(other, one);
-        [Control, Experts, Job, Client, Weights].into_iter().any(between)
+        [Control, Experts, Job, Client, Weights, Train].into_iter().any(between)
     }
 
     /// Whether a peer of one role may open such a stream to the other.
@@ -98,7 +103,7 @@ impl StreamKind {
             (StreamKind::Control, Coordinator, Worker | Coordinator)
                 | (StreamKind::Control, Worker, Coordinator)
                 | (StreamKind::Experts | StreamKind::Weights, Worker, Worker)
-                | (StreamKind::Job, Coordinator, Worker)
+                | (StreamKind::Job | StreamKind::Train, Coordinator, Worker)
                 | (StreamKind::Client, Client, Coordinator)
         )
     }
@@ -112,6 +117,7 @@ impl fmt::Display for StreamKind {
             StreamKind::Job => "job",
             StreamKind::Client => "client",
             StreamKind::Weights => "weights",
+            StreamKind::Train => "training",
         })
     }
 }

@@ -59,6 +59,8 @@ pub enum FrameKind {
     Weights = 11,
     /// A [`messages::JobOrder`].
     JobOrder = 12,
+    /// A [`messages::TrainMessage`].
+    Train = 13,
 }
 
 impl FrameKind {
@@ -77,6 +79,7 @@ impl FrameKind {
             WeightsReply,
             Weights,
             JobOrder,
+            Train,
         ]
         .into_iter();
         known.find(|known| *known as u16 == kind)

@@ -8,6 +8,7 @@
 //! | job | 20 MiB and a bit: the start, with all token ids | 64 MiB: events |
 //! | client | 8 MiB and a bit: a request, with prompt and answer so far | 64 MiB: events |
 //! | weights | 1 KiB: a request | 1 MiB: a part of an expert |
+//! | training | 1 MiB: a part of work or parameters | 1 MiB: a part of gradients |
 //! | control | no frames of ours: `actors::control` bounds its messages | |
 //!
 //! By connection, for what the peer is:
@@ -54,6 +55,7 @@ impl FrameLimits {
             StreamKind::Job => (JOB_START_BYTES_MAX, FRAME_BYTES_MAX),
             StreamKind::Client => (REQUEST_BYTES_MAX, FRAME_BYTES_MAX),
             StreamKind::Weights => (WEIGHTS_REQUEST_BYTES_MAX, WEIGHTS_CHUNK_BYTES),
+            StreamKind::Train => (WEIGHTS_CHUNK_BYTES, WEIGHTS_CHUNK_BYTES),
         };
         Self { opener, acceptor }
     }

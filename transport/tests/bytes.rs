@@ -159,3 +159,18 @@ fn frames_of_experts_are_written_and_read_as_they_were() {
     let frame = kept("expert_failure.v2", &OutgoingFrame::message(&failure).unwrap());
     assert_eq!(frame.decode::<ExpertFailure>().unwrap(), failure);
 }
+
+#[test]
+fn messages_of_training_are_written_and_read_as_they_were() {
+    use lite_llm_transport::messages::TrainMessage::{Computed, Failed, Model, Values, Work};
+    let all = [
+        Model { bytes: 7 },
+        Values { bytes: 8 },
+        Work { number: 1, bytes: 9 },
+        Computed { number: 2, bytes: 10 },
+        Failed { number: 3, bytes: 11 },
+    ];
+    for (i, head) in all.iter().enumerate() {
+        message(&format!("train_message_{i}.v3"), head);
+    }
+}

@@ -5,6 +5,17 @@ use std::path::PathBuf;
 use clap::Args;
 use lite_llm_runtime::checkpoint::codec;
 
+/// `export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// Checkpoint: a folder or URL. Of one tier with one group, as transformers' classes know it.
+    #[arg(value_name = "DIR|URL")]
+    pub model: PathBuf,
+    /// Folder to write, which is not there yet.
+    #[arg(value_name = "HF_DIR")]
+    pub out: PathBuf,
+}
+
 /// `import`.
 #[derive(Debug, Args)]
 pub struct ImportArgs {

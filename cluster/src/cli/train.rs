@@ -1,17 +1,74 @@
 //! `train`, `grad` and `tier`.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Subcommand};
 use lite_llm_kernels::simd::Simd;
 use lite_llm_runtime::tier::{TierId, TierSet};
 
+use super::ModelPath;
+
 /// `train`.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct TrainArgs {
+    /// Something beside a run.
+    #[command(subcommand)]
+    pub what: Option<TrainCommand>,
+    /// A run.
+    #[command(flatten)]
+    pub run: RunTrainArgs,
+}
+
+/// What there is beside a run.
+#[derive(Debug, Subcommand)]
+pub enum TrainCommand {
+    /// Draw a run's losses, balance and load.
+    Plot(TrainPlotArgs),
+    /// Help a run that was started with --workers, from this or another machine.
+    Worker(TrainWorkerArgs),
+}
+
+/// `train plot`.
+#[derive(Debug, Args)]
+pub struct TrainPlotArgs {
+    /// Folder of the run.
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// SVG file to write [default: plot.svg in the run's folder].
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+/// `train worker`.
+#[derive(Debug, Args)]
+pub struct TrainWorkerArgs {
+    /// Where the run listens.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub hub: SocketAddr,
+    /// Token file of the run.
+    #[arg(long, value_name = "FILE")]
+    pub token: PathBuf,
+    /// Its name [default: w and the number of the process].
+    #[arg(long)]
+    pub name: Option<String>,
+    /// How it is computed.
+    #[command(flatten)]
+    pub compute: TrainComputeArgs,
+}
+
+/// A run.
+#[derive(Debug, Args)]
+pub struct RunTrainArgs {
     /// The run: model, data, phases. Paths in it are relative to its folder.
-    #[arg(value_name = "CONFIG.toml")]
-    pub config: PathBuf,
+    #[arg(value_name = "CONFIG.toml", required = true)]
+    pub config: Option<PathBuf>,
+    /// Compute gradients in so many processes; no bit depends on it [default: in this one].
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub workers: Option<u16>,
+    /// Where workers connect (QUIC, UDP).
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:0", requires = "workers")]
+    pub listen: SocketAddr,
     /// Go on from the last checkpoint of the run, if there is one.
     #[arg(long)]
     pub resume: bool,
@@ -23,7 +80,7 @@ pub struct TrainArgs {
 /// Threads and instructions; neither changes a result.
 #[derive(Debug, Clone, Args)]
 pub struct TrainComputeArgs {
-    /// Compute threads [default: the machine's cores].
+    /// Compute threads, of each worker if there are any [default: the machine's cores, shared].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// Vector instructions: scalar, avx2, avx512, neon [default: the best here].
@@ -65,6 +122,21 @@ pub struct GradArgs {
 pub enum TierCommand {
     /// Add a tier to the checkpoint in a folder, by adding files: earlier manifests still open.
     Add(TierAddArgs),
+    /// List the tiers of a checkpoint.
+    List(ModelPath),
+    /// Drop the tier that was added last, with the manifest that added it.
+    Drop(TierDropArgs),
+}
+
+/// `tier drop`.
+#[derive(Debug, Args)]
+pub struct TierDropArgs {
+    /// Checkpoint folder.
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// The tier: it must be the last, so that nothing else is dropped by mistake.
+    #[arg(long)]
+    pub name: TierId,
 }
 
 /// `tier add`.

@@ -8,6 +8,7 @@ mod coordinator;
 mod detached;
 mod doctor;
 mod eval;
+mod export;
 mod http;
 mod import;
 mod inspect;
@@ -202,6 +203,7 @@ async fn perform(command: Command, settings: Option<PathBuf>, json: bool) -> Res
     match command {
         Command::Run(args) => run::run(args, json).await,
         Command::Import(args) => import::import(args, json).await,
+        Command::Export(args) => export::export(args, json).await,
         Command::Inspect(args) => inspect::inspect(args, json),
         Command::Verify(args) => inspect::verify(args, json).await,
         Command::Eval(args) => eval::eval(args, json).await,

@@ -147,6 +147,22 @@ impl Folder {
             linked => linked.map_err(io("create"))?,
         }
         fs::remove_file(&name).map_err(io("remove the staging name of"))?;
+        self.end()
+    }
+
+    /// Removes a manifest, then the folder of its files: an interruption between the two leaves files that
+    /// nobody names, and the next writer of that number removes them.
+    pub(super) fn drop_manifest(self, number: u64) -> Result<(), CheckpointError> {
+        let path = manifest_name(number);
+        let removed = fs::remove_file(self.dir.join(&path));
+        removed.map_err(CheckpointError::io(path, "remove"))?;
+        sync_folder(&self.dir)?;
+        self.remove(&format!("v{number}"))?;
+        self.end()
+    }
+
+    /// Removes the mark.
+    fn end(self) -> Result<(), CheckpointError> {
         sync_folder(&self.dir)?;
         let mark = self.dir.join(STAGING_MARK);
         fs::remove_file(&mark).map_err(CheckpointError::io(mark.display().to_string(), "remove"))

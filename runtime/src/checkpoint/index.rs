@@ -26,6 +26,11 @@ impl Hash {
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
     }
+
+    /// The hash of some values, as they lie in memory.
+    pub fn of_f32s(values: &[f32]) -> Self {
+        Self::of(bytemuck::cast_slice(values))
+    }
 }
 
 impl fmt::Display for Hash {

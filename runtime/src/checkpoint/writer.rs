@@ -378,6 +378,18 @@ impl Writer {
     }
 }
 
+/// Removes the highest manifest of the checkpoint in a folder, and its files, if it is this one, and one
+/// before it stays. Whoever has the checkpoint open loses what it has not read yet.
+pub(crate) fn drop_highest(dir: &Path, number: u64) -> Result<(), CheckpointError> {
+    let folder = Folder::lock(dir)?;
+    let highest = Checkpoint::open(dir)?.manifest().number;
+    if highest != number || number < 2 {
+        let (location, manifest) = (dir.display().to_string(), manifest_name(highest));
+        return Err(CheckpointError::Raced { location, manifest });
+    }
+    folder.drop_manifest(number)
+}
+
 fn check(config: &ModelConfig, path: impl FnOnce() -> String) -> Result<(), CheckpointError> {
     config.check().map_err(|source| CheckpointError::Config { path: path(), source })
 }

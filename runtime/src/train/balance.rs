@@ -27,6 +27,7 @@ use lite_llm_kernels::{
     rows::Rows,
 };
 
+use super::bytes::{Damaged, Reader, Writer};
 use crate::routing::{Gate, GateTrace, Route, Routes};
 
 /// Weights of the losses beside cross-entropy.
@@ -225,6 +226,59 @@ impl Sums {
         let sums = self.layers.get(layer).and_then(|gates| gates.get(&gate));
         let tokens = sums.map_or(1, |sums| sums.tokens.max(1)) as f64;
         2.0 * weights.z / self.layers.len().max(1) as f64 / tokens
+    }
+}
+
+impl Sums {
+    /// Appends all of it.
+    pub(super) fn write(&self, to: &mut Writer) {
+        to.number(self.layers.len());
+        for layer in &self.layers {
+            to.number(layer.len());
+            for (gate, sums) in layer {
+                let (kind, tier, group) = match *gate {
+                    Gate::Tiers => (0, 0, 0),
+                    Gate::Groups { tier } => (1, tier, 0),
+                    Gate::Experts { tier, group } => (2, tier, group),
+                };
+                [kind, tier, group].iter().for_each(|n| to.number(*n));
+                to.f32s(&sums.probabilities);
+                to.number(sums.tokens as usize);
+                to.flags(&sums.open);
+                to.u64s(&sums.routes);
+                to.f32(sums.z);
+            }
+        }
+    }
+
+    /// Takes what [`Sums::write`] has appended.
+    pub(super) fn read(from: &mut Reader<'_>) -> Result<Self, Damaged> {
+        let mut layers = Vec::new();
+        for _ in 0..from.count(8)? {
+            let mut layer = BTreeMap::new();
+            for _ in 0..from.count(60)? {
+                let gate = match (from.number()?, from.number()?, from.number()?) {
+                    (0, _, _) => Gate::Tiers,
+                    (1, tier, _) => Gate::Groups { tier },
+                    (2, tier, group) => Gate::Experts { tier, group },
+                    _ => return Err(Damaged),
+                };
+                let sums = GateSums {
+                    probabilities: from.f32s()?,
+                    tokens: from.number()? as u64,
+                    open: from.flags()?,
+                    routes: from.u64s()?,
+                    z: from.f32()?,
+                };
+                let n = sums.probabilities.len();
+                if sums.open.len() != n || sums.routes.len() != n {
+                    return Err(Damaged);
+                }
+                layer.insert(gate, sums);
+            }
+            layers.push(layer);
+        }
+        Ok(Self { layers })
     }
 }
 

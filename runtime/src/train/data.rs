@@ -8,7 +8,10 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
+
+use parking_lot::Mutex;
 
 use super::batch::{Batch, Row};
 use crate::{
@@ -100,6 +103,16 @@ pub struct Dataset {
     rows: Vec<usize>,
     held_out: Vec<usize>,
     seed: u64,
+    order: Arc<Mutex<Order>>,
+}
+
+/// The order of the epoch that was asked for last.
+#[derive(Debug, Default)]
+struct Order {
+    /// Epoch, and places in [`Dataset::rows`].
+    of: Option<(u64, Arc<[usize]>)>,
+    /// How often one was made.
+    made: u64,
 }
 
 impl Dataset {
@@ -150,7 +163,7 @@ impl Dataset {
         let mut held_out: Vec<usize> = order.drain(..held).collect();
         held_out.sort_unstable();
         order.sort_unstable();
-        Ok(Self { stream, starts, length, rows: order, held_out, seed })
+        Ok(Self { stream, starts, length, rows: order, held_out, seed, order: Arc::default() })
     }
 
     /// Hash of the stream and of where documents begin.
@@ -191,15 +204,21 @@ impl Dataset {
     /// `rows` rows from sample `first` on: samples are counted over all epochs.
     pub fn batch(&self, first: u64, rows: usize) -> Batch {
         let count = self.rows.len() as u64;
-        let (mut epoch, mut order) = (u64::MAX, Vec::new());
-        let sample = |n: u64| {
-            if n / count != epoch {
-                epoch = n / count;
-                order = permutation(self.rows.len(), self.seed, epoch);
-            }
-            self.row(self.rows[order[(n % count) as usize]])
-        };
+        let sample = |n: u64| self.row(self.rows[self.order_of(n / count)[(n % count) as usize]]);
         Batch { rows: (first..first + rows as u64).map(sample).collect() }
+    }
+
+    /// The order of an epoch, made when it is first asked for.
+    fn order_of(&self, epoch: u64) -> Arc<[usize]> {
+        let mut order = self.order.lock();
+        match &order.of {
+            Some((of, known)) if *of == epoch => known.clone(),
+            _ => {
+                let new: Arc<[usize]> = permutation(self.rows.len(), self.seed, epoch).into();
+                *order = Order { of: Some((epoch, new.clone())), made: order.made + 1 };
+                new
+            }
+        }
     }
 
     /// The rows that are held out, in batches.
@@ -250,6 +269,15 @@ mod tests {
         let mut all = [one, data.held_out(3).flat_map(|b| first(&b)).collect()].concat();
         all.sort_unstable();
         assert_eq!(all, (0..10).map(|i| i * 4).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_order_of_an_epoch_is_made_once() {
+        let data = dataset(&[0]);
+        for first in (0..24).step_by(2) {
+            data.batch(first, 2);
+        }
+        assert_eq!(data.order.lock().made, 3, "three epochs of eight rows");
     }
 
     #[test]

@@ -2,7 +2,10 @@
 
 use lite_llm_kernels::{cpu::Cpu, ops::elementwise};
 
-use super::params::ParamId;
+use super::{
+    bytes::{Damaged, Reader, Writer},
+    params::{ParamId, Params},
+};
 
 /// Gradients of one node over rows. A parameter that no token reached has none: it is not zero, it is
 /// left out.
@@ -45,6 +48,38 @@ impl Gradients {
             Some(sum) => elementwise::add(cpu, sum, &more),
             none => *none = Some(more),
         }
+    }
+
+    /// Appends all of it.
+    pub(super) fn write(&self, to: &mut Writer) {
+        to.number(self.list.len());
+        for gradient in &self.list {
+            to.flags(&[gradient.is_some()]);
+            if let Some(gradient) = gradient {
+                to.f32s(gradient);
+            }
+        }
+    }
+
+    /// Takes what [`Gradients::write`] has appended: one for each parameter, and one more for the embedding.
+    pub(super) fn read(from: &mut Reader<'_>, params: &Params) -> Result<Self, Damaged> {
+        let sizes = params.list().iter().map(|param| param.values().len());
+        let embed = params.values(params.ids().embed).len();
+        let mut list = Vec::with_capacity(params.list().len() + 1);
+        if from.count(1)? != params.list().len() + 1 {
+            return Err(Damaged);
+        }
+        for size in sizes.chain([embed]) {
+            let gradient = match from.flags()?[..] {
+                [true] => Some(from.f32s()?),
+                _ => None,
+            };
+            if gradient.as_ref().is_some_and(|gradient| gradient.len() != size) {
+                return Err(Damaged);
+            }
+            list.push(gradient);
+        }
+        Ok(Self { list })
     }
 
     /// Takes a gradient out.

@@ -3,16 +3,24 @@
 //! What exists keeps its values, and a TierSet without the new tier its bits: its gate's row over tiers is not
 //! looked at.
 
-use std::{path::Path, str::FromStr};
+use std::{borrow::Cow, path::Path, str::FromStr};
 
 use lite_llm_kernels::{
     dtype::DType,
     matrix::{PackedMatrix, Source},
 };
 
-use super::params::{ParamError, Params, param_of, random_values};
+use super::{
+    params::{ParamError, Params, param_of, random_values},
+    stored::Stored,
+};
 use crate::{
-    checkpoint::{Checkpoint, CheckpointError, index::Hash, layout::Part, writer::Writer},
+    checkpoint::{
+        Checkpoint, CheckpointError,
+        index::Hash,
+        layout::{Part, TensorSpec},
+        writer::{Writer, drop_highest},
+    },
     config::{ConfigError, ModelConfig},
     tier::{TierConfig, TierId},
 };
@@ -61,6 +69,25 @@ pub enum GrowError {
     Param(#[from] ParamError),
 }
 
+/// The configuration of a model with a tier behind the others, and `k_tier` tiers per token if that is to
+/// change; checked, and the tier's beginning with it.
+pub fn with_tier_config(
+    config: &ModelConfig,
+    tier: &TierConfig,
+    init: &Init,
+    k_tier: Option<u32>,
+) -> Result<ModelConfig, GrowError> {
+    let mut config = config.clone();
+    let Some(moe) = &mut config.moe else {
+        return Err(GrowError::Init("the model has no sparse layers; a tier needs some".into()));
+    };
+    moe.tiers.push(tier.clone());
+    moe.routing.k_tier = k_tier.unwrap_or(moe.routing.k_tier);
+    config.check()?;
+    Sources { old: &Nothing, init, config: &config }.check()?;
+    Ok(config)
+}
+
 /// The model with a tier behind the others, and `k_tier` tiers per token if that is to change.
 pub fn with_tier(
     params: &Params,
@@ -68,36 +95,62 @@ pub fn with_tier(
     init: &Init,
     k_tier: Option<u32>,
 ) -> Result<Params, GrowError> {
-    let mut config = (**params.config()).clone();
-    let layers = config.layers.len();
-    let hidden = config.hidden;
-    let Some(moe) = &mut config.moe else {
-        return Err(GrowError::Init("the model has no sparse layers; a tier needs some".into()));
-    };
-    let new = moe.tiers.len();
-    moe.tiers.push(tier.clone());
-    moe.routing.k_tier = k_tier.unwrap_or(moe.routing.k_tier);
-    config.check()?;
-    let source = Sources { params, init, new, config: &config };
-    source.check()?;
-    let old = |name: &str| params.find(name).map(|id| params.values(id).to_vec());
+    let config = with_tier_config(params.config(), tier, init, k_tier)?;
+    let source = Sources { old: params, init, config: &config };
+    let new = source.new();
+    let mut failed = None;
     let grown = Params::new(config.clone(), |name, shape| {
-        let here = name.contains(&format!(".tiers.{new}."));
-        if name.ends_with(".router.tiers") {
-            let mut values = old(name)?;
-            values.extend(source.tier_row(name, hidden, layers));
-            return Some(values);
-        }
-        if here { source.values(name, shape, layers) } else { old(name) }
-    })?;
-    Ok(grown)
+        let old = || params.find(name).map(|id| params.values(id).to_vec());
+        let made = if name.ends_with(".router.tiers") {
+            source.tier_row(name).map(|row| [old().unwrap_or_default(), row].concat())
+        } else if name.contains(&format!(".tiers.{new}.")) {
+            source.values(name, shape)
+        } else {
+            return old();
+        };
+        made.map_err(|error| failed = Some(error)).ok()
+    });
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(grown?),
+    }
 }
 
-/// Where a new tier's values come from.
+/// A model that a tier is added to: its values by name.
+trait Old {
+    fn values(&self, name: &str) -> Result<Cow<'_, [f32]>, GrowError>;
+}
+
+/// A model of which no value is asked.
+struct Nothing;
+
+fn missing(name: &str) -> GrowError {
+    GrowError::Init(format!("the model has no parameter {name}"))
+}
+
+impl Old for Nothing {
+    fn values(&self, name: &str) -> Result<Cow<'_, [f32]>, GrowError> {
+        Err(missing(name))
+    }
+}
+
+impl Old for Params {
+    fn values(&self, name: &str) -> Result<Cow<'_, [f32]>, GrowError> {
+        let id = self.find(name).ok_or_else(|| missing(name))?;
+        Ok(Params::values(self, id).into())
+    }
+}
+
+impl Old for Stored<'_> {
+    fn values(&self, name: &str) -> Result<Cow<'_, [f32]>, GrowError> {
+        Ok(Stored::values(self, name)?.into())
+    }
+}
+
+/// Where a new tier's values come from: the last tier of a configuration.
 struct Sources<'a> {
-    params: &'a Params,
+    old: &'a dyn Old,
     init: &'a Init,
-    new: usize,
     config: &'a ModelConfig,
 }
 
@@ -106,24 +159,29 @@ impl Sources<'_> {
         self.config.moe.as_ref().map_or(&[], |moe| &moe.tiers)
     }
 
+    /// Index of the new tier.
+    fn new(&self) -> usize {
+        self.tiers().len().saturating_sub(1)
+    }
+
     fn width(&self, tier: usize) -> usize {
         self.config.moe.as_ref().map_or(0, |moe| moe.intermediate(tier))
     }
 
     /// Old tiers that the init takes from.
     fn from(&self) -> Vec<usize> {
-        let old = 0..self.new;
+        let old = 0..self.new();
         match self.init {
             Init::Random(_) => Vec::new(),
             Init::Copy(id) => old.filter(|&t| self.tiers()[t].id == *id).collect(),
-            Init::Means => old.filter(|&t| self.width(t) == self.width(self.new)).collect(),
+            Init::Means => old.filter(|&t| self.width(t) == self.width(self.new())).collect(),
         }
     }
 
     fn check(&self) -> Result<(), GrowError> {
         let known = || {
             let names: Vec<&str> =
-                self.tiers()[..self.new].iter().map(|tier| tier.id.as_str()).collect();
+                self.tiers()[..self.new()].iter().map(|tier| tier.id.as_str()).collect();
             names.join(", ")
         };
         let from = self.from();
@@ -132,8 +190,8 @@ impl Sources<'_> {
                 "copy:{id}: the model has no such tier; it has {}",
                 known()
             ))),
-            Init::Copy(id) if self.width(from[0]) != self.width(self.new) => {
-                let (there, here) = (self.width(from[0]), self.width(self.new));
+            Init::Copy(id) if self.width(from[0]) != self.width(self.new()) => {
+                let (there, here) = (self.width(from[0]), self.width(self.new()));
                 Err(GrowError::Init(format!(
                     "copy:{id}: its experts are {there} wide and the new ones {here}; give both the same \
                      --intermediate, or begin with random:SEED"
@@ -162,98 +220,95 @@ impl Sources<'_> {
         }
     }
 
-    /// The mean of some rows or matrices, upwards.
-    fn mean(parts: &[&[f32]]) -> Vec<f32> {
-        let mut sum = parts[0].to_vec();
-        for part in &parts[1..] {
-            sum.iter_mut().zip(*part).for_each(|(sum, x)| *sum += x);
+    /// The mean of some rows or matrices, which come upwards, one at a time.
+    fn mean<'v>(
+        mut parts: impl ExactSizeIterator<Item = Result<Cow<'v, [f32]>, GrowError>>,
+    ) -> Result<Vec<f32>, GrowError> {
+        let count = parts.len();
+        let mut sum = parts.next().transpose()?.unwrap_or_default().into_owned();
+        for part in parts {
+            sum.iter_mut().zip(part?.iter()).for_each(|(sum, x)| *sum += x);
         }
-        if parts.len() > 1 {
-            sum.iter_mut().for_each(|x| *x /= parts.len() as f32);
+        if count > 1 {
+            sum.iter_mut().for_each(|x| *x /= count as f32);
         }
-        sum
+        Ok(sum)
     }
 
     /// The gate row of an old expert.
-    fn gate_row(&self, layer: &str, (tier, flat): (usize, usize)) -> Option<&[f32]> {
+    fn gate_row(
+        &self,
+        layer: &str,
+        (tier, flat): (usize, usize),
+    ) -> Result<Cow<'_, [f32]>, GrowError> {
         let per_group = self.tiers()[tier].experts_per_group as usize;
         let (group, expert) = (flat / per_group, flat % per_group);
         let name = format!("layers.{layer}.tiers.{tier}.groups.{group}.router.experts");
         let hidden = self.config.hidden;
-        let gate = self.params.values(self.params.find(&name)?);
-        gate.get(expert * hidden..(expert + 1) * hidden)
+        let gate = self.old.values(&name)?;
+        let row = gate.get(expert * hidden..(expert + 1) * hidden);
+        Ok(row.ok_or_else(|| missing(&name))?.to_vec().into())
     }
 
     /// The mean of the gate rows of new experts `from..to`.
-    fn gate_of(&self, layer: &str, from: usize, to: usize) -> Option<Vec<f32>> {
-        let count = self.tiers()[self.new].experts() as usize;
-        let rows: Option<Vec<&[f32]>> = (from..to)
-            .flat_map(|i| self.run(i, count))
-            .map(|expert| self.gate_row(layer, expert))
-            .collect();
-        Some(Self::mean(&rows?))
+    fn gate_of(&self, layer: &str, from: usize, to: usize) -> Result<Vec<f32>, GrowError> {
+        let count = self.tiers()[self.new()].experts() as usize;
+        let of: Vec<_> = (from..to).flat_map(|i| self.run(i, count)).collect();
+        Self::mean(of.into_iter().map(|expert| self.gate_row(layer, expert)))
     }
 
-    fn tier_row(&self, name: &str, hidden: usize, layers: usize) -> Vec<f32> {
+    /// The new tier's row of a gate over tiers.
+    fn tier_row(&self, name: &str) -> Result<Vec<f32>, GrowError> {
         let layer = name.split('.').nth(1).unwrap_or_default();
-        let count = self.tiers()[self.new].experts() as usize;
+        let count = self.tiers()[self.new()].experts() as usize;
         match self.init {
             Init::Random(seed) => {
-                random_values(&format!("{name}.{}", self.new), &[hidden], layers, *seed)
+                let (layers, shape) = (self.config.layers.len(), [self.config.hidden]);
+                Ok(random_values(&format!("{name}.{}", self.new()), &shape, layers, *seed))
             }
-            _ => self.gate_of(layer, 0, count).unwrap_or_else(|| vec![0.0; hidden]),
+            _ => self.gate_of(layer, 0, count),
         }
     }
 
-    fn values(&self, name: &str, shape: &[usize], layers: usize) -> Option<Vec<f32>> {
+    /// A parameter of the new tier.
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, GrowError> {
         if let Init::Random(seed) = self.init {
-            return Some(random_values(name, shape, layers, *seed));
+            return Ok(random_values(name, shape, self.config.layers.len(), *seed));
         }
         let parts: Vec<&str> = name.split('.').collect();
-        let layer = *parts.get(1)?;
-        let tier = &self.tiers()[self.new];
+        let part = |at: usize| parts.get(at).copied().unwrap_or_default();
+        let number = |at: usize| part(at).parse::<usize>().map_err(|_| missing(name));
+        let layer = part(1);
+        let tier = &self.tiers()[self.new()];
         let (per_group, count) = (tier.experts_per_group as usize, tier.experts() as usize);
         // layers.L.tiers.T.router.groups, or layers.L.tiers.T.groups.G.…
-        if parts.get(4) == Some(&"router") {
+        if part(4) == "router" {
             let groups = 0..tier.groups as usize;
-            let rows: Option<Vec<Vec<f32>>> =
+            let rows: Result<Vec<Vec<f32>>, _> =
                 groups.map(|g| self.gate_of(layer, g * per_group, (g + 1) * per_group)).collect();
-            return rows.map(|rows| rows.concat());
+            return Ok(rows?.concat());
         }
-        let group: usize = parts.get(5)?.parse().ok()?;
-        if parts.get(6) == Some(&"router") {
+        let group = number(5)?;
+        if part(6) == "router" {
             let experts = group * per_group..(group + 1) * per_group;
-            let rows: Option<Vec<Vec<f32>>> =
+            let rows: Result<Vec<Vec<f32>>, _> =
                 experts.map(|e| self.gate_of(layer, e, e + 1)).collect();
-            return rows.map(|rows| rows.concat());
+            return Ok(rows?.concat());
         }
-        let expert: usize = parts.get(7)?.parse().ok()?;
-        let matrix = parts.get(8)?;
+        let (expert, matrix) = (number(7)?, part(8));
         let of = |(tier, flat): (usize, usize)| {
             let per_group = self.tiers()[tier].experts_per_group as usize;
             let (group, expert) = (flat / per_group, flat % per_group);
-            let name =
-                format!("layers.{layer}.tiers.{tier}.groups.{group}.experts.{expert}.{matrix}");
-            Some(self.params.values(self.params.find(&name)?))
+            self.old.values(&format!(
+                "layers.{layer}.tiers.{tier}.groups.{group}.experts.{expert}.{matrix}"
+            ))
         };
-        let from: Option<Vec<&[f32]>> =
-            self.run(group * per_group + expert, count).into_iter().map(of).collect();
-        Some(Self::mean(&from?))
+        Self::mean(self.run(group * per_group + expert, count).into_iter().map(of))
     }
 }
 
-/// The bytes of one tensor of a part, as a checkpoint of its format stores them.
-pub(super) fn tensor_bytes(
-    params: &Params,
-    part: Part,
-    spec: &crate::checkpoint::layout::TensorSpec,
-) -> Vec<u8> {
-    let (name, row) = param_of(part, &spec.name);
-    let values = params.find(&name).map_or(&[][..], |id| params.values(id));
-    let values = match row {
-        Some(row) => &values[row * params.config().hidden..][..params.config().hidden],
-        None => values,
-    };
+/// Packs a tensor of a part as a checkpoint of its format stores it.
+fn pack(spec: &TensorSpec, values: &[f32]) -> Vec<u8> {
     match spec.dims()[..] {
         [n, k] if spec.is_matrix() => {
             PackedMatrix::pack(spec.dtype, n, k, Source::F32(values)).data().to_vec()
@@ -262,19 +317,69 @@ pub(super) fn tensor_bytes(
     }
 }
 
-/// Adds a tier to the checkpoint in a folder, by adding files: every earlier manifest still opens. Returns
-/// the root hash of the new one.
+/// The bytes of one tensor of a part, as a checkpoint of its format stores them.
+pub(super) fn tensor_bytes(params: &Params, part: Part, spec: &TensorSpec) -> Vec<u8> {
+    let (name, row) = param_of(part, &spec.name);
+    let values = params.find(&name).map_or(&[][..], |id| params.values(id));
+    let values = match row {
+        Some(row) => &values[row * params.config().hidden..][..params.config().hidden],
+        None => values,
+    };
+    pack(spec, values)
+}
+
+/// Adds a tier to the checkpoint in a folder, by adding files: every earlier manifest still opens. Of the model
+/// only what the tier begins with is read, an expert at a time. Returns the root hash of the new manifest.
 pub fn add_tier(dir: &Path, tier: TierConfig, init: &Init) -> Result<Hash, GrowError> {
     let checkpoint = Checkpoint::open(dir)?;
-    let text = Default::default();
-    let params = with_tier(&Params::load(&checkpoint)?, &tier, init, None)?;
-    let index = params.config().moe.as_ref().map_or(0, |moe| moe.tiers.len() - 1);
+    let config = with_tier_config(checkpoint.config(), &tier, init, None)?;
+    let old = Stored::new(&checkpoint);
+    let source = Sources { old: &old, init, config: &config };
     let mut writer = Writer::extend(dir, &[tier])?;
-    let parts: Vec<Part> = Part::of_tier(params.config(), index).collect();
+    let parts: Vec<Part> = Part::of_tier(&config, source.new()).collect();
     for part in parts {
-        writer.write_part(part, |spec, sink| sink.write(&tensor_bytes(&params, part, spec)))?;
+        writer.write_part(part, |spec, sink| {
+            let (name, row) = param_of(part, &spec.name);
+            let values = match row {
+                Some(_) => source.tier_row(&name)?,
+                None => source.values(&name, &spec.dims())?,
+            };
+            sink.write(&pack(spec, &values)).map_err(GrowError::from)
+        })?;
     }
-    Ok(writer.finish(&text)?)
+    Ok(writer.finish(&Default::default())?)
+}
+
+/// Drops the tier that was added last to the checkpoint in a folder, with its manifest and files. Returns the
+/// number of the manifest that is the highest now.
+pub fn drop_tier(dir: &Path, name: &str) -> Result<u64, GrowError> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let number = checkpoint.manifest().number;
+    let tiers = checkpoint.config().moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
+    let names = |tiers: &[TierConfig]| {
+        tiers.iter().map(|tier| tier.id.to_string()).collect::<Vec<_>>().join(", ")
+    };
+    if !tiers.last().is_some_and(|tier| tier.id.as_str() == name) {
+        return Err(GrowError::Init(format!(
+            "{name} is not the tier that was added last; the model has {}, and only the last can be dropped",
+            names(tiers)
+        )));
+    }
+    let before = match number {
+        0 | 1 => 0,
+        _ => {
+            let before = Checkpoint::open(format!("{}@{}", dir.display(), number - 1))?;
+            before.config().moe.as_ref().map_or(0, |moe| moe.tiers.len())
+        }
+    };
+    if before == 0 || before + 1 != tiers.len() {
+        return Err(GrowError::Init(format!(
+            "manifest {number} brought {}, not {name} alone; only a tier that `tier add` has added can be dropped",
+            names(tiers.get(before..).unwrap_or(tiers))
+        )));
+    }
+    drop_highest(dir, number)?;
+    Ok(number - 1)
 }
 
 /// Parameters of all experts of a tier.

@@ -14,6 +14,7 @@
 
 pub mod balance;
 pub mod batch;
+mod bytes;
 pub mod config;
 pub mod data;
 pub mod gradients;
@@ -22,17 +23,20 @@ mod moe;
 pub mod optimizer;
 pub mod params;
 mod pass;
+mod phase;
 pub mod run;
 pub mod schedule;
+pub mod shared;
 pub mod starvation;
 pub mod state;
 pub mod step;
+pub(crate) mod stored;
 pub mod trained;
 pub mod trainer;
 
 use self::batch::Flat;
 
-pub use self::pass::LOGITS_MAX;
+pub use self::{bytes::Damaged, pass::LOGITS_MAX};
 
 /// Whether a layer's activations are kept for its backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -70,6 +74,18 @@ pub enum TrainError {
         /// The first parameter with such a gradient.
         parameter: String,
     },
+    /// All gradients together are too large for a number.
+    #[error(
+        "the norm of all gradients is {norm}, beyond the largest number; the run diverges: lower the learning \
+         rate, clip the gradient's norm, or warm up longer, and go on from the last checkpoint"
+    )]
+    Norm {
+        /// What it is.
+        norm: f32,
+    },
+    /// Those who compute are gone, or say what cannot be.
+    #[error("{0}; what is saved is as it was: go on with --resume")]
+    Workers(String),
     /// A batch that cannot be trained on.
     #[error("{0}")]
     Batch(String),

@@ -15,15 +15,16 @@ use serde::Serialize;
 use super::{
     TrainError,
     balance::BalanceLosses,
-    config::{NewTier, PhaseConfig, TrainConfig},
+    config::{PhaseConfig, TrainConfig},
     data::{DataError, Dataset},
-    grow::{GrowError, Init, tier_parameters, with_tier},
+    grow::GrowError,
     params::{Params, shapes},
-    starvation::{self, Expected},
-    state::{self, Progress, StateError},
+    phase::{Begun, begin, check_all},
+    shared::Workers,
+    starvation,
+    state::{self, Progress, RunLock, StateError},
     step::{Objective, StepOptions, evaluate},
-    trained::{Selection, Trained},
-    trainer::{Pull, StepReport, Trainer},
+    trainer::{StepReport, Trainer},
 };
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, index::Hash, writer::Text},
@@ -88,6 +89,38 @@ pub enum RunError {
         end: u64,
         /// What is wrong.
         source: TrainError,
+    },
+    /// A look at what is held out.
+    #[error(
+        "after step {step} (phase {phase}), rows {first}..{end} of those that are held out: {source}"
+    )]
+    HeldOut {
+        /// Step of the run.
+        step: u64,
+        /// Name of the phase.
+        phase: String,
+        /// First row of the batch, among those held out.
+        first: usize,
+        /// One behind the last.
+        end: usize,
+        /// What is wrong.
+        source: TrainError,
+    },
+    /// A step left a number that is NaN or infinite.
+    #[error(
+        "step {step} (phase {phase}): {tensor} holds {value} after it; the run diverges: lower the learning \
+         rate, clip the gradient's norm, or warm up longer; it is not saved, and the last checkpoint is as \
+         it was"
+    )]
+    Diverged {
+        /// Step of the run.
+        step: u64,
+        /// Name of the phase.
+        phase: String,
+        /// Parameter or state of the optimizer.
+        tensor: String,
+        /// What it holds.
+        value: f32,
     },
     /// There is something to go on from, and nobody said so.
     #[error(
@@ -200,6 +233,10 @@ pub struct Run {
     progress: Progress,
     pending: Vec<Happened>,
     done: bool,
+    /// Others who compute, if there are any.
+    workers: Option<Box<dyn Workers>>,
+    /// Keeps other trainers out of the folder.
+    _lock: RunLock,
 }
 
 /// The text files of a checkpoint.
@@ -221,6 +258,7 @@ impl Run {
     ) -> Result<Self, RunError> {
         config.check()?;
         let out = base.join(&config.out);
+        let lock = RunLock::take(&out)?;
         let saved = state::list(&out)?;
         // Its end would write over the model that is there, which may be the source.
         let model = out.join(state::MODEL);
@@ -272,6 +310,9 @@ impl Run {
         let done = progress.phase >= config.phase.len();
         let index = progress.phase.min(config.phase.len() - 1);
         let fresh = progress.step_in_phase == 0 && !done;
+        if !done {
+            check_all(&config, index, params.config(), fresh)?;
+        }
         let begun = begin(&config, index, params, &cpu, fresh)?;
         let Begun { mut trainer, mask, event } = begun;
         if progress.step_in_phase > 0 {
@@ -283,8 +324,21 @@ impl Run {
             })?;
         }
         let pending = if done { Vec::new() } else { vec![event] };
-        let mut run =
-            Self { cpu, config, out, fixed, text, data, trainer, mask, progress, pending, done };
+        let mut run = Self {
+            cpu,
+            config,
+            out,
+            fixed,
+            text,
+            data,
+            trainer,
+            mask,
+            progress,
+            pending,
+            done,
+            workers: None,
+            _lock: lock,
+        };
         if done {
             // It may have been interrupted while the model was written. One that is whole is left as it
             // is: tiers may have been added to it since.
@@ -296,6 +350,11 @@ impl Run {
             run.pending.push(Happened::Done { model });
         }
         Ok(run)
+    }
+
+    /// Lets others compute gradients from now on; no bit depends on it.
+    pub fn share(&mut self, workers: Box<dyn Workers>) {
+        self.workers = Some(workers);
     }
 
     /// The run's folder.
@@ -344,7 +403,7 @@ impl Run {
             self.progress.phase += 1;
             self.progress.step_in_phase = 0;
             (self.progress.best, self.progress.since_best) = (None, 0);
-            events.push(self.save()?);
+            events.push(self.save(&phase)?);
             if self.progress.phase >= self.config.phase.len() {
                 self.done = true;
                 events.push(Happened::Done { model: self.finish()? });
@@ -355,7 +414,7 @@ impl Run {
                 self.pending.push(begun.event);
             }
         } else if every > 0 && self.progress.step.is_multiple_of(every) {
-            events.push(self.save()?);
+            events.push(self.save(&phase)?);
         }
         Ok(events)
     }
@@ -377,7 +436,9 @@ impl Run {
         let lr = phase.schedule().at(self.progress.step_in_phase + 1);
         let mask = self.mask.clone();
         let options = StepOptions { mask: &mask, ..self.options(phase) };
-        let report = self.trainer.step(&batch, &options, lr).map_err(|source| RunError::Step {
+        let workers = self.workers.as_mut().map(|workers| &mut **workers as &mut dyn Workers);
+        let report = self.trainer.step_by(workers, &batch, &options, lr);
+        let report = report.map_err(|source| RunError::Step {
             step: self.progress.step + 1,
             phase: phase.name.clone(),
             first,
@@ -388,7 +449,8 @@ impl Run {
         self.progress.step_in_phase += 1;
         self.progress.samples += rows as u64;
         let (params, sums) = (self.trainer.params(), &report.losses.sums);
-        starvation::mark(params, sums, self.progress.step, &mut self.progress.last_used);
+        let step = self.progress.step;
+        starvation::mark(params, &self.mask, sums, step, &mut self.progress.last_used);
         Ok(self.record(phase, report))
     }
 
@@ -442,11 +504,14 @@ impl Run {
     fn held_out(&self, phase: &PhaseConfig) -> Result<Option<f64>, RunError> {
         let (mut nats, mut predictions) = (0.0, 0);
         let options = self.options(phase);
+        let mut end = 0;
         for batch in self.data.held_out(self.config.data.batch) {
+            let first = end;
+            end += batch.rows.len();
             let losses =
                 evaluate(&self.cpu, self.trainer.params(), &batch, &options).map_err(|source| {
                     let (step, phase) = (self.progress.step, phase.name.clone());
-                    RunError::Step { step, phase, first: 0, end: 0, source }
+                    RunError::HeldOut { step, phase, first, end, source }
                 })?;
             nats += losses.ce * losses.predictions as f64;
             predictions += losses.predictions;
@@ -454,7 +519,11 @@ impl Run {
         Ok((predictions > 0).then(|| nats / predictions as f64))
     }
 
-    fn save(&self) -> Result<Happened, RunError> {
+    fn save(&self, phase: &PhaseConfig) -> Result<Happened, RunError> {
+        if let Some((tensor, value)) = self.trainer.not_finite() {
+            let (step, phase) = (self.progress.step, phase.name.clone());
+            return Err(RunError::Diverged { step, phase, tensor, value });
+        }
         let keep = self.config.checkpoint.keep;
         // A phase that has not begun remembers nothing.
         let states = self.trainer.states().filter(|_| self.progress.step_in_phase > 0);
@@ -477,121 +546,6 @@ impl Run {
         state::write_model(&path, self.trainer.params(), &self.text)?;
         Ok(path.display().to_string())
     }
-}
-
-/// A phase that begins.
-struct Begun {
-    trainer: Trainer,
-    mask: TierMask,
-    event: Happened,
-}
-
-/// Begins a phase with an empty optimizer. `fresh`: its tier is still to be added.
-fn begin(
-    config: &TrainConfig,
-    index: usize,
-    mut params: Params,
-    cpu: &Arc<Cpu>,
-    fresh: bool,
-) -> Result<Begun, RunError> {
-    let phase = &config.phase[index];
-    let wrong = |reason: String| RunError::Phase { phase: phase.name.clone(), reason };
-    if let (Some(add), true) = (&phase.add, fresh) {
-        params = add_tier(config, phase, &params, add)?;
-    }
-    let tiers = params.config().moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
-    let mask = phase
-        .tiers
-        .mask(tiers)
-        .map_err(|source| RunError::Tiers { phase: phase.name.clone(), source })?;
-    let mut trained_tiers = Vec::new();
-    for name in &phase.train.tiers {
-        if name == "all" {
-            trained_tiers = (0..tiers.len()).collect();
-            continue;
-        }
-        let known = || tiers.iter().map(|t| t.id.as_str()).collect::<Vec<_>>().join(", ");
-        let tier = tiers.iter().position(|tier| tier.id.as_str() == name);
-        let tier = tier.ok_or_else(|| {
-            wrong(format!("train.tiers names {name:?}; the model has {}, or say \"all\"", known()))
-        })?;
-        trained_tiers.push(tier);
-    }
-    trained_tiers.sort_unstable();
-    trained_tiers.dedup();
-    if let Some(&tier) = trained_tiers.iter().find(|tier| !mask.allows(**tier)) {
-        let (tier, set) = (&tiers[tier].id, &phase.tiers);
-        return Err(wrong(format!(
-            "it trains {tier}, which its tiers, {set}, leave out; name it in both"
-        )));
-    }
-    let (backbone, gates) = (phase.train.backbone, phase.train.gates);
-    let selection = Selection { backbone, tiers: trained_tiers.clone(), gates };
-    let trained = selection.resolve(&params);
-    let sizes = params.list().iter().map(|param| param.values().len() as u64);
-    let count: u64 = sizes
-        .clone()
-        .zip(params.list().iter().zip(&trained))
-        .map(|(size, (param, trained))| match trained {
-            Trained::Nothing => 0,
-            Trained::All => size,
-            Trained::Rows(rows) => (rows.len() * param.row_len()) as u64,
-        })
-        .sum();
-    if count == 0 {
-        return Err(wrong(
-            "it trains nothing; give train.backbone, train.tiers or train.gates".into(),
-        ));
-    }
-    let tokens = config.data.batch * config.data.sequence;
-    let expected = starvation::expected(&params, &mask, &trained_tiers, tokens);
-    let below = |tier: &Expected| tier.below(config.starvation.rho, tokens);
-    let warnings: Vec<String> = expected.iter().filter_map(below).collect();
-    if config.starvation.refuse && !warnings.is_empty() {
-        let reason = format!("{}; or set starvation.refuse = false", warnings.join("; "));
-        return Err(wrong(reason));
-    }
-    let event = Happened::Phase {
-        name: phase.name.clone(),
-        steps: phase.steps,
-        trained: count,
-        parameters: sizes.sum(),
-        warnings,
-    };
-    let decays = params
-        .list()
-        .iter()
-        .map(|p| !phase.decay_matrices_only || (p.shape.len() > 1 && !p.name.contains("router")))
-        .collect();
-    let clip = (phase.clip > 0.0).then_some(phase.clip);
-    let pull = (phase.pull > 0.0).then(|| {
-        let added = config.phase[..=index].iter().any(|phase| phase.add.is_some());
-        let old = tiers.len() - usize::from(added);
-        Pull::toward(&params, phase.pull, |name| {
-            (0..old).any(|tier| name.contains(&format!(".tiers.{tier}.")))
-        })
-    });
-    let optimizer = phase.optimizer.build();
-    let mut trainer = Trainer::new(cpu.clone(), params, optimizer, trained, decays, clip);
-    trainer.pull(pull);
-    Ok(Begun { trainer, mask, event })
-}
-
-fn add_tier(
-    config: &TrainConfig,
-    phase: &PhaseConfig,
-    params: &Params,
-    add: &NewTier,
-) -> Result<Params, RunError> {
-    let wrong = |reason: String| RunError::Phase { phase: phase.name.clone(), reason };
-    let init = match &add.init {
-        Some(text) => text.parse().map_err(|e| wrong(format!("add.init: {e}")))?,
-        None => Init::Random(config.seed),
-    };
-    let mut tier = add.config();
-    tier.parameters = tier_parameters(params.config(), &tier);
-    with_tier(params, &tier, &init, add.k_tier)
-        .map_err(|source| RunError::Grow { phase: phase.name.clone(), source: source.into() })
 }
 
 /// Names all that decides the bits of a run.

@@ -7,7 +7,7 @@
 //! most e^(−Tρ).
 
 use super::{balance::Sums, params::Params};
-use crate::{routing::Gate, tier::TierMask};
+use crate::{config::ModelConfig, routing::Gate, tier::TierMask};
 
 /// What a phase can expect of a tier.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,12 +45,12 @@ impl Expected {
 
 /// What every trained tier of a set can expect of a step of so many tokens.
 pub fn expected(
-    params: &Params,
+    model: &ModelConfig,
     mask: &TierMask,
     trained: &[usize],
     tokens: usize,
 ) -> Vec<Expected> {
-    let Some(moe) = &params.config().moe else { return Vec::new() };
+    let Some(moe) = &model.moe else { return Vec::new() };
     let share = (f64::from(moe.routing.k_tier) / mask.count().max(1) as f64).min(1.0);
     let of = |&tier: &usize| {
         let config = &moe.tiers[tier];
@@ -63,12 +63,27 @@ pub fn expected(
     trained.iter().filter(|tier| mask.allows(**tier)).map(of).collect()
 }
 
-/// Marks the experts that a step used, `last_used[layer][flat]`; tiers that were added find room.
-pub fn mark(params: &Params, sums: &Sums, step: u64, last_used: &mut Vec<Vec<u64>>) {
+/// Marks the experts that a step used, `last_used[layer][flat]`; tiers that were added find room. Of a tier
+/// that the step's set leaves out all are marked: their window begins when they are first used.
+pub fn mark(
+    params: &Params,
+    mask: &TierMask,
+    sums: &Sums,
+    step: u64,
+    last_used: &mut Vec<Vec<u64>>,
+) {
     let Some(moe) = &params.config().moe else { return };
     last_used.resize(sums.layers.len(), Vec::new());
     for (layer, used) in sums.layers.iter().zip(last_used) {
         used.resize(moe.experts(), step.saturating_sub(1));
+        let mut at = 0;
+        for (tier, config) in moe.tiers.iter().enumerate() {
+            let here = at..at + config.experts() as usize;
+            at = here.end;
+            if !mask.allows(tier) {
+                used[here].fill(step);
+            }
+        }
         for (gate, sums) in layer {
             let Gate::Experts { tier, group } = *gate else { continue };
             let before: usize = moe.tiers[..tier].iter().map(|t| t.experts() as usize).sum();

@@ -6,7 +6,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io::Write,
     path::{Path, PathBuf},
 };
@@ -31,6 +31,8 @@ use crate::checkpoint::{
 const STAGING: &str = ".staging";
 const STATE: &str = "state.json";
 const TENSORS: &str = "state.safetensors";
+/// Locked while a process trains.
+const LOCK: &str = "run.lock";
 /// The model within a checkpoint of a run.
 pub const MODEL: &str = "model";
 
@@ -47,11 +49,44 @@ pub struct Progress {
     /// Rows of data that were used.
     pub samples: u64,
     /// Best loss held out in this phase, and looks since; for `patience`.
+    #[serde(with = "bits")]
     pub best: Option<f64>,
     /// See `best`.
     pub since_best: u64,
     /// Step at which each expert last had a token: by layer and flat index.
     pub last_used: Vec<Vec<u64>>,
+}
+
+/// A number in JSON by its bits: as a decimal it could come back as its neighbour.
+mod bits {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Number {
+        Bits(String),
+        /// What earlier versions wrote.
+        Decimal(f64),
+    }
+
+    #[allow(clippy::ref_option)]
+    pub(super) fn serialize<S: Serializer>(x: &Option<f64>, to: S) -> Result<S::Ok, S::Error> {
+        x.map(|x| Number::Bits(format!("{:016x}", x.to_bits()))).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<f64>, D::Error> {
+        let bits = |text: &str| {
+            let bits = u64::from_str_radix(text, 16);
+            bits.map(f64::from_bits).map_err(|_| {
+                serde::de::Error::custom(format!("{text:?} is not the bits of a number in hex"))
+            })
+        };
+        match Option::<Number>::deserialize(from)? {
+            Some(Number::Bits(text)) => bits(&text).map(Some),
+            Some(Number::Decimal(x)) => Ok(Some(x)),
+            None => Ok(None),
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -98,6 +133,31 @@ fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> State
 
 fn bad(path: &Path, reason: impl Into<String>) -> StateError {
     StateError::Bad { path: path.display().to_string(), reason: reason.into() }
+}
+
+/// Keeps other runs out of a folder for as long as it lives; also after a kill, for the system ends it with
+/// the process.
+#[derive(Debug)]
+pub struct RunLock {
+    _file: File,
+}
+
+impl RunLock {
+    /// Makes the folder if need be, and locks it.
+    pub fn take(run: &Path) -> Result<Self, StateError> {
+        fs::create_dir_all(run).map_err(io(run, "create"))?;
+        let path = run.join(LOCK);
+        let file = File::options().create(true).append(true).open(&path);
+        let file = file.map_err(io(&path, "create"))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => Err(bad(
+                run,
+                "another process trains in this folder; wait for its end, or name another `out`",
+            )),
+            // A file system without locks has none to be in the way either.
+            _ => Ok(Self { _file: file }),
+        }
+    }
 }
 
 /// Writes a whole model into a new folder.
@@ -238,4 +298,40 @@ pub fn load(dir: &Path, config: impl Fn(&Progress) -> Hash) -> Result<Loaded, St
         .map(|(name, view)| (name, bytemuck::pod_collect_to_vec(view.data())))
         .collect();
     Ok(Loaded { params, progress: saved.progress, tensors })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_loss_comes_back_with_its_bits_and_older_checkpoints_are_read() {
+        let mut progress = Progress {
+            step: 1,
+            phase: 0,
+            step_in_phase: 1,
+            samples: 4,
+            best: None,
+            since_best: 0,
+            last_used: Vec::new(),
+        };
+        let round = |progress: &Progress| -> Progress {
+            serde_json::from_slice(&serde_json::to_vec_pretty(progress).unwrap()).unwrap()
+        };
+        assert_eq!(round(&progress).best, None);
+        let mut wrong = 0;
+        for i in 0..20_000u64 {
+            let x = f64::from_bits(
+                0x4010_0000_0000_0000 + i.wrapping_mul(0x9e37_79b9_7f4a) % (1 << 51),
+            );
+            progress.best = Some(x);
+            assert_eq!(round(&progress).best.map(f64::to_bits), Some(x.to_bits()));
+            let decimal: f64 = serde_json::from_str(&serde_json::to_string(&x).unwrap()).unwrap();
+            wrong += usize::from(decimal.to_bits() != x.to_bits());
+        }
+        let mut old = serde_json::to_value(&progress).unwrap();
+        old["best"] = 2.5.into();
+        assert_eq!(serde_json::from_value::<Progress>(old).unwrap().best, Some(2.5));
+        assert!(wrong > 0, "decimals would do: these numbers cannot tell");
+    }
 }

@@ -6,7 +6,10 @@
 
 use std::ops::Range;
 
-use lite_llm_kernels::{cpu::Cpu, ops::leaves::sides};
+use lite_llm_kernels::{
+    cpu::Cpu,
+    ops::leaves::{nodes, sides},
+};
 
 use super::{
     Recompute, TrainError,
@@ -15,6 +18,7 @@ use super::{
     gradients::Gradients,
     params::Params,
     pass::Pass,
+    shared::{Computed, Wanted, Work, Workers},
 };
 use crate::{routing::Routes, tier::TierMask};
 
@@ -85,14 +89,15 @@ fn fold<T>(
     }
 }
 
-fn check(params: &Params, batch: &Batch) -> Result<(), TrainError> {
+/// Says whether some rows of a batch can be trained on.
+pub(super) fn check(params: &Params, batch: &Batch, rows: Range<usize>) -> Result<(), TrainError> {
     let config = params.config();
     if batch.tokens() == 0 {
         return Err(TrainError::Batch(
             "the batch has no tokens; at least one row is expected".into(),
         ));
     }
-    for (index, row) in batch.rows.iter().enumerate() {
+    for (index, row) in batch.rows.iter().enumerate().skip(rows.start).take(rows.len()) {
         let bad =
             |what: String| Err(TrainError::Batch(format!("row {index} of the batch: {what}")));
         let tokens = row.tokens.len();
@@ -126,39 +131,129 @@ pub fn gradients(
     options: &StepOptions<'_>,
     wanted: &[bool],
 ) -> Result<(StepLosses, Gradients), TrainError> {
-    check(params, batch)?;
-    let most = options.micro_rows.max(1);
+    check(params, batch, 0..batch.rows.len())?;
+    let scale = scale(options, batch);
     let whole = 0..batch.rows.len();
-    let Objective { cross_entropy, balance } = options.objective;
-    let predictions = batch.predictions();
-    let scale = (cross_entropy / predictions.max(1) as f64) as f32;
-    let pass = |rows: Range<usize>| new_pass(cpu, params, batch, options, rows);
-    let mut forward_passes = 1;
-    let one = whole.len() <= most;
-    let known = if one || balance == BalanceWeights::default() {
+    let balanced = options.objective.balance != BalanceWeights::default();
+    let forward_passes = 1 + u32::from(balanced && whole.len() > options.micro_rows.max(1));
+    let (loss, sums, mut gradients) =
+        node(cpu, params, batch, options, wanted, scale, whole, None)?;
+    gradients.fold_into(cpu, params.list().len(), params.ids().embed);
+    let losses = losses(batch, loss, sums, options, forward_passes);
+    Ok((losses, gradients))
+}
+
+/// What the loss of each prediction is multiplied by.
+fn scale(options: &StepOptions<'_>, batch: &Batch) -> f32 {
+    (options.objective.cross_entropy / batch.predictions().max(1) as f64) as f32
+}
+
+/// What the gates say over a node.
+pub(super) fn sums(
+    cpu: &Cpu,
+    params: &Params,
+    batch: &Batch,
+    options: &StepOptions<'_>,
+    node: Range<usize>,
+) -> Result<Sums, TrainError> {
+    let mut sums = |rows| {
+        let pass = new_pass(cpu, params, batch, options, rows);
+        pass.forward().map(|tape| tape.sums)
+    };
+    fold(node, options.micro_rows.max(1), &mut sums, &mut Sums::meet)
+}
+
+/// Loss, sums and gradients of a node; those of the embedding as a table of inputs are behind the
+/// parameters'. `known` are the sums over the whole batch; if they are not, the node is the whole batch.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn node(
+    cpu: &Cpu,
+    params: &Params,
+    batch: &Batch,
+    options: &StepOptions<'_>,
+    wanted: &[bool],
+    scale: f32,
+    node: Range<usize>,
+    known: Option<&Sums>,
+) -> Result<(f32, Sums, Gradients), TrainError> {
+    let most = options.micro_rows.max(1);
+    let balance = options.objective.balance;
+    let before = if known.is_some() || node.len() <= most || balance == BalanceWeights::default() {
         None
     } else {
-        forward_passes += 1;
-        let mut sums = |rows| pass(rows).forward().map(|tape| tape.sums);
-        Some(fold(whole.clone(), most, &mut sums, &mut Sums::meet)?)
+        Some(sums(cpu, params, batch, options, node.clone())?)
     };
-    let parameters = params.list().len();
+    let known = known.or(before.as_ref());
     let mut run = |rows: Range<usize>| {
-        let pass = pass(rows);
+        let pass = new_pass(cpu, params, batch, options, rows);
         let tape = pass.forward()?;
-        let mut gradients = Gradients::new(parameters + 1);
+        let mut gradients = Gradients::new(params.list().len() + 1);
         let own = tape.sums.clone();
-        let sums = known.as_ref().unwrap_or(&own);
+        let sums = known.unwrap_or(&own);
         let loss = pass.backward(tape, scale, wanted, sums, &balance, &mut gradients)?;
         Ok((loss, own, gradients))
     };
-    let mut meet = |a: (f32, Sums, Gradients), b: (f32, Sums, Gradients)| {
-        (a.0 + b.0, a.1.meet(b.1), a.2.meet(cpu, b.2))
+    fold(node, most, &mut run, &mut |a, b| meet(cpu, a, b))
+}
+
+type OfNode = (f32, Sums, Gradients);
+
+fn meet(cpu: &Cpu, a: OfNode, b: OfNode) -> OfNode {
+    (a.0 + b.0, a.1.meet(b.1), a.2.meet(cpu, b.2))
+}
+
+/// [`gradients`], computed by others: the batch is cut in nodes of the tree, and they meet here.
+pub fn gradients_by(
+    workers: &mut dyn Workers,
+    cpu: &Cpu,
+    params: &Params,
+    batch: &Batch,
+    options: &StepOptions<'_>,
+    wanted: &[bool],
+) -> Result<(StepLosses, Gradients), TrainError> {
+    check(params, batch, 0..batch.rows.len())?;
+    let whole = 0..batch.rows.len();
+    let most = whole.len().div_ceil(workers.count().max(1));
+    let cut = nodes(whole.len(), most);
+    let tiers = params.config().moe.as_ref().map_or(0, |moe| moe.tiers.len());
+    let balance = options.objective.balance;
+    let work = |node: &Range<usize>, wanted: Wanted| Work {
+        node: node.clone(),
+        rows: batch.rows[node.clone()].to_vec(),
+        tiers: (0..tiers).map(|tier| options.mask.allows(tier)).collect(),
+        balance,
+        recompute: options.recompute,
+        micro_rows: options.micro_rows,
+        wanted,
     };
-    let (loss, sums, mut gradients) = fold(whole, most, &mut run, &mut meet)?;
-    gradients.fold_into(cpu, parameters, params.ids().embed);
-    let losses = losses(batch, loss, sums, options, forward_passes);
-    Ok((losses, gradients))
+    let other = || TrainError::Workers("a worker gave what it was not asked for".into());
+    let mut ask = |wanted: &Wanted| -> Result<_, TrainError> {
+        let asked = cut.iter().map(|node| work(node, wanted.clone())).collect();
+        let found = workers.compute(params, asked)?;
+        if found.len() == cut.len() { Ok(found.into_iter()) } else { Err(other()) }
+    };
+    let balanced = balance != BalanceWeights::default();
+    let known = if balanced && cut.len() > 1 {
+        let mut found = ask(&Wanted::Sums)?;
+        let mut next = |_| match found.next() {
+            Some(Computed::Sums(sums)) => Ok(sums),
+            _ => Err(other()),
+        };
+        Some(fold(whole.clone(), most, &mut next, &mut Sums::meet)?)
+    } else {
+        None
+    };
+    let passes = 1 + u32::from(balanced && (cut.len() > 1 || whole.len() > options.micro_rows));
+    let scale = scale(options, batch);
+    let mut found = ask(&Wanted::Gradients { of: wanted.to_vec(), scale, known })?;
+    // Nodes come in their order, as the tree is walked.
+    let mut next = |_| match found.next() {
+        Some(Computed::Gradients { loss, sums, gradients }) => Ok((loss, sums, gradients)),
+        _ => Err(other()),
+    };
+    let (loss, sums, mut gradients) = fold(whole, most, &mut next, &mut |a, b| meet(cpu, a, b))?;
+    gradients.fold_into(cpu, params.list().len(), params.ids().embed);
+    Ok((losses(batch, loss, sums, options, passes), gradients))
 }
 
 /// Losses of a batch, without gradients.
@@ -168,7 +263,7 @@ pub fn evaluate(
     batch: &Batch,
     options: &StepOptions<'_>,
 ) -> Result<StepLosses, TrainError> {
-    check(params, batch)?;
+    check(params, batch, 0..batch.rows.len())?;
     let mut run = |rows: Range<usize>| {
         let pass = new_pass(cpu, params, batch, options, rows);
         let tape = pass.forward()?;
@@ -187,7 +282,7 @@ pub fn outputs(
     batch: &Batch,
     options: &StepOptions<'_>,
 ) -> Result<Outputs, TrainError> {
-    check(params, batch)?;
+    check(params, batch, 0..batch.rows.len())?;
     let pass = new_pass(cpu, params, batch, options, 0..batch.rows.len());
     let tape = pass.forward()?;
     Ok(Outputs { logits: pass.logits(&tape), routes: tape.routes })

@@ -28,8 +28,17 @@ pub struct Selection {
 impl Selection {
     /// What of each parameter is trained, in the order of parameters.
     pub fn resolve(&self, params: &Params) -> Vec<Trained> {
-        let of_tiers = params.config().moe.as_ref().map_or(0, |moe| moe.tiers.len());
-        params.list().iter().map(|param| self.of(&param.name, of_tiers)).collect()
+        let tiers = params.config().moe.as_ref().map_or(0, |moe| moe.tiers.len());
+        self.of_names(params.list().iter().map(|param| &param.name), tiers)
+    }
+
+    /// The same of names of parameters, of a model of so many tiers.
+    pub fn of_names<'a>(
+        &self,
+        names: impl Iterator<Item = &'a String>,
+        tiers: usize,
+    ) -> Vec<Trained> {
+        names.map(|name| self.of(name, tiers)).collect()
     }
 
     fn of(&self, name: &str, tiers: usize) -> Trained {

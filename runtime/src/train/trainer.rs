@@ -18,6 +18,7 @@ use super::{
     gradients::Gradients,
     optimizer::{Optimizer, StepAt},
     params::{Param, Params},
+    shared::Workers,
     step::{self, StepLosses, StepOptions},
     trained::Trained,
 };
@@ -162,9 +163,23 @@ impl Trainer {
         options: &StepOptions<'_>,
         lr: f64,
     ) -> Result<StepReport, TrainError> {
+        self.step_by(None, batch, options, lr)
+    }
+
+    /// One step on a batch whose gradients others compute, if there are others; with the same bits.
+    pub fn step_by(
+        &mut self,
+        workers: Option<&mut dyn Workers>,
+        batch: &Batch,
+        options: &StepOptions<'_>,
+        lr: f64,
+    ) -> Result<StepReport, TrainError> {
         let wanted: Vec<bool> = self.trained.iter().map(|t| *t != Trained::Nothing).collect();
-        let (losses, mut gradients) =
-            step::gradients(&self.cpu, &self.params, batch, options, &wanted)?;
+        let (cpu, params) = (&self.cpu, &self.params);
+        let (losses, mut gradients) = match workers {
+            Some(workers) => step::gradients_by(workers, cpu, params, batch, options, &wanted)?,
+            None => step::gradients(cpu, params, batch, options, &wanted)?,
+        };
         let mut each: Vec<Option<Vec<f32>>> = Vec::with_capacity(wanted.len());
         for (id, trained) in self.trained.iter().enumerate() {
             let rows = self.params.list()[id].row_len();
@@ -218,7 +233,21 @@ impl Trainer {
             }
             squares.push(sum);
         }
-        Ok(f64::from(tree::fold(squares.into_iter())).sqrt())
+        match tree::fold(squares.into_iter()) {
+            sum if sum.is_finite() => Ok(f64::from(sum).sqrt()),
+            norm => Err(TrainError::Norm { norm }),
+        }
+    }
+
+    /// The first value of a parameter or of an optimizer's state that is NaN or infinite, and of what.
+    pub fn not_finite(&self) -> Option<(String, f32)> {
+        let bad = |values: &[f32]| values.iter().copied().find(|x| !x.is_finite());
+        let params = self.params.list().iter();
+        let mut params = params.filter_map(|p| Some((p.name.clone(), bad(p.values())?)));
+        params.next().or_else(|| {
+            self.states()
+                .find_map(|(name, values)| Some((format!("{name} of the optimizer"), bad(values)?)))
+        })
     }
 
     /// Steps every trained tensor, on all threads.
@@ -270,5 +299,33 @@ fn stepped(values: Vec<f32>, row_len: usize, trained: &Trained) -> Vec<f32> {
             rows.iter().flat_map(|row| values[row * row_len..][..row_len].iter().copied()).collect()
         }
         _ => values,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::optimizer::Sgd;
+
+    #[test]
+    fn squares_that_are_finite_each_but_not_together_are_an_error() {
+        let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe");
+        let checkpoint = crate::checkpoint::Checkpoint::open(demo).unwrap();
+        let mut config = checkpoint.config().clone();
+        (config.layers, config.moe, config.vocab) = (Vec::new(), None, 8);
+        let layer = crate::config::FeedForward::Dense { intermediate: 4 };
+        config.layers.push(crate::config::LayerConfig { window: None, feed_forward: layer });
+        let params = Params::random(config, 1);
+        let count = params.list().len();
+        let mut gradients: Vec<Option<Vec<f32>>> = vec![None; count];
+        let (trained, decays) = (vec![Trained::All; count], vec![false; count]);
+        let cpu = Arc::new(Cpu::best(1));
+        let trainer = Trainer::new(cpu, params, Box::new(Sgd::default()), trained, decays, None);
+        gradients[0] = Some(vec![1.5e19]);
+        let alone = trainer.norm(&gradients).unwrap();
+        assert!((alone - 1.5e19).abs() < 1e13, "{alone}");
+        gradients[1] = Some(vec![1.5e19]);
+        let error = trainer.norm(&gradients).unwrap_err();
+        assert!(matches!(error, TrainError::Norm { .. }), "{error}");
     }
 }

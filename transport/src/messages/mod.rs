@@ -19,6 +19,7 @@ pub mod detached;
 pub mod experts;
 pub mod jobs;
 pub mod trace;
+pub mod training;
 pub mod view;
 pub mod weights;
 
@@ -42,6 +43,7 @@ pub use jobs::{
     TokenLogprob,
 };
 pub use trace::TraceContext;
+pub use training::TrainMessage;
 pub use view::{EXPERTS_VIEWED_MAX, ExpertPlace, LINKS_VIEWED_MAX, LinkView, NodeView};
 pub use weights::{
     OutgoingWeights, WEIGHTS_CHUNK_BYTES, WeightsPart, WeightsReply, WeightsRequest,

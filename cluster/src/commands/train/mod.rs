@@ -1,0 +1,173 @@
+//! `lite-llm train`, and beside it `grad` and `tier`.
+
+mod grad;
+mod metrics;
+mod plot;
+mod share;
+mod tier;
+
+use std::{fs, path::Path, sync::Arc, time::Instant};
+
+use anyhow::{Context, Result, anyhow};
+use lite_llm_kernels::{cpu::Cpu, simd::Simd};
+use lite_llm_runtime::train::{
+    config::TrainConfig,
+    run::{Happened, Run, StepRecord},
+    shared::Workers,
+};
+
+use self::metrics::Metrics;
+pub(super) use self::{grad::grad, tier::tier};
+use super::bad_input;
+use crate::{
+    cli::{RunTrainArgs, TrainArgs, TrainCommand, TrainComputeArgs},
+    machine,
+};
+
+impl TrainComputeArgs {
+    fn cpu(&self) -> Result<Arc<Cpu>> {
+        let threads = self.threads.map_or_else(machine::cores, usize::from);
+        let simd = self.simd.unwrap_or_else(Simd::best);
+        if !simd.is_available() {
+            let here: Vec<_> = Simd::available().iter().map(|s| s.to_string()).collect();
+            return Err(bad_input(anyhow!(
+                "--simd {simd}: this processor has {}",
+                here.join(", ")
+            )));
+        }
+        Ok(Arc::new(Cpu::new(threads, simd)))
+    }
+}
+
+pub(super) async fn train(args: TrainArgs, json: bool) -> Result<()> {
+    match args.what {
+        Some(TrainCommand::Plot(args)) => return plot::plot(&args, json),
+        Some(TrainCommand::Worker(args)) => return share::worker(args).await,
+        None => {}
+    }
+    let run = args.run;
+    let shared = match run.workers {
+        Some(count) => Some(share::Shared::start(&run, count).await?),
+        None => None,
+    };
+    let workers = shared.as_ref().map(share::Shared::workers);
+    // Steps block; the command's thread is to hear an interruption.
+    let ended = tokio::task::spawn_blocking(move || perform(&run, workers, json)).await;
+    if let Some(shared) = shared {
+        shared.stop().await;
+    }
+    ended?
+}
+
+fn perform(args: &RunTrainArgs, workers: Option<Box<dyn Workers>>, json: bool) -> Result<()> {
+    let config =
+        args.config.as_ref().ok_or_else(|| bad_input(anyhow!("CONFIG.toml is missing")))?;
+    let path = config.display();
+    let text = fs::read_to_string(config)
+        .with_context(|| format!("{path}: cannot read"))
+        .map_err(bad_input)?;
+    let base = config.parent().unwrap_or(Path::new("")).to_owned();
+    let config: TrainConfig =
+        toml::from_str(&text).map_err(|error| bad_input(anyhow!("{path}: {error}")))?;
+    let mut run = Run::open(config, &base, args.compute.cpu()?, args.resume)
+        .map_err(|error| bad_input(anyhow!("{path}: {error}")))?;
+    if let Some(workers) = workers {
+        run.share(workers);
+    }
+    let (done, steps) = run.steps();
+    let mut metrics = Metrics::open(run.out(), done)?;
+    let [rows, held_out] = run.data().rows();
+    if !json {
+        say!(
+            "{} tokens of text: {rows} rows to train on, {held_out} held out; {done} of {steps} steps done",
+            run.data().tokens()
+        );
+    }
+    let mut pace = Pace::new(done, steps);
+    loop {
+        let events = run.advance()?;
+        if events.is_empty() {
+            return Ok(());
+        }
+        let mut over = false;
+        for event in events {
+            metrics.write(&event, pace.seconds())?;
+            over |= matches!(event, Happened::Done { .. });
+            show(&event, &mut pace, json);
+        }
+        if over {
+            return Ok(());
+        }
+    }
+}
+
+/// How fast a run goes.
+struct Pace {
+    begun: Instant,
+    last: Instant,
+    tokens: usize,
+    /// Steps when it began, and in all.
+    from: u64,
+    steps: u64,
+}
+
+impl Pace {
+    /// Seconds between two lines.
+    const INTERVAL: f64 = 2.0;
+
+    fn new(from: u64, steps: u64) -> Self {
+        Self { begun: Instant::now(), last: Instant::now(), tokens: 0, from, steps }
+    }
+
+    fn seconds(&self) -> f64 {
+        self.begun.elapsed().as_secs_f64()
+    }
+
+    /// Tokens per second since it began, and seconds left.
+    fn estimate(&self, step: u64) -> (f64, f64) {
+        let seconds = self.seconds().max(1e-9);
+        let each = seconds / (step - self.from).max(1) as f64;
+        (self.tokens as f64 / seconds, each * self.steps.saturating_sub(step) as f64)
+    }
+}
+
+fn show(event: &Happened, pace: &mut Pace, json: bool) {
+    if let Happened::Step(record) = event {
+        pace.tokens += record.tokens;
+    }
+    if json {
+        if let Ok(text) = serde_json::to_string(event) {
+            say!("{text}");
+        }
+        return;
+    }
+    match event {
+        Happened::Phase { name, steps, trained, parameters, warnings } => {
+            say!("phase {name}: {steps} steps, {trained} of {parameters} parameters trained");
+            warnings.iter().for_each(|warning| remark!("warning: {warning}"));
+        }
+        Happened::Step(record) => show_step(record, pace),
+        Happened::Evaluated { step, phase, held_out } => {
+            say!("step {step} ({phase}): held out {held_out:.4} nats");
+        }
+        Happened::Saved { path, .. } => say!("saved {path}"),
+        Happened::Done { model } => {
+            say!("done: {model}; try it with `lite-llm run --model {model} \"…\"`");
+        }
+    }
+}
+
+fn show_step(record: &StepRecord, pace: &mut Pace) {
+    if record.step > 1 && pace.last.elapsed().as_secs_f64() < Pace::INTERVAL {
+        return;
+    }
+    pace.last = Instant::now();
+    let StepRecord { step, ce, kl_tier, kl_group, kl_expert, lr, grad_norm, .. } = record;
+    let (speed, left) = pace.estimate(*step);
+    let starved: usize = record.tiers.iter().map(|tier| tier.starved).sum();
+    say!(
+        "step {step} of {}: loss {ce:.4}, balance {kl_tier:.3} {kl_group:.3} {kl_expert:.3}, norm {grad_norm:.2}, \
+         lr {lr:.2e}, {starved} starved, {speed:.0} tokens/s, {left:.0} s left",
+        pace.steps
+    );
+}

@@ -1,0 +1,117 @@
+//! `train --workers N` and `train worker`: steps that several processes compute.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, anyhow};
+use lite_llm_actors::training::{
+    Hub,
+    worker::{TrainWorkerOptions, serve},
+};
+use lite_llm_runtime::train::shared::Workers;
+use lite_llm_transport::{identity::Role, token::JoinToken};
+use tokio::{process::Command, runtime::Handle, task::JoinSet, time::sleep};
+
+use crate::{
+    cli::{RunTrainArgs, TrainWorkerArgs},
+    commands::bad_input,
+    machine,
+};
+
+/// How long a step waits for a worker when none is left, and the run for its first.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How often a worker that ends is started again.
+const RESTARTS_MAX: usize = 20;
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
+
+/// The hub and its worker processes.
+pub(super) struct Shared {
+    hub: Hub,
+    /// Ends them with itself.
+    children: JoinSet<()>,
+    /// Folder of the token, gone with the run.
+    _folder: tempfile::TempDir,
+}
+
+/// What a worker process is started with.
+#[derive(Clone)]
+struct Child {
+    program: PathBuf,
+    hub: String,
+    token: PathBuf,
+    threads: usize,
+    simd: Option<String>,
+}
+
+impl Shared {
+    /// Starts worker processes, and waits until they are there.
+    pub(super) async fn start(args: &RunTrainArgs, count: u16) -> Result<Self> {
+        let hub = Hub::start(args.listen, count.into(), PATIENCE).await.map_err(bad_input)?;
+        let folder = tempfile::tempdir().context("a folder for the workers' token")?;
+        let token = folder.path().join("worker.token");
+        hub.token().write(&token)?;
+        let threads = args.compute.threads.map(usize::from);
+        let child = Child {
+            program: std::env::current_exe().context("this program's own path")?,
+            hub: hub.address().to_string(),
+            token,
+            threads: threads.unwrap_or((machine::cores() / usize::from(count)).max(1)),
+            simd: args.compute.simd.map(|simd| simd.to_string()),
+        };
+        let mut children = JoinSet::new();
+        for number in 1..=count {
+            children.spawn(keep(child.clone(), format!("w{number}")));
+        }
+        hub.ready().await?;
+        let Child { threads, hub: at, token, .. } = &child;
+        let token = token.display();
+        remark!(
+            "{count} workers of {threads} threads; more may help: `lite-llm train worker --hub {at} --token {token}`"
+        );
+        Ok(Self { hub, children, _folder: folder })
+    }
+
+    pub(super) fn workers(&self) -> Box<dyn Workers> {
+        self.hub.workers(Handle::current())
+    }
+
+    pub(super) async fn stop(mut self) {
+        self.children.abort_all();
+        self.hub.stop().await;
+    }
+}
+
+/// Runs one worker, and starts it again when it ends: the step goes on with the others meanwhile.
+async fn keep(child: Child, name: String) {
+    for _ in 0..RESTARTS_MAX {
+        let mut command = Command::new(&child.program);
+        command.args(["train", "worker", "--hub", &child.hub, "--name", &name]);
+        command.arg("--token").arg(&child.token).arg("--threads").arg(child.threads.to_string());
+        if let Some(simd) = &child.simd {
+            command.arg("--simd").arg(simd);
+        }
+        // Its end is ours: nothing of it is left behind.
+        let ended = match command.stdin(std::process::Stdio::null()).kill_on_drop(true).spawn() {
+            Ok(mut running) => running.wait().await.map(|status| status.to_string()),
+            Err(error) => Err(error),
+        };
+        let ended = ended.unwrap_or_else(|error| error.to_string());
+        remark!(
+            "warning: worker {name} ended ({ended}); its part is computed by others, and it is started again"
+        );
+        sleep(RESTART_PAUSE).await;
+    }
+    remark!("warning: worker {name} ended {RESTARTS_MAX} times and is not started again");
+}
+
+/// `train worker`.
+pub(super) async fn worker(args: TrainWorkerArgs) -> Result<()> {
+    let token = JoinToken::read(&args.token).map_err(bad_input)?;
+    if token.role() != Role::Worker {
+        return Err(bad_input(anyhow!("{}: not a worker's token", args.token.display())));
+    }
+    let cpu = Arc::clone(&args.compute.cpu()?);
+    let name = args.name.unwrap_or_else(|| format!("w{}", std::process::id()));
+    let hub = args.hub;
+    serve(TrainWorkerOptions { hub, token, name, cpu }).await?;
+    Ok(())
+}
