@@ -167,16 +167,11 @@ impl Class {
         let a = &config.attention;
         let default = MoeConfig::without_experts();
         let moe = config.moe.as_ref().unwrap_or(&default);
-        let eos = match config.eos_tokens[..] {
-            [] => Value::Null,
-            [one] => json!(one),
-            ref all => json!(all),
-        };
         let mut file = json!({
             "architectures": [self.architecture()],
             "model_type": self.model_type(),
             "bos_token_id": config.bos_token,
-            "eos_token_id": eos,
+            "eos_token_id": config.eos_tokens.first(),
             "hidden_act": "silu",
             "hidden_size": config.hidden,
             "intermediate_size": moe.intermediate,

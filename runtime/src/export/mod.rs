@@ -170,6 +170,8 @@ pub fn export(
     if let Some(template) = checkpoint.chat_template()? {
         write("chat_template.jinja", template.as_bytes())?;
     }
+    let generation = json!({ "bos_token_id": config.bos_token, "eos_token_id": config.eos_tokens });
+    write_json("generation_config.json", &generation)?;
     write_json("config.json", &class.config(config, dtype))?;
     fs::rename(&staging, out).map_err(io(out, "rename"))?;
     Ok(Exported { architecture: class.architecture(), dtype, bytes: total, files: files.len() })
