@@ -46,9 +46,10 @@ async fn who_does_not_take_what_it_asks_for_keeps_nobody_waiting() {
     let head = cluster.coordinator();
     let honest = head.status().await.unwrap().nodes.remove(0);
     let dial = async |name: &str| -> (Endpoint, Connection) {
-        let joining = join(head.address(), head.token(), Role::Worker, name, &hello());
+        let hello = hello();
+        let joining = join(head.address(), head.token(), Role::Worker, name, &hello);
         let identity = soon("join", joining).await.unwrap();
-        let endpoint = Endpoint::bind(loopback(), &identity, Options::new(hello())).unwrap();
+        let endpoint = Endpoint::bind(loopback(), &identity, Options::new(hello)).unwrap();
         let expect = Expect::worker(&honest.name);
         let address = honest.address.parse().unwrap();
         let connection = soon("dial", endpoint.connect(address, &expect)).await.unwrap();
