@@ -350,7 +350,8 @@ impl NodeState {
 
     fn status(&mut self) -> NodeStatus {
         let NodeInfo { name, address, .. } = self.options.info.clone();
-        let (store, budget) = (self.options.store.lock().clone(), self.budget());
+        let budget = self.budget();
+        let store = self.options.store.lock().clone();
         NodeStatus {
             name,
             address,

@@ -46,9 +46,10 @@ async fn who_does_not_take_what_it_asks_for_keeps_nobody_waiting() {
     let head = cluster.coordinator();
     let honest = head.status().await.unwrap().nodes.remove(0);
     let dial = async |name: &str| -> (Endpoint, Connection) {
-        let joining = join(head.address(), head.token(), Role::Worker, name, &hello());
+        let hello = hello();
+        let joining = join(head.address(), head.token(), Role::Worker, name, &hello);
         let identity = soon("join", joining).await.unwrap();
-        let endpoint = Endpoint::bind(loopback(), &identity, Options::new(hello())).unwrap();
+        let endpoint = Endpoint::bind(loopback(), &identity, Options::new(hello)).unwrap();
         let expect = Expect::worker(&honest.name);
         let address = honest.address.parse().unwrap();
         let connection = soon("dial", endpoint.connect(address, &expect)).await.unwrap();
@@ -73,8 +74,10 @@ async fn who_does_not_take_what_it_asks_for_keeps_nobody_waiting() {
     }
     assert_eq!(kept.len() * SERVED_PER_PEER_MAX, SERVED_MAX);
     tokio::time::sleep(Duration::from_millis(500)).await;
-    // One of them asks for more than its share.
-    let mut more = open(&kept[0].1).await;
+    // One of them asks for more than its share, over a connection that has room for the answer.
+    let (expect, address) = (Expect::worker(&honest.name), honest.address.parse().unwrap());
+    let again = soon("dial", kept[0].0.connect(address, &expect)).await.unwrap();
+    let mut more = open(&again).await;
     assert_eq!(take(&checkpoint, keys[1], &mut more).await, Err(WeightsReply::Busy));
     // Another peer gets what it asks for, long before the slow ones are given up for themselves.
     let (_endpoint, connection) = dial("zz-quick").await;
