@@ -13,6 +13,7 @@ pub mod engine;
 pub mod expert;
 pub mod forward;
 pub mod gpu;
+pub mod grammar;
 pub mod import;
 pub mod kv;
 pub mod moe_layer;

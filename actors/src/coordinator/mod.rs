@@ -8,12 +8,16 @@ mod detached;
 mod handle;
 mod job;
 pub mod progress;
+mod room;
 
 use std::{
     collections::{BTreeMap, HashMap},
     hash::{BuildHasher, RandomState},
     net::SocketAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -152,6 +156,8 @@ pub struct CoordinatorArguments {
     pub config: ModelConfig,
     /// How long jobs wait for a node.
     pub patience: Duration,
+    /// Positions that the largest cache of a node holds, for others to read; 0 before one is known.
+    pub kv_tokens: Arc<AtomicU64>,
     /// The control plane, if nodes are other processes.
     pub control: Option<ControlPlane>,
 }
@@ -257,6 +263,7 @@ impl Actor for Coordinator {
                         tokens_per_second: if speed.is_finite() { speed.max(0.0) } else { 0.0 },
                         ..status
                     };
+                    state.arguments.kv_tokens.store(state.largest_cache(), Relaxed);
                 }
             }
             CoordinatorMessage::Submit(submission, reply) => {
@@ -418,6 +425,7 @@ impl CoordinatorState {
             tokens_per_second: 0.0,
             loaded: 0,
             total: 0,
+            kv_tokens: 0,
         };
         let node = Node { actor, status, leave: watch::Sender::new(None) };
         self.tell_revoked(&node);
@@ -614,6 +622,7 @@ impl CoordinatorState {
             return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
         }
         jobs::check_order(&request, &choosing, &generated, &self.arguments.config)?;
+        room::check(self.caches(), &request, self.arguments.config.context)?;
         self.jobs_begun += 1;
         let id = self.numbers.hash_one(self.jobs_begun);
         let span = tracing::debug_span!("job", job = id);
