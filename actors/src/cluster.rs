@@ -91,6 +91,8 @@ pub struct Vitals {
     pub progress: u64,
     /// Nodes that it cannot reach.
     pub unreachable: Vec<String>,
+    /// Bytes that its experts may take, as far as it knows by now.
+    pub budget: u64,
 }
 
 /// What a cluster wants done.
@@ -307,7 +309,7 @@ impl Cluster {
         if node.incarnation != incarnation {
             return;
         }
-        let Some(Vitals { busy, progress, unreachable }) = vitals else {
+        let Some(Vitals { busy, progress, unreachable, budget }) = vitals else {
             return self.liveness.handle(now, liveness::Event::Unanswered { name, incarnation });
         };
         let said: BTreeSet<String> = unreachable.into_iter().collect();
@@ -321,6 +323,8 @@ impl Cluster {
             let (other, by) = (other.clone(), name.clone());
             self.membership.handle(now, membership::Event::Reachable { name: other, by });
         }
+        let room = membership::Event::Room { name: name.clone(), budget };
+        self.membership.handle(now, room);
         self.liveness.handle(now, liveness::Event::Answered { name, incarnation, busy, progress });
     }
 

@@ -32,7 +32,7 @@ use tracing::{debug, warn};
 
 use crate::{
     lane::{LaneEvent, LaneInbox, OUTBOX_MAX, ReplyQueue},
-    peers::{OfPeer, Served},
+    peers::{self, Served},
 };
 
 /// How long a lane may take to make room in its inbox.
@@ -156,6 +156,19 @@ impl Links {
         self.endpoint.set_revoked(names);
     }
 
+    /// Messages and bytes that were sent to each node since its connection was made, by name.
+    pub fn traffic(&self) -> Vec<(String, u64, u64)> {
+        let connections = self.connections.lock();
+        let sent = |(name, connection): (&String, &Connection)| {
+            let totals = connection.totals();
+            (name.clone(), totals.frames_sent, totals.bytes_sent)
+        };
+        let mut traffic: Vec<_> = connections.iter().map(sent).collect();
+        drop(connections);
+        traffic.sort();
+        traffic
+    }
+
     /// Keeps no link any more.
     pub fn stop(&self) {
         self.keepers.lock().drain().for_each(|(_, keeper)| keeper.abort());
@@ -171,7 +184,7 @@ impl Links {
 
     /// Answers the streams that a peer opens, until its connection ends.
     async fn serve(self: &Arc<Self>, connection: Connection) {
-        let peer = Arc::new(OfPeer::default());
+        let streams = peers::streams();
         while let Some(stream) = connection.accept_stream().await {
             match stream.kind {
                 StreamKind::Experts => {
@@ -181,12 +194,12 @@ impl Links {
                 }
                 StreamKind::Weights => {
                     // One more than are allowed is dropped, and its opener sees it end.
-                    let Ok(turn) = peer.streams.clone().try_acquire_owned() else { continue };
-                    let (links, peer) = (self.clone(), peer.clone());
+                    let Ok(turn) = streams.clone().try_acquire_owned() else { continue };
+                    let links = self.clone();
                     let (connection, stream) = (connection.clone(), stream.into_frames());
                     tokio::spawn(async move {
                         let (served, pool) = (&links.served, links.endpoint.pool());
-                        served.serve(stream, &connection, &peer, pool).await;
+                        served.serve(stream, &connection, pool).await;
                         drop(turn);
                     });
                 }

@@ -125,6 +125,14 @@ pub enum Event {
         /// Its name.
         name: String,
     },
+    /// A node has room for so many bytes of experts. It knows that when it has opened the model, the rest
+    /// of which takes memory, too: once, and never more than it said at first.
+    Room {
+        /// Its name.
+        name: String,
+        /// Bytes.
+        budget: u64,
+    },
     /// A node was told to serve an epoch and cannot compute by it.
     Unfit {
         /// Its name.
@@ -204,7 +212,10 @@ pub enum State {
 
 #[derive(Debug)]
 struct Member {
+    /// With the budget that it told last.
     info: NodeInfo,
+    /// It has told another budget than that with which it joined.
+    told_room: bool,
     incarnation: u64,
     /// What it brought; of no interest once it serves.
     held: Option<Held>,
@@ -323,6 +334,7 @@ impl Membership {
                 };
                 self.mark(&name, unfit, true)
             }
+            Event::Room { name, budget } => self.has_room_for(&name, budget),
             Event::Drain { name } => self.drain(&name),
             Event::Tick => false,
         };

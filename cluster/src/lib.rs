@@ -18,4 +18,4 @@ mod size;
 pub mod telemetry;
 mod time;
 
-pub use commands::run_command;
+pub use commands::{run_command, run_words};

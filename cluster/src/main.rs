@@ -2,9 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use lite_llm_cluster::cli::Cli;
-
 fn main() -> ExitCode {
-    lite_llm_cluster::run_command(Cli::parse())
+    lite_llm_cluster::run_words()
 }

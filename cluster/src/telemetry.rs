@@ -1,9 +1,9 @@
-//! Logs to standard error; spans, where asked for, to an OTLP receiver.
+//! Logs to standard error, as text or JSON; spans, where asked for, to an OTLP receiver.
 //!
 //! Spans of this project are at debug level and are recorded only when there is a receiver: a
 //! process without one pays for a disabled check per span and nothing else.
 
-use std::{io::IsTerminal, time::Duration};
+use std::{fmt, io::IsTerminal, sync::OnceLock, time::Duration};
 
 use opentelemetry::{KeyValue, trace::TracerProvider};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
@@ -11,7 +11,22 @@ use opentelemetry_sdk::{
     Resource,
     trace::{BatchConfigBuilder, BatchSpanProcessor, SdkTracerProvider},
 };
-use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
+use serde_json::{Map, Value};
+use tracing::{
+    Event, Span, Subscriber,
+    field::{Field, Visit},
+};
+use tracing_subscriber::{
+    EnvFilter, Layer,
+    fmt::{
+        FmtContext, FormatEvent, FormatFields,
+        format::Writer,
+        time::{FormatTime, SystemTime},
+    },
+    layer::SubscriberExt,
+    registry::LookupSpan,
+    util::SubscriberInitExt,
+};
 
 pub use lite_llm_actors::trace::context_of;
 
@@ -25,18 +40,53 @@ const TRACED: &str = "lite_llm_runtime=debug,lite_llm_actors=debug,lite_llm_clus
 const QUIET: &str = "ractor=error,ractor_cluster=error,quinn=warn,quinn_proto=warn,rustls=warn,\
                      h2=warn,tonic=warn,hyper=warn,hyper_util=warn,tower=warn,opentelemetry=warn";
 
+/// How a line of the log is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// A JSON object, with the ids of trace and span if it is traced.
+    Json,
+}
+
 /// Running telemetry.
 pub struct Telemetry {
     provider: Option<SdkTracerProvider>,
 }
 
+/// Where traces and metrics of this process go, and what it is there.
+#[derive(Debug, Clone)]
+pub(crate) struct Receiver {
+    /// An OTLP gRPC endpoint.
+    pub(crate) url: String,
+    /// Attributes of this process.
+    pub(crate) resource: Vec<(String, String)>,
+}
+
+static RECEIVER: OnceLock<Receiver> = OnceLock::new();
+
+/// The receiver that this process was started with.
+pub(crate) fn receiver() -> Option<Receiver> {
+    RECEIVER.get().cloned()
+}
+
 /// Starts logging by `filter`, and tracing to `otlp` if given, as what this process is in its
 /// cluster. Called within a tokio runtime.
-pub fn start(filter: &str, otlp: Option<&str>, role: &str) -> anyhow::Result<Telemetry> {
+pub fn start(
+    filter: &str,
+    format: LogFormat,
+    otlp: Option<&str>,
+    role: &str,
+) -> anyhow::Result<Telemetry> {
     let filter: EnvFilter = format!("{QUIET},{filter}")
         .parse()
         .map_err(|error| anyhow::anyhow!("--log {filter}: {error}"))?;
-    let provider = otlp.map(|endpoint| provider(endpoint, role)).transpose()?;
+    let receiver = otlp.map(|url| Receiver { url: url.to_owned(), resource: resource(role) });
+    let provider = receiver.as_ref().map(provider).transpose()?;
+    if let Some(receiver) = receiver {
+        // A second start in one process (in tests) keeps the first one's.
+        let _ = RECEIVER.set(receiver);
+    }
     let traces = provider.as_ref().map(|provider| {
         tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("lite-llm"))
@@ -47,26 +97,124 @@ pub fn start(filter: &str, otlp: Option<&str>, role: &str) -> anyhow::Result<Tel
     });
     let logs = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(format == LogFormat::Text && std::io::stderr().is_terminal())
         .with_target(false)
         // It would say so with `eprintln!`, which panics where standard error is what has gone.
-        .log_internal_errors(false)
-        .with_filter(filter);
+        .log_internal_errors(false);
+    let logs = match format {
+        LogFormat::Text => logs.boxed(),
+        LogFormat::Json => logs.event_format(JsonLines).boxed(),
+    };
     // A second start in one process (in tests) keeps the first one's subscriber.
-    let _ = tracing_subscriber::registry().with(traces).with(logs).try_init();
+    let _ = tracing_subscriber::registry().with(traces).with(logs.with_filter(filter)).try_init();
     Ok(Telemetry { provider })
 }
 
-fn provider(endpoint: &str, role: &str) -> anyhow::Result<SdkTracerProvider> {
+/// One object a line: when, how grave, where, what, its values, and what it belongs to.
+struct JsonLines;
+
+impl<S, N> FormatEvent<S, N> for JsonLines
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut time = String::new();
+        SystemTime.format_time(&mut Writer::new(&mut time))?;
+        let mut values = Values::default();
+        event.record(&mut values);
+        let mut line = Map::new();
+        line.insert("timestamp".into(), time.into());
+        line.insert("level".into(), event.metadata().level().as_str().into());
+        line.insert("target".into(), event.metadata().target().into());
+        line.insert("message".into(), values.message.into());
+        if !values.others.is_empty() {
+            line.insert("fields".into(), values.others.into());
+        }
+        let context = context_of(&Span::current());
+        if context.is_valid() {
+            let text = context.to_string();
+            let mut parts = text.split('-').skip(1);
+            for name in ["trace_id", "span_id"] {
+                line.insert(name.into(), parts.next().unwrap_or_default().into());
+            }
+        }
+        writeln!(writer, "{}", Value::Object(line))
+    }
+}
+
+/// The values of an event.
+#[derive(Default)]
+struct Values {
+    message: String,
+    others: Map<String, Value>,
+}
+
+impl Values {
+    fn put(&mut self, field: &Field, value: Value) {
+        self.others.insert(field.name().to_owned(), value);
+    }
+}
+
+impl Visit for Values {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        match field.name() {
+            "message" => self.message = format!("{value:?}"),
+            _ => self.put(field, format!("{value:?}").into()),
+        }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        match field.name() {
+            "message" => self.message = value.to_owned(),
+            _ => self.put(field, value.into()),
+        }
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.put(field, value.into());
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.put(field, value.into());
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.put(field, value.into());
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.put(field, value.into());
+    }
+}
+
+/// What this process is to those who receive its traces and metrics.
+fn resource(role: &str) -> Vec<(String, String)> {
+    let attributes = [
+        ("service.name", "lite-llm"),
+        ("service.instance.id", role),
+        ("service.version", env!("CARGO_PKG_VERSION")),
+    ];
+    attributes.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+}
+
+fn provider(receiver: &Receiver) -> anyhow::Result<SdkTracerProvider> {
+    let endpoint = &receiver.url;
     let exporter =
         SpanExporter::builder().with_tonic().with_endpoint(endpoint).build().map_err(|error| {
             anyhow::anyhow!("--otlp {endpoint}: {error}; http://host:port is expected")
         })?;
     let batches = BatchConfigBuilder::default().with_max_queue_size(SPANS_WAITING_MAX).build();
     let processor = BatchSpanProcessor::builder(exporter).with_batch_config(batches).build();
+    let attributes = receiver.resource.iter().cloned();
+    let attributes = attributes.map(|(key, value)| KeyValue::new(key, value));
     let resource = Resource::builder()
-        .with_service_name(format!("lite-llm {role}"))
-        .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
+        .with_attributes(attributes)
         .with_attribute(KeyValue::new("process.pid", i64::from(std::process::id())))
         .build();
     Ok(SdkTracerProvider::builder().with_span_processor(processor).with_resource(resource).build())

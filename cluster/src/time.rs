@@ -2,6 +2,12 @@
 
 use std::{fmt, str::FromStr, time::Duration};
 
+/// Nanoseconds since 1970.
+pub(crate) fn nanos() -> u64 {
+    let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// A length of time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Time(pub Duration);

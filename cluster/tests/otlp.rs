@@ -5,28 +5,58 @@ mod process;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    io::{Read, Write},
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use opentelemetry_proto::tonic::{
-    collector::trace::v1::{
-        ExportTraceServiceRequest, ExportTraceServiceResponse,
-        trace_service_server::{TraceService, TraceServiceServer},
+    collector::{
+        metrics::v1::{
+            ExportMetricsServiceRequest, ExportMetricsServiceResponse,
+            metrics_service_server::{MetricsService, MetricsServiceServer},
+        },
+        trace::v1::{
+            ExportTraceServiceRequest, ExportTraceServiceResponse,
+            trace_service_server::{TraceService, TraceServiceServer},
+        },
     },
     common::v1::any_value::Value,
+    metrics::v1::{Metric, metric, number_data_point},
+    resource::v1::Resource,
     trace::v1::Span,
 };
 use process::{Cluster, PATIENCE};
 use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 
-/// A span, and the service that it came from.
+/// A span, and the process that it came from: its role, and its name if it has one.
 type Received = (String, Span);
 
 /// The published OTLP service, keeping what it is sent.
 #[derive(Clone, Default)]
 struct Receiver {
     spans: Arc<Mutex<Vec<Received>>>,
+    /// The last report of metrics.
+    metrics: Arc<Mutex<(String, Vec<Metric>)>>,
+}
+
+/// Which process a report came from. All are one service.
+fn process_of(resource: Option<Resource>) -> String {
+    let attributes = resource.unwrap_or_default().attributes;
+    let of = |key: &str| {
+        let found = attributes.iter().find(|a| a.key == key);
+        match found.and_then(|a| a.value.clone()).and_then(|v| v.value) {
+            Some(Value::StringValue(text)) => text,
+            other => panic!("{key} is {other:?}"),
+        }
+    };
+    assert_eq!(
+        (&*of("service.name"), &*of("service.version")),
+        ("lite-llm", env!("CARGO_PKG_VERSION"))
+    );
+    let instance = of("service.instance.id");
+    // Commands are told apart by the number of their process.
+    instance.trim_end_matches(|c: char| c.is_ascii_digit() || c == ' ').to_owned()
 }
 
 #[tonic::async_trait]
@@ -36,16 +66,26 @@ impl TraceService for Receiver {
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
         for resource in request.into_inner().resource_spans {
-            let attributes = resource.resource.unwrap_or_default().attributes;
-            let name = attributes.into_iter().find(|a| a.key == "service.name");
-            let name = match name.and_then(|a| a.value).and_then(|v| v.value) {
-                Some(Value::StringValue(name)) => name,
-                other => panic!("service.name is {other:?}"),
-            };
+            let name = process_of(resource.resource);
             let spans = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
             self.spans.lock().unwrap().extend(spans.map(|span| (name.clone(), span)));
         }
         Ok(Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+#[tonic::async_trait]
+impl MetricsService for Receiver {
+    async fn export(
+        &self,
+        request: Request<ExportMetricsServiceRequest>,
+    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
+        for resource in request.into_inner().resource_metrics {
+            let name = process_of(resource.resource);
+            let metrics = resource.scope_metrics.into_iter().flat_map(|scope| scope.metrics);
+            *self.metrics.lock().unwrap() = (name, metrics.collect());
+        }
+        Ok(Response::new(ExportMetricsServiceResponse::default()))
     }
 }
 
@@ -55,6 +95,15 @@ impl Receiver {
         let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = incoming.local_addr().unwrap();
         let service = TraceServiceServer::new(self.clone());
+        tokio::spawn(tonic::transport::Server::builder().serve_with_incoming(service, incoming));
+        format!("http://{address}")
+    }
+
+    /// The same, for metrics alone.
+    async fn listen_for_metrics(&self) -> String {
+        let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = incoming.local_addr().unwrap();
+        let service = MetricsServiceServer::new(self.clone());
         tokio::spawn(tonic::transport::Server::builder().serve_with_incoming(service, incoming));
         format!("http://{address}")
     }
@@ -126,10 +175,10 @@ fn one_job_is_one_trace_through_all_processes() {
         assert!(parent.start_time_unix_nano <= span.start_time_unix_nano, "{}", span.name);
         let services = (above.as_str(), service.as_str());
         match span.name.as_str() {
-            "job" => assert_eq!(services, ("lite-llm submit", "lite-llm coordinator")),
-            "node" => assert_eq!(services, ("lite-llm coordinator", "lite-llm worker a")),
+            "job" => assert_eq!(services, ("submit", "coordinator")),
+            "node" => assert_eq!(services, ("coordinator", "worker a")),
             "expert shard" => {
-                assert_eq!(services, ("lite-llm worker a", "lite-llm worker b"), "not remote");
+                assert_eq!(services, ("worker a", "worker b"), "not remote");
             }
             _ => assert_eq!(services.0, services.1, "{}", span.name),
         }
@@ -165,4 +214,90 @@ fn a_receiver_that_is_not_there_costs_no_answer() {
     let ended = process::run(&[&["run"][..], &args].concat());
     ended.expect(0, &["[3 tokens"]);
     process::run(&["run", "--otlp", "not a url", "hi"]).one_error(2, &["--otlp not a url", "http"]);
+}
+
+/// The value of a metric without labels that matter; a histogram's is its count.
+fn value(metrics: &[Metric], name: &str) -> Option<f64> {
+    let metric = metrics.iter().find(|metric| metric.name == name)?;
+    let number = |point: &number_data_point::Value| match point {
+        number_data_point::Value::AsDouble(value) => *value,
+        number_data_point::Value::AsInt(value) => *value as f64,
+    };
+    match metric.data.as_ref()? {
+        metric::Data::Sum(sum) => sum.data_points.first()?.value.as_ref().map(number),
+        metric::Data::Gauge(gauge) => gauge.data_points.first()?.value.as_ref().map(number),
+        metric::Data::Histogram(data) => data.data_points.first().map(|point| point.count as f64),
+        _ => None,
+    }
+}
+
+#[test]
+fn metrics_are_those_of_prometheus() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let receiver = Receiver::default();
+    let url = runtime.block_on(receiver.listen_for_metrics());
+    let flags = ["run", "--http", "127.0.0.1:0", "--otlp", &url];
+    let flags = [&flags[..], &["--log-format", "json", "--log", "lite_llm_cluster=debug"]].concat();
+    let mut server =
+        process::Process::start_with_variables(&flags, &[("OTEL_METRIC_EXPORT_INTERVAL", "100")]);
+    server.says("http on ");
+    let said = server.out();
+    let address = said.split("http://").nth(1).unwrap().split('/').next().unwrap().to_owned();
+    let ask = |request: String| {
+        let mut stream = std::net::TcpStream::connect(&address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+        text.split_once("\r\n\r\n").unwrap().1.to_owned()
+    };
+    let head = "Host: localhost\r\nConnection: close\r\n";
+    let body = r#"{"prompt":"ls - list","max_tokens":5,"ignore_eos":true}"#;
+    let length = body.len();
+    ask(format!(
+        "POST /v1/completions HTTP/1.1\r\n{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+    ));
+    let begun = Instant::now();
+    let metrics = loop {
+        let (process, metrics) = receiver.metrics.lock().unwrap().clone();
+        // The request is counted when it was answered.
+        if value(&metrics, "lite_llm_http_requests_total") == Some(1.0) {
+            assert_eq!(process, "run");
+            break metrics;
+        }
+        assert!(begun.elapsed() < PATIENCE, "the last report: {metrics:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    // The same names, and the same counts, as Prometheus is told.
+    let text = ask(format!("GET /metrics HTTP/1.1\r\n{head}\r\n"));
+    let told: HashSet<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    let sent: HashSet<&str> = metrics.iter().map(|metric| &*metric.name).collect();
+    let missing: Vec<_> = told.symmetric_difference(&sent).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+    assert_eq!(value(&metrics, "lite_llm_generation_tokens_total"), Some(5.0));
+    assert_eq!(value(&metrics, "lite_llm_inter_token_latency_seconds"), Some(4.0));
+    assert_eq!(value(&metrics, "lite_llm_nodes"), Some(1.0));
+
+    // And the dashboard asks for nothing that there is not.
+    let dashboard = include_str!("../../packaging/grafana.json");
+    serde_json::from_str::<serde_json::Value>(dashboard).unwrap();
+    let names = dashboard.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+    let names: HashSet<&str> = names.filter(|name| name.starts_with("lite_llm_")).collect();
+    assert!(names.len() > 15, "{names:?}");
+    for name in names {
+        let family = name.strip_suffix("_bucket").unwrap_or(name);
+        assert!(told.contains(family), "packaging/grafana.json: there is no {name}");
+    }
+
+    server.signal("TERM");
+    let ended = server.ends_within(PATIENCE);
+    ended.expect(0, &[]);
+    // Each line of the log is an object.
+    for line in ended.err.lines() {
+        let line: serde_json::Value =
+            serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        assert!(line["timestamp"].is_string() && line["level"].is_string(), "{line}");
+    }
 }

@@ -94,6 +94,9 @@ pub fn run_experts<'a, D: Device>(
     failures
 }
 
+/// The rows and outputs of one expert's calls.
+type RowsOf<'a> = (Vec<&'a [f32]>, Vec<&'a mut [f32]>);
+
 /// Runs the next calls, by key, of as many experts as the store has room for at the same time.
 fn run_some<'a, D: Device>(
     device: &D,
@@ -102,7 +105,7 @@ fn run_some<'a, D: Device>(
     failures: &mut Vec<ExpertFailure>,
 ) {
     let mut experts: Vec<(ExpertKey, Arc<GatedMlp<D::Matrix>>)> = Vec::new();
-    let mut rows: Vec<(Vec<&'a [f32]>, Vec<&'a mut [f32]>)> = Vec::new();
+    let mut rows: Vec<RowsOf<'a>> = Vec::new();
     while let Some(key) = calls.peek().map(|call| call.key) {
         let expert = match store.fetch(key) {
             // There is room once these have been computed with.

@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use lite_llm_kernels::device::Device;
 use safetensors::{
-    SafeTensors,
+    SafeTensorError, SafeTensors,
     tensor::{Dtype, TensorView},
 };
 
@@ -273,7 +273,10 @@ pub fn read(path: &Path) -> Result<Vec<Trace>, TraceError> {
 }
 
 fn parse(bytes: &[u8]) -> Result<Vec<Trace>, String> {
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| error.to_string())?;
+    let no_trace = |error: SafeTensorError| {
+        format!("no file of routing ({error}); `lite-llm eval --trace FILE` records one")
+    };
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(no_trace)?;
     let file = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
     let stated = header.metadata().as_ref().and_then(|all| all.get("experts")?.parse().ok());
     let mut names: Vec<&str> = file.names().into_iter().collect();
@@ -459,7 +462,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.safetensors");
         std::fs::write(&path, b"nonsense").unwrap();
-        assert!(read(&path).unwrap_err().to_string().contains("trace.safetensors"));
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("trace.safetensors") && error.contains("eval --trace"), "{error}");
         let mut bad = trace("a", 4);
         bad.predicted.push(bad.predicted[0].clone());
         write(&path, &[bad]).unwrap();

@@ -164,6 +164,11 @@ pub(super) fn open(
                       the checkpoint's prefix, and give credentials in the environment";
         return Err(refused(&shown, reason));
     }
+    if kind != Kind::File && url.host_str().is_none_or(str::is_empty) {
+        let reason =
+            "a URL without a bucket, container or host; SCHEME://BUCKET/PREFIX is expected";
+        return Err(refused(&shown, reason));
+    }
     let location = text.trim_end_matches('/').to_owned();
     if split_number(&location).1.is_some() {
         let reason = "the URL of one manifest, which is read and never written; name the checkpoint's \
@@ -334,6 +339,10 @@ mod tests {
         assert_eq!((opened.prefix.as_ref(), &*opened.location), ("Model", "s3://Bucket/Model"));
         for url in ["ftp://host/x", "file://host/x", "file:///a/x@3", "s3://bucket/x@3/"] {
             assert!(open(url, &environment, &Limits::default()).is_err(), "{url}");
+        }
+        for url in ["s3://", "s3:///model", "gs://", "az:///x"] {
+            let error = open(url, &environment, &Limits::default()).err().expect(url).to_string();
+            assert!(error.contains("without a bucket"), "{url}: {error}");
         }
     }
 }

@@ -26,7 +26,7 @@ use lite_llm_transport::{
     identity::{ClusterCa, OPERATOR, Role},
     messages::{
         Choosing, ClientReply, ClientRequest, ClusterStatus, DetachedReply, Grammar, JobEvent,
-        JobOrder, JobRequest, NodeResidences, Prompt, Serving,
+        JobOrder, JobRequest, NodeResidences, NodeView, Prompt, Serving,
     },
     session::Hello,
     token::JoinToken,
@@ -344,6 +344,11 @@ impl CoordinatorHandle {
     /// Where the experts of its nodes are.
     pub async fn residences(&self) -> Result<Vec<NodeResidences>, ServeError> {
         ractor::call!(self.actor, CoordinatorMessage::Residences).map_err(failed)
+    }
+
+    /// What its nodes show of their experts and links.
+    pub async fn views(&self) -> Result<Vec<NodeView>, ServeError> {
+        ractor::call!(self.actor, CoordinatorMessage::View).map_err(failed)
     }
 
     /// Moves a worker's work and experts away, and lets it go when that is done.

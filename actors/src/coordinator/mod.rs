@@ -8,16 +8,14 @@ mod detached;
 mod handle;
 mod job;
 pub mod progress;
-mod room;
+pub(crate) mod room;
+mod view;
 
 use std::{
     collections::{BTreeMap, HashMap},
     hash::{BuildHasher, RandomState},
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -28,7 +26,7 @@ use lite_llm_transport::{
     identity::Role,
     messages::{
         Assignment, Choosing, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeResidences,
-        NodeStatus, NodeVitals, Prompt, Revoked, RevokedNames, Serving,
+        NodeStatus, NodeView, NodeVitals, Prompt, Revoked, RevokedNames, Serving,
     },
 };
 use ractor::{
@@ -110,6 +108,8 @@ pub enum CoordinatorMessage {
     Describe(RpcReplyPort<ClusterStatus>),
     /// Where are the nodes' experts?
     Residences(RpcReplyPort<Vec<NodeResidences>>),
+    /// What do the nodes' experts and links do?
+    View(RpcReplyPort<Vec<NodeView>>),
     /// Move a node's work and experts away, and let it go.
     Drain(String, RpcReplyPort<Result<(), String>>),
     /// Answered when the cluster is ready or has failed.
@@ -157,7 +157,7 @@ pub struct CoordinatorArguments {
     /// How long jobs wait for a node.
     pub patience: Duration,
     /// Positions that the largest cache of a node holds, for others to read; 0 before one is known.
-    pub kv_tokens: Arc<AtomicU64>,
+    pub kv_tokens: room::Largest,
     /// The control plane, if nodes are other processes.
     pub control: Option<ControlPlane>,
 }
@@ -263,7 +263,7 @@ impl Actor for Coordinator {
                         tokens_per_second: if speed.is_finite() { speed.max(0.0) } else { 0.0 },
                         ..status
                     };
-                    state.arguments.kv_tokens.store(state.largest_cache(), Relaxed);
+                    state.note_largest_cache();
                 }
             }
             CoordinatorMessage::Submit(submission, reply) => {
@@ -296,6 +296,7 @@ impl Actor for Coordinator {
                 let _ = reply.send(state.status());
             }
             CoordinatorMessage::Residences(reply) => state.residences(reply),
+            CoordinatorMessage::View(reply) => state.views(reply),
             CoordinatorMessage::Drain(name, reply) => {
                 let _ = reply.send(state.drain(now, name));
             }
@@ -544,8 +545,9 @@ impl CoordinatorState {
             let answer = ractor::call_t!(actor, NodeMessage::Vitals, timeout);
             let vitals = answer.ok().and_then(|answer| answer.into_inner().ok());
             let vitals = vitals.map(|NodeVitals { status, busy, progress, unreachable }| {
+                let budget = status.budget;
                 let _ = myself.cast(CoordinatorMessage::Status(name.clone(), status));
-                Vitals { busy, progress, unreachable }
+                Vitals { busy, progress, unreachable, budget }
             });
             let event = Event::Vitals { name, incarnation, vitals };
             let _ = myself.cast(CoordinatorMessage::Cluster(event));
@@ -618,11 +620,8 @@ impl CoordinatorState {
         if let State::Failed(reason) = self.cluster.state() {
             return Err(reason.clone());
         }
-        if self.jobs.len() >= JOBS_MAX {
-            return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
-        }
         jobs::check_order(&request, &choosing, &generated, &self.arguments.config)?;
-        room::check(self.caches(), &request, self.arguments.config.context)?;
+        self.check_room(&request)?;
         self.jobs_begun += 1;
         let id = self.numbers.hash_one(self.jobs_begun);
         let span = tracing::debug_span!("job", job = id);

@@ -1,24 +1,39 @@
-//! Whether some node can ever hold a job: known before it waits for one.
+//! Whether there is room for a job: among those that run, and ever in some node's cache.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use lite_llm_transport::messages::{JobRequest, Prompt};
 
-use super::CoordinatorState;
+use super::{CoordinatorState, JOBS_MAX};
+
+/// Positions that the largest cache of a node holds.
+pub type Largest = Arc<AtomicU64>;
 
 impl CoordinatorState {
-    /// Positions that the nodes' caches hold.
-    pub(super) fn caches(&self) -> impl Iterator<Item = u64> {
+    fn caches(&self) -> impl Iterator<Item = u64> {
         self.nodes.values().map(|node| node.status.kv_tokens)
     }
 
-    /// Positions that the largest of them holds; 0 if that is not known.
-    pub(super) fn largest_cache(&self) -> u64 {
-        self.caches().max().unwrap_or(0)
+    /// A node has said how it is.
+    pub(super) fn note_largest_cache(&self) {
+        self.arguments.kv_tokens.store(self.caches().max().unwrap_or(0), Relaxed);
+    }
+
+    /// Whether there is room for a job, now and ever.
+    pub(super) fn check_room(&self, request: &JobRequest) -> Result<(), String> {
+        if self.jobs.len() >= JOBS_MAX {
+            return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
+        }
+        check(self.caches(), request, self.arguments.config.context)
     }
 }
 
 /// Whether the cache of some node, of which these hold so many positions, holds as many as a job may
 /// come to. One that has not said how many its cache holds may.
-pub(super) fn check(
+fn check(
     caches: impl Iterator<Item = u64>,
     request: &JobRequest,
     context: usize,

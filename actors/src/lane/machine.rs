@@ -182,6 +182,7 @@ pub(super) struct RemoteBatch<R> {
 
 /// See the module's text.
 pub struct LaneMachine<D: Device, R> {
+    pub(super) loads: Arc<super::loads::ExpertLoads>,
     engine: Engine<D>,
     store: Arc<dyn ExpertStore<D::Matrix>>,
     peers: Peers,
@@ -213,6 +214,7 @@ impl<D: Device, R> LaneMachine<D, R> {
     pub fn new(parts: LaneParts<D>) -> Self {
         let LaneParts { engine, store, arrangement, buffers, limits } = parts;
         Self {
+            loads: super::loads::ExpertLoads::of(&engine.backbone().config),
             engine,
             store,
             peers: Peers::new(arrangement),
@@ -435,6 +437,7 @@ impl<D: Device, R> LaneMachine<D, R> {
         let width = self.engine.backbone().config.hidden;
         let flight = Flight::new(width, self.spare.pop().unwrap_or_default());
         self.flights.insert(pass, flight);
+        self.loads.count(self.engine.routes(pass));
         let early = self.early.remove(&pass).unwrap_or_default();
         if !self.store.is_complete()
             && let Some((layer, rows)) = self.engine.routed(pass, &early)

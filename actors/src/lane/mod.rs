@@ -10,6 +10,7 @@ mod actor;
 mod flight;
 mod jobs;
 mod limits;
+mod loads;
 mod machine;
 mod peers;
 mod reply;
@@ -42,6 +43,7 @@ use self::jobs::{Job, Jobs};
 pub use self::{
     actor::{LaneActor, LaneMessage, LaneStart},
     limits::LaneLimits,
+    loads::ExpertLoads,
     machine::{Arrangement, BATCH_BYTES_MAX, Command, Event, LaneMachine, LaneParts},
     reply::ReplyQueue,
 };
@@ -146,6 +148,8 @@ pub struct LaneStats {
     pub waited_us: AtomicU64,
     /// What its scheduler has done, and holds.
     pub schedule: Mutex<ScheduleStats>,
+    /// How often its sequences chose each expert; empty before the lane begins.
+    pub loads: ArcSwapOption<ExpertLoads>,
 }
 
 /// A handle to a running lane.
@@ -219,6 +223,7 @@ impl<D: Device> Lane<D> {
             served: false,
             stopped: false,
         };
+        lane.stats.loads.store(Some(lane.machine.loads.clone()));
         let thread = std::thread::Builder::new().name("lite-llm-lane".into()).spawn(move || {
             let run = std::panic::AssertUnwindSafe(|| lane.run());
             let panic = std::panic::catch_unwind(run).err().map(|panic| {

@@ -55,6 +55,7 @@ impl Membership {
         self.epoch = self.epoch.max(held.as_ref().map_or(0, |held| held.epoch));
         let member = Member {
             info,
+            told_room: false,
             incarnation,
             held,
             serves: false,

@@ -3,13 +3,26 @@
 //! Invariant: members are given more than their memory holds only where all of them together do not
 //! hold what is served.
 
-use super::{Epoch, Membership, MembershipOptions, Slot};
+use super::{Epoch, Member, Membership, MembershipOptions, Slot};
 use crate::placement::{DoesNotFit, Placement, plan};
 
 /// Experts that a member's memory must hold at least for it to be given more than it holds.
 const OVERCOMMIT_EXPERTS_MIN: u64 = 4;
 
 impl Membership {
+    /// A member has less room than it said. Returns whether to plan anew. One that says so again and
+    /// again is not believed: it would have experts move without end.
+    pub(super) fn has_room_for(&mut self, name: &str, budget: u64) -> bool {
+        let slots = self.slots.iter_mut().filter_map(|slot| slot.member.as_mut());
+        let mut members = slots.chain(&mut self.lobby);
+        let less = |member: &&mut Member| {
+            member.info.name == name && !member.told_room && budget < member.info.budget_bytes
+        };
+        let Some(member) = members.find(less) else { return false };
+        (member.info.budget_bytes, member.told_room) = (budget, true);
+        true
+    }
+
     /// A plan without those who are to hold nothing, or, if that does not fit, with them.
     pub(super) fn planned(&self, old: Option<&Placement>) -> Result<Placement, DoesNotFit> {
         let MembershipOptions { config, expert_bytes, copies, policy, .. } = &self.options;

@@ -234,6 +234,25 @@ fn without_room_for_the_lost_experts_a_newcomer_takes_the_slot_and_survivors_kee
 }
 
 #[test]
+fn who_has_less_room_than_it_said_is_given_less_and_is_believed_once() {
+    let mut c = ready(&["a", "b"], 1);
+    let room = |name: &str, budget| Event::Room { name: name.into(), budget };
+    for (name, budget) in [("a", 1000), ("a", u64::MAX), ("nobody", 1), ("b", 400)] {
+        assert!(c.handle(room(name, budget)).loads().is_empty(), "{name} {budget}: nothing moves");
+    }
+    c.handle(room("a", 40)).load_all();
+    assert_eq!((c.state(), c.share("a"), c.share("b")), (State::Ready, 4, 12));
+    for (name, budget) in [("a", 0), ("b", 10)] {
+        assert!(c.handle(room(name, budget)).loads().is_empty(), "{name} has said another already");
+    }
+    // In another life it may have another.
+    c.join("a", 2).load_all();
+    assert!(c.share("a") > 4);
+    c.handle(room("a", 20)).load_all();
+    assert_eq!((c.state(), c.share("a"), c.share("b")), (State::Ready, 2, 14));
+}
+
+#[test]
 fn a_newer_life_replaces_the_older_whose_farewell_counts_for_nothing() {
     let mut c = ready(&["a", "b"], 2);
     assert!(c.join("b", 1).take().is_empty(), "the same life again");

@@ -133,7 +133,7 @@ impl NodeDevice {
 }
 
 /// Bytes of a GPU's memory for experts, now that everything else has its place.
-pub(super) fn hbm_budget(gpu: &Gpu, asked: Option<u64>, sharers: u64) -> Result<u64, DeviceError> {
+pub fn hbm_budget(gpu: &Gpu, asked: Option<u64>, sharers: u64) -> Result<u64, DeviceError> {
     let (free, _) = gpu.cuda().memory()?;
     let free = free as u64;
     match asked {

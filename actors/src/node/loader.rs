@@ -274,46 +274,6 @@ impl LoaderState {
         Ok((model, placement))
     }
 
-    /// An empty cache for the experts of a checkpoint, and who fetches them.
-    fn cache(
-        &self,
-        checkpoint: &Arc<Checkpoint>,
-    ) -> Result<(Arc<ExpertCache>, Arc<PeerFetcher>), String> {
-        let threads = self.options.device.cpu().pool().threads().min(VERIFY_THREADS_MAX);
-        let failed = |error: std::io::Error| format!("experts cannot be read: {error}");
-        let reader = BlockReader::new(BlockOptions::default()).map_err(failed)?;
-        let nvme = self.options.nvme.clone();
-        let ways = FetchOptions { reader, nvme, threads, requests: REQUESTS };
-        let next = fetcher_for(checkpoint, ways).map_err(failed)?;
-        let (checkpoint_of, links) = (checkpoint.clone(), self.options.links.clone());
-        let peers = PeerOptions { checkpoint: checkpoint_of, next, links };
-        let peers = Arc::new(PeerFetcher::new(peers));
-        let config = checkpoint.config();
-        let all = self.options.info.budget_bytes;
-        let budget = match self.options.dram_holds_rest {
-            true => {
-                let largest = checkpoint.tier_expert_bytes().into_iter().max().unwrap_or(0);
-                // What waits to be written to a disk cache, and what arrives packed.
-                let staged = WRITES_MAX as u64 * u64::from(self.options.nvme.is_some());
-                let packed = REQUESTS as u64 * u64::from(checkpoint.is_stored());
-                let beside = checkpoint.dense_bytes() + largest * (staged + packed);
-                all.saturating_sub(beside).max(all / EXPERTS_SHARE_MIN)
-            }
-            false => all,
-        };
-        let moe = config.moe.clone().unwrap_or_else(MoeConfig::without_experts);
-        let shape = Shape::new(config.sparse_layers().count(), &moe);
-        let cache = ExpertCache::new(CacheOptions {
-            moe: Arc::new(moe),
-            budget,
-            expert_bytes: checkpoint.tier_expert_bytes(),
-            policy: policy::best(shape, budget),
-            prefetch: true,
-            fetcher: peers.clone(),
-        });
-        Ok((cache, peers))
-    }
-
     /// The shard of a layer.
     async fn shard(
         &mut self,
@@ -385,7 +345,9 @@ impl LoaderState {
             let retired = tokio::task::spawn_blocking(move || store.retire());
             retired.await.map_err(|error| error.to_string())?;
         }
-        let (store, peers) = self.cache(&checkpoint)?;
+        let (options, of) = (self.options.clone(), checkpoint.clone());
+        let made = tokio::task::spawn_blocking(move || cache(&options, &of)).await;
+        let (store, peers) = made.map_err(|error| error.to_string())??;
         self.options.links.served().show(checkpoint.id(), &store);
         let (storage, _) =
             Actor::spawn_linked(None, StorageActor, store.clone(), self.node.clone())
@@ -436,6 +398,47 @@ fn lane_start(
             Ok(LaneStart::new(LaneParts { engine, store, arrangement, buffers, limits }))
         }
     }
+}
+
+/// An empty cache for the experts of a checkpoint, and who fetches them. Takes as long as it does to look
+/// through a disk cache's folder.
+fn cache(
+    options: &NodeOptions,
+    checkpoint: &Arc<Checkpoint>,
+) -> Result<(Arc<ExpertCache>, Arc<PeerFetcher>), String> {
+    let threads = options.device.cpu().pool().threads().min(VERIFY_THREADS_MAX);
+    let failed = |error: std::io::Error| format!("experts cannot be read: {error}");
+    let reader = BlockReader::new(BlockOptions::default()).map_err(failed)?;
+    let nvme = options.nvme.clone();
+    let ways = FetchOptions { reader, nvme, threads, requests: REQUESTS };
+    let next = fetcher_for(checkpoint, ways).map_err(failed)?;
+    let (checkpoint_of, links) = (checkpoint.clone(), options.links.clone());
+    let peers = PeerOptions { checkpoint: checkpoint_of, next, links };
+    let peers = Arc::new(PeerFetcher::new(peers));
+    let config = checkpoint.config();
+    let all = options.info.budget_bytes;
+    let budget = match options.dram_holds_rest {
+        true => {
+            let largest = checkpoint.tier_expert_bytes().into_iter().max().unwrap_or(0);
+            // What waits to be written to a disk cache, and what arrives packed.
+            let staged = WRITES_MAX as u64 * u64::from(options.nvme.is_some());
+            let packed = REQUESTS as u64 * u64::from(checkpoint.is_stored());
+            let beside = checkpoint.dense_bytes() + largest * (staged + packed);
+            all.saturating_sub(beside).max(all / EXPERTS_SHARE_MIN)
+        }
+        false => all,
+    };
+    let moe = config.moe.clone().unwrap_or_else(MoeConfig::without_experts);
+    let shape = Shape::new(config.sparse_layers().count(), &moe);
+    let cache = ExpertCache::new(CacheOptions {
+        moe: Arc::new(moe),
+        budget,
+        expert_bytes: checkpoint.tier_expert_bytes(),
+        policy: policy::best(shape, budget),
+        prefetch: true,
+        fetcher: peers.clone(),
+    });
+    Ok((cache, peers))
 }
 
 /// The experts that a placement gives a node, by layer.

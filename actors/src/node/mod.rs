@@ -11,6 +11,7 @@ pub mod device;
 pub mod grammars;
 pub mod jobs;
 mod loader;
+mod view;
 
 use std::{
     collections::BTreeMap,
@@ -31,8 +32,8 @@ use lite_llm_runtime::{
 };
 use lite_llm_transport::{
     messages::{
-        Assignment, NodeInfo, NodeReport, NodeResidences, NodeStatus, NodeVitals, RESIDENCES_MAX,
-        ResidenceStatus, RevokedNames, ScheduleStatus,
+        Assignment, NodeInfo, NodeReport, NodeResidences, NodeStatus, NodeView, NodeVitals,
+        RESIDENCES_MAX, ResidenceStatus, RevokedNames, ScheduleStatus,
     },
     pool::BufferPool,
 };
@@ -81,6 +82,9 @@ pub enum NodeMessage {
     /// Where are your experts?
     #[rpc]
     Residences(RpcReplyPort<Wire<NodeResidences>>),
+    /// What do your experts and links do?
+    #[rpc]
+    View(RpcReplyPort<Wire<NodeView>>),
 }
 
 /// How an assignment ended.
@@ -216,7 +220,8 @@ impl Actor for NodeActor {
         match message {
             NodeMessage::Describe(reply) => {
                 // Whoever asked may be gone, here and below.
-                let (info, holding) = (state.options.info.clone(), state.options.holding.lock());
+                let info = NodeInfo { budget_bytes: state.budget(), ..state.options.info.clone() };
+                let holding = state.options.holding.lock();
                 let _ = reply.send(Wire::new(NodeReport { info, holding: holding.clone() }));
             }
             NodeMessage::Load(assignment, reply) => {
@@ -230,6 +235,9 @@ impl Actor for NodeActor {
             }
             NodeMessage::Residences(reply) => {
                 let _ = reply.send(Wire::new(state.residences()));
+            }
+            NodeMessage::View(reply) => {
+                let _ = reply.send(Wire::new(state.view()));
             }
             NodeMessage::Suspects(names) => {
                 if let (Ok(names), Some(lane)) =
@@ -342,16 +350,23 @@ impl NodeState {
         }
     }
 
+    /// Bytes that its experts may take: known when it has opened the model, whose rest may have to fit
+    /// in what it was started with, too.
+    fn budget(&self) -> u64 {
+        let store = self.options.store.lock();
+        store.as_ref().map_or(self.options.info.budget_bytes, |store| store.budget())
+    }
+
     fn status(&mut self) -> NodeStatus {
-        let NodeInfo { name, address, budget_bytes, .. } = self.options.info.clone();
-        let store = self.options.store.lock().clone();
+        let NodeInfo { name, address, .. } = self.options.info.clone();
+        let (store, budget) = (self.options.store.lock().clone(), self.budget());
         NodeStatus {
             name,
             address,
             state: self.doing.lock().clone(),
             experts: self.counters.total.load(Relaxed),
             expert_bytes: store.map_or(0, |store| store.resident_bytes()),
-            budget: budget_bytes,
+            budget,
             sequences: self.stats.sequences.load(Relaxed),
             tokens_per_second: self.rate.update(self.stats.tokens.load(Relaxed)),
             loaded: self.counters.loaded.load(Relaxed),

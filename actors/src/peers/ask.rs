@@ -14,6 +14,12 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Bytes per second below which a peer is given up, beyond the time for its answer.
 const SLOWEST_BYTES_PER_S: f64 = 2.0 * 1024.0 * 1024.0;
 
+/// When who asks for so many bytes now gives them up.
+pub(super) fn deadline(bytes: u64) -> Instant {
+    let slowest = Duration::from_secs_f64(bytes as f64 / SLOWEST_BYTES_PER_S);
+    Instant::now() + ANSWER_TIMEOUT + slowest
+}
+
 /// What a peer answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Asked {
@@ -52,13 +58,12 @@ impl WeightStream {
         request: &WeightsRequest,
         out: &mut [u8],
     ) -> Result<Asked, NotAsked> {
-        let slowest = Duration::from_secs_f64(out.len() as f64 / SLOWEST_BYTES_PER_S);
-        let deadline = Instant::now() + ANSWER_TIMEOUT + slowest;
+        let (began, bytes) = (Instant::now(), out.len());
+        let deadline = deadline(bytes as u64);
         match timeout_at(deadline, self.exchange(request, out)).await {
             Ok(asked) => asked,
             Err(_) => {
-                let bytes = out.len();
-                let allowed = ANSWER_TIMEOUT + slowest;
+                let allowed = deadline - began;
                 Err(NotAsked::Lost(format!("it did not send {bytes} bytes within {allowed:?}")))
             }
         }

@@ -36,8 +36,6 @@ use crate::{links::Links, placement::Placement};
 pub const PEERS_ASKED_MAX: usize = 3;
 /// Experts that one peer is asked for at a time.
 const ASKED_MAX: usize = 4;
-/// How long a way that failed is not used.
-const FAILED_PAUSE: Duration = Duration::from_secs(5);
 /// How long a peer whose bytes are wrong is not asked.
 const WRONG_PAUSE: Duration = Duration::from_secs(300);
 /// How long a peer that is busy is not asked.
@@ -103,6 +101,14 @@ struct Peer {
     idle: Vec<WeightStream>,
     /// Held by who connects, so that one does.
     connecting: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// Why a peer is left alone for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    Busy,
+    Failed,
+    Wrong,
 }
 
 struct UnderWay {
@@ -328,7 +334,7 @@ impl Shared {
                 Fetched::Cancelled => state.next.gave_up(bytes),
                 Fetched::Failed(_) => {
                     state.next.gave_up(bytes);
-                    state.next.shun(Instant::now(), FAILED_PAUSE);
+                    state.next.failed(Instant::now());
                 }
             }
             let again = match &fetched {
@@ -404,40 +410,49 @@ impl Shared {
             }
             Err(error) => Err(error),
         };
-        let (now, mut pause) = (Instant::now(), None);
-        match asked {
+        let now = Instant::now();
+        let left = match asked {
             Ok(Asked::Here) => return self.verify(name, fetch, began, now).await,
             Ok(Asked::NotHere) => {
                 if let Some(odds) = self.state.lock().odds(name) {
                     odds.had_not(key, bytes, began, now);
                 }
+                None
             }
-            Ok(Asked::Busy) => pause = Some(BUSY_PAUSE),
+            Ok(Asked::Busy) => Some(Left::Busy),
             Err(NotAsked::Lost(reason)) => {
                 debug!(peer = name, %key, reason, "a peer did not send an expert");
                 self.tally.failures.fetch_add(1, Relaxed);
-                pause = Some(FAILED_PAUSE);
+                Some(Left::Failed)
             }
             Err(NotAsked::Wrong(reason)) => {
                 warn!(peer = name, %key, reason, "a peer is not asked for experts for a while");
                 self.tally.damaged.fetch_add(1, Relaxed);
-                pause = Some(WRONG_PAUSE);
+                Some(Left::Wrong)
             }
-        }
-        match pause {
-            Some(pause) => self.gave_up(name, fetch, pause),
+        };
+        match left {
+            Some(why) => self.gave_up(name, fetch, why),
             None => self.elsewhere(name, fetch),
         }
     }
 
     /// A peer is not asked for a while, and what waits for it goes elsewhere.
-    fn gave_up(self: &Arc<Self>, name: &str, fetch: Fetch, pause: Duration) {
+    fn gave_up(self: &Arc<Self>, name: &str, fetch: Fetch, why: Left) {
         let mut all = vec![fetch];
         if let Some(peer) = self.state.lock().peers.get_mut(name) {
-            peer.odds.pace.shun(Instant::now(), pause);
+            let (pace, now) = (&mut peer.odds.pace, Instant::now());
+            match why {
+                Left::Busy => {
+                    pace.works();
+                    pace.bar(now, BUSY_PAUSE);
+                }
+                Left::Failed => pace.failed(now),
+                Left::Wrong => pace.bar(now, WRONG_PAUSE),
+            }
             all.extend(peer.waiting.iter_mut().flat_map(|queue| queue.drain(..)));
-            all.iter().for_each(|fetch| peer.odds.pace.gave_up(fetch.bytes()));
-            if pause >= FAILED_PAUSE {
+            all.iter().for_each(|fetch| pace.gave_up(fetch.bytes()));
+            if why != Left::Busy {
                 peer.idle.clear();
             }
         }
@@ -480,7 +495,7 @@ impl Shared {
                     };
                     let fetch = Fetch { slot, key, asked, failed, promise };
                     match damaged {
-                        true => shared.gave_up(&name, fetch, WRONG_PAUSE),
+                        true => shared.gave_up(&name, fetch, Left::Wrong),
                         false => {
                             if let Some(odds) = shared.state.lock().odds(&name) {
                                 odds.pace.gave_up(bytes);
@@ -506,6 +521,7 @@ impl Shared {
         let bytes = expert.bytes();
         self.tally.hits.fetch_add(1, Relaxed);
         self.tally.bytes.fetch_add(bytes, Relaxed);
+        self.next.keep(key, &expert);
         {
             let mut state = self.state.lock();
             state.under_way.remove(&key);
@@ -530,7 +546,7 @@ impl Shared {
         let connection = {
             let _one = connecting.lock().await;
             // Who waited for another's attempt does not make the same one.
-            let given_up = |odds: &mut Odds| odds.pace.shunned(Instant::now());
+            let given_up = |odds: &mut Odds| odds.pace.barred(Instant::now());
             let given_up = self.state.lock().odds(name).is_some_and(given_up);
             if given_up {
                 return Err(NotAsked::Lost("it was given up just now".into()));

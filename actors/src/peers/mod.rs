@@ -19,8 +19,9 @@ mod fetcher;
 mod serve;
 mod ways;
 
-pub(crate) use self::serve::OfPeer;
+pub(crate) use self::serve::streams;
 pub use self::{
     fetcher::{Epoch, PEERS_ASKED_MAX, PeerFetcher, PeerOptions},
-    serve::{SERVED_MAX, SERVED_PER_PEER_MAX, STREAMS_PER_PEER_MAX, Served},
+    serve::{SERVED_MAX, SERVED_PER_PEER_MAX, STREAMS_PER_PEER_MAX, Served, TAKES_WITHIN},
+    ways::FAILED_PAUSES,
 };

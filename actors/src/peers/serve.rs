@@ -3,8 +3,13 @@
 //! What that takes is bounded: [`SERVED_MAX`] answers at a time, of which one peer gets
 //! [`SERVED_PER_PEER_MAX`], each with one part of [`WEIGHTS_CHUNK_BYTES`] copied out of the cache and
 //! what QUIC's window takes. An expert that is let go meanwhile is not held for a peer: its answer ends.
+//!
+//! Invariant: who does not take what it asked for keeps nobody else from being answered. Where all turns
+//! are taken, the one whose peer has not taken a part for longest ends, if that is longer than
+//! [`TAKES_WITHIN`]; and an answer ends when who asked has given it up at the latest.
 
 use std::{
+    pin::pin,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -17,8 +22,13 @@ use lite_llm_transport::{
     pool::BufferPool,
 };
 use parking_lot::Mutex;
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{Notify, Semaphore},
+    time::{Instant, timeout, timeout_at},
+};
 use tracing::{debug, warn};
+
+use super::ask::deadline;
 
 /// Experts that a node sends at a time; who asks for more is told that it is busy.
 pub const SERVED_MAX: usize = 8;
@@ -28,11 +38,14 @@ pub const SERVED_PER_PEER_MAX: usize = 4;
 pub const STREAMS_PER_PEER_MAX: usize = 16;
 /// How long a peer may take to make room for a frame. One that does not read gives its turn back.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long it may take where another waits for its turn.
+pub const TAKES_WITHIN: Duration = Duration::from_millis(250);
 
 /// What a node gives to others, and how much of it at a time.
+#[derive(Default)]
 pub struct Served {
     held: Mutex<Option<Held>>,
-    turns: Semaphore,
+    turns: Turns,
 }
 
 struct Held {
@@ -41,23 +54,78 @@ struct Held {
     store: Weak<ExpertCache>,
 }
 
-/// What one connection may have.
-pub(crate) struct OfPeer {
-    /// A stream holds one of these.
-    pub(crate) streams: Arc<Semaphore>,
-    turns: Arc<Semaphore>,
+/// Streams of one connection: each holds one of these.
+pub(crate) fn streams() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(STREAMS_PER_PEER_MAX))
 }
 
-impl Default for OfPeer {
-    fn default() -> Self {
-        let streams = Arc::new(Semaphore::new(STREAMS_PER_PEER_MAX));
-        Self { streams, turns: Arc::new(Semaphore::new(SERVED_PER_PEER_MAX)) }
+/// Who is being answered.
+#[derive(Default)]
+struct Turns {
+    state: Mutex<(u64, Vec<TurnOf>)>,
+}
+
+struct TurnOf {
+    number: u64,
+    peer: String,
+    /// Since when its peer is to take a part; nothing while none is ready.
+    offered: Option<Instant>,
+    ends: Arc<Notify>,
+}
+
+/// Held while an answer is sent.
+struct Turn<'a> {
+    turns: &'a Turns,
+    number: u64,
+    /// Told when another gets it.
+    ends: Arc<Notify>,
+}
+
+impl Turns {
+    /// A turn for a peer, unless it has enough, or all are taken by others who take what they get.
+    fn take(&self, peer: &str) -> Option<Turn<'_>> {
+        let mut state = self.state.lock();
+        let (last, all) = &mut *state;
+        if all.iter().filter(|turn| turn.peer == peer).count() >= SERVED_PER_PEER_MAX {
+            return None;
+        }
+        if all.len() >= SERVED_MAX {
+            let slow = |turn: &TurnOf| turn.offered.filter(|since| since.elapsed() > TAKES_WITHIN);
+            let slowest = (0..all.len()).filter_map(|at| Some((slow(&all[at])?, at))).min()?.1;
+            all.swap_remove(slowest).ends.notify_one();
+        }
+        *last += 1;
+        let (number, ends) = (*last, Arc::new(Notify::new()));
+        all.push(TurnOf { number, peer: peer.to_owned(), offered: None, ends: ends.clone() });
+        Some(Turn { turns: self, number, ends })
     }
 }
 
-impl Default for Served {
-    fn default() -> Self {
-        Self { held: Mutex::default(), turns: Semaphore::new(SERVED_MAX) }
+impl Turn<'_> {
+    fn offer(&self, since: Option<Instant>) {
+        let mut state = self.turns.state.lock();
+        if let Some(turn) = state.1.iter_mut().find(|turn| turn.number == self.number) {
+            turn.offered = since;
+        }
+    }
+
+    /// Sends a part, unless its peer is too slow, by itself or with others waiting.
+    async fn send(&self, sender: &mut FrameSender, frame: OutgoingFrame) -> Result<(), String> {
+        self.offer(Some(Instant::now()));
+        let mut ends = pin!(self.ends.notified());
+        let sent = tokio::select! {
+            biased;
+            () = &mut ends => Err("others wait, and it takes nothing".to_owned()),
+            sent = send(sender, frame) => sent,
+        };
+        self.offer(None);
+        sent
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.turns.state.lock().1.retain(|turn| turn.number != self.number);
     }
 }
 
@@ -77,9 +145,9 @@ impl Served {
         &self,
         (mut sender, mut receiver): (FrameSender, FrameReceiver),
         connection: &Connection,
-        peer: &OfPeer,
         pool: &BufferPool,
     ) {
+        let peer = &connection.peer().name;
         loop {
             let request = match receiver.recv_message::<WeightsRequest>().await {
                 Ok(Some(request)) => request,
@@ -100,10 +168,10 @@ impl Served {
         &self,
         request: &WeightsRequest,
         sender: &mut FrameSender,
-        peer: &OfPeer,
+        peer: &str,
         pool: &BufferPool,
     ) -> Result<(), String> {
-        let (Ok(_turn), Ok(_of_peer)) = (self.turns.try_acquire(), peer.turns.try_acquire()) else {
+        let Some(turn) = self.turns.take(peer) else {
             return reply(sender, &WeightsReply::Busy).await;
         };
         let &WeightsRequest { layer, tier, group, expert, .. } = request;
@@ -113,7 +181,23 @@ impl Served {
         else {
             return reply(sender, &WeightsReply::NotHere).await;
         };
-        reply(sender, &WeightsReply::Here { bytes }).await?;
+        let deadline = deadline(bytes);
+        let parts = Self::give(&store, (key, bytes), &turn, sender, pool);
+        match timeout_at(deadline, parts).await {
+            Ok(given) => given,
+            Err(_) => Err(format!("it did not take {bytes} bytes in time")),
+        }
+    }
+
+    /// Sends an expert, part by part.
+    async fn give(
+        store: &ExpertCache,
+        (key, bytes): (ExpertKey, u64),
+        turn: &Turn<'_>,
+        sender: &mut FrameSender,
+        pool: &BufferPool,
+    ) -> Result<(), String> {
+        turn.send(sender, framed(&WeightsReply::Here { bytes })?).await?;
         let mut from = 0;
         while from < bytes {
             let part = (bytes - from).min(WEIGHTS_CHUNK_BYTES as u64);
@@ -122,7 +206,7 @@ impl Served {
             if !store.copy_resident(key, from, out.bytes_mut()) {
                 return reply(sender, &WeightsReply::NotHere).await;
             }
-            send(sender, out.finish()).await?;
+            turn.send(sender, out.finish()).await?;
             from += part;
         }
         Ok(())
@@ -130,7 +214,11 @@ impl Served {
 }
 
 async fn reply(sender: &mut FrameSender, reply: &WeightsReply) -> Result<(), String> {
-    send(sender, OutgoingFrame::message(reply).map_err(|error| error.to_string())?).await
+    send(sender, framed(reply)?).await
+}
+
+fn framed(reply: &WeightsReply) -> Result<OutgoingFrame, String> {
+    OutgoingFrame::message(reply).map_err(|error| error.to_string())
 }
 
 async fn send(sender: &mut FrameSender, frame: OutgoingFrame) -> Result<(), String> {

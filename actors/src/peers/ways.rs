@@ -18,6 +18,9 @@ const NEWEST: f64 = 0.2;
 const TRIAL_PAUSE: Duration = Duration::from_secs(10);
 /// And how often as long it is as a fetch that way: what trials cost is a fiftieth, at most.
 const TRIAL_PAUSES: f64 = 50.0;
+/// How long a way that failed is left alone: the first time, and at most. It doubles with each failure
+/// that follows another, so that a peer that hangs costs less and less.
+pub const FAILED_PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(160));
 /// How long a peer that did not have an expert is not asked for it again.
 const ABSENT_FOR: Duration = Duration::from_secs(2);
 /// Experts that a peer is known not to have, at most.
@@ -33,7 +36,12 @@ pub(super) struct Pace {
     under_way: u64,
     ended: Option<Instant>,
     tried: Option<Instant>,
+    /// Until then it is not used.
+    barred_until: Option<Instant>,
+    /// Until then it is used only where no other way is left.
     shunned_until: Option<Instant>,
+    /// How often it failed since it last worked.
+    failures: u32,
 }
 
 impl Pace {
@@ -50,6 +58,7 @@ impl Pace {
     /// An expert came.
     pub(super) fn brought(&mut self, bytes: u64, began: Instant, now: Instant) {
         self.gave_up(bytes);
+        self.works();
         let since = self.ended.map_or(began, |ended| ended.max(began));
         let sample = now.saturating_duration_since(since).as_secs_f64() / bytes.max(1) as f64;
         self.seconds_per_byte = Some(blend(self.seconds_per_byte, sample));
@@ -57,13 +66,39 @@ impl Pace {
     }
 
     /// Is not to be used for so long.
-    pub(super) fn shun(&mut self, now: Instant, pause: Duration) {
+    pub(super) fn bar(&mut self, now: Instant, pause: Duration) {
         let until = now + pause;
-        self.shunned_until = Some(self.shunned_until.map_or(until, |before| before.max(until)));
+        self.barred_until = Some(self.barred_until.map_or(until, |before| before.max(until)));
+    }
+
+    /// It failed. What fails while it is left alone began before, and is the same failure.
+    pub(super) fn failed(&mut self, now: Instant) {
+        if self.shunned(now) {
+            return;
+        }
+        let (first, longest) = FAILED_PAUSES;
+        let pause = first.saturating_mul(1 << self.failures.min(16)).min(longest);
+        self.failures = self.failures.saturating_add(1);
+        self.shunned_until = Some(now + pause);
+        self.bar(now, first);
+    }
+
+    /// It answered: what failed before is no sign any more.
+    pub(super) fn works(&mut self) {
+        self.failures = 0;
+    }
+
+    pub(super) fn barred(&self, now: Instant) -> bool {
+        self.barred_until.is_some_and(|until| now < until)
     }
 
     pub(super) fn shunned(&self, now: Instant) -> bool {
-        self.shunned_until.is_some_and(|until| now < until)
+        self.barred(now) || self.shunned_until.is_some_and(|until| now < until)
+    }
+
+    /// It failed last time, and whether it does again is being tried.
+    fn is_on_trial(&self) -> bool {
+        self.failures > 0 && self.under_way > 0
     }
 
     fn seconds(&self, bytes: u64) -> Option<f64> {
@@ -105,6 +140,7 @@ impl Odds {
 
     pub(super) fn had_not(&mut self, key: ExpertKey, bytes: u64, began: Instant, now: Instant) {
         self.pace.gave_up(bytes);
+        self.pace.works();
         self.here = blend(Some(self.here), 0.0);
         let took = now.saturating_duration_since(began).as_secs_f64();
         self.ask = blend(Some(self.ask), took);
@@ -116,7 +152,7 @@ impl Odds {
 
     fn may_have(&self, key: ExpertKey, now: Instant) -> bool {
         let absent = |at: &Instant| now.saturating_duration_since(*at) < ABSENT_FOR;
-        !self.pace.shunned(now) && !self.absent.get(&key).is_some_and(absent)
+        !self.pace.barred(now) && !self.absent.get(&key).is_some_and(absent)
     }
 
     /// Seconds until an expert is here if it is asked for it first, where the next way takes `next`.
@@ -137,11 +173,15 @@ pub(super) fn choose<'a>(
     now: Instant,
 ) -> Option<&'a str> {
     let peers: Vec<_> = peers.filter(|(_, odds)| odds.may_have(key, now)).collect();
+    let good = |odds: &Odds| !odds.pace.shunned(now) && !odds.pace.is_on_trial();
+    let (good, bad): (Vec<_>, Vec<_>) = peers.into_iter().partition(|(_, odds)| good(odds));
     if must || next.shunned(now) {
+        let among = if must && good.is_empty() { &bad } else { &good };
         let expected = |odds: &Odds| odds.expected(bytes, f64::from(u16::MAX));
-        let best = peers.iter().min_by(|(_, a), (_, b)| expected(a).total_cmp(&expected(b)));
+        let best = among.iter().min_by(|(_, a), (_, b)| expected(a).total_cmp(&expected(b)));
         return best.map(|(name, _)| *name);
     }
+    let peers = good;
     if let Some((name, _)) = peers.iter().find(|(_, odds)| odds.pace.due(bytes, now)) {
         return Some(name);
     }
@@ -258,9 +298,48 @@ mod tests {
         use_next(&mut next, &mut now, ms(1), 9);
         ask(&mut peer, &mut now, ms(100), 9);
         assert!(!chosen(&next, &peer, now));
-        next.shun(now, ms(500));
-        assert!(chosen(&next, &peer, now) && !chosen(&next, &peer, now + ms(500)));
-        peer.pace.shun(now, ms(500));
+        next.failed(now);
+        let (first, _) = FAILED_PAUSES;
+        assert!(chosen(&next, &peer, now) && !chosen(&next, &peer, now + first));
+        peer.pace.failed(now);
         assert!(!chosen(&next, &peer, now), "then the next way says why");
+    }
+
+    #[test]
+    fn a_peer_that_hangs_is_tried_less_and_less_often_and_by_one_fetch_at_a_time() {
+        let (mut next, mut peer, mut now) = (Pace::default(), Odds::default(), Instant::now());
+        ask(&mut peer, &mut now, ms(1), 3);
+        use_next(&mut next, &mut now, ms(100), 3);
+        let (first, longest) = FAILED_PAUSES;
+        let mut expected = first;
+        for round in 0..12 {
+            for _ in 0..4 {
+                peer.pace.began(BYTES, now);
+            }
+            // All that were under way fail one after the other: that is one failure.
+            for late in 0..4 {
+                peer.pace.gave_up(BYTES);
+                peer.pace.failed(now + ms(late));
+            }
+            assert!(!chosen(&next, &peer, now + expected - ms(1)), "round {round}");
+            now += expected;
+            assert!(chosen(&next, &peer, now), "round {round}: after {expected:?}");
+            peer.pace.began(BYTES, now);
+            assert!(!chosen(&next, &peer, now), "one shows whether it still hangs");
+            let must = |now| choose(&next, [("w2", &peer)].into_iter(), (key(1), BYTES), true, now);
+            assert!(must(now).is_some(), "where there is no other way, it is asked");
+            peer.pace.gave_up(BYTES);
+            expected = (2 * expected).min(longest);
+        }
+        assert_eq!(expected, longest);
+        // Where there is no other way it is asked again after the first pause, whatever it has grown to.
+        peer.pace.failed(now);
+        let must = |now| choose(&next, [("w2", &peer)].into_iter(), (key(1), BYTES), true, now);
+        assert!(must(now + first - ms(1)).is_none() && must(now + first).is_some());
+        now += longest;
+        ask(&mut peer, &mut now, ms(1), 1);
+        peer.pace.failed(now);
+        assert!(!chosen(&next, &peer, now + first - ms(1)));
+        assert!(chosen(&next, &peer, now + first), "it worked meanwhile: the first pause again");
     }
 }

@@ -13,6 +13,12 @@ pub struct HttpArgs {
     /// What HTTP clients call the model [default: the name of its folder].
     #[arg(long, value_name = "NAME", requires = "http", value_parser = model_name)]
     pub http_model: Option<String>,
+    /// Serve HTTP over TLS with this certificate, its issuers after it (PEM).
+    #[arg(long, value_name = "FILE", requires = "http", requires = "http_key")]
+    pub http_cert: Option<PathBuf>,
+    /// The certificate's private key (PEM).
+    #[arg(long, value_name = "FILE", requires = "http", requires = "http_cert")]
+    pub http_key: Option<PathBuf>,
 }
 
 /// Most bytes of a model's name.

@@ -15,11 +15,12 @@ use lite_llm_transport::{
     moment::utc,
 };
 use serde_json::json;
+use tokio_rustls::TlsAcceptor;
 
 use super::{bad_input, default_state};
 use crate::{
     cli::{HttpArgs, KeyArgs, KeyCommand},
-    http::{HttpOptions, Server, fingerprint},
+    http::{HttpOptions, Server, acceptor, fingerprint},
 };
 
 /// What clients call a model that is in no folder.
@@ -28,6 +29,7 @@ const BUILT_IN: &str = "built-in";
 impl HttpArgs {
     /// Checks what can be checked before anything is loaded.
     pub(super) fn check(&self, keys: Option<&Keys>) -> Result<()> {
+        self.tls()?;
         let Some(listen) = self.http.filter(|listen| !listen.ip().is_loopback()) else {
             return Ok(());
         };
@@ -40,6 +42,16 @@ impl HttpArgs {
             "--http {listen}: whoever reaches this address, which is not of loopback, could use the \
              model; {remedy}"
         )))
+    }
+
+    /// What takes connections in, if they are to be TLS.
+    fn tls(&self) -> Result<Option<TlsAcceptor>> {
+        match (&self.http_cert, &self.http_key) {
+            (Some(certificate), Some(key)) => {
+                acceptor(certificate, key).map(Some).map_err(bad_input)
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Starts the API, if it is wanted, and says where it is.
@@ -63,10 +75,13 @@ impl HttpArgs {
             coordinator: coordinator.clone(),
             keys,
             files,
+            expert_bytes: checkpoint.tier_expert_bytes(),
+            tls: self.tls()?,
         };
         let name = options.model.clone();
         let server = Server::start(options).await.map_err(bad_input)?;
-        say!("http on http://{}/v1, model {name}", server.address());
+        let scheme = if self.http_cert.is_some() { "https" } else { "http" };
+        say!("http on {scheme}://{}/v1, model {name}", server.address());
         Ok(Some(server))
     }
 }

@@ -16,6 +16,7 @@ mod plan;
 mod record;
 mod run;
 mod tokenize;
+mod tools;
 mod train;
 mod worker;
 
@@ -35,7 +36,7 @@ use tokio::sync::oneshot;
 
 pub(crate) use self::run::unix_time;
 use crate::{
-    cli::{Cli, Command, ComputeArgs, HostPort, LocalArgs},
+    cli::{self, Cli, Command, ComputeArgs, HostPort, LocalArgs},
     demo, machine, output,
     size::Size,
     telemetry,
@@ -95,6 +96,17 @@ struct Interrupted;
 #[error("standard output cannot be written: {0}")]
 struct OutputLost(&'static std::io::Error);
 
+/// Runs what the command line says, over the settings of file and environment.
+pub fn run_words() -> ExitCode {
+    match cli::parse() {
+        Ok(cli) => run_command(cli),
+        Err(error) => {
+            remark!("error: {error}");
+            ExitCode::from(BAD_INPUT)
+        }
+    }
+}
+
 /// Runs a command from beginning to end.
 pub fn run_command(cli: Cli) -> ExitCode {
     match start(cli) {
@@ -123,8 +135,9 @@ fn start(cli: Cli) -> Result<()> {
         .build()
         .context("the system gives no threads")?;
     let _guard = runtime.enter();
-    let Cli { command, json, otlp, log } = cli;
-    let telemetry = telemetry::start(&log, otlp.as_deref(), &role(&command)).map_err(bad_input)?;
+    let Cli { command, json, settings, otlp, log, log_format } = cli;
+    let telemetry = telemetry::start(&log, log_format, otlp.as_deref(), &role(&command));
+    let telemetry = telemetry.map_err(bad_input)?;
     // These serve others than their terminal, and leave their cluster in good order.
     let serves = match &command {
         Command::Coordinator(_) | Command::Worker(_) => true,
@@ -141,7 +154,7 @@ fn start(cli: Cli) -> Result<()> {
         .spawn(move || {
             let result = handle.block_on(async {
                 tokio::select! {
-                    result = perform(command, json) => result,
+                    result = perform(command, settings, json) => result,
                     Ok(()) = stopped => Err(Interrupted.into()),
                 }
             });
@@ -185,7 +198,7 @@ fn start(cli: Cli) -> Result<()> {
     result
 }
 
-async fn perform(command: Command, json: bool) -> Result<()> {
+async fn perform(command: Command, settings: Option<PathBuf>, json: bool) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args, json).await,
         Command::Import(args) => import::import(args, json).await,
@@ -211,17 +224,20 @@ async fn perform(command: Command, json: bool) -> Result<()> {
         Command::Tier(command) => train::tier(command, json),
         Command::Bench(args) => bench::bench(args, json).await,
         Command::Doctor => doctor::doctor(json),
+        Command::Config(args) => tools::config(args, settings, json),
+        Command::Completions(args) => tools::completions(args),
+        Command::Man(args) => tools::man(args),
     }
 }
 
 /// What this process is called in traces.
 fn role(command: &Command) -> String {
     match command {
-        Command::Run(_) => "run".into(),
+        Command::Run(_) => format!("run {}", std::process::id()),
         Command::Coordinator(_) => "coordinator".into(),
         Command::Worker(args) => format!("worker {}", worker::name(args)),
-        Command::Submit(_) => "submit".into(),
-        _ => "command".into(),
+        Command::Submit(_) => format!("submit {}", std::process::id()),
+        _ => format!("command {}", std::process::id()),
     }
 }
 

@@ -9,7 +9,7 @@ use anyhow::Result;
 use lite_llm_transport::messages::{ClusterStatus, NodeResidences, ScheduleStatus};
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
-    Registry, TextEncoder, core::Collector,
+    Registry, TextEncoder, core::Collector, proto::MetricFamily,
 };
 
 use super::choice::Finish;
@@ -131,10 +131,19 @@ impl Metrics {
         residences: &[NodeResidences],
     ) -> Result<Vec<u8>> {
         let mut text = Vec::new();
-        let encoder = TextEncoder::new();
-        encoder.encode(&self.registry.gather(), &mut text)?;
-        encoder.encode(&of_cluster(status, residences)?.gather(), &mut text)?;
+        TextEncoder::new().encode(&self.families(status, residences)?, &mut text)?;
         Ok(text)
+    }
+
+    /// The same, not as text.
+    pub(super) fn families(
+        &self,
+        status: &ClusterStatus,
+        residences: &[NodeResidences],
+    ) -> Result<Vec<MetricFamily>> {
+        let mut families = self.registry.gather();
+        families.extend(of_cluster(status, residences)?.gather());
+        Ok(families)
     }
 }
 

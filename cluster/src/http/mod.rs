@@ -16,16 +16,20 @@ mod calls;
 mod chat;
 mod choice;
 mod error;
+mod experts;
 mod files;
 mod form;
 mod generate;
 mod health;
 mod metrics;
+mod otlp;
 mod page;
 mod place;
+mod play;
 mod show;
 mod stall;
 mod store;
+mod tls;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -50,13 +54,16 @@ use lite_llm_transport::keys::{KeyError, Keys};
 use parking_lot::Mutex;
 use serde_json::json;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::{JoinHandle, JoinSet},
     time::{sleep, timeout},
 };
+use tokio_rustls::TlsAcceptor;
 use tracing::{debug, warn};
 
+pub(crate) use self::tls::acceptor;
 use self::{
     admission::{Admission, KeyLimits, Limits},
     body::Bodies,
@@ -67,12 +74,14 @@ use self::{
     stall::Stalling,
     store::Files,
 };
-use crate::commands::unix_time;
+use crate::{commands::unix_time, telemetry};
 
 /// Connections at a time; more wait to be accepted.
 const CONNECTIONS_MAX: usize = 1024;
 /// How long the head of a request may take to arrive, and a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a TLS handshake may take.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a client may read nothing while there is something for it.
 const STALL_MAX: Duration = Duration::from_secs(30);
 /// Bytes that wait for one client to read, and of the head of a request.
@@ -105,6 +114,10 @@ pub(crate) struct HttpOptions {
     pub(crate) keys: Option<Arc<Keys>>,
     /// Where files of batches are kept, and for how long; nowhere, if the process keeps no ledger.
     pub(crate) files: Option<(PathBuf, Duration)>,
+    /// Bytes of an expert, by tier.
+    pub(crate) expert_bytes: Vec<u64>,
+    /// Connections are TLS.
+    pub(crate) tls: Option<TlsAcceptor>,
 }
 
 /// What answers are known by: requests that are equal in all, seeds included, have answers of equal
@@ -122,19 +135,22 @@ pub(crate) struct Server {
     address: SocketAddr,
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
+    exporter: Option<JoinHandle<()>>,
 }
 
 impl Server {
     /// Starts it. An error if the address cannot be had.
-    pub(crate) async fn start(options: HttpOptions) -> Result<Self> {
-        let listen = options.listen;
+    pub(crate) async fn start(mut options: HttpOptions) -> Result<Self> {
+        let (listen, tls) = (options.listen, options.tls.take());
         let listener = TcpListener::bind(listen)
             .await
             .with_context(|| format!("--http {listen}: the address cannot be had"))?;
         let address = listener.local_addr()?;
         let (stop, stopping) = watch::channel(false);
-        let task = tokio::spawn(accept(listener, router(Api::new(options)?), stopping));
-        Ok(Self { address, stop, task })
+        let api = Api::new(options)?;
+        let exporter = telemetry::receiver().map(|to| tokio::spawn(otlp::export(api.clone(), to)));
+        let task = tokio::spawn(accept(listener, tls, router(api), stopping));
+        Ok(Self { address, stop, task, exporter })
     }
 
     /// Where it listens.
@@ -145,6 +161,9 @@ impl Server {
     /// Ends it. Answers that flow end early, and their connections with them.
     pub(crate) async fn stop(self) {
         self.stop.send_replace(true);
+        if let Some(exporter) = self.exporter {
+            exporter.abort();
+        }
         // A task that panicked has ended, too.
         let _ = self.task.await;
     }
@@ -168,11 +187,23 @@ struct Api {
     files: Option<Files>,
     /// Batches that are made.
     making: Semaphore,
+    expert_bytes: Vec<u64>,
+    watched: experts::Watched,
 }
 
 impl Api {
     fn new(options: HttpOptions) -> Result<Arc<Self>> {
-        let HttpOptions { listen, model, fingerprint, config, coordinator, keys, files } = options;
+        let HttpOptions {
+            listen,
+            model,
+            fingerprint,
+            config,
+            coordinator,
+            keys,
+            files,
+            expert_bytes,
+            ..
+        } = options;
         let files = files.map(|(folder, keep)| Files::open(folder, keep)).transpose()?;
         let tokens = CONTEXTS_MAX * config.context as u64;
         Ok(Arc::new(Self {
@@ -190,6 +221,8 @@ impl Api {
             requests: Mutex::default(),
             files,
             making: Semaphore::new(batches::MAKING_MAX),
+            expert_bytes,
+            watched: experts::Watched::default(),
         }))
     }
 }
@@ -223,6 +256,8 @@ fn router(api: Arc<Api>) -> Router {
         .route("/v1/batches/{batch}/cancel", post(batches::cancel))
         .route("/metrics", get(health::metrics))
         .route("/cluster", get(page::cluster))
+        .route("/cluster/experts", get(experts::experts))
+        .route("/playground", post(play::play))
         .route_layer(guarded)
         // The page asks for a key by itself; whoever looks after the process needs none.
         .route("/", get(page::page))
@@ -337,7 +372,12 @@ async fn model(
 }
 
 /// Accepts connections until the server stops.
-async fn accept(listener: TcpListener, app: Router, mut stopping: watch::Receiver<bool>) {
+async fn accept(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    app: Router,
+    mut stopping: watch::Receiver<bool>,
+) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut open = JoinSet::new();
     loop {
@@ -352,7 +392,8 @@ async fn accept(listener: TcpListener, app: Router, mut stopping: watch::Receive
         while open.try_join_next().is_some() {}
         match (place, accepted) {
             (Ok(place), Ok((stream, _))) => {
-                open.spawn(serve(stream, app.clone(), stopping.clone(), place));
+                let (tls, app) = (tls.clone(), app.clone());
+                open.spawn(take_in(stream, tls, app, stopping.clone(), place));
             }
             (_, Err(error)) => {
                 warn!(%error, "a connection could not be accepted");
@@ -369,11 +410,12 @@ async fn accept(listener: TcpListener, app: Router, mut stopping: watch::Receive
     }
 }
 
-/// Serves one connection.
-async fn serve(
+/// Serves one connection, over TLS if that is wanted.
+async fn take_in(
     stream: TcpStream,
+    tls: Option<TlsAcceptor>,
     app: Router,
-    mut stopping: watch::Receiver<bool>,
+    stopping: watch::Receiver<bool>,
     _place: OwnedSemaphorePermit,
 ) {
     // Tokens are small and are to arrive one by one.
@@ -381,14 +423,25 @@ async fn serve(
         debug!(%error, "a connection was gone at once");
         return;
     }
+    let stream = Stalling::new(stream, STALL_MAX);
+    let Some(tls) = tls else { return serve(stream, app, stopping).await };
+    match timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
+        Ok(Ok(stream)) => serve(stream, app, stopping).await,
+        Ok(Err(error)) => debug!(%error, "a connection was no TLS"),
+        Err(_) => debug!("a TLS handshake took longer than {HANDSHAKE_TIMEOUT:?}"),
+    }
+}
+
+async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    app: Router,
+    mut stopping: watch::Receiver<bool>,
+) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER_BYTES)
-        .serve_connection(
-            TokioIo::new(Stalling::new(stream, STALL_MAX)),
-            TowerToHyperService::new(app),
-        );
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
     let mut connection = std::pin::pin!(connection);
     let told = tokio::select! {
         ended = connection.as_mut() => Some(ended),

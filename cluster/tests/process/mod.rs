@@ -96,24 +96,36 @@ fn follow(
 impl Process {
     /// Starts `lite-llm` with these arguments.
     pub(crate) fn start<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Self {
-        Self::start_with(args, Stdio::null())
+        Self::start_with(args, Stdio::null(), &[])
+    }
+
+    /// The same, with these variables.
+    pub(crate) fn start_with_variables(args: &[&str], variables: &[(&str, &str)]) -> Self {
+        Self::start_with(args, Stdio::null(), variables)
     }
 
     /// Starts `lite-llm` with a standard input that stays open and empty.
     pub(crate) fn start_with_open_input(args: &[&str]) -> (Self, std::process::ChildStdin) {
-        let mut process = Self::start_with(args, Stdio::piped());
+        let mut process = Self::start_with(args, Stdio::piped(), &[]);
         let input = process.child.stdin.take().unwrap();
         (process, input)
     }
 
-    fn start_with<S: AsRef<std::ffi::OsStr>>(args: &[S], input: Stdio) -> Self {
+    fn start_with<S: AsRef<std::ffi::OsStr>>(
+        args: &[S],
+        input: Stdio,
+        variables: &[(&str, &str)],
+    ) -> Self {
         let what = args.iter().map(|a| a.as_ref().to_string_lossy()).collect::<Vec<_>>().join(" ");
         let mut child = Command::new(env!("CARGO_BIN_EXE_lite-llm"))
             .args(args)
             .env_remove("LITE_LLM_LOG")
+            .env_remove("LITE_LLM_LOG_FORMAT")
+            .env_remove("LITE_LLM_CONFIG")
             .env_remove("LITE_LLM_STATE")
             .env_remove("LITE_LLM_CLIENT")
             .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT")
+            .envs(variables.iter().copied())
             .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -221,7 +233,7 @@ pub(crate) fn run<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Ended {
 /// Runs `lite-llm` to its end with this on its standard input.
 #[track_caller]
 pub(crate) fn run_with_input(args: &[&str], input: &[u8]) -> Ended {
-    let mut process = Process::start_with(args, Stdio::piped());
+    let mut process = Process::start_with(args, Stdio::piped(), &[]);
     let mut stdin = process.child.stdin.take().unwrap();
     let input = input.to_vec();
     let writer = thread::spawn(move || {

@@ -180,6 +180,13 @@ impl ExpertCache {
         self.here.read().get(&key).map(|expert| expert.bytes())
     }
 
+    /// The experts of its share, and whether each is here at this moment. Asking is no demand.
+    pub fn places(&self) -> Vec<(ExpertKey, bool)> {
+        let share = self.share.read().clone();
+        let here = self.here.read();
+        share.iter().map(|key| (*key, here.contains_key(key))).collect()
+    }
+
     /// Copies an expert's bytes from a position on, as they lie in memory, if it is here at this
     /// moment and has as many there. Says whether `out` is filled. It is no demand either.
     pub fn copy_resident(&self, key: ExpertKey, from: u64, out: &mut [u8]) -> bool {

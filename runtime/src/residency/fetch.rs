@@ -51,6 +51,9 @@ pub trait Fetcher: fmt::Debug + Send + Sync {
     fn promote(&self, key: ExpertKey);
     /// It is not wanted any more: [`Fetched::Cancelled`] if it has not begun.
     fn cancel(&self, key: ExpertKey);
+    /// An expert, verified, that came by another way while this was not fetching it: to be kept where
+    /// what this fetches is kept. May take as long as deleting a few files does.
+    fn keep(&self, _key: ExpertKey, _expert: &GatedMlp) {}
     /// How it reads, for people.
     fn describe(&self) -> String;
     /// Another takes its place: it lets go of what only one may have, and goes on without. Waits
@@ -301,7 +304,11 @@ impl Fetcher for LocalFetcher {
 
     fn describe(&self) -> String {
         let Shared { checkpoint, reader, .. } = &*self.shared;
-        format!("{} by {}", checkpoint.location(), reader.describe())
+        match checkpoint.is_local() {
+            true => format!("{} by {}", checkpoint.location(), reader.describe()),
+            // What lies in the program or in a store is no block reader's.
+            false => checkpoint.location(),
+        }
     }
 
     fn residences(&self) -> Vec<ResidenceStats> {

@@ -6,6 +6,7 @@
 //!        └─ not there ──▶ archive (verifies) ◀───── the same slot ───────────────────┘
 //!                            ├──▶ answer
 //!                            └──▶ copy, if the disk keeps up ──▶ writing thread ──▶ disk
+//! a peer brought it (it is verified) ──▶ keep ──┘
 //! ```
 //!
 //! Which files there are, and who goes, is in `disk.rs`. Nothing in the folder is believed: every
@@ -398,6 +399,20 @@ impl Fetcher for NvmeFetcher {
                 queue.cancel(key);
                 below.cancel(key);
             }
+        }
+    }
+
+    fn keep(&self, key: ExpertKey, expert: &GatedMlp) {
+        let here = {
+            let mut disk = self.shared.disk.lock();
+            let here = disk.asked(key);
+            if here {
+                disk.release(key);
+            }
+            here
+        };
+        if !here {
+            self.shared.offer(key, expert);
         }
     }
 

@@ -7,7 +7,10 @@ use std::{
     path::Path,
 };
 
-use lite_llm_runtime::{expert::ExpertKey, residency::Urgency::Demand};
+use lite_llm_runtime::{
+    expert::{ExpertKey, GatedMlp},
+    residency::{Fetched, Urgency::Demand},
+};
 
 use super::model::{Client, Memory, Place, Source, folder, kept, model, over_memory, reader, wait};
 
@@ -90,6 +93,52 @@ fn what_is_damaged_while_it_runs_comes_from_below_into_the_same_slot_and_is_kept
             client.right(c);
             *source.memory.reads.lock() == reads + 3
         });
+    }
+}
+
+#[test]
+fn what_came_by_another_way_is_kept_too() {
+    let [a, b, c, ..] = model().keys[..] else { panic!("there are that many") };
+    let source = Source::new(Place::Empty);
+    let client = Client::new(1);
+    for key in [a, b] {
+        let expert = expert(key);
+        source.fetcher.keep(key, &expert);
+        wait(|| source.file(key).is_some());
+        // Once more: it is there.
+        source.fetcher.keep(key, &expert);
+    }
+    let Source { fetcher, nvme, .. } = source;
+    assert_eq!(fetcher.residences()[0].misses, 0, "nobody asked for it");
+    drop(fetcher);
+    let again = Source::reopened(nvme, experts());
+    for key in [a, b, c] {
+        client.fetch(&*again.fetcher, key, Demand);
+        client.right(key);
+    }
+    let stats = again.fetcher.residences();
+    assert_eq!((stats[0].hits, stats[0].misses, stats[0].damaged), (2, 1, 0), "{stats:?}");
+    // A full disk makes room for it, or does not take it; it never holds more than it may.
+    let half = Source::new(Place::Half);
+    for &key in &model().keys {
+        half.fetcher.keep(key, &expert(key));
+        let stats = &half.fetcher.residences()[0];
+        assert!(stats.held <= stats.budget.unwrap(), "{stats:?}");
+    }
+    wait(|| !kept(half.nvme.path()).is_empty());
+    // Of no use where nothing is kept.
+    let archive = Source::new(Place::Archive);
+    archive.fetcher.keep(a, &expert(a));
+    client.fetch(&*archive.fetcher, a, Demand);
+    client.right(a);
+}
+
+fn expert(key: ExpertKey) -> GatedMlp {
+    let (source, client) = (Source::new(Place::Archive), Client::new(1));
+    client.fetch(&*source.fetcher, key, Demand);
+    match client.answer() {
+        (_, Fetched::Here(expert)) => expert,
+        other => panic!("{other:?}"),
     }
 }
 

@@ -334,6 +334,11 @@ fn it_says_how_it_reads() {
     assert!(said(Place::Folder).contains("plain by "), "{}", said(Place::Folder));
     assert_eq!(said(Place::Archive), "memory://model");
     assert_eq!(said(Place::Embedded), "the embedded checkpoint");
+    // Embedded experts are read by no block reader, whoever fetches them.
+    let files: &[(&str, &[u8])] = model().embedded();
+    let embedded = Arc::new(Checkpoint::embedded(files).unwrap());
+    let local = LocalFetcher::new(embedded, reader(true), 1).unwrap();
+    assert_eq!(local.describe(), "the embedded checkpoint");
     let over = said(Place::Half);
     assert!(over.contains("GiB of ") && over.ends_with(", then memory://model"), "{over}");
     let names: Vec<String> = Source::new(Place::Half)

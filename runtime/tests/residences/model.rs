@@ -48,6 +48,16 @@ pub(crate) struct Model {
     pub(crate) slot: u64,
 }
 
+impl Model {
+    /// Its files, as they lie within a program.
+    pub(crate) fn embedded(&self) -> &'static [(&'static str, &'static [u8])] {
+        let leak = |(name, bytes): (String, Vec<u8>)| -> (&'static str, &'static [u8]) {
+            (name.leak(), bytes.leak())
+        };
+        files(&self.plain).into_iter().map(leak).collect::<Vec<_>>().leak()
+    }
+}
+
 fn bytes_of(expert: &GatedMlp) -> Vec<u8> {
     [&expert.gate, &expert.up, &expert.down].iter().flat_map(|m| m.data().to_vec()).collect()
 }
@@ -281,13 +291,7 @@ impl Source {
                 Checkpoint::open(&model().plain).unwrap()
             }
             Place::Packed => Checkpoint::open(&model().packed).unwrap(),
-            Place::Embedded => {
-                let files = files(&model().plain).into_iter();
-                let leak = |(name, bytes): (String, Vec<u8>)| -> (&'static str, &'static [u8]) {
-                    (name.leak(), bytes.leak())
-                };
-                Checkpoint::embedded(files.map(leak).collect::<Vec<_>>().leak()).unwrap()
-            }
+            Place::Embedded => Checkpoint::embedded(model().embedded()).unwrap(),
             _ => stored(),
         };
         let experts = model().keys.len() as u64 + 1;

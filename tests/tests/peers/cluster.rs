@@ -29,11 +29,15 @@ use lite_llm_tests::{
 };
 use lite_llm_transport::{identity::ClusterCa, messages::JobRequest};
 
-use crate::{loopback, peers, soon};
+use crate::{large, loopback, peers, soon};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-async fn head(checkpoint: &Arc<Checkpoint>, workers: usize, replicas: u16) -> CoordinatorHandle {
+pub(crate) async fn head(
+    checkpoint: &Arc<Checkpoint>,
+    workers: usize,
+    replicas: u16,
+) -> CoordinatorHandle {
     let options = CoordinatorOptions {
         listen: loopback(),
         authority: Arc::new(ClusterCa::ephemeral().unwrap()),
@@ -50,8 +54,22 @@ async fn head(checkpoint: &Arc<Checkpoint>, workers: usize, replicas: u16) -> Co
     CoordinatorHandle::start(options).await.unwrap()
 }
 
-async fn worker(head: &CoordinatorHandle, name: &str, dram_bytes: u64, model: Model) -> Worker {
-    let options = WorkerOptions {
+pub(crate) async fn worker(
+    head: &CoordinatorHandle,
+    name: &str,
+    dram_bytes: u64,
+    model: Model,
+) -> Worker {
+    Worker::start(options(head, name, dram_bytes, model)).await.unwrap()
+}
+
+pub(crate) fn options(
+    head: &CoordinatorHandle,
+    name: &str,
+    dram_bytes: u64,
+    model: Model,
+) -> WorkerOptions {
+    WorkerOptions {
         coordinator: head.address(),
         token: head.token().clone(),
         name: name.into(),
@@ -64,11 +82,10 @@ async fn worker(head: &CoordinatorHandle, name: &str, dram_bytes: u64, model: Mo
         model,
         remote: false,
         patience: PATIENCE,
-    };
-    Worker::start(options).await.unwrap()
+    }
 }
 
-fn requests(checkpoint: &Checkpoint) -> Vec<JobRequest> {
+pub(crate) fn requests(checkpoint: &Checkpoint) -> Vec<JobRequest> {
     let vocab = checkpoint.config().vocab;
     let prompt = |n: usize| {
         (0..4 + 5 * n).map(|i| ((n * 7919 + i * 104_729 + 13) % vocab) as u32).collect::<Vec<_>>()
@@ -76,7 +93,7 @@ fn requests(checkpoint: &Checkpoint) -> Vec<JobRequest> {
     (0..6).map(|n| job(&prompt(n), 6, [0, 1, 3][n % 3])).collect()
 }
 
-async fn alone(checkpoint: &Arc<Checkpoint>, requests: &[JobRequest]) -> Vec<Outcome> {
+pub(crate) async fn alone(checkpoint: &Arc<Checkpoint>, requests: &[JobRequest]) -> Vec<Outcome> {
     let cluster = Setup::default().start(checkpoint).await;
     let mut outcomes = Vec::new();
     for request in requests {
@@ -86,7 +103,11 @@ async fn alone(checkpoint: &Arc<Checkpoint>, requests: &[JobRequest]) -> Vec<Out
     outcomes
 }
 
-async fn all_equal(head: &CoordinatorHandle, requests: &[JobRequest], expected: &[Outcome]) {
+pub(crate) async fn all_equal(
+    head: &CoordinatorHandle,
+    requests: &[JobRequest],
+    expected: &[Outcome],
+) {
     for (n, (request, expected)) in requests.iter().zip(expected).enumerate() {
         let outcome = run_on(head, request.clone()).await;
         assert!(outcome.as_ref() == Ok(expected), "request {n}: {:?}", outcome.err());
@@ -128,6 +149,13 @@ fn damage(folder: &Path) -> usize {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_whose_files_are_damaged_gets_its_share_from_who_has_it_in_memory() {
     let (folder, checkpoint, _) = reference("olmoe");
+    gets_its_share(&folder, checkpoint).await;
+    // Each is several parts on the wire.
+    let (folder, checkpoint) = large();
+    gets_its_share(&folder, checkpoint).await;
+}
+
+async fn gets_its_share(folder: &tempfile::TempDir, checkpoint: Arc<Checkpoint>) {
     let requests = requests(&checkpoint);
     let expected = alone(&checkpoint, &requests).await;
     let bad = tempfile::tempdir().unwrap();
@@ -211,16 +239,21 @@ impl Archive for Slow {
     }
 }
 
+/// A checkpoint behind a store that takes as long as the number says.
+pub(crate) fn far(folder: &Path) -> (Arc<Checkpoint>, Arc<AtomicU64>) {
+    let pause = Arc::new(AtomicU64::new(0));
+    let url = format!("file://{}", folder.join("checkpoint").display());
+    let archive = StoreArchive::open(&url, &StoreOptions::default()).unwrap();
+    let slow = Arc::new(Slow { archive, pause: pause.clone() });
+    (Arc::new(Checkpoint::open_archive(slow, None).unwrap()), pause)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_whose_archive_has_become_slow_asks_its_peer() {
     let (folder, checkpoint, _) = reference("olmoe");
     let requests = requests(&checkpoint);
     let expected = alone(&checkpoint, &requests).await;
-    let pause = Arc::new(AtomicU64::new(0));
-    let url = format!("file://{}", folder.path().join("checkpoint").display());
-    let archive = StoreArchive::open(&url, &StoreOptions::default()).unwrap();
-    let slow = Arc::new(Slow { archive, pause: pause.clone() });
-    let far = Arc::new(Checkpoint::open_archive(slow, None).unwrap());
+    let (far, pause) = far(folder.path());
     let dram = checkpoint.all_expert_bytes() * 45 / 100;
     let head = head(&checkpoint, 2, 2).await;
     let first = worker(&head, "w1", dram, Model::Open(checkpoint.clone())).await;

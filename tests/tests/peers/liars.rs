@@ -11,7 +11,7 @@ use std::{
 use lite_llm_actors::{
     lane::LaneInbox,
     links::Links,
-    peers::{Epoch, PeerFetcher, PeerOptions},
+    peers::{Epoch, FAILED_PAUSES, PeerFetcher, PeerOptions},
     placement::Placement,
 };
 use lite_llm_kernels::slots::SlotPool;
@@ -19,7 +19,7 @@ use lite_llm_runtime::{
     blocks::{BlockOptions, BlockReader},
     checkpoint::Checkpoint,
     expert::{ExpertKey, GatedMlp},
-    residency::{FetchOptions, Fetched, Fetcher, Urgency, fetcher_for},
+    residency::{FetchOptions, Fetched, Fetcher, NvmeFolder, Urgency, fetcher_for},
 };
 use lite_llm_tests::reference;
 use lite_llm_transport::{
@@ -27,11 +27,14 @@ use lite_llm_transport::{
     endpoint::{Endpoint, Options},
     frame::{FrameReceiver, FrameSender},
     identity::{ClusterCa, Role},
-    messages::{NodeAddress, OutgoingWeights, PlacementRule, WeightsReply, WeightsRequest},
+    messages::{
+        NodeAddress, OutgoingWeights, PlacementRule, WEIGHTS_CHUNK_BYTES, WeightsReply,
+        WeightsRequest,
+    },
     pool::BufferPool,
 };
 
-use crate::{bytes_of, hello, loopback, peers, soon};
+use crate::{bytes_of, cluster::far, hello, large, loopback, peers, soon};
 
 /// What a peer does with a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -48,11 +51,16 @@ enum Ways {
     /// Sends a part, and then says that it has let it go.
     LetsGo,
     Silent,
+    /// Is honest a few times, and then silent.
+    Tires,
     /// Begins and stops.
     Stops,
     /// Hangs up.
     Leaves,
 }
+
+/// Answers of who tires.
+const ANSWERED_BEFORE_TIRED: usize = 3;
 
 async fn play(
     way: Ways,
@@ -85,9 +93,11 @@ async fn play(
         Ways::Honest => {}
         _ => return Some(()),
     }
-    let mut out = OutgoingWeights::new(bytes.len(), &BufferPool::default()).unwrap();
-    out.bytes_mut().copy_from_slice(&bytes);
-    sender.send(out.finish()).await.ok()?;
+    for part in bytes.chunks(WEIGHTS_CHUNK_BYTES) {
+        let mut out = OutgoingWeights::new(part.len(), &BufferPool::default()).unwrap();
+        out.bytes_mut().copy_from_slice(part);
+        sender.send(out.finish()).await.ok()?;
+    }
     match way {
         Ways::LetsGo => sender.send_message(&WeightsReply::NotHere).await.ok(),
         Ways::Stops => {
@@ -112,10 +122,15 @@ fn peer(ca: &ClusterCa, way: Ways, checkpoint: Arc<Checkpoint>) -> (Endpoint, Ar
                 let connection = connection.clone();
                 tokio::spawn(async move {
                     let (mut sender, mut receiver) = stream.into_frames();
-                    while play(way, &checkpoint, &mut sender, &mut receiver).await.is_some() {
+                    let way = || match way {
+                        Ways::Tires if counts.load(Relaxed) < ANSWERED_BEFORE_TIRED => Ways::Honest,
+                        Ways::Tires => Ways::Silent,
+                        way => way,
+                    };
+                    while play(way(), &checkpoint, &mut sender, &mut receiver).await.is_some() {
                         counts.fetch_add(1, Relaxed);
                     }
-                    if way == Ways::Leaves {
+                    if way() == Ways::Leaves {
                         counts.fetch_add(1, Relaxed);
                         connection.close("I leave");
                     }
@@ -128,10 +143,20 @@ fn peer(ca: &ClusterCa, way: Ways, checkpoint: Arc<Checkpoint>) -> (Endpoint, Ar
 
 /// A fetcher whose one peer has everything, as it says.
 fn fetcher(ca: &ClusterCa, checkpoint: &Arc<Checkpoint>, peer: &Endpoint) -> PeerFetcher {
+    fetcher_over(ca, checkpoint, peer, None)
+}
+
+/// The same above a disk cache.
+fn fetcher_over(
+    ca: &ClusterCa,
+    checkpoint: &Arc<Checkpoint>,
+    peer: &Endpoint,
+    nvme: Option<NvmeFolder>,
+) -> PeerFetcher {
     let identity = ca.identity(Role::Worker, "w1").unwrap();
     let endpoint = Endpoint::bind(loopback(), &identity, Options::new(hello())).unwrap();
     let reader = BlockReader::new(BlockOptions::default()).unwrap();
-    let ways = FetchOptions { reader, nvme: None, threads: 1, requests: 1 };
+    let ways = FetchOptions { reader, nvme, threads: 1, requests: 1 };
     let next = fetcher_for(checkpoint, ways).unwrap();
     let links = Links::new(endpoint, LaneInbox::default());
     let fetcher = PeerFetcher::new(PeerOptions { checkpoint: checkpoint.clone(), next, links });
@@ -207,6 +232,98 @@ async fn whatever_a_peer_answers_the_bytes_are_right_and_come_in_time() {
         drop(fetcher);
         peer_endpoint.close("the test is over").await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn experts_of_several_parts_are_right_whatever_comes_of_the_parts() {
+    let (_folder, checkpoint) = large();
+    let keys: Vec<ExpertKey> = checkpoint.config().expert_keys().collect();
+    let bytes = checkpoint.tier_expert_bytes()[0];
+    assert!(bytes > 2 * WEIGHTS_CHUNK_BYTES as u64, "{bytes}");
+    let ca = ClusterCa::ephemeral().unwrap();
+    for way in [Ways::Honest, Ways::Damaged, Ways::More, Ways::LetsGo, Ways::Leaves] {
+        let (peer_endpoint, _) = peer(&ca, way, checkpoint.clone());
+        let fetcher = fetcher(&ca, &checkpoint, &peer_endpoint);
+        let pool = SlotPool::new(bytes.next_multiple_of(4096));
+        for &key in &keys[..4] {
+            let expert = fetch(&fetcher, key, &pool, bytes).await;
+            assert!(bytes_of(&expert) == bytes_of(&checkpoint.expert(key).unwrap()), "{way:?}");
+        }
+        let seen = peers(&fetcher.residences());
+        assert_eq!(seen.hits > 0, way == Ways::Honest, "{way:?}: {seen:?}");
+        drop(fetcher);
+        peer_endpoint.close("the test is over").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_peer_brought_is_on_the_disk_afterwards() {
+    let (folder, checkpoint, _) = reference("olmoe");
+    let keys: Vec<ExpertKey> = checkpoint.config().expert_keys().collect();
+    let bytes = checkpoint.tier_expert_bytes()[0];
+    let ca = ClusterCa::ephemeral().unwrap();
+    let (peer_endpoint, _) = peer(&ca, Ways::Honest, checkpoint.clone());
+    let disk = NvmeFolder { folder: folder.path().join("disk"), budget: 1 << 30 };
+    let fetcher = fetcher_over(&ca, &checkpoint, &peer_endpoint, Some(disk.clone()));
+    let pool = SlotPool::new(bytes.next_multiple_of(4096));
+    let of_disk = |fetcher: &PeerFetcher| {
+        fetcher.residences().into_iter().find(|it| it.name.starts_with("nvme ")).unwrap()
+    };
+    let mut brought = Vec::new();
+    for &key in &keys {
+        let before = peers(&fetcher.residences()).hits;
+        fetch(&fetcher, key, &pool, bytes).await;
+        if peers(&fetcher.residences()).hits > before {
+            brought.push(key);
+        }
+    }
+    assert!(!brought.is_empty());
+    // It ends when all is written; whoever reads it next verifies it.
+    drop(fetcher);
+    peer_endpoint.close("the test is over").await;
+    let fetcher = fetcher_over(&ca, &checkpoint, &peer_endpoint, Some(disk));
+    let kept = of_disk(&fetcher).held / bytes.next_multiple_of(4096);
+    for &key in &brought {
+        let expert = fetch(&fetcher, key, &pool, bytes).await;
+        assert!(bytes_of(&expert) == bytes_of(&checkpoint.expert(key).unwrap()));
+    }
+    let seen = of_disk(&fetcher);
+    // A disk that is behind may leave some out.
+    assert!(kept as usize * 2 >= keys.len(), "{kept} of {}", keys.len());
+    assert!(seen.hits as usize * 2 >= brought.len() && seen.damaged == 0, "{seen:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_hangs_is_asked_less_and_less_often() {
+    let (folder, checkpoint, _) = reference("olmoe");
+    let key = checkpoint.config().expert_keys().next().unwrap();
+    let bytes = checkpoint.tier_expert_bytes()[0];
+    let ca = ClusterCa::ephemeral().unwrap();
+    let (peer_endpoint, asked) = peer(&ca, Ways::Tires, checkpoint.clone());
+    // The other way is so slow that the peer is asked whenever it may be.
+    let (far, pause) = far(folder.path());
+    let fetcher = fetcher(&ca, &far, &peer_endpoint);
+    pause.store(100, Relaxed);
+    let pool = SlotPool::new(bytes.next_multiple_of(4096));
+    let failures = || peers(&fetcher.residences()).failures as usize;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while failures() == 0 {
+        assert!(Instant::now() < deadline, "it is not asked: {asked:?}");
+        fetch(&fetcher, key, &pool, bytes).await;
+    }
+    assert_eq!(asked.load(Relaxed), ANSWERED_BEFORE_TIRED);
+    let (begun, mut told) = (Instant::now(), vec![Duration::ZERO]);
+    while begun.elapsed() < Duration::from_secs(14) {
+        fetch(&fetcher, key, &pool, bytes).await;
+        if failures() > told.len() {
+            told.push(begun.elapsed());
+        }
+    }
+    // Each failure takes a second: after a pause of 5 s once more, and not again before 10 have passed.
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(told[1] >= FAILED_PAUSES.0, "{told:?}");
+    drop(fetcher);
+    peer_endpoint.close("the test is over").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

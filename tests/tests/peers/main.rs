@@ -2,15 +2,21 @@
 //! do, and nothing that a peer says is believed.
 
 mod cluster;
+mod disks;
 mod hostile;
 mod liars;
+mod turns;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use lite_llm_kernels::DETERMINISM_VERSION;
 use lite_llm_runtime::{
-    checkpoint::Checkpoint, expert::ExpertKey, expert::GatedMlp, residency::ResidenceStats,
+    checkpoint::Checkpoint,
+    expert::{ExpertKey, GatedMlp},
+    import::random::{RandomClass, RandomShape, write_random_hf},
+    residency::ResidenceStats,
 };
+use lite_llm_tests::imported;
 use lite_llm_transport::{
     messages::{TraceContext, WeightsRequest},
     session::Hello,
@@ -28,6 +34,18 @@ fn hello() -> Hello {
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     let waited = tokio::time::timeout(Duration::from_secs(60), future).await;
     waited.unwrap_or_else(|_| panic!("{what}: nothing happened for a minute"))
+}
+
+/// A model whose experts are of several parts on the wire.
+fn large() -> (tempfile::TempDir, Arc<Checkpoint>) {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("hf");
+    let tiny = RandomShape::tiny(RandomClass::Olmoe);
+    let shape = RandomShape { layers: 1, hidden: 256, intermediate: 1000, ..tiny };
+    write_random_hf(&source, &shape, &mut |_, _| {}).unwrap();
+    let (imported, checkpoint) = imported(source, None);
+    drop(folder);
+    (imported, checkpoint)
 }
 
 /// The bytes of an expert, as they lie in memory.

@@ -19,6 +19,7 @@ pub mod detached;
 pub mod experts;
 pub mod jobs;
 pub mod trace;
+pub mod view;
 pub mod weights;
 
 pub use cluster::{
@@ -41,6 +42,7 @@ pub use jobs::{
     TOP_LOGPROBS_MAX, TokenBias, TokenLogprob,
 };
 pub use trace::TraceContext;
+pub use view::{EXPERTS_VIEWED_MAX, ExpertPlace, LINKS_VIEWED_MAX, LinkView, NodeView};
 pub use weights::{
     OutgoingWeights, WEIGHTS_CHUNK_BYTES, WeightsPart, WeightsReply, WeightsRequest,
 };

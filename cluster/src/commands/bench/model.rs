@@ -12,12 +12,18 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use lite_llm_kernels::{cpu::Cpu, kv::KvDType, measure::read_bandwidth};
+use lite_llm_actors::node::{NodeDevice, device::hbm_budget};
+use lite_llm_kernels::{
+    cpu::Cpu, cuda_device::Gpu, device::Device, kv::KvDType, measure::read_bandwidth,
+};
 use lite_llm_runtime::{
     backbone::Backbone,
     checkpoint::{Checkpoint, inspect::bytes_per_token},
     engine::{Engine, Event, Step},
+    expert::ExpertStore,
+    gpu::GpuCarrier,
     random::{Purpose, random_u64},
+    residency::HbmStore,
     sequence::Request,
     store::DramStore,
 };
@@ -233,11 +239,28 @@ impl Alone {
         let context = args.local.context;
         let workers = usize::from(args.local.workers);
         // As many threads as all workers together.
-        let device = Arc::new(Cpu::new(compute.threads(workers) * workers, compute.simd()?));
+        let cpu = Arc::new(Cpu::new(compute.threads(workers) * workers, compute.simd()?));
+        let hbm = compute.hbm.map(|size| size.0);
+        let device = compute.device.open((0, 1), cpu, hbm).map_err(bad_input)?;
         let (orders, inbox) = mpsc::channel::<Order>();
         let (loaded, ready) = oneshot::channel();
         let kv_bytes = compute.kv_bytes(1)?;
-        let load = move || AloneEngine::load(&checkpoint, context, device, kv_bytes, kv_dtype);
+        let cache = (kv_bytes, kv_dtype);
+        let load = move || -> Result<Box<dyn RunAlone>> {
+            match device {
+                NodeDevice::Cpu(cpu) => {
+                    let store = DramStore::new(u64::MAX);
+                    store.load_all(&checkpoint)?;
+                    let backbone = Backbone::load_served(&checkpoint, context, cpu, |_, _| {})?;
+                    let engine = Engine::with_cache(Arc::new(backbone), kv_bytes, kv_dtype)?;
+                    Ok(Box::new(AloneEngine { engine, store: Arc::new(store), requests: 0 }))
+                }
+                NodeDevice::Cuda { gpu, hbm_bytes, .. } => {
+                    let alone = gpu_alone(&checkpoint, context, gpu, hbm_bytes, cache)?;
+                    Ok(Box::new(alone))
+                }
+            }
+        };
         let life = move || match load() {
             Err(error) => drop(loaded.send(Err(error))),
             Ok(mut engine) => {
@@ -277,28 +300,40 @@ impl Alone {
 }
 
 /// What [`Alone`]'s thread owns.
-struct AloneEngine {
-    engine: Engine<Cpu>,
-    store: DramStore,
+struct AloneEngine<D: Device> {
+    engine: Engine<D>,
+    store: Arc<dyn ExpertStore<D::Matrix>>,
     requests: u64,
 }
 
-impl AloneEngine {
-    fn load(
-        checkpoint: &Checkpoint,
-        context: Option<usize>,
-        device: Arc<Cpu>,
-        kv_bytes: u64,
-        kv_dtype: KvDType,
-    ) -> Result<Self> {
-        let store = DramStore::new(u64::MAX);
-        store.load_all(checkpoint)?;
-        let backbone = Backbone::load_served(checkpoint, context, device, |_, _| {})?;
-        let engine = Engine::with_cache(Arc::new(backbone), kv_bytes, kv_dtype)?;
-        Ok(Self { engine, store, requests: 0 })
-    }
-
+/// An engine, whatever it computes with.
+trait RunAlone {
     /// [`Engine::run_local`], with a look at the clock at every token.
+    fn run(&mut self, work: &Work) -> Result<Vec<Timeline>>;
+}
+
+/// An engine on a GPU, with what holds its experts.
+fn gpu_alone(
+    checkpoint: &Checkpoint,
+    context: Option<usize>,
+    gpu: Arc<Gpu>,
+    hbm_bytes: Option<u64>,
+    (kv_bytes, kv_dtype): (u64, KvDType),
+) -> Result<AloneEngine<Gpu>> {
+    let below = DramStore::new(u64::MAX);
+    below.load_all(checkpoint)?;
+    let backbone = Backbone::load_served(checkpoint, context, gpu.clone(), |_, _| {})?;
+    let backbone = Arc::new(backbone);
+    let engine = Engine::with_cache(backbone.clone(), kv_bytes, kv_dtype)?;
+    let budget = hbm_budget(&gpu, hbm_bytes, 1)?;
+    let bytes = checkpoint.tier_expert_bytes();
+    let store = Arc::new(HbmStore::new(gpu, Arc::new(below), budget, bytes));
+    let carrier = GpuCarrier::new(&backbone, store.clone())?;
+    let engine = engine.carried_by(carrier.map(|carrier| Arc::new(carrier) as _));
+    Ok(AloneEngine { engine, store, requests: 0 })
+}
+
+impl<D: Device> RunAlone for AloneEngine<D> {
     fn run(&mut self, work: &Work) -> Result<Vec<Timeline>> {
         let mut timelines = vec![Timeline::begin(); work.prompts.len()];
         let first = self.requests;
@@ -312,7 +347,7 @@ impl AloneEngine {
             match self.engine.step() {
                 Step::Idle => bail!("the engine stopped before its requests ended"),
                 Step::Advanced => {}
-                Step::Dispatch(pass) => self.engine.run_pass(pass, &self.store),
+                Step::Dispatch(pass) => self.engine.run_pass(pass, &*self.store),
             }
             while let Some(event) = self.engine.poll_event() {
                 match event {

@@ -219,7 +219,8 @@ pub(super) fn disk(checkpoint: &Checkpoint, block: u64) -> Result<Option<f64>> {
 
 /// What a disk gives on which a folder is, or will be.
 pub(super) fn folder(folder: &Path, block: u64) -> Result<f64> {
-    let here = folder.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
+    // Where it is to be made, its disk is that of what is there.
+    let here = folder.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("."));
     let written = || -> Result<_> {
         let mut file = tempfile::NamedTempFile::new_in(here)?;
         let mut left = FILE_BYTES.max(8 * block);

@@ -92,13 +92,21 @@ pub(super) fn open(
     checkpoint: &Checkpoint,
     policy: Box<dyn Policy>,
 ) -> io::Result<(Disk, PathBuf, Option<File>)> {
-    let named =
-        |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", root.display()));
+    let named = |error: io::Error| {
+        io::Error::new(error.kind(), format!("disk cache {}: {error}", root.display()))
+    };
+    let smallest = checkpoint.tier_expert_bytes().into_iter().map(blocks).min().unwrap_or(0);
+    if budget < smallest {
+        let reason =
+            format!("{budget} bytes have no room for an expert of {smallest}; give --nvme more");
+        return Err(named(io::Error::new(io::ErrorKind::InvalidInput, reason)));
+    }
     let id: String = checkpoint.id()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
     let folder = root.join(format!("{PREFIX}{id}"));
     if let Err(error) = fs::create_dir_all(&folder) {
         if !root.is_dir() {
-            return Err(named(error));
+            let reason = format!("{error}; --nvme names a folder that is there or can be made");
+            return Err(named(io::Error::new(error.kind(), reason)));
         }
         tracing::warn!(folder = %root.display(), %error, "nothing can be kept on this disk");
     }
@@ -217,6 +225,8 @@ impl Disk {
         if let Err(error) = self.make_room() {
             self.say(&error);
         }
+        let (folder, held, budget) = (self.folder.display(), self.held(), self.budget());
+        tracing::debug!(%folder, held, budget, "took a disk cache into use");
         Ok(())
     }
 

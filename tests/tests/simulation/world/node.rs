@@ -65,7 +65,8 @@ impl World {
                 });
                 let unreachable = others.map(|(_, peer)| peer.name.clone()).collect();
                 let busy = node.computing;
-                let vitals = Vitals { busy, progress: node.progress, unreachable };
+                let (progress, budget) = (node.progress, self.budget);
+                let vitals = Vitals { busy, progress, unreachable, budget };
                 self.send(conn, process, Message::Vitals { incarnation, vitals });
             }
             Message::Assign { incarnation, plan, serves } => {
