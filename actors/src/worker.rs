@@ -34,7 +34,8 @@ use crate::{
     lane::{LaneInbox, LaneLimits},
     links::Links,
     node::{
-        Model, NODES, NodeActor, NodeDevice, NodeMessage, NodeOptions, StoreSlot, jobs::serve_jobs,
+        Model, NODES, NodeActor, NodeDevice, NodeMessage, NodeOptions, StoreSlot,
+        grammars::GrammarDesk, jobs::serve_jobs,
     },
 };
 
@@ -104,6 +105,7 @@ struct Home {
     remote: bool,
     patience: Duration,
     inbox: LaneInbox,
+    grammars: GrammarDesk,
     /// See [`NodeOptions::serving`].
     serving: Arc<Mutex<Option<Assignment>>>,
     /// See [`NodeOptions::session`].
@@ -124,7 +126,7 @@ impl Home {
         // Nothing that an earlier coordinator, or this one before, said counts on.
         self.sessions.fetch_add(1, Relaxed);
         *self.serving.lock() = None;
-        tokio::spawn(serve_jobs(connection.clone(), self.inbox.clone()));
+        tokio::spawn(serve_jobs(connection.clone(), self.inbox.clone(), self.grammars.clone()));
         Ok(Session { connection, control: None })
     }
 
@@ -195,6 +197,7 @@ impl Worker {
             remote: options.remote,
             patience: options.patience,
             inbox: inbox.clone(),
+            grammars: GrammarDesk::default(),
             serving: Arc::default(),
             sessions: Arc::default(),
         };
@@ -219,6 +222,7 @@ impl Worker {
             model: options.model,
             links: links.clone(),
             inbox,
+            grammars: home.grammars.clone(),
             buffers: endpoint.pool().clone(),
             store: store.clone(),
             hbm: Arc::default(),

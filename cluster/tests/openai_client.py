@@ -3,6 +3,7 @@ the text that `submit` gave for SUBMITTED as JSON on standard input."""
 
 import json
 import sys
+import time
 
 import openai
 
@@ -183,6 +184,117 @@ def leaving():
     stream.close()
 
 
-for case in (models, completion, token_ids, streaming, several, stops, chat, logprobs, choosing, refusals, tools, leaving):
+def structured():
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["ls", "cat"]}, "flags": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["name", "flags"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "command", "schema": schema, "strict": True}}
+    asked = dict(model=MODEL, messages=[{"role": "user", "content": PROMPT}], seed=5, temperature=1.2)
+    answer = client.chat.completions.create(**asked, max_tokens=60, response_format=form)
+    found = json.loads(answer.choices[0].message.content)
+    assert found["name"] in ("ls", "cat") and 0 <= found["flags"] <= 9 and len(found) == 2, found
+    assert answer.choices[0].finish_reason == "stop", answer
+    again = client.chat.completions.create(**asked, max_tokens=60, response_format=form)
+    assert again.choices[0].message.content == answer.choices[0].message.content
+    streamed = client.chat.completions.create(**asked, max_tokens=60, response_format=form, stream=True)
+    text = "".join(choice.delta.content or "" for chunk in streamed for choice in chunk.choices)
+    assert text == answer.choices[0].message.content, text
+    regex = client.chat.completions.create(**asked, max_tokens=20, extra_body={"regex": "[ab]{4}"})
+    assert len(regex.choices[0].message.content) == 4, regex
+    tool = {"type": "function", "function": {"name": "show", "parameters": schema}}
+    named = {"type": "function", "function": {"name": "show"}}
+    for choice, finish in ((named, "stop"), ("required", "tool_calls")):
+        answer = client.chat.completions.create(**asked, max_tokens=80, tools=[tool], tool_choice=choice)
+        [call] = answer.choices[0].message.tool_calls
+        assert call.function.name == "show", answer
+        assert json.loads(call.function.arguments)["name"] in ("ls", "cat"), answer
+        assert answer.choices[0].finish_reason == finish, answer
+    refused(openai.BadRequestError, "response_format", extra_body={"regex": "("})
+
+
+def batches():
+    def line(number, **more):
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 24, "temperature": 0.7, "top_k": 40, "seed": 7 + number, **more}
+        return json.dumps({"custom_id": f"c{number}", "method": "POST", "url": "/v1/completions", "body": body})
+
+    def upload(text):
+        return client.files.create(file=("jobs.jsonl", text.encode()), purpose="batch")
+
+    def make(file):
+        return client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={"of": "a test"}
+        )
+
+    def over(batch):
+        begun = time.time()
+        while batch.status == "in_progress":
+            assert time.time() - begun < 50, batch
+            time.sleep(0.1)
+            batch = client.batches.retrieve(batch.id)
+        return batch
+
+    text = "\n".join([line(0), line(1, frequency_penalty=1.0), line(2, max_tokens=3)]) + "\n"
+    file = upload(text)
+    assert file.bytes == len(text) and file.purpose == "batch" and file.filename == "jobs.jsonl", file
+    assert client.files.content(file.id).text == text
+    assert file.id in [one.id for one in client.files.list()], file
+    batch = make(file)
+    assert batch.request_counts.total == 3 and batch.metadata == {"of": "a test"}, batch
+    batch = over(batch)
+    assert batch.status == "completed" and batch.request_counts.completed == 3, batch
+    assert batch.error_file_id is None, batch
+    lines = [json.loads(one) for one in client.files.content(batch.output_file_id).text.splitlines()]
+    assert [one["custom_id"] for one in lines] == ["c0", "c1", "c2"], lines
+    bodies = [one["response"]["body"] for one in lines]
+    assert bodies[0]["choices"][0]["text"] == SUBMITTED["text"], (bodies[0], SUBMITTED)
+    # A line has the text that its request has alone: what it asks of the choice of its tokens is kept.
+    alone = client.completions.create(**{**SAME, "seed": 8}, frequency_penalty=1.0)
+    assert bodies[1]["choices"][0]["text"] == alone.choices[0].text, (bodies[1], alone)
+    assert bodies[2]["usage"]["completion_tokens"] == 3, bodies[2]
+    assert client.files.retrieve(batch.output_file_id).bytes == len(client.files.content(batch.output_file_id).content)
+    assert [one.id for one in client.batches.list(limit=1)][0] == batch.id
+
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    batch = over(make(upload(line(5, response_format=form, max_tokens=40))))
+    [one] = client.files.content(batch.output_file_id).text.splitlines()
+    assert json.loads(json.loads(one)["response"]["body"]["choices"][0]["text"])["a"] in (1, 2), one
+
+    long = upload("\n".join(line(number, max_tokens=900, ignore_eos=True) for number in range(40)))
+    batch = client.batches.cancel(make(long).id)
+    batch = over(batch)
+    assert batch.status == "cancelled", batch
+    errors = client.files.content(batch.error_file_id).text.splitlines()
+    assert json.loads(errors[0])["error"]["code"] == "batch_cancelled", errors[0]
+
+    for bad, words in (
+        ("not json", "line 1"),
+        (line(0) + "\n" + line(0), "line 2: custom_id"),
+        (line(0) + "\n" + line(1, temprature=1), "line 2: "),
+        (line(0, n=2), "line of its own"),
+        (line(0, stream=True), "stream"),
+        (line(0, logprobs=1), "log-probabilities"),
+        (line(0, priority=9), "priority"),
+        ("\n\n", "no requests"),
+    ):
+        try:
+            make(upload(bad))
+        except (openai.BadRequestError, openai.PermissionDeniedError) as error:
+            assert words in error.message, (words, error)
+        else:
+            raise AssertionError(f"{bad} was taken")
+    client.files.delete(file.id)
+    for gone in (lambda: client.files.content(file.id), lambda: client.batches.retrieve("batch_999999")):
+        try:
+            gone()
+        except openai.NotFoundError:
+            continue
+        raise AssertionError("what is not there was found")
+
+
+for case in (models, completion, token_ids, streaming, several, stops, chat, logprobs, choosing, refusals, tools, structured, batches, leaving):
     case()
     print(case.__name__, "ok", flush=True)

@@ -14,6 +14,7 @@ pub mod expert;
 pub mod export;
 pub mod forward;
 pub mod gpu;
+pub mod grammar;
 pub mod import;
 pub mod kv;
 pub mod moe_layer;

@@ -5,7 +5,8 @@
 //! in f32 where nothing else is said, every operation rounded by itself:
 //! 1. *Adjusted logits* z, per token id. From the logit: plus the id's bias; if the id was seen at
 //!    all and `repetition` is not 1, `z = z > 0 ? z / repetition : z · repetition`; if it was
-//!    generated n > 0 times, minus `frequency · n`, then minus `presence`. A bias of −∞ excludes.
+//!    generated n > 0 times, minus `frequency · n`, then minus `presence`. A bias of −∞ excludes; so
+//!    does a form of the answer, if it has one, in which the id may not come next.
 //! 2. *Greedy*, where temperature is 0: the smallest id among those of the largest z.
 //! 3. *Weights* `w = exp((z − m) / temperature)`, m being the largest z and exp the kernels' own.
 //! 4. *Thresholds*. Ids rank by z, larger first, +0 and −0 alike; equal z by id, smaller first.
@@ -33,7 +34,10 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::chooser::Chooser;
 pub use self::chooser::{BIAS_MAX, Chosen, Score, TOP_LOGPROBS_MAX, score};
-use crate::random::{Purpose, random_unit};
+use crate::{
+    grammar::Mask,
+    random::{Purpose, random_unit},
+};
 
 /// How tokens are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -133,6 +137,8 @@ pub struct Context<'a> {
     pub bias: &'a [(u32, f32)],
     /// The tokens of prompt and answer so far.
     pub seen: &'a [Seen],
+    /// What may come next, if the answer has a form.
+    pub mask: Option<&'a Mask>,
 }
 
 /// Why there is no next token. It concerns one row, never its batch.
@@ -168,6 +174,9 @@ pub enum SampleError {
     /// Nothing may be chosen.
     #[error("the bias excludes every token; leave at least one")]
     AllExcluded,
+    /// The form of the answer leaves nothing.
+    #[error("no token continues the answer in its form; use another grammar, or less bias")]
+    NoContinuation,
 }
 
 /// Chooses the token at `position` from its `logits`.
@@ -189,7 +198,10 @@ pub fn choose(
     let best = argmax(&z);
     let largest = z.get(best as usize).copied().unwrap_or(f32::NEG_INFINITY);
     if largest == f32::NEG_INFINITY {
-        return Err(SampleError::AllExcluded);
+        return Err(match context.mask {
+            Some(_) => SampleError::NoContinuation,
+            None => SampleError::AllExcluded,
+        });
     }
     if sampling.temperature == 0.0 {
         return Ok(best);
@@ -213,7 +225,7 @@ fn adjust<'a>(
 ) -> Result<Cow<'a, [f32]>, SampleError> {
     let Sampling { repetition, presence, frequency, .. } = *sampling;
     let seen = if sampling.is_penalised() { context.seen } else { &[] };
-    if context.bias.is_empty() && seen.is_empty() {
+    if context.bias.is_empty() && seen.is_empty() && context.mask.is_none() {
         return Ok(Cow::Borrowed(logits));
     }
     let mut z = logits.to_vec();
@@ -241,6 +253,13 @@ fn adjust<'a>(
         let value = z[token as usize];
         if value.is_nan() || value == f32::INFINITY {
             return Err(SampleError::Adjusted { token, value });
+        }
+    }
+    if let Some(mask) = context.mask {
+        for (id, z) in (0..).zip(&mut z) {
+            if !mask.allows(id) {
+                *z = f32::NEG_INFINITY;
+            }
         }
     }
     Ok(Cow::Owned(z))
@@ -507,7 +526,7 @@ mod tests {
         let bias = [(3, 2.5), (14, f32::NEG_INFINITY), (1499, 1.0)];
         let seen = [(7, 0), (14, 3), (21, 1), (600, 40), (1400, 2)]
             .map(|(id, generated)| Seen { id, generated });
-        let context = Context { bias: &bias, seen: &seen };
+        let context = Context { bias: &bias, seen: &seen, mask: None };
         let mut found = Vec::new();
         for (sampling, pinned) in [
             (Sampling::GREEDY, PINNED[0]),
@@ -566,7 +585,7 @@ mod tests {
         let sampling =
             Sampling { repetition: 2.0, presence: 0.5, frequency: 0.25, ..Sampling::GREEDY };
         let seen = [(0, 3), (1, 0), (2, 1), (3, 0)].map(|(id, generated)| Seen { id, generated });
-        let context = Context { bias: &[(1, -5.0), (4, 1.0)], seen: &seen };
+        let context = Context { bias: &[(1, -5.0), (4, 1.0)], seen: &seen, mask: None };
         let z = adjust(&[4.0, 3.0, -1.0, 0.0, 7.0, 8.0], &sampling, context).unwrap();
         assert_eq!(z[..], [2.0 - 0.75 - 0.5, -4.0, -2.0 - 0.25 - 0.5, 0.0, 8.0, 8.0]);
         // The bias alone, where penalties are off.
@@ -594,7 +613,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_sampled_is_an_error_that_says_why() {
-        let context = Context { bias: &[(1, f32::NEG_INFINITY)], seen: &[] };
+        let context = Context { bias: &[(1, f32::NEG_INFINITY)], seen: &[], mask: None };
         let sampling = Sampling { temperature: 1.0, ..Sampling::GREEDY };
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let error = choose(&[0.0, 1.0, bad, bad], &sampling, context, 0).unwrap_err();
@@ -606,7 +625,7 @@ mod tests {
             (&[(1, f32::INFINITY)], SampleError::Adjusted { token: 1, value: f32::INFINITY }),
         ] {
             for sampling in [sampling, Sampling::GREEDY] {
-                let found = choose(&[0.0, 1.0], &sampling, Context { bias, seen: &[] }, 0);
+                let found = choose(&[0.0, 1.0], &sampling, Context { bias, ..context }, 0);
                 assert_eq!(found, Err(expected));
             }
         }

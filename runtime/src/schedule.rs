@@ -283,6 +283,7 @@ impl Schedule {
             // Guesses take pages from nobody.
             let sequence = self.sequences.get_mut(&id).expect("running sequences exist");
             let end = sequence.cached + count;
+            guessed.truncate(sequence.chooser.possible(&guessed));
             if sequence.table.reserve(&mut self.pool, end + guessed.len()).is_err() {
                 guessed.clear();
             }

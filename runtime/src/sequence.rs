@@ -8,6 +8,7 @@ use tracing::Span;
 use crate::{
     config::ModelConfig,
     draft::Drafter,
+    grammar::Guide,
     kv::{PageTable, Prefix},
     sampler::{BIAS_MAX, Chooser, Sampling, SamplingError, TOP_LOGPROBS_MAX},
     tier::{TierMask, TierSet, TierSetError},
@@ -27,6 +28,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// Added to the logits of tokens, each at most once; −∞ excludes.
     pub bias: Vec<(u32, f32)>,
+    /// The form of the answer, at its beginning. It wants `stop_at_eos`.
+    pub guide: Option<Guide>,
     /// Tell how likely each token was, and each of so many of the likeliest.
     pub logprobs: Option<u32>,
     /// Tiers that may be used.
@@ -58,6 +61,7 @@ impl Request {
             max_new_tokens,
             sampling: Sampling::GREEDY,
             bias: Vec::new(),
+            guide: None,
             logprobs: None,
             tiers: TierSet::All,
             stop_at_eos: false,
@@ -257,15 +261,16 @@ pub(crate) struct Sequence {
 impl Sequence {
     /// Admits a request that a model can serve.
     pub(crate) fn new(
-        request: Request,
+        mut request: Request,
         arrived: u64,
         config: &ModelConfig,
     ) -> Result<Self, RequestError> {
         let tiers = Arc::new(request.check(config)?);
         let tokens = [&request.prompt[..], &request.generated].concat();
+        let guide = request.guide.take();
         let Request { sampling, logprobs, prompt, generated, .. } = &request;
         let bias = request.bias.clone();
-        let chooser = Chooser::new(*sampling, bias, *logprobs, prompt, generated);
+        let chooser = Chooser::new(*sampling, bias, *logprobs, prompt, generated, guide);
         Ok(Self {
             root: Prefix::root(&request.tenant, &tiers),
             request,

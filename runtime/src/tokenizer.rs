@@ -32,6 +32,8 @@ pub struct Tokenizer {
     ends: Arc<[u32]>,
     /// Most bytes of text that one token can stand for, if there is such a number.
     token_bytes_max: Option<usize>,
+    /// Its vocabulary is spelled in characters that stand for bytes.
+    of_bytes: bool,
 }
 
 thread_local! {
@@ -66,7 +68,8 @@ impl Tokenizer {
         inner.with_padding(None);
         inner.with_truncation(None).map_err(TokenizerError::of)?;
         let token_bytes_max = guarded(|| token_bytes_max(&inner))?;
-        Ok(Self { inner: Arc::new(inner), ends: Arc::default(), token_bytes_max })
+        let of_bytes = of_bytes(inner.get_decoder());
+        Ok(Self { inner: Arc::new(inner), ends: Arc::default(), token_bytes_max, of_bytes })
     }
 
     /// The same, knowing which tokens end a text: a stream gives them no text, whether their file
@@ -106,6 +109,28 @@ impl Tokenizer {
     /// How a token is spelled in the vocabulary.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
+    }
+
+    /// Whether a token is none of the text: it begins or ends something, or marks a role.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.inner.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+    }
+
+    /// The bytes that a token stands for within a text, if there is such a token.
+    pub fn bytes(&self, id: u32) -> Option<Vec<u8>> {
+        let token = self.inner.id_to_token(id)?;
+        if self.inner.get_added_tokens_decoder().contains_key(&id) {
+            return Some(token.into_bytes());
+        }
+        if self.of_bytes {
+            let bytes: Option<Vec<u8>> = token.chars().map(byte_of).collect();
+            return Some(bytes.unwrap_or_else(|| token.into_bytes()));
+        }
+        let byte = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+        if let Some(Ok(byte)) = byte.map(|byte| u8::from_str_radix(byte, 16)) {
+            return Some(vec![byte]);
+        }
+        Some(token.replace('\u{2581}', " ").into_bytes())
     }
 
     /// The tokens that are put before every text.
@@ -149,6 +174,38 @@ impl Tokenizer {
         // Decoders fail for no id; an empty text is the honest answer should a later one.
         let decoded = guarded(|| self.inner.decode(ids, skip_special));
         decoded.map(Result::unwrap_or_default).unwrap_or_default()
+    }
+}
+
+/// Whether a byte stands for itself in vocabularies of bytes.
+fn is_plain(byte: u8) -> bool {
+    matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff)
+}
+
+/// The byte that a character of such a vocabulary stands for: GPT-2's table.
+fn byte_of(c: char) -> Option<u8> {
+    match u32::from(c) {
+        code @ 0..=255 => u8::try_from(code).ok().filter(|byte| is_plain(*byte)),
+        code => (0..=255).filter(|byte| !is_plain(*byte)).nth(code as usize - 256),
+    }
+}
+
+/// The character of a byte.
+#[cfg(test)]
+pub(crate) fn byte_char(byte: u8) -> char {
+    let others = (0..byte).filter(|byte| !is_plain(*byte)).count() as u32;
+    let code = if is_plain(byte) { u32::from(byte) } else { 256 + others };
+    char::from_u32(code).unwrap()
+}
+
+/// Whether tokens are spelled in characters that stand for bytes.
+fn of_bytes(decoder: Option<&DecoderWrapper>) -> bool {
+    match decoder {
+        Some(DecoderWrapper::ByteLevel(_)) => true,
+        Some(DecoderWrapper::Sequence(all)) => {
+            all.get_decoders().iter().any(|one| matches!(one, DecoderWrapper::ByteLevel(_)))
+        }
+        _ => false,
     }
 }
 
@@ -223,5 +280,18 @@ impl DecodeStream {
         self.settled = self.ids.len();
         self.shown = self.tokenizer.decode(&self.ids);
         piece
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_has_a_character_and_back() {
+        let all: Vec<char> = (0..=255).map(byte_char).collect();
+        assert_eq!((all[32], all[0], all[10], all[0xad]), ('Ġ', 'Ā', 'Ċ', 'Ń'));
+        assert!((0..=255).all(|byte| byte_of(all[byte as usize]) == Some(byte)));
+        assert_eq!(byte_of('▁'), None);
     }
 }

@@ -33,6 +33,7 @@ struct Lanes {
     tokens: Vec<u32>,
     failed: Option<String>,
     ended: u32,
+    not_taken: Option<String>,
 }
 
 fn nodes() -> Vec<NodeAddress> {
@@ -79,6 +80,7 @@ impl Lanes {
             tokens: Vec::new(),
             failed: None,
             ended: 0,
+            not_taken: None,
         }
     }
 
@@ -146,7 +148,7 @@ impl Lanes {
             Command::Publish(engine::Event::Ended { .. }) => self.ended += 1,
             Command::Publish(engine::Event::Failed { reason, .. }) => self.failed = Some(reason),
             Command::Publish(_) => {}
-            Command::NotTaken { reason, .. } => panic!("{reason}"),
+            Command::NotTaken { reason, .. } => self.not_taken = Some(reason),
         }
     }
 
@@ -156,7 +158,8 @@ impl Lanes {
 
     #[track_caller]
     fn has_ended_as_alone(&self, model: &TinyModel) {
-        assert_eq!((self.ended, self.failed.as_deref()), (1, None));
+        let not = (self.failed.as_deref(), self.not_taken.as_deref());
+        assert_eq!((self.ended, not), (1, (None, None)));
         assert_eq!(self.tokens, model.alone(&request()));
     }
 
@@ -278,4 +281,24 @@ fn a_peer_that_was_started_again_owes_nothing() {
     let placement = held_by(&model, &[1, 2]);
     lanes.home(Event::Rearrange(Arrangement { placement, me: 0, nodes: again }));
     lanes.has_ended_as_alone(&model);
+}
+
+/// Caches are of each node's own size.
+#[test]
+fn a_request_that_is_too_long_for_this_nodes_cache_may_be_at_home_elsewhere() {
+    let model = TinyModel::load();
+    let mut lanes = Lanes::with_holders(&model, &[1, 2]);
+    let placement = held_by(&model, &[1, 2]);
+    let tight = engine::Engine::new(model.backbone.clone(), 1).unwrap();
+    lanes.lanes[0] = LaneMachine::new(LaneParts {
+        engine: tight,
+        store: model.store.clone(),
+        arrangement: Arrangement { placement, me: 0, nodes: nodes() },
+        buffers: BufferPool::default(),
+        limits: LaneLimits::default(),
+    });
+    let request = Request { max_new_tokens: 100, ..request() };
+    lanes.home(Event::Start { sequence: 0, request });
+    assert!(lanes.not_taken.is_some_and(|reason| reason.contains("--kv")));
+    assert_eq!(lanes.failed, None, "its coordinator asks another");
 }

@@ -47,10 +47,7 @@ pub enum FrameKind {
     ClientRequest = 5,
     /// A [`messages::ClientReply`].
     ClientReply = 6,
-    /// A [`messages::JobStart`].
-    JobStart = 7,
-    /// A [`messages::JobContinue`].
-    JobContinue = 8,
+    // 7 and 8 were jobs of protocol 3.
     /// A [`messages::WeightsRequest`].
     WeightsRequest = 9,
     /// A [`messages::WeightsReply`].
@@ -73,8 +70,6 @@ impl FrameKind {
             JobEvent,
             ClientRequest,
             ClientReply,
-            JobStart,
-            JobContinue,
             WeightsRequest,
             WeightsReply,
             Weights,

@@ -1,8 +1,8 @@
 //! Keys of the HTTP API: who may ask, and how much. Only their hashes are kept.
 //!
 //! A text file in the state folder: a first line with format and version, then a line per key: its
-//! name, the blake3 hash of its text, the moment it was made in milliseconds since 1970, and its
-//! limits, `-` where there is none. A coordinator reads the file again when it has changed.
+//! name, the blake3 hash of its text, the moment it was made in milliseconds since 1970, its limits,
+//! `-` where there is none, and the highest priority that it may ask for, if that is not 0. A coordinator reads the file again when it has changed.
 //!
 //! Invariants: the text of a key is told once, when it is made; it holds 256 random bits, so that its
 //! hash gives nothing away and cannot be searched for; a name has one key.
@@ -37,6 +37,19 @@ pub struct Key {
     pub jobs: Option<u32>,
     /// Tokens of prompts and answers per minute, if they are bounded.
     pub tokens_per_minute: Option<u64>,
+    /// The highest priority that its requests may have.
+    pub priority: i8,
+}
+
+/// What a key allows its holder.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct KeyRights {
+    /// See [`Key::jobs`].
+    pub jobs: Option<u32>,
+    /// See [`Key::tokens_per_minute`].
+    pub tokens_per_minute: Option<u64>,
+    /// See [`Key::priority`].
+    pub priority: i8,
 }
 
 /// Why a list of keys cannot be read or changed.
@@ -76,12 +89,8 @@ impl Keys {
     }
 
     /// Makes a key of a name, and returns its text, which nobody can tell again.
-    pub fn add(
-        &self,
-        name: &str,
-        jobs: Option<u32>,
-        tokens_per_minute: Option<u64>,
-    ) -> Result<String, KeyError> {
+    pub fn add(&self, name: &str, rights: KeyRights) -> Result<String, KeyError> {
+        let KeyRights { jobs, tokens_per_minute, priority } = rights;
         let checked = checked_name(Role::Client, name);
         checked.map_err(|error| KeyError::Change(error.to_string()))?;
         let mut secret = [0; 32];
@@ -89,7 +98,7 @@ impl Keys {
         let text = format!("{KEY_PREFIX}{}", hex(&secret));
         let made = from_millis(millis(SystemTime::now()));
         let hash = hash(&text);
-        let key = Key { name: name.to_owned(), hash, made, jobs, tokens_per_minute };
+        let key = Key { name: name.to_owned(), hash, made, jobs, tokens_per_minute, priority };
         self.change(|keys| {
             if keys.iter().any(|key| key.name == name) {
                 return Err(format!(
@@ -163,11 +172,17 @@ impl List {
 
     fn to_text(&self) -> String {
         let mut text = format!("{FIRST_LINE}\n");
-        for Key { name, hash, made, jobs, tokens_per_minute } in &self.keys {
+        for Key { name, hash, made, jobs, tokens_per_minute, priority } in &self.keys {
             let jobs = jobs.map_or("-".to_owned(), |jobs| jobs.to_string());
             let tokens = tokens_per_minute.map_or("-".to_owned(), |tokens| tokens.to_string());
             let (hash, at) = (hex(hash), utc(*made));
-            text += &format!("{name} {hash} {} {jobs} {tokens} # made at {at}\n", millis(*made));
+            // Releases before knew of none, and read a list without.
+            let priority = match priority {
+                0 => String::new(),
+                priority => format!(" {priority}"),
+            };
+            let made = millis(*made);
+            text += &format!("{name} {hash} {made} {jobs} {tokens}{priority} # made at {at}\n");
         }
         text
     }
@@ -185,7 +200,10 @@ impl List {
                 line.split('#').next().unwrap_or_default().split_whitespace().collect();
             let key = match words[..] {
                 [] => continue,
-                [name, hash, made, jobs, tokens] => key(name, hash, made, jobs, tokens),
+                [name, hash, made, jobs, tokens] => key(name, hash, made, jobs, tokens, "0"),
+                [name, hash, made, jobs, tokens, priority] => {
+                    key(name, hash, made, jobs, tokens, priority)
+                }
                 _ => None,
             };
             keys.push(key.ok_or_else(|| format!("line {number} is no key"))?);
@@ -197,7 +215,14 @@ impl List {
     }
 }
 
-fn key(name: &str, hash: &str, made: &str, jobs: &str, tokens: &str) -> Option<Key> {
+fn key(
+    name: &str,
+    hash: &str,
+    made: &str,
+    jobs: &str,
+    tokens: &str,
+    priority: &str,
+) -> Option<Key> {
     fn limit<T: std::str::FromStr>(text: &str) -> Option<Option<T>> {
         match text {
             "-" => Some(None),
@@ -213,6 +238,7 @@ fn key(name: &str, hash: &str, made: &str, jobs: &str, tokens: &str) -> Option<K
         made: from_millis(made.parse().ok()?),
         jobs: limit(jobs)?,
         tokens_per_minute: limit(tokens)?,
+        priority: priority.parse().ok()?,
     })
 }
 
@@ -226,23 +252,28 @@ mod tests {
         let path = folder.path().join("state");
         let (here, there) = (Keys::open(&path).unwrap(), Keys::open(&path).unwrap());
         assert!(here.is_empty().unwrap());
-        let text = there.add("ci", Some(4), Some(60_000)).unwrap();
-        let other = there.add("me", None, None).unwrap();
+        let rights = KeyRights { jobs: Some(4), tokens_per_minute: Some(60_000), priority: 7 };
+        let text = there.add("ci", rights).unwrap();
+        let other = there.add("me", KeyRights::default()).unwrap();
         let found = here.find(&text).unwrap().unwrap();
         let limits = (found.jobs, found.tokens_per_minute);
         assert_eq!((found.name.as_str(), limits), ("ci", (Some(4), Some(60_000))));
-        assert_eq!(here.find(&other).unwrap().unwrap().jobs, None);
+        assert_eq!(found.priority, 7);
+        let other_found = here.find(&other).unwrap().unwrap();
+        assert_eq!((other_found.jobs, other_found.priority), (None, 0));
         for wrong in ["", "lite-llm-", &text[1..], &text[..text.len() - 1]] {
             assert_eq!(here.find(wrong).unwrap(), None);
         }
         let kept = std::fs::read_to_string(path.join(KEYS_FILE)).unwrap();
         assert!(!kept.contains(&text[KEY_PREFIX.len()..]), "only the hash is kept");
-        assert!(there.add("ci", None, None).unwrap_err().to_string().contains("has a key"));
+        assert!(
+            there.add("ci", KeyRights::default()).unwrap_err().to_string().contains("has a key")
+        );
         there.revoke("ci").unwrap();
         assert_eq!(here.find(&text).unwrap(), None);
         assert!(there.revoke("ci").is_err());
         assert_eq!(here.all().unwrap().len(), 1);
-        assert!(there.add("no name", None, None).is_err());
+        assert!(there.add("no name", KeyRights::default()).is_err());
     }
 
     #[test]
@@ -252,7 +283,12 @@ mod tests {
         for bad in ["", "other\n", &format!("{FIRST_LINE}\na b c\n")] {
             assert!(List::parse(Some(bad)).is_err(), "{bad:?}");
         }
-        for bad in [line.replace('0', "x"), format!("{line} 1"), line.replace(" - -", " -1 -")] {
+        for bad in [
+            line.replace('0', "x"),
+            format!("{line} 1 1"),
+            format!("{line} 128"),
+            line.replace(" - -", " -1 -"),
+        ] {
             assert!(List::parse(Some(&format!("{FIRST_LINE}\n{bad}\n"))).is_err(), "{bad:?}");
         }
     }

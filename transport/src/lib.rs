@@ -48,7 +48,7 @@ pub mod token;
 
 /// Version of the wire: of frames, messages and handshakes. Peers of different versions refuse
 /// each other.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// The release of this build, named to the peer in every handshake.
 pub const RELEASE: &str = env!("CARGO_PKG_VERSION");

@@ -18,7 +18,7 @@ use lite_llm_transport::{
     limits::{PeerLimits, REQUEST_BYTES_MAX},
     messages::{
         ClientReply, ClientRequest, ExpertBatchView, ExpertFailure, ExpertOutputs, ExpertReplyView,
-        JobRequest, OutgoingExpertBatch, OutgoingExpertOutputs, Prompt,
+        JobOrder, JobRequest, OutgoingExpertBatch, OutgoingExpertOutputs, Prompt,
     },
     pool::BufferPool,
 };
@@ -355,7 +355,7 @@ async fn a_client_may_send_a_prompt_and_a_bit() {
 
     // A sender is told before it sends.
     let prompt = Prompt::Text("x".repeat(REQUEST_BYTES_MAX));
-    let request = ClientRequest::Submit(JobRequest::greedy(prompt, 1));
+    let request = ClientRequest::Order(JobOrder::from(JobRequest::greedy(prompt, 1)).into());
     let (mut sender, _receiver) = near.open_stream(StreamKind::Client).await.unwrap();
     let _stream = soon("accept", far.accept_stream()).await.unwrap();
     let error = sender.send_message(&request).await.unwrap_err().to_string();

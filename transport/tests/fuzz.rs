@@ -7,14 +7,14 @@ mod support;
 use std::{fmt::Debug, sync::LazyLock};
 
 use fixtures::{
-    assignment, events, info, order, replies, request, requests, residences, scored, status,
+    assignment, events, info, order, replies, requests, residences, scored, status,
     weights_replies, weights_request,
 };
 use lite_llm_transport::{
     frame::{Frame, FrameKind, OutgoingFrame},
     messages::{
         Assignment, ClientReply, ClientRequest, ExpertBatchView, ExpertFailure, ExpertOutputs,
-        ExpertReplyView, JobEvent, JobEventBody, JobStart, Message, NodeInfo, OutgoingExpertBatch,
+        ExpertReplyView, JobEvent, JobEventBody, Message, NodeInfo, OutgoingExpertBatch,
         OutgoingExpertOutputs, PlacementRule, RevokedNames, TraceContext, WeightsPart,
         WeightsRequest, Wire, decode, encode, experts::REASON_BYTES_MAX,
     },
@@ -105,7 +105,6 @@ fn every_cut_and_flip_of_every_owned_message_is_survived() {
     damage_frames(&[scored()]);
     damage(&info());
     damage(&assignment());
-    damage(&JobStart { job: 1, request: request() });
     damage(&status());
 }
 

@@ -8,8 +8,8 @@ use lite_llm_transport::{
     identity::Role,
     join::join,
     messages::{
-        ClientReply, ClientRequest, EndReason, JobEvent, JobEventBody, JobRequest, LogitsWanted,
-        Prompt, TraceContext,
+        ClientReply, ClientRequest, EndReason, JobEvent, JobEventBody, JobOrder, JobRequest,
+        LogitsWanted, Prompt, TraceContext,
     },
     session::Hello,
 };
@@ -52,7 +52,7 @@ async fn a_client_joins_submits_and_reads_its_events_to_the_last() {
     let address = head.local_addr().unwrap();
     let trace: TraceContext =
         "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".parse().unwrap();
-    let request = ClientRequest::Submit(JobRequest {
+    let request = JobRequest {
         prompt: Prompt::Text("how do I list files?".into()),
         max_new_tokens: 2,
         temperature: 0.0,
@@ -65,7 +65,8 @@ async fn a_client_joins_submits_and_reads_its_events_to_the_last() {
         want_routes: false,
         prefill_chunk: 0,
         trace,
-    });
+    };
+    let request = ClientRequest::Order(JobOrder::from(request).into());
     let events = [
         JobEventBody::Token { index: 0, id: 5, text: Some("ls".into()) },
         JobEventBody::Done { reason: EndReason::Length, generated: 1 },

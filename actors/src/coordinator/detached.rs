@@ -12,7 +12,7 @@ use lite_llm_transport::{
     messages::{DetachedBatch, DetachedReply, DetachedRequest, JobRange, LogitsWanted, Prompt},
 };
 
-use super::handle::{CoordinatorHandle, CoordinatorOptions, ServeError};
+use super::handle::{CoordinatorHandle, CoordinatorOptions, EncodeError, ServeError};
 use crate::{
     ledger::{Jobs, LedgerError, LedgerOptions, RunsOn},
     node::jobs,
@@ -58,9 +58,9 @@ impl CoordinatorHandle {
     /// whose key this owner has used is not taken again; its numbers are returned.
     ///
     /// # Errors
-    /// Sizes are out of bounds; the model cannot serve one of the jobs, which is named; the ledger is
-    /// full, fails or stops. Only in the last case may the batch have been taken: ask again with the
-    /// same key.
+    /// Refused: sizes are out of bounds; the model cannot serve one of the jobs, which is named; the
+    /// ledger is full. Unknown or stopping: the batch may have been taken; ask again with the same
+    /// key.
     pub async fn detach(
         &self,
         owner: &str,
@@ -69,6 +69,9 @@ impl CoordinatorHandle {
         let refused = |reason: String| LedgerError::Refused(reason);
         let ledger = self.jobs().ok_or_else(|| refused(NO_LEDGER.into()))?;
         batch.check().map_err(|error| refused(error.to_string()))?;
+        if let Some(jobs) = ledger.known(owner, batch.key).await? {
+            return Ok(jobs);
+        }
         let count = batch.jobs.len();
         for (index, job) in batch.jobs.iter_mut().enumerate() {
             let named = |reason: String| match count {
@@ -79,10 +82,20 @@ impl CoordinatorHandle {
             if request.want_logits != LogitsWanted::None || request.want_routes {
                 return Err(named("logits and routes are not kept; submit it attached".into()));
             }
+            if job.choosing.logprobs.is_some() {
+                return Err(named("log-probabilities are not kept; submit it attached".into()));
+            }
             let prompt = std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new()));
-            let ids = self.encode(prompt).await.map_err(|error| named(error.to_string()))?;
+            let ids = self.encode(prompt).await.map_err(|error| match error {
+                // Later it has its tokens.
+                EncodeError::Busy(reason) => LedgerError::Unknown(reason),
+                EncodeError::Prompt(reason) => named(reason),
+            })?;
             request.prompt = Prompt::Tokens(ids);
-            jobs::check(request, &self.config).map_err(named)?;
+            jobs::check_order(request, &job.choosing, &[], &self.config).map_err(named)?;
+            if let Some(grammar) = &job.choosing.grammar {
+                self.check_grammar(grammar).await.map_err(named)?;
+            }
         }
         ledger.accept(owner, batch).await
     }

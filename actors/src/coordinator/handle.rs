@@ -3,7 +3,14 @@
 //! Who may come in is decided by certificates, in `transport`, which also says who was refused; a
 //! worker's control stream is led to ractor_cluster, a client's requests to the coordinator actor.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
 use lite_llm_runtime::{
@@ -18,8 +25,8 @@ use lite_llm_transport::{
     frame::{FrameReceiver, FrameSender},
     identity::{ClusterCa, OPERATOR, Role},
     messages::{
-        Choosing, ClientReply, ClientRequest, ClusterStatus, JobContinue, JobEvent, JobOrder,
-        JobRequest, NodeResidences, NodeView, Prompt, Serving,
+        Choosing, ClientReply, ClientRequest, ClusterStatus, DetachedReply, Grammar, JobEvent,
+        JobOrder, JobRequest, NodeResidences, NodeView, Prompt, Serving,
     },
     session::Hello,
     token::JoinToken,
@@ -38,6 +45,7 @@ use crate::{
         detached,
     },
     ledger::{Jobs, LedgerError, LedgerOptions},
+    node::grammars::GrammarDesk,
     placement::PlacementPolicy,
 };
 
@@ -116,6 +124,9 @@ pub struct CoordinatorHandle {
     tokenizing: Arc<Semaphore>,
     queued: Arc<Semaphore>,
     address: SocketAddr,
+    /// Positions that the largest cache of a node holds.
+    kv_tokens: Arc<AtomicU64>,
+    grammars: GrammarDesk,
 }
 
 impl CoordinatorHandle {
@@ -153,6 +164,9 @@ impl CoordinatorHandle {
             Err(error) => return Err(failed(error)),
         };
         let cluster = scope(&token);
+        let kv_tokens = Arc::new(AtomicU64::new(0));
+        let grammars = GrammarDesk::default();
+        grammars.show(&checkpoint);
         let arguments = CoordinatorArguments {
             cluster,
             checkpoint,
@@ -164,6 +178,7 @@ impl CoordinatorHandle {
             kv_dtype: options.kv_dtype,
             config: config.clone(),
             patience: options.patience,
+            kv_tokens: kv_tokens.clone(),
             control: control.clone(),
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
@@ -181,6 +196,8 @@ impl CoordinatorHandle {
             tokenizing,
             queued,
             address,
+            kv_tokens,
+            grammars,
         };
         if let Some(ledger) = ledger {
             handle.open_ledger(ledger, model).await?;
@@ -298,6 +315,21 @@ impl CoordinatorHandle {
         encoded.map_err(|error: PromptError| unusable(&error))
     }
 
+    /// Positions that prompt and answer of a job can have: those of the model, as far as the cache of
+    /// some node holds them.
+    pub fn positions_max(&self) -> usize {
+        let context = self.config.context;
+        match self.kv_tokens.load(Relaxed) {
+            0 => context,
+            held => context.min(usize::try_from(held).unwrap_or(usize::MAX)),
+        }
+    }
+
+    /// Reads the form of an answer, so that one that cannot be used is known before its job begins.
+    pub async fn check_grammar(&self, grammar: &Grammar) -> Result<(), String> {
+        self.grammars.read(grammar).await.map(drop)
+    }
+
     /// Ends a job.
     pub fn cancel(&self, job: u64) {
         // A coordinator that is gone has no jobs.
@@ -412,14 +444,6 @@ impl CoordinatorHandle {
                     let _ = self.actor.cast(CoordinatorMessage::Cancel { job, client });
                     Ok(())
                 }
-                Ok(ClientRequest::Submit(request)) => {
-                    self.run_job(&client, request.into(), (&mut sender, &mut receiver)).await
-                }
-                Ok(ClientRequest::Continue(job)) => {
-                    let JobContinue { request, generated, .. } = *job;
-                    let order = JobOrder { generated, ..request.into() };
-                    self.run_job(&client, order, (&mut sender, &mut receiver)).await
-                }
                 Ok(ClientRequest::Order(order)) => {
                     self.run_job(&client, *order, (&mut sender, &mut receiver)).await
                 }
@@ -439,6 +463,9 @@ impl CoordinatorHandle {
                         Ok(reply) => ClientReply::Detached(reply),
                         // Its connection ends, too; it asks the next coordinator.
                         Err(LedgerError::Stopping) => return,
+                        Err(LedgerError::Unknown(reason)) => {
+                            ClientReply::Detached(DetachedReply::Unknown(reason))
+                        }
                         Err(error) => ClientReply::Refused { reason: error.to_string() },
                     };
                     sender.send_message(&reply).await

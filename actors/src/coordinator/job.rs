@@ -12,10 +12,7 @@ use lite_llm_runtime::tokenizer::{DecodeStream, Tokenizer};
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
     frame::{FrameReceiver, FrameSender},
-    messages::{
-        Choosing, JobContinue, JobEvent, JobEventBody, JobOrder, JobRequest, JobStart, Prompt,
-        Serving,
-    },
+    messages::{Choosing, JobEvent, JobEventBody, JobOrder, JobRequest, Prompt, Serving},
 };
 use ractor::ActorRef;
 use tokio::{
@@ -234,23 +231,14 @@ impl Job {
     async fn begin(&self, connection: &Connection) -> Result<(FrameSender, FrameReceiver), String> {
         let (mut sender, receiver) =
             connection.open_stream(StreamKind::Job).await.map_err(|error| error.to_string())?;
-        let (job, request) = (self.id, self.request.clone());
-        let sent = match self.progress.generated() {
-            generated
-                if self.choosing != Choosing::default() || self.serving != Serving::default() =>
-            {
-                let (choosing, serving) = (self.choosing.clone(), self.serving.clone());
-                let generated = generated.to_vec();
-                let order = JobOrder { job, request, choosing, serving, generated };
-                sender.send_message(&order).await
-            }
-            [] => sender.send_message(&JobStart { job, request }).await,
-            generated => {
-                let generated = generated.to_vec();
-                sender.send_message(&JobContinue { job, request, generated }).await
-            }
+        let order = JobOrder {
+            job: self.id,
+            request: self.request.clone(),
+            choosing: self.choosing.clone(),
+            serving: self.serving.clone(),
+            generated: self.progress.generated().to_vec(),
         };
-        sent.map_err(|error| error.to_string())?;
+        sender.send_message(&order).await.map_err(|error| error.to_string())?;
         Ok((sender, receiver))
     }
 

@@ -8,6 +8,7 @@ mod detached;
 mod handle;
 mod job;
 pub mod progress;
+pub(crate) mod room;
 mod view;
 
 use std::{
@@ -155,6 +156,8 @@ pub struct CoordinatorArguments {
     pub config: ModelConfig,
     /// How long jobs wait for a node.
     pub patience: Duration,
+    /// Positions that the largest cache of a node holds, for others to read; 0 before one is known.
+    pub kv_tokens: room::Largest,
     /// The control plane, if nodes are other processes.
     pub control: Option<ControlPlane>,
 }
@@ -260,6 +263,7 @@ impl Actor for Coordinator {
                         tokens_per_second: if speed.is_finite() { speed.max(0.0) } else { 0.0 },
                         ..status
                     };
+                    state.note_largest_cache();
                 }
             }
             CoordinatorMessage::Submit(submission, reply) => {
@@ -422,6 +426,7 @@ impl CoordinatorState {
             tokens_per_second: 0.0,
             loaded: 0,
             total: 0,
+            kv_tokens: 0,
         };
         let node = Node { actor, status, leave: watch::Sender::new(None) };
         self.tell_revoked(&node);
@@ -615,10 +620,8 @@ impl CoordinatorState {
         if let State::Failed(reason) = self.cluster.state() {
             return Err(reason.clone());
         }
-        if self.jobs.len() >= JOBS_MAX {
-            return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
-        }
         jobs::check_order(&request, &choosing, &generated, &self.arguments.config)?;
+        self.check_room(&request)?;
         self.jobs_begun += 1;
         let id = self.numbers.hash_one(self.jobs_begun);
         let span = tracing::debug_span!("job", job = id);

@@ -324,7 +324,8 @@ impl<D: Device, R> LaneMachine<D, R> {
     fn start(&mut self, sequence: u64, request: Request) {
         match self.engine.submit(sequence, request) {
             Ok(()) => self.idle = false,
-            Err(error @ RequestError::QueueFull { .. }) => {
+            // Another node may have room, for more requests or for longer ones.
+            Err(error @ (RequestError::QueueFull { .. } | RequestError::CacheTooSmall { .. })) => {
                 let reason = error.to_string();
                 self.commands.push_back(Command::NotTaken { sequence, reason });
             }

@@ -30,11 +30,12 @@ use std::{
 use arc_swap::ArcSwapOption;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
 use lite_llm_kernels::device::Device;
-use lite_llm_runtime::sequence::Request;
+use lite_llm_runtime::{engine::ScheduleStats, sequence::Request};
 use lite_llm_transport::{
     frame::OutgoingFrame,
     messages::{ExpertBatchView, ExpertReplyView, JobEvent},
 };
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tracing::Span;
 
@@ -145,6 +146,8 @@ pub struct LaneStats {
     pub rounds: AtomicU64,
     /// How long it had nothing to compute because experts were on their way, in microseconds.
     pub waited_us: AtomicU64,
+    /// What its scheduler has done, and holds.
+    pub schedule: Mutex<ScheduleStats>,
     /// How often its sequences chose each expert; empty before the lane begins.
     pub loads: ArcSwapOption<ExpertLoads>,
 }
@@ -250,6 +253,7 @@ impl<D: Device> Lane<D> {
             let work = self.carry_out(now);
             let sequences = self.machine.engine().sequences() as u32;
             self.stats.sequences.store(sequences, Relaxed);
+            *self.stats.schedule.lock() = self.machine.engine().stats();
             if work {
                 self.stats.busy.store(true, Relaxed);
                 self.machine.compute(Instant::now());
@@ -264,6 +268,7 @@ impl<D: Device> Lane<D> {
         }
         self.stats.busy.store(false, Relaxed);
         self.stats.sequences.store(0, Relaxed);
+        *self.stats.schedule.lock() = ScheduleStats::default();
     }
 
     fn receive(&mut self) {

@@ -129,7 +129,7 @@ fn batch(random: &mut Draws, key: u64) -> DetachedBatch {
     let job = |random: &mut Draws| {
         let request = JobRequest::greedy(Prompt::Tokens(vec![1; 3]), random.below(6) as u32);
         let request = JobRequest { seed: random.below(1000), ..request };
-        DetachedJob { request, stop: Vec::new(), label: String::new() }
+        DetachedJob::plain(request)
     };
     let jobs = (0..=random.below(5)).map(|_| job(random)).collect();
     let mut bytes = [0; 16];
@@ -202,6 +202,19 @@ impl World {
                     let waits = self.clients.iter_mut().find(|c| c.waits == Some(caller)).unwrap();
                     waits.waits = None;
                     waits.refused = true;
+                }
+                Command::NotKnown { caller } => {
+                    let waits = self.clients.iter_mut().find(|c| c.waits == Some(caller)).unwrap();
+                    waits.waits = None;
+                    let (key, owner) = (waits.batch.key, waits.owner);
+                    let mut batches = self.disk.batches.iter();
+                    // One that is let go just now, for it is over, is let go here first.
+                    let over = batches.all(|(first, (o, _, _, b))| {
+                        let numbers = *first..first + b.jobs.len() as u64;
+                        let mut numbers = numbers.map(|job| self.disk.endings.contains_key(&job));
+                        o != owner || b.key != key || numbers.all(|ended| ended)
+                    });
+                    assert!(over, "what was taken is not known");
                 }
                 Command::Cancelled { caller, .. } => {
                     for number in self.cancels.remove(&caller).unwrap() {
@@ -283,6 +296,19 @@ impl World {
         self.tell(Event::Accept { caller: self.callers, owner, batch });
     }
 
+    /// Somebody asks whether what it submitted was taken.
+    fn ask(&mut self) {
+        let index = self.below(self.clients.len() as u64) as usize;
+        let client = &mut self.clients[index];
+        if client.waits.is_some() {
+            return;
+        }
+        self.callers += 1;
+        client.waits = Some(self.callers);
+        let (owner, key) = (client.owner.to_owned(), client.batch.key);
+        self.tell(Event::Known { caller: self.callers, owner, key });
+    }
+
     fn run_one(&mut self) {
         let Some(at) = (!self.runners.is_empty()).then(|| self.below(self.runners.len() as u64))
         else {
@@ -357,7 +383,7 @@ impl World {
 
     fn step(&mut self) {
         self.now += self.random.below(200);
-        match self.below(20) {
+        match self.below(21) {
             0..=3 => self.submit(),
             4..=10 => self.run_one(),
             11..=14 => self.sync(),
@@ -368,6 +394,7 @@ impl World {
                 self.die(model);
             }
             18 => self.tell(Event::Flush),
+            20 => self.ask(),
             _ => {
                 self.carry_out();
                 self.look();

@@ -30,9 +30,15 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Why the ledger did not do what was asked.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LedgerError {
-    /// It cannot be done, or its disk fails: the reason, and what to do.
+    /// It is not done, and will not be: the reason, and what to do.
     #[error("{0}")]
     Refused(String),
+    /// The same, for want of room, which there may be later.
+    #[error("{0}")]
+    Full(String),
+    /// Nobody knows whether it is done: the disk fails or is slow. Ask again, with the same key.
+    #[error("it is not known whether it was done: {0}; ask again")]
+    Unknown(String),
     /// The coordinator stops: nobody knows what became of it. Ask the next one.
     #[error("the coordinator is stopping; ask again when it is back")]
     Stopping,
@@ -45,6 +51,8 @@ pub struct Jobs {
     wishes: mpsc::Sender<Wish>,
     changed: watch::Receiver<u64>,
     batches: Arc<Semaphore>,
+    /// How long it is waited for.
+    patience: Duration,
 }
 
 impl Jobs {
@@ -95,7 +103,7 @@ impl Jobs {
         let ended = || LedgerError::Refused("the ledger's thread ended; its log says why".into());
         was_opened.await.map_err(|_| ended())??;
         let batches = Arc::new(Semaphore::new(BATCHES_MAX));
-        Ok(Self { wishes, changed: watched, batches })
+        Ok(Self { wishes, changed: watched, batches, patience: ANSWER_TIMEOUT })
     }
 
     /// Takes jobs whose prompts are token ids, together or not at all. Returns their numbers when they
@@ -105,10 +113,21 @@ impl Jobs {
         owner: &str,
         batch: DetachedBatch,
     ) -> Result<JobRange, LedgerError> {
-        let place = timeout(ANSWER_TIMEOUT, self.batches.acquire()).await;
-        let _place = place.map_err(|_| slow())?.map_err(|_| gone())?;
+        let place = timeout(self.patience, self.batches.acquire()).await;
+        let _place = place.map_err(|_| self.slow())?.map_err(|_| gone())?;
         let owner = owner.to_owned();
         self.ask(|reply| Wish::Accept { owner, batch, reply }).await
+    }
+
+    /// The numbers of a batch that was taken under this key, if one was. Whoever lost an answer asks
+    /// before anything else: what would be refused now may have been taken then.
+    pub(crate) async fn known(
+        &self,
+        owner: &str,
+        key: [u8; 16],
+    ) -> Result<Option<JobRange>, LedgerError> {
+        let owner = owner.to_owned();
+        self.ask(|reply| Wish::Known { owner, key, reply }).await
     }
 
     /// How far jobs are: the newest of a range, the oldest first. With `wait_ms`, an answer comes when
@@ -154,6 +173,17 @@ impl Jobs {
         self.ask(|reply| Wish::Report { owner, jobs, reply }).await
     }
 
+    /// An owner's batches that have numbers below `below`, the newest `most` of them, newest first.
+    pub async fn batches(
+        &self,
+        owner: &str,
+        below: u64,
+        most: usize,
+    ) -> Result<Vec<u64>, LedgerError> {
+        let (owner, most) = (owner.to_owned(), most.min(LISTED_MAX));
+        self.ask(|reply| Wish::Batches { owner, below, most, reply }).await
+    }
+
     /// The note that was kept with a batch, by the number of its first job.
     pub async fn note(
         &self,
@@ -184,16 +214,27 @@ impl Jobs {
                 let _ = stopped.await;
             }
         };
-        let _ = timeout(ANSWER_TIMEOUT, stop).await;
+        let _ = timeout(self.patience, stop).await;
     }
 
     async fn ask<T>(&self, wish: impl FnOnce(Reply<T>) -> Wish) -> Result<T, LedgerError> {
         let (reply, answer) = oneshot::channel();
         let asked = async {
             self.wishes.send(wish(reply)).await.map_err(|_| gone())?;
-            answer.await.map_err(|_| gone())?
+            // Whoever drops a question has failed, or is going.
+            answer.await.map_err(|_| match self.wishes.is_closed() {
+                true => gone(),
+                false => LedgerError::Unknown("the ledger's disk failed".into()),
+            })?
         };
-        timeout(ANSWER_TIMEOUT, asked).await.map_err(|_| slow())?
+        timeout(self.patience, asked).await.map_err(|_| self.slow())?
+    }
+
+    fn slow(&self) -> LedgerError {
+        let patience = self.patience;
+        LedgerError::Unknown(format!(
+            "the ledger did not answer within {patience:?}: its disk is slow or full"
+        ))
     }
 }
 
@@ -201,8 +242,37 @@ fn gone() -> LedgerError {
     LedgerError::Stopping
 }
 
-fn slow() -> LedgerError {
-    LedgerError::Refused(format!(
-        "the ledger did not answer within {ANSWER_TIMEOUT:?}: its disk is slow or full; ask again"
-    ))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn desk() -> (Jobs, mpsc::Receiver<Wish>) {
+        let (wishes, inbox) = mpsc::channel(8);
+        let changed = watch::channel(0).1;
+        let (batches, patience) = (Arc::new(Semaphore::new(1)), Duration::from_millis(50));
+        (Jobs { wishes, changed, batches, patience }, inbox)
+    }
+
+    fn batch() -> DetachedBatch {
+        DetachedBatch { key: [1; 16], note: String::new(), jobs: Vec::new() }
+    }
+
+    /// What was not answered may have been taken, so nobody may say that it was not.
+    #[tokio::test]
+    async fn no_answer_is_no_refusal() {
+        let (jobs, mut inbox) = desk();
+        let (asked, _) = tokio::join!(jobs.accept("anna", batch()), async {
+            let wish = inbox.recv().await;
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            drop(wish);
+        });
+        assert!(matches!(asked, Err(LedgerError::Unknown(_))), "a slow disk: {asked:?}");
+        let (asked, _) = tokio::join!(jobs.accept("anna", batch()), async {
+            drop(inbox.recv().await);
+        });
+        assert!(matches!(asked, Err(LedgerError::Unknown(_))), "a disk that failed: {asked:?}");
+        drop(inbox);
+        let asked = jobs.cancel(None, JobRange { first: 1, last: 1 }).await;
+        assert!(matches!(asked, Err(LedgerError::Stopping)), "{asked:?}");
+    }
 }

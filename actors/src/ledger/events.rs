@@ -37,6 +37,16 @@ pub enum Event {
         /// The jobs; their prompts are token ids.
         batch: DetachedBatch,
     },
+    /// Somebody wants to know whether a batch of this key was taken; [`Command::Accepted`] or
+    /// [`Command::NotKnown`].
+    Known {
+        /// Who is to be answered.
+        caller: u64,
+        /// Whose batch it would be.
+        owner: String,
+        /// Its key.
+        key: [u8; 16],
+    },
     /// A running job has generated tokens.
     Progress {
         /// The job.
@@ -130,6 +140,11 @@ pub enum Command {
         caller: u64,
         /// Their numbers.
         jobs: JobRange,
+    },
+    /// No batch of that key was taken.
+    NotKnown {
+        /// Who asked.
+        caller: u64,
     },
     /// Jobs are not taken.
     Refused {

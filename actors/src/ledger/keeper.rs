@@ -25,7 +25,7 @@ use tracing::{error, info};
 use super::{
     LedgerError,
     events::{Command, Event, Rules},
-    machine::Ledger,
+    machine::{Ledger, job_bytes},
     runner::{RunsOn, now},
     store::{Store, StoreError},
 };
@@ -47,6 +47,12 @@ pub(super) enum Wish {
         batch: DetachedBatch,
         reply: Reply<JobRange>,
     },
+    /// Whether a batch of this key was taken.
+    Known {
+        owner: String,
+        key: [u8; 16],
+        reply: Reply<Option<JobRange>>,
+    },
     Cancel {
         owner: Option<String>,
         jobs: JobRange,
@@ -62,6 +68,12 @@ pub(super) enum Wish {
         owner: Option<String>,
         jobs: Vec<u64>,
         reply: Reply<Vec<DetachedReport>>,
+    },
+    Batches {
+        owner: String,
+        below: u64,
+        most: usize,
+        reply: Reply<Vec<u64>>,
     },
     Note {
         owner: Option<String>,
@@ -92,6 +104,7 @@ pub(super) struct Listed {
 /// Whoever waits for a command of the machine.
 enum Caller {
     Accept(Reply<JobRange>),
+    Known(Reply<Option<JobRange>>),
     Cancel(Reply<u64>),
 }
 
@@ -170,15 +183,18 @@ impl Keeper {
     }
 }
 
-/// Tells whoever wished something why it cannot be.
+/// Tells whoever wished something that nobody knows: what an earlier question left on disk shows when
+/// the file is open again.
 fn refuse(wish: Wish, error: &StoreError) {
-    let reason = || LedgerError::Refused(error.to_string());
+    let reason = || LedgerError::Unknown(error.to_string());
     // Whoever asked may be gone, here and below.
     match wish {
         Wish::Accept { reply, .. } => drop(reply.send(Err(reason()))),
+        Wish::Known { reply, .. } => drop(reply.send(Err(reason()))),
         Wish::Cancel { reply, .. } => drop(reply.send(Err(reason()))),
         Wish::List { reply, .. } => drop(reply.send(Err(reason()))),
         Wish::Report { reply, .. } => drop(reply.send(Err(reason()))),
+        Wish::Batches { reply, .. } => drop(reply.send(Err(reason()))),
         Wish::Note { reply, .. } => drop(reply.send(Err(reason()))),
         Wish::Progress { .. } | Wish::Ended { .. } | Wish::Stop(_) => {}
     }
@@ -253,6 +269,10 @@ impl Session {
                 let caller = self.call(Caller::Accept(reply));
                 self.ledger.handle(now(), Event::Accept { caller, owner, batch });
             }
+            Wish::Known { owner, key, reply } => {
+                let caller = self.call(Caller::Known(reply));
+                self.ledger.handle(now(), Event::Known { caller, owner, key });
+            }
             Wish::Cancel { owner, jobs, reply } => {
                 let caller = self.call(Caller::Cancel(reply));
                 self.ledger.handle(now(), Event::Cancel { caller, owner, jobs });
@@ -265,6 +285,9 @@ impl Session {
             }
             Wish::Report { owner, jobs, reply } => {
                 let _ = reply.send(Ok(self.report(keeper, owner.as_deref(), &jobs)?));
+            }
+            Wish::Batches { owner, below, most, reply } => {
+                let _ = reply.send(Ok(self.ledger.batches(&owner, below, most)));
             }
             Wish::Note { owner, batch, reply } => {
                 let jobs = JobRange { first: batch, last: batch };
@@ -315,8 +338,8 @@ impl Session {
                 Prompt::Tokens(ids) => ids.len() * 4,
                 Prompt::Text(text) | Prompt::Chat(text) => text.len(),
             };
-            let stop: usize = job.stop.iter().map(String::len).sum();
-            bytes += of_prompt + stop + prompt.len();
+            let (beside, _) = job_bytes(&job, 0);
+            bytes += of_prompt + beside as usize + prompt.len();
             bytes += ending.as_ref().map_or(0, |end| end.ids.len() * 4 + end.text.len());
             if bytes > RESULTS_BYTES_MAX && !reports.is_empty() {
                 break;
@@ -333,14 +356,19 @@ impl Session {
                     self.store.write(&records)?;
                     self.ledger.handle(now(), Event::Synced { write });
                 }
-                Command::Accepted { caller, jobs } => {
-                    if let Some(Caller::Accept(reply)) = self.callers.remove(&caller) {
-                        let _ = reply.send(Ok(jobs));
+                Command::Accepted { caller, jobs } => match self.callers.remove(&caller) {
+                    Some(Caller::Accept(reply)) => drop(reply.send(Ok(jobs))),
+                    Some(Caller::Known(reply)) => drop(reply.send(Ok(Some(jobs)))),
+                    Some(Caller::Cancel(_)) | None => {}
+                },
+                Command::NotKnown { caller } => {
+                    if let Some(Caller::Known(reply)) = self.callers.remove(&caller) {
+                        let _ = reply.send(Ok(None));
                     }
                 }
                 Command::Refused { caller, reason } => {
                     if let Some(Caller::Accept(reply)) = self.callers.remove(&caller) {
-                        let _ = reply.send(Err(LedgerError::Refused(reason)));
+                        let _ = reply.send(Err(LedgerError::Full(reason)));
                     }
                 }
                 Command::Cancelled { caller, jobs } => {
@@ -369,11 +397,53 @@ impl Session {
     /// Tells those who wait that nobody knows whether what they wanted is on disk.
     fn fail(&mut self, error: &StoreError) {
         for (_, caller) in self.callers.drain() {
-            let reason = LedgerError::Refused(format!("{error}; ask again"));
+            let reason = LedgerError::Unknown(error.to_string());
             match caller {
                 Caller::Accept(reply) => drop(reply.send(Err(reason))),
+                Caller::Known(reply) => drop(reply.send(Err(reason))),
                 Caller::Cancel(reply) => drop(reply.send(Err(reason))),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use lite_llm_transport::messages::DetachedBatch;
+
+    use super::*;
+    use crate::ledger::{Keep, Saved};
+
+    /// Whoever waits when the disk fails, or asks while it does, is not told no: what an earlier
+    /// question of the same key left may be on disk.
+    #[test]
+    fn a_disk_that_fails_is_no_refusal() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("jobs.redb")).unwrap();
+        let keep = Keep { time: Duration::from_secs(1), jobs: 1 };
+        let rules = Rules {
+            model: [0; 32],
+            context: 8,
+            running_max: 1,
+            open_max: 9,
+            bytes_max: 9999,
+            keep,
+        };
+        let mut session = Session::new(store, Ledger::new(rules, Saved::default()));
+        let (action, path) = ("write to the ledger", folder.path().to_owned());
+        let error = StoreError::File { action, path, reason: "no space".into() };
+        let unknown = |answer: Result<JobRange, LedgerError>| {
+            assert!(matches!(answer, Err(LedgerError::Unknown(_))), "{answer:?}");
+        };
+        let (reply, mut answer) = oneshot::channel();
+        session.call(Caller::Accept(reply));
+        session.fail(&error);
+        unknown(answer.try_recv().unwrap());
+        let (reply, mut answer) = oneshot::channel();
+        let batch = DetachedBatch { key: [1; 16], note: String::new(), jobs: Vec::new() };
+        refuse(Wish::Accept { owner: "anna".into(), batch, reply }, &error);
+        unknown(answer.try_recv().unwrap());
     }
 }

@@ -103,7 +103,9 @@ pub fn job_bytes(job: &DetachedJob, context: u64) -> (u64, u64) {
     };
     let stop: usize = job.stop.iter().map(String::len).sum();
     let answer = u64::from(job.request.max_new_tokens).min(context) * TOKEN_BYTES;
-    (JOB_BYTES + prompt + (stop + job.label.len()) as u64, answer)
+    let grammar = job.choosing.grammar.as_ref().map_or(0, |grammar| grammar.text().len());
+    let beside = stop + job.label.len() + job.shape.len() + grammar + job.choosing.bias.len() * 8;
+    (JOB_BYTES + prompt + beside as u64, answer)
 }
 
 /// Bytes that a result is counted with.
@@ -166,6 +168,11 @@ impl Ledger {
     pub fn handle(&mut self, now: u64, event: Event) {
         match event {
             Event::Accept { caller, owner, batch } => self.accept(now, caller, owner, batch),
+            Event::Known { caller, owner, key } => {
+                if !self.taken_before(caller, &owner, key) {
+                    self.commands.push_back(Command::NotKnown { caller });
+                }
+            }
             Event::Progress { job, from, tokens } => self.progress(job, from, tokens),
             Event::Ended { job, ending } => {
                 if self.running.contains_key(&job) {
@@ -207,6 +214,13 @@ impl Ledger {
         let mut found: Vec<_> = self.seen(owner, jobs).rev().take(most).collect();
         found.reverse();
         found
+    }
+
+    /// An owner's batches with numbers below `below`: the newest `most`, newest first.
+    pub fn batches(&self, owner: &str, below: u64, most: usize) -> Vec<u64> {
+        let before = self.batches.range(..below).rev();
+        let own = before.filter(|(_, batch)| batch.synced && batch.owner == owner);
+        own.map(|(first, _)| *first).take(most).collect()
     }
 
     /// How many jobs of a range an owner has, and how many of those have ended.
@@ -261,18 +275,7 @@ impl Ledger {
 
     fn accept(&mut self, now: u64, caller: u64, owner: String, batch: DetachedBatch) {
         let count = batch.jobs.len();
-        if let Some(&first) = self.keys.get(&(owner.clone(), batch.key)) {
-            let taken = &self.batches[&first];
-            let jobs = JobRange { first, last: first + taken.jobs.len() as u64 - 1 };
-            if taken.synced {
-                self.commands.push_back(Command::Accepted { caller, jobs });
-            } else if let Some((_, then)) = self.in_flight.as_mut().filter(|(_, then)| {
-                then.iter().any(|then| matches!(then, Then::Taken { first: f } if *f == first))
-            }) {
-                then.push(Then::Accepted { caller, jobs });
-            } else {
-                self.then.push(Then::Accepted { caller, jobs });
-            }
+        if self.taken_before(caller, &owner, batch.key) {
             return;
         }
         let bytes: Vec<(u64, u64)> =
@@ -308,6 +311,23 @@ impl Ledger {
         let jobs = JobRange { first, last: self.next - 1 };
         self.records.push(Record::Batch { first, owner, model: self.rules.model, at: now, batch });
         self.then.extend([Then::Taken { first }, Then::Accepted { caller, jobs }]);
+    }
+
+    /// Answers whoever asks for a batch that was taken, as soon as it is on disk. Whether it was.
+    fn taken_before(&mut self, caller: u64, owner: &str, key: [u8; 16]) -> bool {
+        let Some(&first) = self.keys.get(&(owner.to_owned(), key)) else { return false };
+        let taken = &self.batches[&first];
+        let jobs = JobRange { first, last: first + taken.jobs.len() as u64 - 1 };
+        if taken.synced {
+            self.commands.push_back(Command::Accepted { caller, jobs });
+        } else if let Some((_, then)) = self.in_flight.as_mut().filter(|(_, then)| {
+            then.iter().any(|then| matches!(then, Then::Taken { first: f } if *f == first))
+        }) {
+            then.push(Then::Accepted { caller, jobs });
+        } else {
+            self.then.push(Then::Accepted { caller, jobs });
+        }
+        true
     }
 
     fn no_room(&self, jobs: usize, bytes: u64) -> Option<String> {

@@ -16,7 +16,9 @@
 //! - writes are grouped: while one is synced, all that comes waits for the next;
 //! - jobs and bytes are bounded, and what does not fit is refused with a reason;
 //! - an owner sees and cancels its own jobs only;
-//! - if the disk fails, what was not answered fails with a reason, and the ledger is opened anew.
+//! - there are three answers: taken, refused, and not known. Refused was not taken and is not on disk, not
+//!   even by an earlier question of the same key; where a disk fails or is slow, nobody knows, and
+//!   whoever asks again with the same key finds out. The ledger is opened anew.
 
 #[cfg(test)]
 mod campaign;

@@ -14,8 +14,7 @@ use lite_llm_runtime::{
     tokenizer::{DecodeStream, Tokenizer},
 };
 use lite_llm_transport::messages::{
-    Choosing, DetachedJob, DetachedState, EndReason, JobEnding, JobEventBody, JobRequest, Prompt,
-    Serving,
+    DetachedJob, DetachedState, EndReason, JobEnding, JobEventBody, Prompt, Serving,
 };
 use ractor::ActorRef;
 use tokio::{
@@ -134,12 +133,7 @@ impl RunsOn {
                 break (DetachedState::Stop, String::new());
             }
             let had = answer.ids.len();
-            let submitted = self.submit(
-                (number, &owner),
-                job.request.clone(),
-                (&mut answer, &mut told),
-                &ledger,
-            );
+            let submitted = self.submit((number, &owner), &job, (&mut answer, &mut told), &ledger);
             let reason = match submitted.await {
                 Ended::With(state, reason) => break (state, reason),
                 Ended::Gone => return,
@@ -167,17 +161,18 @@ impl RunsOn {
     async fn submit(
         &self,
         (number, owner): (u64, &str),
-        request: JobRequest,
+        job: &DetachedJob,
         (answer, told): (&mut Answer, &mut usize),
         ledger: &mpsc::Sender<Wish>,
     ) -> Ended {
         let (events, mut receiver) = mpsc::channel(CLIENT_EVENTS_MAX);
         let generated = answer.ids.clone();
         let patience = Some(PATIENCE);
-        let serving = Serving { tenant: owner.to_owned(), ..Serving::default() };
+        let (request, choosing) = (job.request.clone(), job.choosing.clone());
+        let serving = Serving { tenant: owner.to_owned(), ..job.serving.clone() };
         let submission = Box::new(Submission {
             request,
-            choosing: Choosing::default(),
+            choosing,
             serving,
             generated,
             client: None,

@@ -9,15 +9,19 @@
 //! | `endings` | number | [`JobEnding`] |
 //!
 //! Values are rkyv, checked when they are read. Invariants: a write is one transaction, which is on
-//! disk when [`Store::write`] returns; an ending is never written over; tokens follow each other.
+//! disk when [`Store::write`] returns; an ending is never written over; tokens follow each other; the
+//! file has its name only when it is whole and on disk; one of an earlier format becomes one of this
+//! in one transaction, with all its jobs.
 
 use std::{
     collections::BTreeMap,
-    fs::OpenOptions,
+    fs::{self, File, OpenOptions},
     path::{Path, PathBuf},
 };
 
-use lite_llm_transport::messages::{DetachedBatch, DetachedJob, JobEnding, decode, encode};
+use lite_llm_transport::messages::{
+    DetachedBatch, DetachedJob, JobEnding, JobRequest, decode, encode,
+};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -33,7 +37,7 @@ const TOKENS: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("tok
 const ENDINGS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("endings");
 
 /// Of this layout.
-const FORMAT: u64 = 1;
+const FORMAT: u64 = 2;
 /// Memory that redb keeps pages in; by default it takes a GiB.
 const CACHE_BYTES: usize = 16 << 20;
 
@@ -46,6 +50,20 @@ pub(super) struct KeptBatch {
     at: u64,
     jobs: u64,
     pub(super) note: String,
+}
+
+/// A [`DetachedJob`] of format 1.
+#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
+struct JobOfFormat1 {
+    request: JobRequest,
+    stop: Vec<String>,
+    label: String,
+}
+
+impl From<JobOfFormat1> for DetachedJob {
+    fn from(JobOfFormat1 { request, stop, label }: JobOfFormat1) -> Self {
+        Self { stop, label, ..Self::plain(request) }
+    }
 }
 
 /// The file could not be read or written.
@@ -83,13 +101,45 @@ impl Store {
             path: path.to_owned(),
             reason,
         };
-        make_private(path).map_err(|error| failed(error.to_string()))?;
-        let mut builder = Database::builder();
-        builder.set_cache_size(CACHE_BYTES);
-        let database = builder.create(path).map_err(|error| failed(error.to_string()))?;
+        // Releases before format 2 could leave an empty one behind.
+        if !fs::metadata(path).is_ok_and(|found| found.len() > 0) {
+            Self::make(path)?;
+        }
+        let database = builder().open(path).map_err(|error| failed(error.to_string()))?;
         let store = Self { database, path: path.to_owned() };
         store.prepare()?;
         Ok(store)
+    }
+
+    /// Makes a file under another name, which gets its own when it is whole and on disk: whoever is
+    /// killed meanwhile leaves none.
+    fn make(path: &Path) -> Result<(), StoreError> {
+        let mut unfinished = path.as_os_str().to_owned();
+        unfinished.push(".new");
+        let unfinished = PathBuf::from(unfinished);
+        let failed = |reason: String| StoreError::File {
+            action: "make the ledger",
+            path: unfinished.clone(),
+            reason,
+        };
+        let system = |error: std::io::Error| failed(error.to_string());
+        match fs::remove_file(&unfinished) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(system(error));
+            }
+            _ => {}
+        }
+        make_private(&unfinished).map_err(system)?;
+        let database = builder().create(&unfinished).map_err(|error| failed(error.to_string()))?;
+        let store = Self { database, path: unfinished.clone() };
+        store.prepare()?;
+        drop(store);
+        File::open(&unfinished).and_then(|file| file.sync_all()).map_err(system)?;
+        fs::rename(&unfinished, path).map_err(system)?;
+        // The name is on disk when its folder is.
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new("."));
+        File::open(folder).and_then(|folder| folder.sync_all()).map_err(system)
     }
 
     fn failed<E: std::fmt::Display>(&self, action: &'static str) -> impl Fn(E) -> StoreError {
@@ -101,7 +151,7 @@ impl Store {
         StoreError::Damaged { path: self.path.clone(), what, reason: reason.to_string() }
     }
 
-    /// Makes the tables, and sees that they are of this format.
+    /// Makes the tables, and sees that they are of this format, or become so.
     fn prepare(&self) -> Result<(), StoreError> {
         let prepared = || -> Result<u64, redb::Error> {
             let write = self.database.begin_write()?;
@@ -122,8 +172,31 @@ impl Store {
         };
         match prepared().map_err(self.failed("prepare the ledger"))? {
             FORMAT => Ok(()),
+            1 => self.update_from_format_1(),
             found => Err(StoreError::Format { path: self.path.clone(), found }),
         }
+    }
+
+    /// Writes the jobs anew, whose layout has grown, or changes nothing.
+    fn update_from_format_1(&self) -> Result<(), StoreError> {
+        let failed = self.failed::<redb::Error>("update the ledger");
+        let write = self.database.begin_write().map_err(|error| failed(error.into()))?;
+        {
+            let mut jobs = write.open_table(JOBS).map_err(|error| failed(error.into()))?;
+            let numbers = jobs.iter().map_err(|error| failed(error.into()))?;
+            let numbers: Result<Vec<u64>, _> =
+                numbers.map(|entry| entry.map(|(number, _)| number.value())).collect();
+            for number in numbers.map_err(|error| failed(error.into()))? {
+                let old = jobs.get(number).map_err(|error| failed(error.into()))?;
+                let Some(old) = old.map(|bytes| bytes.value().to_vec()) else { continue };
+                let job: JobOfFormat1 = self.decoded("job", number, &old)?;
+                let job = encode(&DetachedJob::from(job));
+                jobs.insert(number, job.as_slice()).map_err(|error| failed(error.into()))?;
+            }
+            let mut meta = write.open_table(META).map_err(|error| failed(error.into()))?;
+            meta.insert("format", FORMAT).map_err(|error| failed(error.into()))?;
+        }
+        write.commit().map_err(|error| failed(error.into()))
     }
 
     /// Writes all of these, or nothing, and returns when they are on disk.
@@ -291,6 +364,12 @@ fn forget_tokens(write: &WriteTransaction, job: u64) -> Result<(), redb::Error> 
     Ok(())
 }
 
+fn builder() -> redb::Builder {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE_BYTES);
+    builder
+}
+
 /// Makes an empty file that only its owner reads, if there is none.
 fn make_private(path: &Path) -> std::io::Result<()> {
     let mut options = OpenOptions::new();
@@ -309,7 +388,11 @@ mod tests {
     fn batch(key: u8, jobs: usize) -> DetachedBatch {
         let request =
             JobRequest::greedy(lite_llm_transport::messages::Prompt::Tokens(vec![1, 2, 3]), 4);
-        let job = DetachedJob { request, stop: vec!["x".into()], label: "l".into() };
+        let job = DetachedJob {
+            stop: vec!["x".into()],
+            label: "l".into(),
+            ..DetachedJob::plain(request)
+        };
         DetachedBatch { key: [key; 16], note: "n".into(), jobs: vec![job; jobs] }
     }
 
@@ -389,7 +472,7 @@ mod tests {
         write.commit().unwrap();
         drop(store);
         let error = Store::open(&path).err().expect("refused").to_string();
-        assert!(error.contains("its format is 2"), "{error}");
+        assert!(error.contains("its format is 3"), "{error}");
 
         let path = folder.path().join("damaged.redb");
         let store = Store::open(&path).unwrap();
@@ -404,6 +487,56 @@ mod tests {
         write.commit().unwrap();
         let error = store.load(64).expect_err("damaged").to_string();
         assert!(error.contains("it lacks job 2"), "{error}");
+    }
+
+    /// What a process that is killed while it makes the file leaves is not the file.
+    #[test]
+    fn the_file_has_its_name_when_it_is_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, unfinished) =
+            (folder.path().join("jobs.redb"), folder.path().join("jobs.redb.new"));
+        for leftover in [&b""[..], b"half of a file, as a kill leaves it"] {
+            std::fs::write(&unfinished, leftover).unwrap();
+            let store = Store::open(&path).unwrap();
+            store.write(&[taken(1, 2)]).unwrap();
+            drop(store);
+            assert!(!unfinished.exists());
+            assert_eq!(Store::open(&path).unwrap().load(64).unwrap().batches.len(), 1);
+            std::fs::remove_file(&path).unwrap();
+        }
+        // Where it cannot be made whole, there is none.
+        std::fs::create_dir(&unfinished).unwrap();
+        let error = Store::open(&path).err().expect("refused").to_string();
+        assert!(error.contains("jobs.redb.new") && !path.exists(), "{error}");
+        std::fs::remove_dir(&unfinished).unwrap();
+        // An earlier release could be killed with nothing written.
+        std::fs::write(&path, b"").unwrap();
+        Store::open(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_of_format_1_keeps_its_jobs() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("jobs.redb");
+        let store = Store::open(&path).unwrap();
+        store.write(&[taken(1, 3)]).unwrap();
+        // A job that the release before wrote: see `bytes.rs` of transport at that time.
+        let old = include_bytes!("data/job.1.bin");
+        let write = store.database.begin_write().unwrap();
+        write.open_table(META).unwrap().insert("format", 1).unwrap();
+        for number in 1..=3 {
+            write.open_table(JOBS).unwrap().insert(number, &old[..]).unwrap();
+        }
+        write.commit().unwrap();
+        drop(store);
+        for _ in 0..2 {
+            let store = Store::open(&path).unwrap();
+            assert_eq!(store.load(64).unwrap().batches[&1].jobs.len(), 3);
+            let (job, _) = store.job(3).unwrap();
+            assert_eq!((job.label.as_str(), job.stop[0].as_str()), ("line-1", "END"));
+            assert_eq!((job.request.seed, job.request.max_new_tokens), (11, 5));
+            assert_eq!(job, DetachedJob::from(decode::<JobOfFormat1>(old).unwrap()));
+        }
     }
 
     /// A process that dies leaves its file as it is. Opened at any such moment it has whole writes,

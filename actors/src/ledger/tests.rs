@@ -27,7 +27,7 @@ fn rules() -> Rules {
 
 fn batch(key: u64, jobs: usize) -> DetachedBatch {
     let request = JobRequest::greedy(Prompt::Tokens(vec![1]), 4);
-    let job = DetachedJob { request, stop: Vec::new(), label: String::new() };
+    let job = DetachedJob::plain(request);
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&key.to_le_bytes());
     DetachedBatch { key: bytes, note: String::new(), jobs: vec![job; jobs] }
@@ -182,4 +182,41 @@ fn tokens_are_written_once_a_second_and_with_whatever_else_is() {
     ledger.handle(1500, Event::Tick);
     assert_eq!(settle(&mut ledger, 1500).1, [[tokens(2, &[7])]]);
     assert_eq!(ledger.list(None, ALL, 10)[0].tokens, 3);
+}
+
+#[test]
+fn an_owner_finds_its_batches_newest_first() {
+    let mut ledger = Ledger::new(rules(), Saved::default());
+    for (owner, key) in [("anna", 1), ("ben", 2), ("anna", 3), ("anna", 4)] {
+        accept(&mut ledger, owner, key, 2);
+        if key < 4 {
+            settle(&mut ledger, 0);
+        }
+    }
+    assert_eq!(ledger.batches("anna", u64::MAX, 9), [5, 1], "one is not on disk yet");
+    assert_eq!(ledger.batches("anna", 5, 9), [1]);
+    assert_eq!(ledger.batches("anna", u64::MAX, 1), [5]);
+}
+
+#[test]
+fn whoever_lost_an_answer_hears_what_was_taken_as_soon_as_it_is_on_disk() {
+    let mut ledger = Ledger::new(rules(), Saved::default());
+    let known = |ledger: &mut Ledger, caller, owner: &str, key: u64| {
+        let (owner, key) = (owner.to_owned(), batch(key, 1).key);
+        ledger.handle(0, Event::Known { caller, owner, key });
+    };
+    known(&mut ledger, 1, "anna", 7);
+    assert_eq!(ledger.poll_command(), Some(Command::NotKnown { caller: 1 }));
+    accept(&mut ledger, "anna", 7, 2);
+    let Some(Command::Write { write, .. }) = ledger.poll_command() else { panic!("a write") };
+    known(&mut ledger, 2, "anna", 7);
+    assert_eq!(ledger.poll_command(), None, "it may still fail to be written");
+    known(&mut ledger, 3, "ben", 7);
+    assert_eq!(ledger.poll_command(), Some(Command::NotKnown { caller: 3 }));
+    ledger.handle(1, Event::Synced { write });
+    let (commands, _) = settle(&mut ledger, 1);
+    let jobs = JobRange { first: 1, last: 2 };
+    for caller in [7, 2] {
+        assert!(commands.contains(&Command::Accepted { caller, jobs }), "{commands:?}");
+    }
 }

@@ -11,15 +11,13 @@ use std::sync::{
 use lite_llm_runtime::{config::ModelConfig, sampler::Sampling, sequence::Request, tier::TierSet};
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
-    frame::{Frame, FrameKind, FrameReceiver, FrameSender},
-    messages::{
-        Choosing, JobContinue, JobEvent, JobEventBody, JobOrder, JobRequest, JobStart,
-        LogitsWanted, MessageError, Prompt,
-    },
+    frame::{FrameReceiver, FrameSender},
+    messages::{Choosing, JobEvent, JobEventBody, JobOrder, JobRequest, LogitsWanted, Prompt},
 };
 use tokio::sync::mpsc;
 use tracing::{Instrument, Span, debug, debug_span};
 
+use super::grammars::GrammarDesk;
 use crate::{
     lane::{self, JOB_EVENTS_MAX, LaneEvent, LaneInbox},
     links::deliver,
@@ -30,18 +28,23 @@ use crate::{
 static TICKETS: AtomicU64 = AtomicU64::new(0);
 
 /// Serves the job streams that a coordinator opens to a node, until the connection ends.
-pub async fn serve_jobs(connection: Connection, inbox: LaneInbox) {
+pub async fn serve_jobs(connection: Connection, inbox: LaneInbox, grammars: GrammarDesk) {
     while let Some(stream) = connection.accept_stream().await {
         if stream.kind == StreamKind::Job {
             let (sender, receiver) = stream.into_frames();
-            tokio::spawn(serve_job(sender, receiver, inbox.clone()));
+            tokio::spawn(serve_job(sender, receiver, inbox.clone(), grammars.clone()));
         }
     }
 }
 
-async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: LaneInbox) {
+async fn serve_job(
+    mut sender: FrameSender,
+    mut receiver: FrameReceiver,
+    inbox: LaneInbox,
+    grammars: GrammarDesk,
+) {
     let start = match receiver.recv().await {
-        Ok(Some(frame)) => job_of(&frame).map_err(|error| error.to_string()),
+        Ok(Some(frame)) => frame.decode::<JobOrder>().map_err(|error| error.to_string()),
         Ok(None) => return,
         Err(error) => Err(error.to_string()),
     };
@@ -58,7 +61,15 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
     let (events, mut queue) = mpsc::channel(JOB_EVENTS_MAX);
     let (ticket, epitaph) = (TICKETS.fetch_add(1, Relaxed), Arc::new(OnceLock::new()));
     let lane = inbox.load_full();
-    let refused = match (engine_request(order, &span), &lane) {
+    let guide = match &order.choosing.grammar {
+        None => Ok(None),
+        Some(grammar) => grammars.read(grammar).await.map(Some),
+    };
+    let request = guide.and_then(|guide| {
+        let request = engine_request(order, &span)?;
+        Ok(Request { guide, ..request })
+    });
+    let refused = match (request, &lane) {
         (Err(reason), _) => Some(JobEventBody::Failed { reason }),
         (Ok(_), None) => {
             let reason = "this worker has no experts loaded at present".into();
@@ -105,21 +116,6 @@ async fn serve_job(mut sender: FrameSender, mut receiver: FrameReceiver, inbox: 
     }
 }
 
-/// The job that a stream brings, from its beginning or from where it was elsewhere.
-fn job_of(frame: &Frame) -> Result<JobOrder, MessageError> {
-    match frame.kind() {
-        FrameKind::JobOrder => frame.decode(),
-        FrameKind::JobContinue => {
-            let JobContinue { job, request, generated } = frame.decode()?;
-            Ok(JobOrder { job, generated, ..request.into() })
-        }
-        _ => {
-            let JobStart { job, request } = frame.decode()?;
-            Ok(JobOrder { job, ..request.into() })
-        }
-    }
-}
-
 /// Whether a model can serve a job, asked before anything is sent. Text is not looked at: its
 /// tokens are.
 pub fn check(request: &JobRequest, config: &ModelConfig) -> Result<(), String> {
@@ -145,6 +141,9 @@ pub fn check_order(
 /// A job as the engine takes it.
 fn engine_request(order: JobOrder, span: &Span) -> Result<Request, String> {
     let JobOrder { request, choosing, serving, generated, .. } = order;
+    if choosing.grammar.is_some() && !request.stop_at_eos {
+        return Err("an answer of a form ends where that is whole: leave ignore_eos out".into());
+    }
     let Prompt::Tokens(prompt) = request.prompt else {
         return Err("a home node takes token ids, not text".into());
     };
@@ -163,6 +162,7 @@ fn engine_request(order: JobOrder, span: &Span) -> Result<Request, String> {
             frequency: choosing.frequency,
             seed: request.seed,
         },
+        guide: None,
         bias: choosing.bias.into_iter().map(|bias| (bias.id, bias.bias)).collect(),
         logprobs: choosing.logprobs,
         tiers,

@@ -354,6 +354,7 @@ impl LoaderState {
                 .await
                 .map_err(|error| error.to_string())?;
         *self.options.store.lock() = Some(store.clone());
+        self.options.grammars.show(&checkpoint);
         let model = OpenModel { checkpoint, backbone, store, storage, peers };
         // Shards of another checkpoint hold other experts, though under equal keys.
         for shard in std::mem::take(&mut self.shards).into_values() {

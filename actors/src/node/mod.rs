@@ -8,6 +8,7 @@
 //! clear reason, and waits for a worker.
 
 pub mod device;
+pub mod grammars;
 pub mod jobs;
 mod loader;
 mod view;
@@ -22,15 +23,17 @@ use std::{
     time::Instant,
 };
 
+use lite_llm_kernels::kv::PAGE_TOKENS;
 use lite_llm_runtime::{
     checkpoint::Checkpoint,
+    engine::ScheduleStats,
     expert::ExpertStore,
     residency::{ExpertCache, HbmStore, NvmeFolder, ResidenceStats},
 };
 use lite_llm_transport::{
     messages::{
         Assignment, NodeInfo, NodeReport, NodeResidences, NodeStatus, NodeView, NodeVitals,
-        RESIDENCES_MAX, ResidenceStatus, RevokedNames,
+        RESIDENCES_MAX, ResidenceStatus, RevokedNames, ScheduleStatus,
     },
     pool::BufferPool,
 };
@@ -41,7 +44,10 @@ use rkyv::{Archive, Deserialize, Serialize};
 use tracing::{error, info};
 
 pub use self::device::{DeviceChoice, NodeDevice};
-use self::loader::{Loader, LoaderMessage, LoaderState};
+use self::{
+    grammars::GrammarDesk,
+    loader::{Loader, LoaderMessage, LoaderState},
+};
 use crate::{
     lane::{LaneActor, LaneEvent, LaneInbox, LaneLimits, LaneMessage, LaneStats},
     links::Links,
@@ -107,6 +113,8 @@ pub struct NodeOptions {
     pub links: Arc<Links>,
     /// Where the lane is found.
     pub inbox: LaneInbox,
+    /// Where forms of answers are read.
+    pub grammars: GrammarDesk,
     /// Buffers of frames.
     pub buffers: BufferPool,
     /// Where the store of its experts is found.
@@ -338,6 +346,7 @@ impl NodeState {
             tokens: self.stats.tokens.load(Relaxed),
             waited_us: self.stats.waited_us.load(Relaxed),
             residences: places.into_iter().map(status).take(RESIDENCES_MAX).collect(),
+            schedule: schedule(&self.stats.schedule.lock()),
         }
     }
 
@@ -363,6 +372,23 @@ impl NodeState {
             tokens_per_second: self.rate.update(self.stats.tokens.load(Relaxed)),
             loaded: self.counters.loaded.load(Relaxed),
             total: self.counters.total.load(Relaxed),
+            kv_tokens: (self.stats.schedule.lock().pages * PAGE_TOKENS) as u64,
         }
+    }
+}
+
+/// What a lane's scheduler has done, as it travels.
+fn schedule(stats: &ScheduleStats) -> ScheduleStatus {
+    ScheduleStatus {
+        waiting: stats.waiting as u64,
+        running: stats.running as u64,
+        pages: stats.pages as u64,
+        pages_used: stats.pages_used as u64,
+        pages_idle: stats.pages_idle as u64,
+        computed: stats.computed,
+        found: stats.found,
+        preemptions: stats.preemptions,
+        guessed: stats.guessed,
+        guessed_right: stats.guessed_right,
     }
 }

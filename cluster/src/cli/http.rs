@@ -56,6 +56,9 @@ pub enum KeyCommand {
         /// Tokens of prompts and answers per minute [default: no limit].
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000_000))]
         tokens_per_minute: Option<u64>,
+        /// Highest priority that its requests may ask for.
+        #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+        priority: i8,
     },
     /// Show whose keys there are, and their limits.
     List,

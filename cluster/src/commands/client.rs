@@ -415,8 +415,39 @@ pub(super) async fn status(args: ClientArgs, json: bool) -> Result<()> {
             node.tokens_per_second
         );
     }
+    say_schedules(&residences);
     say_residences(&residences);
     Ok(())
+}
+
+/// What schedulers have done so far, and what their caches hold.
+fn say_schedules(nodes: &[NodeResidences]) {
+    say!();
+    say!(
+        "{:<16} {:>6} {:>6} {:>19} {:>20} {:>10} {:>18}",
+        "node",
+        "runs",
+        "waits",
+        "cache pages",
+        "prefix hits",
+        "preempted",
+        "guesses right"
+    );
+    for NodeResidences { name, schedule, .. } in nodes {
+        let share = |part: u64, all: u64| match all {
+            0 => "-".to_owned(),
+            all => format!("{part} ({:.0} %)", 100.0 * part as f64 / all as f64),
+        };
+        say!(
+            "{name:<16} {:>6} {:>6} {:>19} {:>20} {:>10} {:>18}",
+            schedule.running,
+            schedule.waiting,
+            format!("{} of {}", schedule.pages_used, schedule.pages),
+            share(schedule.found, schedule.found + schedule.computed),
+            schedule.preemptions,
+            share(schedule.guessed_right, schedule.guessed)
+        );
+    }
 }
 
 /// Where experts are, and what moving them has cost so far.
@@ -491,6 +522,18 @@ fn residences_json(node: &NodeResidences) -> serde_json::Value {
         "tokens": node.tokens,
         "waited_us": node.waited_us,
         "residences": places,
+        "schedule": {
+            "running": node.schedule.running,
+            "waiting": node.schedule.waiting,
+            "pages": node.schedule.pages,
+            "pages_used": node.schedule.pages_used,
+            "pages_idle": node.schedule.pages_idle,
+            "positions_computed": node.schedule.computed,
+            "positions_found": node.schedule.found,
+            "preemptions": node.schedule.preemptions,
+            "guessed": node.schedule.guessed,
+            "guessed_right": node.schedule.guessed_right,
+        },
     })
 }
 
@@ -535,6 +578,7 @@ fn status_json(status: &ClusterStatus, residences: &[NodeResidences]) -> serde_j
                 "expert_bytes": node.expert_bytes,
                 "budget_bytes": node.budget,
                 "sequences": node.sequences,
+                "kv_tokens": node.kv_tokens,
                 "tokens_per_second": node.tokens_per_second,
             })
         })

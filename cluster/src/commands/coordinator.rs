@@ -33,6 +33,8 @@ const REMIND_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The ledger's file in the state folder.
 const LEDGER_FILE: &str = "jobs.redb";
+/// The folder of what is uploaded for batches.
+const FILES_FOLDER: &str = "files";
 
 /// How long results are kept: as was said, and for the rest as by default.
 fn keep(said: Option<KeepJobs>) -> Keep {
@@ -103,8 +105,9 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     say!("tokens written to {} and {}", tokens[0], tokens[1]);
     say!("start a worker:  lite-llm worker --join {address} --token {}", tokens[0]);
     say!("ask it:          lite-llm submit --token {} \"…\"", tokens[1]);
+    let files = (state.join(FILES_FOLDER), keep(args.keep_jobs).time);
     let served = (&*checkpoint, args.kv_dtype, args.context);
-    let http = args.http.serve(Some(&model), served, &coordinator, Some(keys)).await?;
+    let http = args.http.serve(Some(&model), served, &coordinator, Some(keys), Some(files)).await?;
     let watched = coordinator.clone();
     let ledger = coordinator.jobs().cloned();
     let ledger_ended = async {

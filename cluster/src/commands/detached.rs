@@ -19,7 +19,7 @@ use lite_llm_transport::{
     messages::{
         BATCH_JOBS_MAX, ClientReply, ClientRequest, DetachedBatch, DetachedJob, DetachedReply,
         DetachedReport, DetachedRequest, DetachedState, DetachedStatus, JobRange, JobsQuery,
-        LISTED_MAX, Prompt, Serving,
+        LISTED_MAX, Prompt,
     },
     moment::utc,
     state::StateDir,
@@ -84,6 +84,12 @@ impl Ledger {
         loop {
             let client = self.client.client().await?;
             match client.answer_within(ANSWER_TIMEOUT, &request).await {
+                Ok(ClientReply::Detached(DetachedReply::Unknown(reason))) => {
+                    if Instant::now() >= deadline {
+                        bail!("it is not known whether it was done: {reason}; ask again");
+                    }
+                    tokio::time::sleep(AGAIN_PAUSE).await;
+                }
                 Ok(ClientReply::Detached(reply)) => return Ok(reply),
                 Ok(_) => bail!(OTHER_QUESTION),
                 Err(error) if error.is::<Refused>() || Instant::now() >= deadline => {
@@ -184,10 +190,21 @@ impl Ledger {
 /// Under which name this user's detached jobs are: made on first use, at random.
 fn own_name() -> Result<String> {
     let state = default_state()?;
+    StateDir::open_or_create(&state).map_err(bad_input)?;
+    name_in(&state)
+}
+
+/// The name that a folder holds, which is made if there is none. It is there whole or not at all.
+fn name_in(state: &Path) -> Result<String> {
     let path = state.join(NAME_FILE);
     let shown = path.display();
-    if !path.exists() {
-        StateDir::open_or_create(&state).map_err(bad_input)?;
+    let cannot = |what: &str| format!("{shown}: cannot {what}; give --as NAME");
+    let kept = || match std::fs::read_to_string(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        read => read,
+    };
+    // Earlier releases could be killed between making the file and writing it.
+    if kept().with_context(|| cannot("read"))?.trim().is_empty() {
         let user = std::env::var("USER").unwrap_or_default().to_lowercase();
         let user: String = user
             .chars()
@@ -196,21 +213,23 @@ fn own_name() -> Result<String> {
             .collect();
         let user = if user.is_empty() { "client" } else { &user };
         let name = format!("{user}-{:016x}\n", RandomState::new().hash_one(0));
-        let mut options = std::fs::OpenOptions::new();
-        options.write(true).create_new(true);
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        match options.open(&path).and_then(|mut file| file.write_all(name.as_bytes())) {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(
-                    anyhow!(error).context(format!("{shown}: cannot write; give --as NAME"))
-                );
+        let made = || -> std::io::Result<()> {
+            let mut unfinished = tempfile::Builder::new().prefix(NAME_FILE).tempfile_in(state)?;
+            unfinished.write_all(name.as_bytes())?;
+            unfinished.as_file().sync_all()?;
+            if path.exists() {
+                // It is empty, as was seen above.
+                unfinished.persist(&path)?;
+            } else if let Err(error) = unfinished.persist_noclobber(&path)
+                && error.error.kind() != std::io::ErrorKind::AlreadyExists
+            {
+                return Err(error.error);
             }
-            _ => {}
-        }
+            File::open(state)?.sync_all()
+        };
+        made().with_context(|| cannot("write"))?;
     }
-    let name = std::fs::read_to_string(&path)
-        .with_context(|| format!("{shown}: cannot read; give --as NAME"))?;
+    let name = kept().with_context(|| cannot("read"))?;
     Ok(name.trim().to_owned())
 }
 
@@ -243,11 +262,6 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
     if jobs.is_empty() {
         return Err(bad_input(anyhow!("there are no jobs in the file")));
     }
-    if args.sampling.serving() != Serving::default() {
-        let what =
-            "--priority and --speculate are for jobs that their client waits for: leave them out";
-        return Err(bad_input(anyhow!("{what} with --detach and --wait")));
-    }
     args.sampling.tell_seed();
     let span = debug_span!("submit");
     let trace = telemetry::context_of(&span);
@@ -262,13 +276,16 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
             Prompt::Tokens(ids) => ids.len() * 4,
         };
         let stop: usize = sampling.stop.iter().map(|text| text.len() + 16).sum();
+        let serving = sampling.serving();
         let size = JOB_BYTES + of_prompt + stop + label.len();
         if batch.len() == BATCH_JOBS_MAX || (!batch.is_empty() && bytes + size > BATCH_BYTES_MAX) {
             ranges.push(accept(&ledger, std::mem::take(&mut batch), &ranges, json).await?);
             bytes = 0;
         }
         bytes += size;
-        batch.push(DetachedJob { request, stop: sampling.stop, label });
+        let job =
+            DetachedJob { serving, stop: sampling.stop, label, ..DetachedJob::plain(request) };
+        batch.push(job);
     }
     ranges.push(accept(&ledger, batch, &ranges, json).await?);
     if !args.wait {
@@ -526,4 +543,22 @@ pub(super) async fn cancel(args: CancelArgs, json: bool) -> Result<()> {
         (false, jobs) => say!("{jobs} jobs cancelled"),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_kept_and_one_that_a_crash_left_empty_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = name_in(folder.path()).unwrap();
+        assert!(!name.is_empty());
+        assert_eq!(name_in(folder.path()).unwrap(), name);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
+        std::fs::write(folder.path().join(NAME_FILE), "").unwrap();
+        let other = name_in(folder.path()).unwrap();
+        assert!(!other.is_empty() && other != name);
+        assert_eq!(name_in(folder.path()).unwrap(), other);
+    }
 }

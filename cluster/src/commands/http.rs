@@ -1,12 +1,19 @@
 //! `--http`: the HTTP API beside a coordinator of this process; `lite-llm key`: who may use it.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Result;
 use lite_llm_actors::coordinator::CoordinatorHandle;
 use lite_llm_kernels::kv::KvDType;
 use lite_llm_runtime::checkpoint::Checkpoint;
-use lite_llm_transport::{keys::Keys, moment::utc};
+use lite_llm_transport::{
+    keys::{KeyRights, Keys},
+    moment::utc,
+};
 use serde_json::json;
 use tokio_rustls::TlsAcceptor;
 
@@ -54,6 +61,7 @@ impl HttpArgs {
         (checkpoint, kv_dtype, context): (&Checkpoint, KvDType, Option<usize>),
         coordinator: &CoordinatorHandle,
         keys: Option<Arc<Keys>>,
+        files: Option<(PathBuf, Duration)>,
     ) -> Result<Option<Server>> {
         let Some(listen) = self.http else { return Ok(None) };
         let named = model.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
@@ -66,6 +74,7 @@ impl HttpArgs {
             config,
             coordinator: coordinator.clone(),
             keys,
+            files,
             expert_bytes: checkpoint.tier_expert_bytes(),
             tls: self.tls()?,
         };
@@ -84,8 +93,9 @@ pub(super) fn key(args: KeyArgs, json: bool) -> Result<()> {
     };
     let keys = Keys::open(&state).map_err(bad_input)?;
     match args.what {
-        KeyCommand::Add { name, jobs, tokens_per_minute } => {
-            let text = keys.add(&name, jobs, tokens_per_minute).map_err(bad_input)?;
+        KeyCommand::Add { name, jobs, tokens_per_minute, priority } => {
+            let rights = KeyRights { jobs, tokens_per_minute, priority };
+            let text = keys.add(&name, rights).map_err(bad_input)?;
             if json {
                 say!("{}", json!({ "name": name, "key": text }));
             } else {
@@ -116,16 +126,25 @@ pub(super) fn key(args: KeyArgs, json: bool) -> Result<()> {
                         "made": utc(key.made),
                         "jobs": key.jobs,
                         "tokens_per_minute": key.tokens_per_minute,
+                        "priority": key.priority,
                     })
                 };
                 say!("{}", json!(keys.iter().map(line).collect::<Vec<_>>()));
                 return Ok(());
             }
-            say!("{:<24} {:<24} {:>8} {:>14}", "name", "made", "jobs", "tokens/minute");
+            say!(
+                "{:<24} {:<24} {:>8} {:>14} {:>8}",
+                "name",
+                "made",
+                "jobs",
+                "tokens/minute",
+                "priority"
+            );
             for key in keys {
                 let jobs = key.jobs.map_or("-".to_owned(), |jobs| jobs.to_string());
                 let tokens = key.tokens_per_minute.map_or("-".to_owned(), |n| n.to_string());
-                say!("{:<24} {:<24} {jobs:>8} {tokens:>14}", key.name, utc(key.made));
+                let (name, made, priority) = (key.name, utc(key.made), key.priority);
+                say!("{name:<24} {made:<24} {jobs:>8} {tokens:>14} {priority:>8}");
             }
         }
     }

@@ -85,7 +85,7 @@ async fn serve(args: RunArgs, checkpoint: Arc<Checkpoint>) -> Result<()> {
     let served = (&*checkpoint, args.local.kv_dtype, args.local.context);
     let serving = async {
         let model = args.model.as_deref();
-        let http = args.http.serve(model, served, cluster.coordinator(), None).await?;
+        let http = args.http.serve(model, served, cluster.coordinator(), None, None).await?;
         interrupted().await;
         say!("stopping");
         if let Some(http) = http {

@@ -1,10 +1,11 @@
 //! Who is let in, and when the others may come again: a pure machine.
 //!
 //! Invariants: jobs and tokens of those who were let in and have not left never exceed the limits;
-//! what was taken is given back once, when a request leaves; a refusal says how long to wait. A key's
-//! tokens of a minute are a bucket that fills steadily: prompts are paid for on entering, answers on
-//! leaving, so that a key may owe what one round of its requests generates, and waits until that is
-//! paid.
+//! what was taken is given back once, when a request leaves; a refusal says how long to wait. A request
+//! enters by the bytes of its prompts, before anything is computed for it, and is settled when their
+//! tokens are known. A key's tokens of a minute are a bucket that fills steadily: prompts are paid for
+//! when they are settled, answers on leaving, so that a key may owe what one round of its requests
+//! generates, and waits until that is paid.
 
 use std::{
     collections::HashMap,
@@ -27,6 +28,8 @@ pub(super) struct KeyLimits {
     pub(super) jobs: Option<u32>,
     /// Tokens of prompts and answers per minute, if bounded.
     pub(super) tokens_per_minute: Option<u64>,
+    /// The highest priority that its requests may have.
+    pub(super) priority: i8,
 }
 
 /// What one request takes.
@@ -127,6 +130,32 @@ impl Admission {
         Ok(())
     }
 
+    /// The tokens of a request are known that was let in by the bytes of its prompts. It stays in with
+    /// what it takes by them, or leaves because there is no room for that.
+    pub(super) fn settle(
+        &mut self,
+        key: Option<&str>,
+        before: Load,
+        after: Load,
+    ) -> Result<(), Refusal> {
+        let others = self.tokens.saturating_sub(before.prompt.saturating_add(before.answer));
+        let takes = after.prompt.saturating_add(after.answer);
+        let all = others.saturating_add(takes);
+        if all > self.tokens && all > self.limits.tokens && self.jobs > before.jobs {
+            let reason = format!(
+                "the jobs that run or wait may come to {others} tokens, this request's to {takes}; \
+                 at most {} are admitted",
+                self.limits.tokens
+            );
+            return Err(Refusal { reason, retry_after: PAUSE });
+        }
+        self.tokens = all;
+        if let Some(bucket) = key.and_then(|name| self.buckets.get_mut(name)) {
+            bucket.tokens += before.prompt as f64 - after.prompt as f64;
+        }
+        Ok(())
+    }
+
     /// A request leaves that was let in with this load, and has generated so many tokens.
     pub(super) fn leave(&mut self, now: Instant, key: Option<&str>, load: Load, generated: u64) {
         self.jobs = self.jobs.saturating_sub(load.jobs);
@@ -183,7 +212,7 @@ mod tests {
     fn a_key_has_its_own_jobs_and_its_tokens_of_a_minute() {
         let start = Instant::now();
         let mut admission = Admission::new(Limits { jobs: 100, tokens: u64::MAX });
-        let limits = KeyLimits { jobs: Some(2), tokens_per_minute: Some(60) };
+        let limits = KeyLimits { jobs: Some(2), tokens_per_minute: Some(60), priority: 0 };
         let (a, b) = (Some(("a", limits)), Some(("b", limits)));
         admission.enter(start, a, LOAD).unwrap();
         admission.enter(start, a, LOAD).unwrap();
@@ -203,5 +232,27 @@ mod tests {
         admission.enter(start + second(500), none, LOAD).unwrap();
         admission.leave(start + second(500), Some("c"), LOAD, 0);
         assert!(admission.buckets.is_empty(), "{:?}", admission.buckets);
+    }
+    /// By its bytes a prompt takes its place before anybody tokenises it; by its tokens it keeps it.
+    #[test]
+    fn a_request_enters_by_its_bytes_and_stays_by_its_tokens() {
+        let now = Instant::now();
+        let mut admission = Admission::new(Limits { jobs: 10, tokens: 250 });
+        let limits = KeyLimits { tokens_per_minute: Some(60), ..KeyLimits::default() };
+        let (key, by_bytes) = (Some(("a", limits)), Load { jobs: 1, prompt: 100, answer: 90 });
+        admission.enter(now, key, by_bytes).unwrap();
+        assert!(admission.enter(now, None, by_bytes).is_err(), "there is no room by bytes");
+        admission.settle(Some("a"), by_bytes, LOAD).unwrap();
+        assert_eq!((admission.tokens, admission.buckets["a"].tokens), (100, 50.0));
+        let small = Load { jobs: 1, prompt: 1, answer: 1 };
+        admission.enter(now, None, small).unwrap();
+        // A template may write more than it was given.
+        let grown = Load { prompt: 200, ..small };
+        assert!(admission.settle(None, small, grown).is_err());
+        admission.leave(now, None, small, 0);
+        // Who leaves before that has paid nothing.
+        admission.settle(Some("a"), LOAD, Load { jobs: 1, prompt: 0, answer: 0 }).unwrap();
+        admission.leave(now, Some("a"), Load { jobs: 1, prompt: 0, answer: 0 }, 0);
+        assert_eq!((admission.jobs, admission.tokens, admission.buckets.len()), (0, 0, 0));
     }
 }

@@ -12,22 +12,21 @@ use std::{
 };
 
 use lite_llm_transport::messages::{
-    Choosing, JobRequest, LogitsWanted, Prompt, Serving, TokenBias,
+    Choosing, JobRequest, LogitsWanted, Prompt, STOP_BYTES_MAX, STOPS_MAX, Serving, TokenBias,
 };
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Map, Value};
 
 use super::{
+    admission::Load,
     calls::{ToolUse, tool_use},
     chat,
     error::ApiError,
+    form::form,
 };
 
 /// Jobs of one request: its prompts, each `n` times.
 const JOBS_MAX: usize = 64;
-/// Texts that end an answer, and bytes of each.
-const STOPS_MAX: usize = 16;
-const STOP_BYTES_MAX: usize = 1 << 10;
 /// Most candidates whose log-probabilities are told.
 pub(super) const TOP_LOGPROBS_MAX: u32 = 20;
 /// Tokens whose logits are biased.
@@ -54,6 +53,8 @@ pub(super) struct Body {
     tools: Option<Vec<chat::Tool>>,
     tool_choice: Option<Value>,
     response_format: Option<Value>,
+    regex: Option<String>,
+    grammar: Option<String>,
     chat_template_kwargs: Option<Map<String, Value>>,
 
     max_tokens: Option<u64>,
@@ -164,6 +165,8 @@ pub(super) struct Asked {
     /// What all jobs have in common. The prompt is empty; of the `n` of a prompt the next has the next
     /// seed.
     pub(super) request: JobRequest,
+    /// Nobody said how many tokens are wanted: as many as fit.
+    pub(super) open_ended: bool,
     pub(super) choosing: Choosing,
     /// Without its tenant, whom the caller's key tells.
     pub(super) serving: Serving,
@@ -183,9 +186,10 @@ impl Body {
         if n == 0 || n as usize > JOBS_MAX {
             return Err(ApiError::invalid("n", format!("n is {n}; 1 to {JOBS_MAX} is expected")));
         }
-        let choosing = self.choosing(kind)?;
+        let mut choosing = self.choosing(kind)?;
         let serving = self.serving()?;
         let request = self.request(kind)?;
+        let open_ended = self.max_tokens.or(self.max_completion_tokens).is_none();
         let stop = stops(self.stop)?;
         let deadline = match self.deadline_ms {
             None => None,
@@ -202,6 +206,7 @@ impl Body {
             return Err(ApiError::invalid("stream_options", message));
         }
         let include_usage = options.and_then(|options| options.include_usage).unwrap_or(false);
+        let (format, mut forced) = (self.response_format, None);
         let (prompts, tool_use) = match kind {
             Kind::Text => {
                 let chat_only: [(&'static str, bool); 5] = [
@@ -215,7 +220,6 @@ impl Body {
                     let message = format!("{name} is for /v1/chat/completions");
                     return Err(ApiError::invalid(name, message));
                 }
-                chat::check_format(self.response_format.as_ref())?;
                 (prompts(self.prompt)?, ToolUse::None)
             }
             Kind::Chat => {
@@ -223,20 +227,26 @@ impl Body {
                     let message = "prompt is for /v1/completions; messages is expected";
                     return Err(ApiError::invalid("prompt", message));
                 }
-                chat::check_format(self.response_format.as_ref())?;
                 let mut tools = self.tools.unwrap_or_default();
-                let tool_use = tool_use(self.tool_choice.as_ref(), tools.len())?;
+                let tool_use = tool_use(self.tool_choice.as_ref(), &tools)?;
+                forced = tool_use.schema(&tools);
                 if tool_use == ToolUse::None {
                     tools.clear();
                 }
                 let asked = chat::Conversation {
                     messages: self.messages.unwrap_or_default(),
                     tools,
+                    forced: forced.is_some(),
                     variables: self.chat_template_kwargs.unwrap_or_default(),
                 };
                 (vec![Prompt::Chat(asked.check(unix_time)?)], tool_use)
             }
         };
+        choosing.grammar = form(format.as_ref(), self.regex, self.grammar, forced)?;
+        if choosing.grammar.is_some() && !request.stop_at_eos {
+            let message = "an answer of a form ends where that is whole: leave ignore_eos out";
+            return Err(ApiError::invalid("ignore_eos", message));
+        }
         let jobs = prompts.len() * n as usize;
         if jobs > JOBS_MAX {
             let message = format!("prompts × n is {jobs}; at most {JOBS_MAX} are taken at once");
@@ -247,6 +257,7 @@ impl Body {
             prompts,
             n,
             request,
+            open_ended,
             choosing,
             serving,
             stop,
@@ -405,7 +416,27 @@ impl Body {
             frequency: self.frequency_penalty.unwrap_or(defaults.frequency),
             bias,
             logprobs,
+            grammar: None,
         })
+    }
+}
+
+impl Asked {
+    /// What it takes, before anybody has tokenised it: a token has a byte at least.
+    pub(super) fn load(&self, positions: usize) -> Load {
+        let mut load = Load { jobs: 0, prompt: 0, answer: 0 };
+        for prompt in &self.prompts {
+            let prompt = match prompt {
+                Prompt::Tokens(ids) => ids.len(),
+                Prompt::Text(text) | Prompt::Chat(text) => text.len(),
+            };
+            let prompt = prompt.min(positions);
+            let answer = (self.request.max_new_tokens as usize).min(positions - prompt);
+            load.jobs += self.n as usize;
+            load.prompt += prompt as u64 * u64::from(self.n);
+            load.answer += answer as u64 * u64::from(self.n);
+        }
+        load
     }
 }
 

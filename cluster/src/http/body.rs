@@ -1,14 +1,29 @@
 //! Bodies of requests: their bytes, their depth and the number of their values are bounded before
 //! memory is used for what they say.
+//!
+//! Invariants: a body takes room as it arrives, never for what it claims; one that arrives makes others
+//! leave that stand still, so that slow clients keep nobody out; each has a deadline.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use axum::{
-    body::Body,
+    body::{Body, Bytes},
     http::{HeaderMap, header},
 };
+use futures::StreamExt;
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    time::{Instant, timeout, timeout_at},
+};
 
 use super::error::ApiError;
 
@@ -16,8 +31,13 @@ use super::error::ApiError;
 pub(super) const BODY_BYTES_MAX: usize = 8 << 20;
 /// Bytes of bodies that are held at a time, of all requests together.
 const BODIES_BYTES_MAX: usize = 64 << 20;
-/// How long a body may take to arrive.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a body may take to arrive, and how long it may stand still.
+pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const BODY_IDLE_MAX: Duration = Duration::from_secs(10);
+/// One that has stood still for so long makes room for others that need it.
+const STILL: Duration = Duration::from_millis(250);
+/// How long a body waits for room.
+const ROOM_TIMEOUT: Duration = Duration::from_secs(1);
 /// Deepest nesting of arrays and objects.
 const DEPTH_MAX: usize = 64;
 /// Most values of a body: a million token ids, and all the rest. Parsed, each takes tens of bytes.
@@ -25,12 +45,65 @@ const VALUES_MAX: usize = (1 << 20) + (1 << 16);
 
 /// Room for the bodies that are read and parsed at a time.
 #[derive(Clone)]
-pub(super) struct Bodies(Arc<Semaphore>);
+pub(super) struct Bodies(Arc<Room>);
+
+struct Room {
+    bytes: Arc<Semaphore>,
+    /// Bodies that arrive.
+    open: Mutex<BTreeMap<u64, Arc<Arriving>>>,
+    begun: AtomicU64,
+}
+
+/// A body that arrives.
+struct Arriving {
+    /// When some of it came.
+    last: Mutex<Instant>,
+    /// Others need its room.
+    leave: Notify,
+}
+
+/// Its entry among those that arrive.
+struct Entry<'a> {
+    room: &'a Room,
+    number: u64,
+    arriving: Arc<Arriving>,
+}
+
+impl Drop for Entry<'_> {
+    fn drop(&mut self) {
+        self.room.open.lock().remove(&self.number);
+    }
+}
+
+impl Room {
+    fn enter(&self) -> Entry<'_> {
+        let number = self.begun.fetch_add(1, Relaxed);
+        let (last, leave) = (Mutex::new(Instant::now()), Notify::new());
+        let arriving = Arc::new(Arriving { last, leave });
+        self.open.lock().insert(number, arriving.clone());
+        Entry { room: self, number, arriving }
+    }
+
+    /// Tells those that stand still that others need their room, the stillest first, one a time.
+    fn make_room(&self, but: u64) {
+        let open = self.open.lock();
+        let others = open.iter().filter(|(number, _)| **number != but).map(|(_, other)| other);
+        let still = others.map(|other| (*other.last.lock(), other)).min_by_key(|(last, _)| *last);
+        if let Some((_, other)) = still.filter(|(last, _)| last.elapsed() >= STILL) {
+            other.leave.notify_one();
+        }
+    }
+}
 
 impl Bodies {
     /// Room for as much as is ever held.
     pub(super) fn new() -> Self {
-        Self(Arc::new(Semaphore::new(BODIES_BYTES_MAX)))
+        Self::of(BODIES_BYTES_MAX)
+    }
+
+    fn of(bytes: usize) -> Self {
+        let (bytes, open) = (Arc::new(Semaphore::new(bytes)), Mutex::default());
+        Self(Arc::new(Room { bytes, open, begun: AtomicU64::new(0) }))
     }
 
     /// Reads a body and what its JSON says.
@@ -47,20 +120,73 @@ impl Bodies {
         }
         let length = headers.get(header::CONTENT_LENGTH);
         let length = length.and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-        let claims = length.unwrap_or(BODY_BYTES_MAX);
-        if claims > BODY_BYTES_MAX {
+        if length.is_some_and(|claims| claims > BODY_BYTES_MAX) {
             return Err(ApiError::too_large(BODY_BYTES_MAX));
         }
-        // Held until the body is parsed.
-        let _room = self.0.try_acquire_many(claims as u32).map_err(|_| {
-            let message = format!("{BODIES_BYTES_MAX} bytes of bodies are being read already");
-            ApiError::busy(message, Duration::from_secs(1))
-        })?;
-        let read = timeout(BODY_TIMEOUT, axum::body::to_bytes(body, BODY_BYTES_MAX)).await;
-        let bytes = read.map_err(|_| ApiError::too_slow(BODY_TIMEOUT))?;
-        let bytes = bytes.map_err(|_| ApiError::too_large(BODY_BYTES_MAX))?;
+        // Room is held until the body is parsed.
+        let (bytes, _room) = self.read(body).await?;
         parse(&bytes)
     }
+
+    /// The bytes of a body, and the room that they take.
+    async fn read(&self, body: Body) -> Result<(Vec<u8>, Option<OwnedSemaphorePermit>), ApiError> {
+        let entry = self.0.enter();
+        let arriving = entry.arriving.clone();
+        let arrive = async {
+            let (mut bytes, mut room): (Vec<u8>, Option<OwnedSemaphorePermit>) = Default::default();
+            let (mut parts, until) = (body.into_data_stream(), Instant::now() + BODY_TIMEOUT);
+            loop {
+                let part = next(&mut parts, until).await?;
+                let Some(part) = part else { return Ok((bytes, room)) };
+                if bytes.len() + part.len() > BODY_BYTES_MAX {
+                    return Err(ApiError::too_large(BODY_BYTES_MAX));
+                }
+                *arriving.last.lock() = Instant::now();
+                let more = self.room(part.len(), entry.number).await?;
+                match &mut room {
+                    Some(room) => room.merge(more),
+                    None => room = Some(more),
+                }
+                bytes.extend_from_slice(&part);
+            }
+        };
+        tokio::select! {
+            read = arrive => read,
+            () = arriving.leave.notified() => Err(ApiError::still(STILL)),
+        }
+    }
+
+    async fn room(&self, bytes: usize, of: u64) -> Result<OwnedSemaphorePermit, ApiError> {
+        // No part of a body has more bytes than a whole one may have.
+        let bytes = bytes as u32;
+        let until = Instant::now() + ROOM_TIMEOUT;
+        loop {
+            if let Ok(room) = self.0.bytes.clone().try_acquire_many_owned(bytes) {
+                return Ok(room);
+            }
+            self.0.make_room(of);
+            let waits = until.min(Instant::now() + STILL);
+            let room = timeout_at(waits, self.0.bytes.clone().acquire_many_owned(bytes)).await;
+            if let Ok(Ok(room)) = room {
+                return Ok(room);
+            }
+            if Instant::now() >= until {
+                let message = format!("{BODIES_BYTES_MAX} bytes of bodies are being read already");
+                return Err(ApiError::busy(message, Duration::from_secs(1)));
+            }
+        }
+    }
+}
+
+/// The next part of a body that is to be there until then.
+pub(super) async fn next<S, E>(parts: &mut S, until: Instant) -> Result<Option<Bytes>, ApiError>
+where
+    S: StreamExt<Item = Result<Bytes, E>> + Unpin,
+{
+    let part = timeout_at(until, timeout(BODY_IDLE_MAX, parts.next())).await;
+    let part = part.map_err(|_| ApiError::too_slow(BODY_TIMEOUT))?;
+    let part = part.map_err(|_| ApiError::too_slow(BODY_IDLE_MAX))?;
+    part.transpose().map_err(|_| ApiError::bad("the body broke off"))
 }
 
 /// What JSON says, if it stays within the bounds.
@@ -111,9 +237,45 @@ fn check_bounds(bytes: &[u8]) -> Result<(), ApiError> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
+    use futures::stream;
+    use serde_json::{Value, json};
 
     use super::*;
+
+    fn headers() -> HeaderMap {
+        let kind = "application/json".parse().unwrap();
+        HeaderMap::from_iter([(header::CONTENT_TYPE, kind)])
+    }
+
+    /// A body of which so many bytes come, and then nothing.
+    fn stuck(bytes: usize) -> Body {
+        let first = stream::iter([Ok::<_, std::io::Error>(Bytes::from(vec![b' '; bytes]))]);
+        Body::from_stream(first.chain(stream::pending()))
+    }
+
+    #[tokio::test]
+    async fn slow_bodies_keep_nobody_out() {
+        for bytes in [0, 1 << 10] {
+            let bodies = Bodies::of(8 << 10);
+            let slow: Vec<_> = (0..8)
+                .map(|_| {
+                    let bodies = bodies.clone();
+                    tokio::spawn(async move {
+                        let mut headers = headers();
+                        headers.insert(header::CONTENT_LENGTH, (BODY_BYTES_MAX as u64).into());
+                        bodies.json::<Value>(&headers, stuck(bytes)).await
+                    })
+                })
+                .collect();
+            tokio::time::sleep(2 * STILL).await;
+            let headers = headers();
+            let quick = bodies.json::<Value>(&headers, Body::from("{\"a\": 1}"));
+            assert_eq!(timeout(STILL * 2, quick).await.unwrap().unwrap(), json!({ "a": 1 }));
+            let told = slow.iter().filter(|slow| slow.is_finished()).count();
+            assert_eq!(told, usize::from(bytes > 0), "one of them made room");
+            slow.iter().for_each(tokio::task::JoinHandle::abort);
+        }
+    }
 
     #[test]
     fn depth_and_number_of_values_are_bounded_and_texts_are_no_structure() {

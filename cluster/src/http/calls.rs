@@ -3,22 +3,26 @@
 //! Invariant: every byte that the model wrote is handed out once: as text, or in a call. What looks
 //! like a call and is none stays text.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use super::error::ApiError;
+use super::{chat::Tool, error::ApiError};
 
 /// What models write around a call, if their template taught them: Hermes, Qwen and others.
 const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
 
 /// How calls are told from text.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) enum ToolUse {
     /// There are none.
     #[default]
     None,
     /// They stand between marks, in text.
     Auto,
+    /// All that is written is one call, as JSON with a name and arguments.
+    Required,
+    /// All that is written is the arguments of this one.
+    Named(String),
 }
 
 /// A call.
@@ -39,21 +43,80 @@ pub(super) enum Said {
     Call(Call),
 }
 
-/// What `tool_choice` asks for, of so many tools.
-pub(super) fn tool_use(choice: Option<&Value>, tools: usize) -> Result<ToolUse, ApiError> {
-    let by_itself = if tools == 0 { ToolUse::None } else { ToolUse::Auto };
+/// What `tool_choice` asks for, of these tools.
+pub(super) fn tool_use(choice: Option<&Value>, tools: &[Tool]) -> Result<ToolUse, ApiError> {
+    let wrong = |message: String| Err(ApiError::invalid("tool_choice", message));
+    let needs_tools = |choice: &str| wrong(format!("tool_choice is {choice}, and tools is empty"));
     match choice {
-        None | Some(Value::Null) => Ok(by_itself),
-        Some(Value::String(word)) if word == "none" => Ok(ToolUse::None),
-        Some(Value::String(word)) if word == "auto" => Ok(by_itself),
-        Some(Value::String(word)) if word != "required" => {
-            let message = "tool_choice: none or auto is expected";
-            Err(ApiError::invalid("tool_choice", message))
+        None | Some(Value::Null) if tools.is_empty() => Ok(ToolUse::None),
+        None | Some(Value::Null) => Ok(ToolUse::Auto),
+        Some(Value::String(word)) => match word.as_str() {
+            "none" => Ok(ToolUse::None),
+            "auto" if tools.is_empty() => Ok(ToolUse::None),
+            "auto" => Ok(ToolUse::Auto),
+            "required" if tools.is_empty() => needs_tools("required"),
+            "required" => Ok(ToolUse::Required),
+            _ => wrong("none, auto, required or a function is expected".to_owned()),
+        },
+        Some(choice) => {
+            let name = choice.pointer("/function/name").and_then(Value::as_str);
+            let Some(name) = name.filter(|_| choice["type"] == "function") else {
+                let expected = r#"{"type": "function", "function": {"name": …}} is expected"#;
+                return wrong(expected.to_owned());
+            };
+            if !tools.iter().any(|tool| tool.name() == name) {
+                let name: String = name.chars().take(64).collect();
+                return wrong(format!("no tool is named {name:?}"));
+            }
+            Ok(ToolUse::Named(name.to_owned()))
         }
-        Some(_) => {
-            // Only a grammar could make a model call what it does not want to.
-            let message = "tool_choice: a call cannot be forced yet; use auto";
-            Err(ApiError::unsupported("tool_choice", message))
+    }
+}
+
+impl ToolUse {
+    /// As it is kept with a detached job.
+    pub(super) fn to_text(&self) -> String {
+        match self {
+            Self::None => String::new(),
+            Self::Auto => "auto".into(),
+            Self::Required => "required".into(),
+            Self::Named(name) => format!("named:{name}"),
+        }
+    }
+
+    /// What was kept.
+    pub(super) fn from_text(text: &str) -> Self {
+        match text {
+            "auto" => Self::Auto,
+            "required" => Self::Required,
+            text => match text.strip_prefix("named:") {
+                Some(name) => Self::Named(name.to_owned()),
+                None => Self::None,
+            },
+        }
+    }
+
+    /// The JSON schema of all that is written, if the choice fixes it.
+    pub(super) fn schema(&self, tools: &[Tool]) -> Option<Value> {
+        match self {
+            Self::None | Self::Auto => None,
+            Self::Named(name) => {
+                tools.iter().find(|tool| tool.name() == name).map(Tool::parameters)
+            }
+            Self::Required => {
+                let one = |tool: &Tool| {
+                    json!({
+                        "type": "object",
+                        "properties": {
+                            "name": { "const": tool.name() },
+                            "arguments": tool.parameters(),
+                        },
+                        "required": ["name", "arguments"],
+                        "additionalProperties": false,
+                    })
+                };
+                Some(json!({ "anyOf": tools.iter().map(one).collect::<Vec<_>>() }))
+            }
         }
     }
 }
@@ -75,9 +138,9 @@ impl Calls {
         Self { how, held: String::new(), open: false, found: false }
     }
 
-    /// Whether something was called.
+    /// Whether the model called something of its own will.
     pub(super) fn called(&self) -> bool {
-        self.found
+        self.found && !matches!(self.how, ToolUse::Named(_))
     }
 
     /// Takes a piece and gives what is settled by it.
@@ -87,23 +150,23 @@ impl Calls {
         }
         self.held.push_str(piece);
         let mut settled = Vec::new();
-        loop {
+        while self.how == ToolUse::Auto {
             let mark = if self.open { CLOSE } else { OPEN };
             let Some(at) = self.held.find(mark) else { break };
             let rest = self.held.split_off(at + mark.len());
             let before = std::mem::replace(&mut self.held, rest);
             let before = &before[..at];
-            if !self.open {
-                settled.extend(said(before.to_owned()));
-            } else if let Some(call) = parse(before) {
-                self.found = true;
-                settled.push(Said::Call(call));
-            } else {
-                settled.extend(said(format!("{OPEN}{before}{CLOSE}")));
+            match (self.open, parse(before)) {
+                (false, _) => settled.extend(said(before.to_owned())),
+                (true, Some(call)) => {
+                    self.found = true;
+                    settled.push(Said::Call(call));
+                }
+                (true, None) => settled.extend(said(format!("{OPEN}{before}{CLOSE}"))),
             }
             self.open = !self.open;
         }
-        if !self.open {
+        if self.how == ToolUse::Auto && !self.open {
             let held = &self.held;
             let from = held.len().saturating_sub(OPEN.len());
             let begins = |at: &usize| held.is_char_boundary(*at) && OPEN.starts_with(&held[*at..]);
@@ -117,13 +180,16 @@ impl Calls {
     /// What was held back. Call it after the last piece.
     pub(super) fn finish(&mut self) -> Vec<Said> {
         let held = std::mem::take(&mut self.held);
-        let call = match self.how {
+        let call = match &self.how {
             ToolUse::None => return Vec::new(),
             ToolUse::Auto if self.open => {
                 // Some models end after the call without its mark.
                 parse(&held).ok_or_else(|| format!("{OPEN}{held}"))
             }
             ToolUse::Auto => Err(held),
+            ToolUse::Required => parse(&held).ok_or(held),
+            // Cut by max_tokens it is no JSON; it is what there is of the arguments all the same.
+            ToolUse::Named(name) => Ok(Call { name: name.clone(), arguments: held }),
         };
         match call {
             Ok(call) => {
@@ -200,5 +266,24 @@ mod tests {
         // One that was not closed, and one whose arguments are a text.
         let open = all(ToolUse::Auto, &["<tool_call>{\"name\":\"a\",\"parameters\":\"{}\"}"]);
         assert_eq!(open.1, [call("a", "{}")]);
+    }
+
+    #[test]
+    fn how_calls_are_told_is_kept_with_a_job() {
+        for how in
+            [ToolUse::None, ToolUse::Auto, ToolUse::Required, ToolUse::Named("named:auto".into())]
+        {
+            assert_eq!(ToolUse::from_text(&how.to_text()), how);
+        }
+    }
+
+    #[test]
+    fn a_forced_call_is_all_that_is_written() {
+        let named = ToolUse::Named("add".into());
+        let found = all(named, &["{\"a\":", "1}"]);
+        assert_eq!(found, (String::new(), vec![call("add", "{\"a\":1}")], false));
+        let found = all(ToolUse::Required, &["{\"name\":\"b\",", "\"arguments\":{}}"]);
+        assert_eq!(found, (String::new(), vec![call("b", "{}")], true));
+        assert_eq!(all(ToolUse::Required, &["{\"na"]).0, "{\"na");
     }
 }

@@ -75,9 +75,21 @@ struct Function {
     /// A JSON schema.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     parameters: Option<Value>,
-    /// Asks that arguments follow the schema, which nobody can promise yet.
+    /// Asks that arguments follow the schema, which only those of a forced call do.
     #[serde(default, skip_serializing)]
     strict: Option<bool>,
+}
+
+impl Tool {
+    /// Its name.
+    pub(super) fn name(&self) -> &str {
+        &self.function.name
+    }
+
+    /// The schema of its arguments.
+    pub(super) fn parameters(&self) -> Value {
+        self.function.parameters.clone().unwrap_or_else(|| json!({ "type": "object" }))
+    }
 }
 
 /// Longest name of a tool, in bytes.
@@ -85,7 +97,7 @@ const TOOL_NAME_BYTES_MAX: usize = 64;
 /// Most tools of a conversation.
 const TOOLS_MAX: usize = 128;
 
-fn check_tools(tools: &[Tool]) -> Result<(), ApiError> {
+fn check_tools(tools: &[Tool], forced: bool) -> Result<(), ApiError> {
     if tools.len() > TOOLS_MAX {
         let message = format!("tools has {} entries; at most {TOOLS_MAX} are taken", tools.len());
         return Err(ApiError::invalid("tools", message));
@@ -104,8 +116,11 @@ fn check_tools(tools: &[Tool]) -> Result<(), ApiError> {
             let message = format!("tools[{number}]: type function is expected");
             return Err(ApiError::unsupported("tools", message));
         }
-        if function.strict == Some(true) {
-            let message = format!("tools[{number}]: strict is not supported: leave it out");
+        if function.strict == Some(true) && !forced {
+            let message = format!(
+                "tools[{number}]: strict holds only for a call that is forced: leave it out, or set \
+                 tool_choice"
+            );
             return Err(ApiError::unsupported("tools", message));
         }
     }
@@ -169,6 +184,8 @@ pub(super) struct Conversation {
     pub(super) messages: Vec<Message>,
     /// What the model may call; none where it may not.
     pub(super) tools: Vec<Tool>,
+    /// A call of one of them is all that is written.
+    pub(super) forced: bool,
     /// What else the template reads: `enable_thinking`, ….
     pub(super) variables: Map<String, Value>,
 }
@@ -225,7 +242,7 @@ impl Conversation {
                 return Err(ApiError::invalid("chat_template_kwargs", message));
             }
         }
-        check_tools(&self.tools)?;
+        check_tools(&self.tools, self.forced)?;
         if !self.tools.is_empty() {
             variables.insert("tools".into(), json!(self.tools));
         }
@@ -235,25 +252,14 @@ impl Conversation {
     }
 }
 
-/// Whether an answer may have any form.
-pub(super) fn check_format(format: Option<&Value>) -> Result<(), ApiError> {
-    match format.and_then(|format| format.get("type")).and_then(Value::as_str) {
-        None if format.is_none_or(Value::is_null) => Ok(()),
-        Some("text") => Ok(()),
-        _ => {
-            let message = "response_format: only {\"type\": \"text\"} is supported";
-            Err(ApiError::unsupported("response_format", message))
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn rendered(messages: Value) -> Result<Value, ApiError> {
         let messages = serde_json::from_value(messages).unwrap();
-        let asked = Conversation { messages, tools: Vec::new(), variables: Map::new() };
+        let asked =
+            Conversation { messages, tools: Vec::new(), forced: false, variables: Map::new() };
         asked.check(7).map(|json| serde_json::from_str(&json).unwrap())
     }
 
@@ -286,6 +292,7 @@ mod tests {
         let asked = |tools: Value| Conversation {
             messages: serde_json::from_value(messages.clone()).unwrap(),
             tools: serde_json::from_value(tools).unwrap(),
+            forced: false,
             variables: Map::new(),
         };
         let found = asked(json!([tool])).check(0).unwrap();
@@ -317,8 +324,5 @@ mod tests {
             let error = rendered(messages).unwrap_err();
             assert!(error.message.contains(words), "{error:?}");
         }
-        assert!(check_format(Some(&json!({ "type": "json_object" }))).is_err());
-        assert!(check_format(Some(&json!({ "type": "text" }))).is_ok());
-        assert!(check_format(None).is_ok());
     }
 }

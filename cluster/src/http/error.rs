@@ -55,6 +55,16 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "permission_error", message)
     }
 
+    /// A form of answers that cannot be had.
+    pub(super) fn form(message: impl Into<String>) -> Self {
+        Self { param: Some("response_format"), ..Self::bad(message) }
+    }
+
+    /// A priority that whoever asks may not have.
+    pub(super) fn priority(message: impl Into<String>) -> Self {
+        Self { param: Some("priority"), ..Self::forbidden(message) }
+    }
+
     /// There is no such thing.
     pub(super) fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
@@ -92,6 +102,13 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
     }
 
+    /// A body that stood still while others needed its room.
+    pub(super) fn still(limit: Duration) -> Self {
+        let message =
+            format!("nothing of the body came for {limit:?} while others waited: send it faster");
+        Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
+    }
+
     /// More than is admitted at present.
     pub(super) fn busy(message: impl Into<String>, retry_after: Duration) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
@@ -123,6 +140,12 @@ impl ApiError {
     /// The same with a code that clients look at.
     pub(super) fn coded(self, code: &'static str) -> Self {
         Self { code: Some(code), ..self }
+    }
+
+    /// The same, of a line of a file.
+    pub(super) fn in_line(self, number: u64) -> Self {
+        let message = format!("line {number}: {}", self.message);
+        Self { message, param: Some("input_file_id"), ..self }
     }
 
     /// As it is sent.

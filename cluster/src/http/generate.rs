@@ -1,7 +1,7 @@
 //! `/v1/chat/completions` and `/v1/completions`: from a body to jobs, and from their events to an
 //! answer, whole or as it comes.
 //!
-//! Invariants: a request that is refused has cost no more than its tokens; whoever leaves takes its
+//! Invariants: a request is let in by its bytes before it is tokenised; whoever leaves takes its
 //! jobs along; what waits for a reader is a few events of each job.
 
 use std::{collections::VecDeque, convert::Infallible, pin::Pin, sync::Arc, time::Duration};
@@ -83,72 +83,108 @@ async fn generate(api: Arc<Api>, kind: Kind, request: Request) -> Result<Respons
     answering.respond(span).await
 }
 
-/// Tokenises, checks, lets in and submits.
+/// Jobs of a request whose prompts are token ids, which the model can serve.
+pub(super) struct Tokenised {
+    /// One for each prompt, each to be answered `n` times.
+    pub(super) jobs: Vec<JobRequest>,
+    /// What they take.
+    pub(super) load: Load,
+    /// Tokens of the prompts.
+    pub(super) tokens: u64,
+}
+
+impl Api {
+    /// Whether whoever asks may ask for this.
+    pub(super) fn check_rights(&self, caller: &Caller, asked: &Asked) -> Result<(), ApiError> {
+        let most = caller.key.as_ref().map_or(0, |(_, limits)| limits.priority);
+        let found = asked.serving.priority;
+        if found > most {
+            let whose = match &caller.key {
+                Some((name, _)) => format!("key {name} may ask for {most} at most"),
+                None => format!("{most} is the highest without a key that allows more"),
+            };
+            let remedy = "`lite-llm key add NAME --priority N` makes one that may";
+            return Err(ApiError::priority(format!("priority is {found}; {whose}: {remedy}")));
+        }
+        let named = self.coordinator.prompts().is_some_and(Prompts::names_tools);
+        if asked.tool_use == ToolUse::Auto && !named {
+            let message = "the model's chat template does not tell it of tools: leave them out";
+            return Err(ApiError::unsupported("tools", message));
+        }
+        Ok(())
+    }
+
+    /// Tokenises the prompts of a request that was let in by their bytes, and checks its jobs.
+    pub(super) async fn tokenise(&self, asked: &mut Asked) -> Result<Tokenised, ApiError> {
+        let field = if asked.kind == Kind::Chat { "messages" } else { "prompt" };
+        if let Some(grammar) = &asked.choosing.grammar {
+            self.coordinator.check_grammar(grammar).await.map_err(ApiError::form)?;
+        }
+        let (n, positions) = (asked.n, self.coordinator.positions_max());
+        let mut all =
+            Tokenised { jobs: Vec::new(), load: Load { jobs: 0, prompt: 0, answer: 0 }, tokens: 0 };
+        for prompt in std::mem::take(&mut asked.prompts) {
+            let ids = self.coordinator.encode(prompt).await.map_err(|error| match error {
+                EncodeError::Busy(_) => ApiError::busy(error.to_string(), Duration::from_secs(1)),
+                EncodeError::Prompt(_) => ApiError::invalid(field, error.to_string()),
+            })?;
+            let count = ids.len() as u64;
+            if ids.len() >= self.config.context {
+                let message = format!(
+                    "the prompt has {count} tokens; this model sees {}, of which one at least must \
+                     be left for the answer: shorten the prompt",
+                    self.config.context
+                );
+                return Err(ApiError::invalid(field, message).coded("context_length_exceeded"));
+            }
+            let mut request = JobRequest { prompt: Prompt::Tokens(ids), ..asked.request.clone() };
+            if asked.open_ended {
+                // As many as fit where it can run; of one that fits nowhere whoever runs it says so.
+                let room = (positions as u64).saturating_sub(count).max(1) as u32;
+                request.max_new_tokens = request.max_new_tokens.min(room);
+            }
+            jobs::check_order(&request, &asked.choosing, &[], &self.config)
+                .map_err(ApiError::bad)?;
+            let room = (self.config.context as u64).saturating_sub(count);
+            all.load.jobs += n as usize;
+            all.load.prompt += count * u64::from(n);
+            all.load.answer += u64::from(request.max_new_tokens).min(room) * u64::from(n);
+            let candidates = asked.choosing.logprobs.map_or(0, |top| u64::from(top) + 1);
+            if all.load.answer.saturating_mul(candidates) > LOGPROBS_MAX {
+                let message = format!(
+                    "log-probabilities of {} tokens with {candidates} candidates each are asked for; {LOGPROBS_MAX} \
+                     in all are given: set max_tokens, or ask for fewer",
+                    all.load.answer
+                );
+                return Err(ApiError::invalid("logprobs", message));
+            }
+            all.tokens += count;
+            all.jobs.push(request);
+        }
+        Ok(all)
+    }
+}
+
+/// Lets in, tokenises, checks and submits.
 async fn begin(
     api: &Arc<Api>,
     caller: &Caller,
     arrived: std::time::Instant,
-    asked: Asked,
+    mut asked: Asked,
     deadline: Option<Deadline>,
 ) -> Result<Answering, ApiError> {
-    let Asked {
-        kind,
-        prompts,
-        n,
-        mut request,
-        choosing,
-        mut serving,
-        stop,
-        stream,
-        include_usage,
-        tool_use,
-        ..
-    } = asked;
+    api.check_rights(caller, &asked)?;
     if let Some((name, _)) = &caller.key {
         // No certificate has such a name.
-        serving.tenant = format!("key:{name}");
+        asked.serving.tenant = format!("key:{name}");
     }
-    request.trace = telemetry::context_of(&Span::current());
-    let prompts_of_model = api.coordinator.prompts();
-    if tool_use == ToolUse::Auto && !prompts_of_model.is_some_and(Prompts::names_tools) {
-        let message = "the model's chat template does not tell it of tools: leave them out";
-        return Err(ApiError::unsupported("tools", message));
-    }
-    let field = if kind == Kind::Chat { "messages" } else { "prompt" };
-    let (mut jobs, mut tokens, mut load) = (Vec::new(), 0, Load { jobs: 0, prompt: 0, answer: 0 });
-    for prompt in prompts {
-        let ids = api.coordinator.encode(prompt).await.map_err(|error| match error {
-            EncodeError::Busy(_) => ApiError::busy(error.to_string(), Duration::from_secs(1)),
-            EncodeError::Prompt(_) => ApiError::invalid(field, error.to_string()),
-        })?;
-        let count = ids.len() as u64;
-        if ids.len() >= api.config.context {
-            let message = format!(
-                "the prompt has {count} tokens; this model sees {}, of which one at least must be \
-                 left for the answer: shorten the prompt",
-                api.config.context
-            );
-            return Err(ApiError::invalid(field, message).coded("context_length_exceeded"));
-        }
-        let request = JobRequest { prompt: Prompt::Tokens(ids), ..request.clone() };
-        jobs::check_order(&request, &choosing, &[], &api.config).map_err(ApiError::bad)?;
-        let room = (api.config.context as u64).saturating_sub(count);
-        load.jobs += n as usize;
-        load.prompt += count * u64::from(n);
-        load.answer += u64::from(request.max_new_tokens).min(room) * u64::from(n);
-        let candidates = choosing.logprobs.map_or(0, |top| u64::from(top) + 1);
-        if load.answer.saturating_mul(candidates) > LOGPROBS_MAX {
-            let message = format!(
-                "log-probabilities of {} tokens with {candidates} candidates each are asked for; {LOGPROBS_MAX} \
-                 in all are given: set max_tokens, or ask for fewer",
-                load.answer
-            );
-            return Err(ApiError::invalid("logprobs", message));
-        }
-        tokens += count;
-        jobs.push(request);
-    }
-    let place = api.enter(caller, arrived, load)?;
+    asked.request.trace = telemetry::context_of(&Span::current());
+    let mut place = api.enter(caller, arrived, asked.load(api.config.context))?;
+    let Tokenised { jobs, load, tokens } = api.tokenise(&mut asked).await?;
+    place.settle(load)?;
+    let Asked {
+        kind, n, request, choosing, serving, stop, stream, include_usage, tool_use, ..
+    } = asked;
     let mut choices: Vec<Pieces> = Vec::new();
     for request in jobs {
         for copy in 0..n {
@@ -170,12 +206,12 @@ async fn begin(
         model: api.name.clone(),
         fingerprint: api.fingerprint.clone(),
         seed: request.seed,
-        tokenizer: prompts_of_model.map(|prompts| prompts.tokenizer().clone()),
+        tokenizer: api.coordinator.prompts().map(|prompts| prompts.tokenizer().clone()),
         include_usage,
     };
     let open = choices.len();
     let pieces = stream::select_all(choices).peekable();
-    let calls = (0..open).map(|_| (Calls::new(tool_use), 0)).collect();
+    let calls = (0..open).map(|_| (Calls::new(tool_use.clone()), 0)).collect();
     Ok(Answering { show, pieces, calls, open, place, prompt: tokens, stream })
 }
 

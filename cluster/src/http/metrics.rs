@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use lite_llm_transport::messages::{ClusterStatus, NodeResidences};
+use lite_llm_transport::messages::{ClusterStatus, NodeResidences, ScheduleStatus};
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
     Registry, TextEncoder, core::Collector, proto::MetricFamily,
@@ -185,6 +185,7 @@ fn of_cluster(status: &ClusterStatus, residences: &[NodeResidences]) -> Result<R
         rate.with_label_values(labels).set(f64::from(node.tokens_per_second));
         loaded.with_label_values(labels).set(node.loaded as f64);
     }
+    of_schedulers(&registry, residences)?;
     let place = &["node", "residence"];
     let held = gauges("lite_llm_residence_bytes", "Bytes of experts that are there.", place)?;
     let budget =
@@ -207,4 +208,56 @@ fn of_cluster(status: &ClusterStatus, residences: &[NodeResidences]) -> Result<R
         }
     }
     Ok(registry)
+}
+
+/// What the nodes' schedulers have done.
+fn of_schedulers(registry: &Registry, nodes: &[NodeResidences]) -> Result<()> {
+    type Of = fn(&ScheduleStatus) -> u64;
+    let gauges: [(&str, &str, Of); 5] = [
+        ("lite_llm_node_sequences_running", "Sequences that have pages.", |s| s.running),
+        ("lite_llm_node_sequences_waiting", "Sequences that wait for pages.", |s| s.waiting),
+        ("lite_llm_kv_cache_pages", "Pages of the cache of keys and values.", |s| s.pages),
+        ("lite_llm_kv_cache_pages_used", "Pages that sequences have.", |s| s.pages_used),
+        ("lite_llm_kv_cache_pages_idle", "Pages kept for their prefix alone.", |s| s.pages_idle),
+    ];
+    let counters: [(&str, &str, Of); 6] = [
+        ("lite_llm_positions_computed_total", "Positions that were computed.", |s| s.computed),
+        (
+            "lite_llm_prefix_cache_hit_tokens_total",
+            "Positions that were found in the cache of prefixes.",
+            |s| s.found,
+        ),
+        (
+            "lite_llm_num_preemptions_total",
+            "Times that a sequence lost its pages to another.",
+            |s| s.preemptions,
+        ),
+        ("lite_llm_spec_decode_num_draft_tokens_total", "Tokens that were guessed.", |s| s.guessed),
+        (
+            "lite_llm_spec_decode_num_accepted_tokens_total",
+            "Guessed tokens that were right.",
+            |s| s.guessed_right,
+        ),
+        (
+            "lite_llm_spec_decode_num_rejected_tokens_total",
+            "Guessed tokens that were wrong.",
+            |s| s.guessed.saturating_sub(s.guessed_right),
+        ),
+    ];
+    let nodes = || nodes.iter().take(NODES_MAX);
+    for (name, help, of) in gauges {
+        let gauge = GaugeVec::new(Opts::new(name, help), &["node"])?;
+        registry.register(Box::new(gauge.clone()))?;
+        for node in nodes() {
+            gauge.with_label_values(&[node.name.as_str()]).set(of(&node.schedule) as f64);
+        }
+    }
+    for (name, help, of) in counters {
+        let counter = IntCounterVec::new(Opts::new(name, help), &["node"])?;
+        registry.register(Box::new(counter.clone()))?;
+        for node in nodes() {
+            counter.with_label_values(&[node.name.as_str()]).inc_by(of(&node.schedule));
+        }
+    }
+    Ok(())
 }

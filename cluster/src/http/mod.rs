@@ -10,12 +10,15 @@
 
 mod admission;
 mod ask;
+mod batches;
 mod body;
 mod calls;
 mod chat;
 mod choice;
 mod error;
 mod experts;
+mod files;
+mod form;
 mod generate;
 mod health;
 mod metrics;
@@ -25,9 +28,10 @@ mod place;
 mod play;
 mod show;
 mod stall;
+mod store;
 mod tls;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use axum::{
@@ -68,6 +72,7 @@ use self::{
     metrics::Metrics,
     place::Requests,
     stall::Stalling,
+    store::Files,
 };
 use crate::{commands::unix_time, telemetry};
 
@@ -107,6 +112,8 @@ pub(crate) struct HttpOptions {
     pub(crate) coordinator: CoordinatorHandle,
     /// Who may ask, as soon as there is a key; without, all who reach it.
     pub(crate) keys: Option<Arc<Keys>>,
+    /// Where files of batches are kept, and for how long; nowhere, if the process keeps no ledger.
+    pub(crate) files: Option<(PathBuf, Duration)>,
     /// Bytes of an expert, by tier.
     pub(crate) expert_bytes: Vec<u64>,
     /// Connections are TLS.
@@ -177,6 +184,9 @@ struct Api {
     metrics: Metrics,
     readiness: Readiness,
     requests: Mutex<Requests>,
+    files: Option<Files>,
+    /// Batches that are made.
+    making: Semaphore,
     expert_bytes: Vec<u64>,
     watched: experts::Watched,
 }
@@ -184,8 +194,17 @@ struct Api {
 impl Api {
     fn new(options: HttpOptions) -> Result<Arc<Self>> {
         let HttpOptions {
-            listen, model, fingerprint, config, coordinator, keys, expert_bytes, ..
+            listen,
+            model,
+            fingerprint,
+            config,
+            coordinator,
+            keys,
+            files,
+            expert_bytes,
+            ..
         } = options;
+        let files = files.map(|(folder, keep)| Files::open(folder, keep)).transpose()?;
         let tokens = CONTEXTS_MAX * config.context as u64;
         Ok(Arc::new(Self {
             name: model,
@@ -200,6 +219,8 @@ impl Api {
             metrics: Metrics::new()?,
             readiness: Readiness::default(),
             requests: Mutex::default(),
+            files,
+            making: Semaphore::new(batches::MAKING_MAX),
             expert_bytes,
             watched: experts::Watched::default(),
         }))
@@ -212,6 +233,13 @@ struct Caller {
     key: Option<(String, KeyLimits)>,
 }
 
+impl Caller {
+    /// Under which name its files and batches are kept. No certificate has such a name.
+    fn owner(&self) -> String {
+        format!("key:{}", self.key.as_ref().map_or("", |(name, _)| name))
+    }
+}
+
 fn router(api: Arc<Api>) -> Router {
     let guarded = middleware::from_fn_with_state(api.clone(), guard);
     let counted = middleware::from_fn_with_state(api.clone(), count);
@@ -220,6 +248,12 @@ fn router(api: Arc<Api>) -> Router {
         .route("/v1/completions", post(generate::completions))
         .route("/v1/models", get(models))
         .route("/v1/models/{*model}", get(model))
+        .route("/v1/files", get(files::list).post(files::upload))
+        .route("/v1/files/{file}", get(files::retrieve).delete(files::delete))
+        .route("/v1/files/{file}/content", get(files::content))
+        .route("/v1/batches", get(batches::list).post(batches::create))
+        .route("/v1/batches/{batch}", get(batches::retrieve))
+        .route("/v1/batches/{batch}/cancel", post(batches::cancel))
         .route("/metrics", get(health::metrics))
         .route("/cluster", get(page::cluster))
         .route("/cluster/experts", get(experts::experts))
@@ -294,7 +328,11 @@ impl Api {
         let found = keys.find(text.trim()).map_err(unreadable)?;
         let key =
             found.ok_or_else(|| ApiError::unauthorized("the key is not known, or no more"))?;
-        let limits = KeyLimits { jobs: key.jobs, tokens_per_minute: key.tokens_per_minute };
+        let limits = KeyLimits {
+            jobs: key.jobs,
+            tokens_per_minute: key.tokens_per_minute,
+            priority: key.priority,
+        };
         Ok(Caller { key: Some((key.name, limits)) })
     }
 }

@@ -1,18 +1,18 @@
 //! The page for people, and what it shows: nodes, where experts are, and requests under way.
 //!
-//! Invariant: no text of a request is shown to anybody but who asked.
+//! Invariant: no text of a request is shown to anybody but who asked, nor whose a request is.
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use axum::{
-    Json,
+    Extension, Json,
     extract::State,
     http::header,
     response::{Html, IntoResponse, Response},
 };
 use serde_json::{Value, json};
 
-use super::{Api, error::ApiError, health::describe};
+use super::{Api, Caller, error::ApiError, health::describe};
 
 const PAGE: &str = include_str!("page.html");
 /// Nothing is fetched from elsewhere, and nobody shows the page inside their own.
@@ -29,7 +29,11 @@ pub(super) async fn page() -> Response {
 }
 
 /// What it shows.
-pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Result<Json<Value>, ApiError> {
+pub(super) async fn cluster(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Json<Value>, ApiError> {
+    let asker = caller.key.as_ref().map(|(name, _)| name.as_str());
     let (status, residences) = describe(&api).await?;
     let places: BTreeMap<&str, &Vec<_>> =
         residences.iter().map(|node| (node.name.as_str(), &node.residences)).collect();
@@ -56,7 +60,7 @@ pub(super) async fn cluster(State(api): State<Arc<Api>>) -> Result<Json<Value>, 
         })
     });
     let requests = api.requests.lock();
-    let shown = requests.newest().take(REQUESTS_MAX).map(|one| one.json());
+    let shown = requests.newest().take(REQUESTS_MAX).map(|one| one.json(asker));
     Ok(Json(json!({
         "model": api.name,
         "fingerprint": api.fingerprint,

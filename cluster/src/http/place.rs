@@ -29,19 +29,20 @@ pub(super) struct Visible {
     number: u64,
     key: Option<String>,
     jobs: usize,
-    prompt: u64,
+    /// Tokens of its prompts, when they are known.
+    prompt: AtomicU64,
     arrived: Instant,
     tokens: AtomicU64,
 }
 
 impl Visible {
-    /// For the page.
-    pub(super) fn json(&self) -> Value {
+    /// For the page, as whoever asks with a key may see it: whose it is, only if it is its own.
+    pub(super) fn json(&self, asker: Option<&str>) -> Value {
         json!({
             "number": self.number,
-            "key": self.key,
+            "key": self.key.as_deref().filter(|name| Some(*name) == asker),
             "jobs": self.jobs,
-            "prompt": self.prompt,
+            "prompt": self.prompt.load(Relaxed),
             "tokens": self.tokens.load(Relaxed),
             "seconds": self.arrived.elapsed().as_secs_f64(),
         })
@@ -67,7 +68,7 @@ impl Requests {
             number: self.begun,
             key: caller.key.as_ref().map(|(name, _)| name.clone()),
             jobs: load.jobs,
-            prompt: load.prompt,
+            prompt: AtomicU64::new(0),
             arrived,
             tokens: AtomicU64::new(0),
         });
@@ -85,6 +86,8 @@ pub(super) struct Place {
     arrived: Instant,
     stages: Vec<Stage>,
     generated: u64,
+    /// Its prompts were tokenised, and are paid for.
+    settled: bool,
 }
 
 impl Api {
@@ -98,16 +101,26 @@ impl Api {
         let key = caller.key.as_ref().map(|(name, limits)| (name.as_str(), *limits));
         let entered = self.admission.lock().enter(Instant::now(), key, load);
         entered.map_err(|refusal| ApiError::busy(refusal.reason, refusal.retry_after))?;
-        self.metrics.prompt_tokens.inc_by(load.prompt);
         self.metrics.waiting.add(load.jobs as i64);
         let stages = vec![Stage::Waits; load.jobs];
         let visible = self.requests.lock().begin(caller, load, arrived);
         let (api, caller) = (self.clone(), caller.clone());
-        Ok(Place { api, visible, caller, load, arrived, stages, generated: 0 })
+        Ok(Place { api, visible, caller, load, arrived, stages, generated: 0, settled: false })
     }
 }
 
 impl Place {
+    /// The tokens of its prompts are known.
+    pub(super) fn settle(&mut self, load: Load) -> Result<(), ApiError> {
+        let key = self.caller.key.as_ref().map(|(name, _)| name.as_str());
+        let settled = self.api.admission.lock().settle(key, self.load, load);
+        settled.map_err(|refusal| ApiError::busy(refusal.reason, refusal.retry_after))?;
+        (self.load, self.settled) = (load, true);
+        self.api.metrics.prompt_tokens.inc_by(load.prompt);
+        self.visible.prompt.store(load.prompt, Relaxed);
+        Ok(())
+    }
+
     /// Tokens of one of its jobs came: one, or none where only text did.
     pub(super) fn tokens(&mut self, job: u32, tokens: u32) {
         if tokens == 0 {
@@ -157,6 +170,14 @@ impl Drop for Place {
         (0..self.stages.len()).for_each(|job| self.over(job));
         let key = self.caller.key.as_ref().map(|(name, _)| name.as_str());
         self.api.requests.lock().open.remove(&self.visible.number);
-        self.api.admission.lock().leave(Instant::now(), key, self.load, self.generated);
+        let mut admission = self.api.admission.lock();
+        if !self.settled {
+            let nothing = Load { prompt: 0, answer: 0, ..self.load };
+            // Less always has room.
+            if admission.settle(key, self.load, nothing).is_ok() {
+                self.load = nothing;
+            }
+        }
+        admission.leave(Instant::now(), key, self.load, self.generated);
     }
 }

@@ -78,11 +78,20 @@ async fn begin(api: &Arc<Api>, request: Request) -> Result<Playing, ApiError> {
         }
         false => Prompt::Text(asked.prompt),
     };
+    // By its bytes, before anything is computed for it.
+    let context = api.config.context as u64;
+    let bytes = match &prompt {
+        Prompt::Text(text) | Prompt::Chat(text) => (text.len() as u64).min(context),
+        Prompt::Tokens(ids) => (ids.len() as u64).min(context),
+    };
+    let answer = u64::from(asked.max_tokens).min(context - bytes);
+    let load = Load { jobs: 1, prompt: bytes, answer };
+    let mut place = api.enter(&caller, arrived.into_std(), load)?;
     let ids = api.coordinator.encode(prompt).await.map_err(|error| match error {
         EncodeError::Busy(_) => ApiError::busy(error.to_string(), Duration::from_secs(1)),
         EncodeError::Prompt(_) => ApiError::invalid("prompt", error.to_string()),
     })?;
-    let (count, context) = (ids.len() as u64, api.config.context as u64);
+    let count = ids.len() as u64;
     if count >= context {
         let message =
             format!("the prompt has {count} tokens; this model sees {context}: shorten it");
@@ -105,9 +114,7 @@ async fn begin(api: &Arc<Api>, request: Request) -> Result<Playing, ApiError> {
     let choosing = Choosing { logprobs: Some(CANDIDATES), ..Choosing::default() };
     jobs::check_order(&request, &choosing, &[], &api.config).map_err(ApiError::bad)?;
     let answer = u64::from(asked.max_tokens).min(context - count);
-    let load = Load { jobs: 1, prompt: count, answer };
-    let place = api.enter(&caller, arrived.into_std(), load)?;
-    debug!(prompt = count, most = asked.max_tokens, "let in from the page");
+    place.settle(Load { jobs: 1, prompt: count, answer })?;
     // No certificate has such a name.
     let tenant = caller.key.map_or_else(String::new, |(name, _)| format!("key:{name}"));
     let serving = Serving { tenant, ..Serving::default() };

@@ -212,8 +212,13 @@ impl Show {
 
 /// A call as clients read it, and send it back.
 pub(super) fn call(call: Call) -> Value {
+    call_of(format!("call_{}", uuid::Uuid::new_v4().simple()), call)
+}
+
+/// The same under an id.
+pub(super) fn call_of(id: String, call: Call) -> Value {
     json!({
-        "id": format!("call_{}", uuid::Uuid::new_v4().simple()),
+        "id": id,
         "type": "function",
         "function": { "name": call.name, "arguments": call.arguments },
     })

@@ -205,7 +205,7 @@ int cuGraphInstantiateWithFlags(void** e, void*, unsigned long long) { *e = (voi
 int cuGraphExecDestroy(void*) GOOD
 int cuGraphDestroy(size_t* graph) { delete graph; return 0; }
 int cuGraphLaunch(void*, void*) { return 801; }
-int cuMemGetInfo_v2(size_t* free, size_t* all) { *free = *all = 0; return 0; }
+int cuMemGetInfo_v2(size_t* free, size_t* all) { *free = *all = (size_t)4 << 30; return 0; }
 int cuGetErrorName(int, const char** s) { *s = "HOST"; return 0; }
 int cuGetErrorString(int, const char** s) { *s = "the host that stands for a GPU cannot do this"; return 0; }
 int cuMemAlloc_v2(uint64_t* at, size_t bytes) {

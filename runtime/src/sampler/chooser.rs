@@ -6,6 +6,7 @@
 use lite_llm_kernels::ops::{softmax, sum};
 
 use super::{Context, SampleError, Sampling, Seen, choose};
+use crate::grammar::{GrammarError, Guide};
 
 /// Most candidates of a token whose log-probabilities are told.
 pub const TOP_LOGPROBS_MAX: u32 = 20;
@@ -57,6 +58,17 @@ pub struct Chosen {
     pub score: Option<Score>,
 }
 
+/// Why a sequence has no next token.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub(crate) enum ChooseError {
+    /// The row, or what is asked of it.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    /// The form of the answer.
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub(crate) struct Chooser {
@@ -65,6 +77,8 @@ pub(crate) struct Chooser {
     logprobs: Option<u32>,
     /// Sorted by id; kept only where penalties look at it.
     seen: Vec<Seen>,
+    /// Where the answer is in its form, if it has one.
+    guide: Option<Guide>,
 }
 
 impl Chooser {
@@ -75,6 +89,7 @@ impl Chooser {
         logprobs: Option<u32>,
         prompt: &[u32],
         generated: &[u32],
+        guide: Option<Guide>,
     ) -> Self {
         let mut seen = Vec::new();
         if sampling.is_penalised() {
@@ -83,21 +98,31 @@ impl Chooser {
             ids.dedup();
             seen = ids.into_iter().map(|id| Seen { id, generated: 0 }).collect();
         }
-        let mut chooser = Self { sampling, bias, logprobs, seen };
+        let mut chooser = Self { sampling, bias, logprobs, seen, guide };
         generated.iter().for_each(|&id| chooser.take(id));
         chooser
     }
 
     /// The next token of the sequence, at `position`.
-    pub(crate) fn choose(&mut self, logits: &[f32], position: u64) -> Result<Chosen, SampleError> {
-        let context = Context { bias: &self.bias, seen: &self.seen };
+    pub(crate) fn choose(&mut self, logits: &[f32], position: u64) -> Result<Chosen, ChooseError> {
+        let mask = self.guide.as_mut().map(Guide::mask).transpose()?;
+        let context = Context { bias: &self.bias, seen: &self.seen, mask: mask.as_ref() };
         let id = choose(logits, &self.sampling, context, position)?;
         let score = self.logprobs.map(|top| score(logits, id, top));
         self.take(id);
         Ok(Chosen { id, score })
     }
 
+    /// How many of these tokens, from the first, the form of the answer allows.
+    pub(crate) fn possible(&mut self, ids: &[u32]) -> usize {
+        self.guide.as_mut().map_or(ids.len(), |guide| guide.possible(ids))
+    }
+
     fn take(&mut self, id: u32) {
+        if let Some(guide) = &mut self.guide {
+            // One that left its form stays in error, which the next choice tells.
+            let _ = guide.take(id);
+        }
         if !self.sampling.is_penalised() {
             return;
         }
@@ -147,7 +172,8 @@ mod tests {
         let logits: Vec<f32> = (0..50).map(|i| ((i * 37) % 11) as f32 * 0.2).collect();
         let prompt = [3, 9, 3, 44];
         let run = |generated: &[u32], count: usize| {
-            let mut chooser = Chooser::new(sampling, vec![(7, 1.0)], None, &prompt, generated);
+            let mut chooser =
+                Chooser::new(sampling, vec![(7, 1.0)], None, &prompt, generated, None);
             let first = (prompt.len() + generated.len()) as u64;
             let choose = |at| chooser.choose(&logits, first + at as u64).unwrap().id;
             (0..count).map(choose).collect::<Vec<_>>()
@@ -157,7 +183,7 @@ mod tests {
             assert_eq!(run(&whole[..cut], 40 - cut), whole[cut..]);
         }
         let unlike = Sampling { frequency: 0.0, presence: 0.0, repetition: 1.0, ..sampling };
-        let mut plain = Chooser::new(unlike, Vec::new(), None, &prompt, &[]);
+        let mut plain = Chooser::new(unlike, Vec::new(), None, &prompt, &[], None);
         plain.choose(&logits, 4).unwrap();
         assert!(plain.seen.is_empty(), "nothing is kept that nobody looks at");
     }
@@ -166,7 +192,7 @@ mod tests {
     fn penalties_keep_an_answer_from_repeating_itself() {
         let logits = [1.0, 0.9, 0.8];
         let sampling = Sampling { frequency: 0.15, ..Sampling::GREEDY };
-        let mut chooser = Chooser::new(sampling, Vec::new(), None, &[0, 0, 0], &[]);
+        let mut chooser = Chooser::new(sampling, Vec::new(), None, &[0, 0, 0], &[], None);
         let mut choose = |at| chooser.choose(&logits, at).unwrap().id;
         // What was only read is not penalised by frequency.
         assert_eq!([choose(3), choose(4), choose(5), choose(6)], [0, 1, 0, 2]);

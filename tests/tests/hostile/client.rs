@@ -5,8 +5,8 @@ use lite_llm_transport::{
     identity::{OPERATOR, Role},
     join::join,
     messages::{
-        ClientReply, ClientRequest, EndReason, ExpertFailure, JobContinue, JobEvent, JobEventBody,
-        JobRequest, JobStart, LogitsWanted, Prompt, TraceContext, decode, encode,
+        ClientReply, ClientRequest, EndReason, ExpertFailure, JobEvent, JobEventBody, JobOrder,
+        JobRequest, LogitsWanted, Prompt, TraceContext, decode, encode,
     },
 };
 
@@ -86,13 +86,17 @@ fn extreme_jobs() -> Vec<(JobRequest, bool)> {
     jobs
 }
 
+fn order(request: JobRequest) -> ClientRequest {
+    ClientRequest::Order(Box::new(request.into()))
+}
+
 /// What clients may not say, as frames of every kind.
 fn not_for_clients() -> Vec<Raw> {
     let request = HonestJob::new(1).request();
     let body = JobEventBody::Token { index: 0, id: 1, text: None };
     let event = JobEvent { job: 1, trace: TraceContext::default(), body };
-    let start = JobStart { job: 1, request: request.clone() };
-    let go_on = JobContinue { job: 1, request, generated: vec![1] };
+    let start = JobOrder { job: 1, ..request.clone().into() };
+    let go_on = JobOrder { job: 1, generated: vec![1], ..request.into() };
     let bodies = [
         encode(&event),
         encode(&ExpertFailure::new(1, "no")),
@@ -158,9 +162,10 @@ async fn a_client_cannot_touch_anothers_job() {
         thief.requests().await.say(&ClientRequest::Cancel(guess)).await;
         for generated in [vec![], vec![7], vec![0; 451], vec![u32::MAX], vec![0; 1 << 20]] {
             let request = job(|job| job.max_new_tokens = 2);
-            let go_on = JobContinue { job: guess, request, generated: generated.clone() };
+            let generated_of = generated.clone();
+            let go_on = JobOrder { job: guess, generated: generated_of, ..request.into() };
             let mut other = thief.requests().await;
-            match other.ask(&ClientRequest::Continue(Box::new(go_on))).await {
+            match other.ask(&ClientRequest::Order(Box::new(go_on))).await {
                 ClientReply::Accepted { job } => {
                     assert!(generated.len() < 2 && job != number, "{job} goes on");
                     // Whatever is said on a job's stream ends that job, and no other.
@@ -182,7 +187,7 @@ async fn a_client_cannot_touch_anothers_job() {
 async fn clients_that_leave_at_any_moment_leave_nothing_behind() {
     let mut cluster = Cluster::start(1).await;
     let evil = cluster.client("evil").await;
-    let submit = ClientRequest::Submit(job(|job| job.max_new_tokens = 400));
+    let submit = order(job(|job| job.max_new_tokens = 400));
     let mut draws = Draws(1);
     for n in 0..times(600) {
         let mut stream = evil.requests().await;
@@ -216,11 +221,11 @@ async fn damaged_requests_are_refused_or_served() {
     let evil = cluster.client("evil").await;
     let mut draws = Draws(2);
     let request = job(|job| (job.want_routes, job.temperature) = (true, 0.7));
-    let go_on = JobContinue { job: 7, request: request.clone(), generated: vec![9] };
+    let go_on = JobOrder { job: 7, generated: vec![9], ..request.clone().into() };
     let valid = [
-        encode(&ClientRequest::Submit(request)),
-        encode(&ClientRequest::Submit(job(|job| job.prompt = Prompt::Chat("[]".into())))),
-        encode(&ClientRequest::Continue(Box::new(go_on))),
+        encode(&order(request)),
+        encode(&order(job(|job| job.prompt = Prompt::Chat("[]".into())))),
+        encode(&ClientRequest::Order(Box::new(go_on))),
         encode(&ClientRequest::Cancel(7)),
         encode(&ClientRequest::Status),
         encode(&ClientRequest::Drain("honest".into())),

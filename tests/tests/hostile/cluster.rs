@@ -341,7 +341,7 @@ impl Client {
 
     pub(crate) async fn submit(&self, request: JobRequest) -> Result<(Requests, u64), String> {
         let mut stream = self.requests().await;
-        match stream.ask(&ClientRequest::Submit(request)).await {
+        match stream.ask(&ClientRequest::Order(Box::new(request.into()))).await {
             ClientReply::Accepted { job } => Ok((stream, job)),
             ClientReply::Refused { reason } => Err(reason),
             other => panic!("{other:?} does not answer a job"),

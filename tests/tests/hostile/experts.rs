@@ -27,8 +27,7 @@ use crate::{
     cluster::{Cluster, HonestJob, soon},
     damage::{Draws, times},
     frames::{
-        self, CLIENT_REPLY, EXPERT_BATCH, EXPERT_FAILURE, EXPERT_OUTPUTS, JOB_CONTINUE, JOB_EVENT,
-        JOB_START, Raw,
+        self, CLIENT_REPLY, EXPERT_BATCH, EXPERT_FAILURE, EXPERT_OUTPUTS, JOB_EVENT, JOB_ORDER, Raw,
     },
     member::{Member, drop_jobs},
 };
@@ -270,7 +269,7 @@ fn wrong_answers() -> VecDeque<Answer> {
         EXPERT_FAILURE,
         Box::new(|b| encode(&ExpertFailure { id: b.id, reason: "x".repeat(8 << 20) })),
     );
-    for kind in [EXPERT_BATCH, JOB_EVENT, CLIENT_REPLY, JOB_START, JOB_CONTINUE, 0, 9, 99] {
+    for kind in [EXPERT_BATCH, JOB_EVENT, CLIENT_REPLY, JOB_ORDER, 7, 8, 0, 9, 99] {
         says(kind, Box::new(|b| outputs(b, |_| {}, 0.5)));
     }
     // Experts that were not run: nobody's, and all of this batch.

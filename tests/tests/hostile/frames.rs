@@ -9,9 +9,7 @@ pub(crate) const EXPERT_FAILURE: u16 = 3;
 pub(crate) const JOB_EVENT: u16 = 4;
 pub(crate) const CLIENT_REQUEST: u16 = 5;
 pub(crate) const CLIENT_REPLY: u16 = 6;
-pub(crate) const JOB_START: u16 = 7;
 pub(crate) const JOB_ORDER: u16 = 12;
-pub(crate) const JOB_CONTINUE: u16 = 8;
 
 /// A frame of some kind.
 pub(crate) type Raw = (u16, Vec<u8>);

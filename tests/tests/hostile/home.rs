@@ -15,15 +15,14 @@ use std::{
 use lite_llm_transport::{
     connection::{AcceptedStream, Connection},
     messages::{
-        ClientReply, EndReason, JobContinue, JobEvent, JobEventBody, JobOrder, JobStart,
-        TraceContext, decode, encode,
+        ClientReply, EndReason, JobEvent, JobEventBody, JobOrder, TraceContext, decode, encode,
     },
 };
 
 use crate::{
     cluster::{Cluster, HonestJob, PATIENCE},
     damage::{Draws, times},
-    frames::{self, CLIENT_REPLY, EXPERT_OUTPUTS, JOB_EVENT, JOB_ORDER, JOB_START},
+    frames::{self, CLIENT_REPLY, EXPERT_OUTPUTS, JOB_EVENT, JOB_ORDER},
     member::Member,
 };
 
@@ -72,17 +71,9 @@ impl Script {
     async fn job(&self, stream: AcceptedStream) {
         let (mut sender, mut receiver) = stream.into_raw();
         let Some((kind, body)) = frames::read(&mut receiver).await else { return };
-        let (job, given) = match kind {
-            JOB_START => (decode::<JobStart>(&body).unwrap().job, 0),
-            JOB_ORDER => {
-                let JobOrder { job, generated, .. } = decode(&body).unwrap();
-                (job, generated.len() as u32)
-            }
-            _ => {
-                let JobContinue { job, generated, .. } = decode(&body).unwrap();
-                (job, generated.len() as u32)
-            }
-        };
+        assert_eq!(kind, JOB_ORDER);
+        let JobOrder { job, generated, .. } = decode(&body).unwrap();
+        let given = generated.len() as u32;
         let says = self.says.lock().unwrap().clone();
         self.said.fetch_add(1, Relaxed);
         let _ = sender.write_all(&says(job, given)).await;

@@ -105,6 +105,7 @@ impl Member {
             tokens_per_second: 0.0,
             loaded: 8,
             total: 8,
+            kv_tokens: 0,
         };
         let progress = PROGRESS.fetch_add(1, Relaxed);
         NodeVitals { status, busy: false, progress, unreachable: Vec::new() }

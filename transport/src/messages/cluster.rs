@@ -206,6 +206,8 @@ pub struct NodeStatus {
     pub loaded: u32,
     /// Experts that it is to load.
     pub total: u32,
+    /// Positions that its cache of keys and values holds; 0 before it has one.
+    pub kv_tokens: u64,
 }
 
 /// The whole cluster, as `status` shows it.
@@ -265,6 +267,31 @@ pub struct ResidenceStatus {
     pub failures: u64,
 }
 
+/// What a node's scheduler has done since its lane began, and what it holds now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct ScheduleStatus {
+    /// Sequences that wait for pages.
+    pub waiting: u64,
+    /// Sequences that run.
+    pub running: u64,
+    /// Pages of the cache of keys and values.
+    pub pages: u64,
+    /// Pages that sequences have.
+    pub pages_used: u64,
+    /// Pages that nobody has, kept for their prefix.
+    pub pages_idle: u64,
+    /// Positions that were computed.
+    pub computed: u64,
+    /// Positions that were found in the cache.
+    pub found: u64,
+    /// Times that a sequence lost its pages to another.
+    pub preemptions: u64,
+    /// Tokens that were guessed.
+    pub guessed: u64,
+    /// Of those, the ones that were right.
+    pub guessed_right: u64,
+}
+
 /// The places of a node's experts, the fastest first.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct NodeResidences {
@@ -276,6 +303,8 @@ pub struct NodeResidences {
     pub waited_us: u64,
     /// At most [`RESIDENCES_MAX`].
     pub residences: Vec<ResidenceStatus>,
+    /// Its scheduler.
+    pub schedule: ScheduleStatus,
 }
 
 impl NodeResidences {

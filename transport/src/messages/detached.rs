@@ -2,18 +2,22 @@
 //! were kept for as long as its owner said, whoever waits for them.
 //!
 //! [`DetachedJob`] and [`JobEnding`] are also what the ledger's file holds: a layout that changes
-//! would lose the jobs of those who update.
+//! needs a new format of that file, and a way to read the old one.
 
 use rkyv::{Archive, Deserialize, Serialize};
 
-use super::{JobRequest, MessageError};
+use super::{Choosing, JobRequest, MessageError, Serving, jobs::check_grammar};
 
 /// Most jobs of a batch.
 pub const BATCH_JOBS_MAX: usize = 4096;
 /// Longest note of a batch and longest label of a job, in bytes.
-pub const NOTE_BYTES_MAX: usize = 4096;
+pub const NOTE_BYTES_MAX: usize = 16 << 10;
 /// See [`NOTE_BYTES_MAX`].
 pub const LABEL_BYTES_MAX: usize = 512;
+/// Texts that end an answer, at most, and bytes of each.
+pub const STOPS_MAX: usize = 16;
+/// See [`STOPS_MAX`].
+pub const STOP_BYTES_MAX: usize = 1 << 10;
 /// Longest wait that a query may ask for, in milliseconds.
 pub const WAIT_MS_MAX: u32 = 20_000;
 /// Most jobs that one answer lists.
@@ -26,10 +30,49 @@ pub const RESULTS_BYTES_MAX: usize = 8 << 20;
 pub struct DetachedJob {
     /// What is to be computed; in the ledger its prompt is token ids.
     pub request: JobRequest,
+    /// How its tokens are chosen; log-probabilities are not kept.
+    pub choosing: Choosing,
+    /// What it is to those that schedule it. Its tenant is its owner.
+    pub serving: Serving,
     /// Texts that end the answer where they appear, and are left out.
     pub stop: Vec<String>,
     /// The client's own name for it, which comes back with the result.
     pub label: String,
+    /// What whoever took it needs to show its answer; nobody else reads it.
+    pub shape: String,
+}
+
+impl DetachedJob {
+    /// A job without any of what can be left out.
+    pub fn plain(request: JobRequest) -> Self {
+        Self {
+            request,
+            choosing: Choosing::default(),
+            serving: Serving::default(),
+            stop: Vec::new(),
+            label: String::new(),
+            shape: String::new(),
+        }
+    }
+
+    fn check(&self) -> Result<(), MessageError> {
+        let field = |field, found: usize, most: usize| {
+            let (found, expected) = (found as u64, format!("{most} at most"));
+            Err(MessageError::Field { what: "a job", field, found, expected })
+        };
+        let longest = self.stop.iter().map(String::len).max().unwrap_or(0);
+        for (name, found, most) in [
+            ("length of its label", self.label.len(), LABEL_BYTES_MAX),
+            ("length of its shape", self.shape.len(), LABEL_BYTES_MAX),
+            ("number of stop texts", self.stop.len(), STOPS_MAX),
+            ("length of a stop text", longest, STOP_BYTES_MAX),
+        ] {
+            if found > most {
+                return field(name, found, most);
+            }
+        }
+        check_grammar(self.choosing.grammar.as_ref())
+    }
 }
 
 /// Jobs that are taken together, or not at all.
@@ -62,12 +105,7 @@ impl DetachedBatch {
                 format!("{NOTE_BYTES_MAX} at most"),
             );
         }
-        match self.jobs.iter().map(|job| job.label.len()).max() {
-            Some(longest) if longest > LABEL_BYTES_MAX => {
-                field("length of a label", longest, format!("{LABEL_BYTES_MAX} at most"))
-            }
-            _ => Ok(()),
-        }
+        self.jobs.iter().try_for_each(DetachedJob::check)
     }
 }
 
@@ -207,4 +245,6 @@ pub enum DetachedReply {
     Report(Vec<DetachedReport>),
     /// So many of the jobs were ended by this; others had ended.
     Cancelled(u64),
+    /// Nobody knows whether what was asked is on disk, and why: ask again, with the same key.
+    Unknown(String),
 }

@@ -89,6 +89,28 @@ pub struct TokenBias {
     pub bias: f32,
 }
 
+/// Longest grammar, in bytes.
+pub const GRAMMAR_BYTES_MAX: usize = 128 << 10;
+
+/// The form of an answer: tokens that would leave it are not chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub enum Grammar {
+    /// JSON that this JSON schema describes.
+    JsonSchema(String),
+    /// All of it matches this regular expression.
+    Regex(String),
+    /// It is of this language, in llguidance's dialect of Lark.
+    Lark(String),
+}
+
+impl Grammar {
+    /// As it was written.
+    pub fn text(&self) -> &str {
+        let (Self::JsonSchema(text) | Self::Regex(text) | Self::Lark(text)) = self;
+        text
+    }
+}
+
 /// How tokens are chosen, beyond what a [`JobRequest`] says. The default changes nothing.
 #[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
 pub struct Choosing {
@@ -104,6 +126,8 @@ pub struct Choosing {
     pub bias: Vec<TokenBias>,
     /// Report tokens as [`JobEventBody::Scored`], each with so many of the likeliest.
     pub logprobs: Option<u32>,
+    /// The form of the answer, if it has one.
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for Choosing {
@@ -115,6 +139,7 @@ impl Default for Choosing {
             frequency: 0.0,
             bias: Vec::new(),
             logprobs: None,
+            grammar: None,
         }
     }
 }
@@ -249,6 +274,26 @@ pub struct ScoredToken {
     pub top: Vec<TokenLogprob>,
 }
 
+impl JobOrder {
+    /// Whether sizes are within bounds. To be asked once, on receipt.
+    pub(super) fn check(&self) -> Result<(), MessageError> {
+        check_grammar(self.choosing.grammar.as_ref())
+    }
+}
+
+/// Whether a grammar is no longer than one may be.
+pub(super) fn check_grammar(grammar: Option<&Grammar>) -> Result<(), MessageError> {
+    match grammar.map_or(0, |grammar| grammar.text().len()) {
+        0..=GRAMMAR_BYTES_MAX => Ok(()),
+        found => Err(MessageError::Field {
+            what: "a job",
+            field: "length of its grammar",
+            found: found as u64,
+            expected: format!("{GRAMMAR_BYTES_MAX} at most"),
+        }),
+    }
+}
+
 impl JobEventBody {
     /// Whether nothing follows.
     pub fn is_last(&self) -> bool {
@@ -284,19 +329,16 @@ impl JobEventBody {
 /// A client asks the coordinator.
 #[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
 pub enum ClientRequest {
-    /// Run this.
-    Submit(JobRequest),
     /// How is the cluster?
     Status,
     /// End this job.
     Cancel(u64),
-    /// Run the rest of this: a connection was lost after these tokens.
-    Continue(Box<JobContinue>),
     /// Move a worker's work and experts away, and let it go.
     Drain(String),
     /// Where are the nodes' experts?
     Residences,
-    /// Run a job with all that can be asked for; its number is the coordinator's to give.
+    /// Run a job, or the rest of it where a connection was lost; its number is the coordinator's to
+    /// give.
     Order(Box<JobOrder>),
     /// A question of the ledger.
     Detached(DetachedRequest),
@@ -327,29 +369,7 @@ pub enum ClientReply {
     Detached(DetachedReply),
 }
 
-/// The coordinator gives a job to its home node.
-#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
-pub struct JobStart {
-    /// Number of the job.
-    pub job: u64,
-    /// The job; its prompt is token ids by now.
-    pub request: JobRequest,
-}
-
-/// A job that was begun elsewhere goes on at another home node.
-#[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
-pub struct JobContinue {
-    /// Number of the job.
-    pub job: u64,
-    /// The job.
-    pub request: JobRequest,
-    /// What it has generated.
-    pub generated: Vec<u32>,
-}
-
-/// A job with all that can be asked for goes to a home node: from its beginning, or from where it was
-/// elsewhere. Jobs whose [`Choosing`] and [`Serving`] are the default travel as [`JobStart`] and
-/// [`JobContinue`].
+/// A job goes to a home node: from its beginning, or from where it was elsewhere.
 #[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
 pub struct JobOrder {
     /// Number of the job.

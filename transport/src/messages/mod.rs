@@ -26,21 +26,21 @@ pub mod weights;
 pub use cluster::{
     Assignment, ClusterStatus, NodeAddress, NodeInfo, NodeReport, NodeResidences, NodeStatus,
     NodeVitals, PLACEMENT_HOLDERS_MAX, PLACEMENT_RULES_MAX, PlacementRule, RESIDENCES_MAX,
-    REVOKED_MAX, ResidenceStatus, Revoked, RevokedNames,
+    REVOKED_MAX, ResidenceStatus, Revoked, RevokedNames, ScheduleStatus,
 };
 pub use detached::{
     BATCH_JOBS_MAX, DetachedBatch, DetachedJob, DetachedReply, DetachedReport, DetachedRequest,
     DetachedState, DetachedStatus, JobEnding, JobRange, JobsQuery, LABEL_BYTES_MAX, LISTED_MAX,
-    NOTE_BYTES_MAX, RESULTS_BYTES_MAX, WAIT_MS_MAX,
+    NOTE_BYTES_MAX, RESULTS_BYTES_MAX, STOP_BYTES_MAX, STOPS_MAX, WAIT_MS_MAX,
 };
 pub use experts::{
     ExpertBatch, ExpertBatchView, ExpertCall, ExpertFailure, ExpertOutputs, ExpertOutputsView,
     ExpertReplyView, FailedExpert, OutgoingExpertBatch, OutgoingExpertOutputs,
 };
 pub use jobs::{
-    Choosing, ClientReply, ClientRequest, EndReason, JobContinue, JobEvent, JobEventBody, JobOrder,
-    JobRequest, JobStart, LogitsWanted, Prompt, ScoredToken, Serving, TOP_LOGPROBS_MAX, TokenBias,
-    TokenLogprob,
+    Choosing, ClientReply, ClientRequest, EndReason, GRAMMAR_BYTES_MAX, Grammar, JobEvent,
+    JobEventBody, JobOrder, JobRequest, LogitsWanted, Prompt, ScoredToken, Serving,
+    TOP_LOGPROBS_MAX, TokenBias, TokenLogprob,
 };
 pub use trace::TraceContext;
 pub use training::TrainMessage;
@@ -152,18 +152,17 @@ impl Message for ClientRequest {
     fn check(&self) -> Result<(), MessageError> {
         match self {
             ClientRequest::Detached(DetachedRequest::Submit(batch)) => batch.check(),
+            ClientRequest::Order(order) => order.check(),
             _ => Ok(()),
         }
     }
 }
-impl Message for JobStart {
-    const KIND: FrameKind = FrameKind::JobStart;
-}
-impl Message for JobContinue {
-    const KIND: FrameKind = FrameKind::JobContinue;
-}
 impl Message for JobOrder {
     const KIND: FrameKind = FrameKind::JobOrder;
+
+    fn check(&self) -> Result<(), MessageError> {
+        Self::check(self)
+    }
 }
 impl Message for ClientReply {
     const KIND: FrameKind = FrameKind::ClientReply;
