@@ -10,7 +10,7 @@ use lite_llm_transport::messages::{JobRequest, Prompt};
 use super::{CoordinatorState, JOBS_MAX};
 
 /// Positions that the largest cache of a node holds.
-pub type Largest = Arc<AtomicU64>;
+pub(crate) type Largest = Arc<AtomicU64>;
 
 impl CoordinatorState {
     fn caches(&self) -> impl Iterator<Item = u64> {

@@ -51,6 +51,7 @@ use crate::{placement::Placement, trace};
 pub const BATCH_BYTES_MAX: usize = 256 << 20;
 
 /// What a lane is told. `R` is where the answer to a batch goes.
+#[allow(clippy::large_enum_variant, reason = "one at a time, on the lane's own thread")]
 pub enum Event<R> {
     /// A request is at home here, under a number that was not used before.
     Start {

@@ -365,9 +365,7 @@ fn is_given(command: &Command, name: &str, given: &ArgMatches, flag: &str) -> bo
 
 /// The same command line, of which no flag is required.
 fn optional(command: Command, name: &str) -> Command {
-    command.mut_subcommand(name.to_owned(), |command| {
-        command.mut_args(|argument| argument.required(false))
-    })
+    command.mut_subcommand(name, |command| command.mut_args(|argument| argument.required(false)))
 }
 
 fn raw(matches: &ArgMatches, id: &str) -> Option<String> {

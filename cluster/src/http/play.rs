@@ -21,7 +21,7 @@ use lite_llm_transport::messages::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::Instant};
-use tracing::{Instrument, Span, debug, debug_span};
+use tracing::{Instrument, Span, debug_span};
 
 use super::{Api, Caller, admission::Load, choice::Finish, error::ApiError, place::Place};
 use crate::telemetry;

@@ -97,7 +97,7 @@ pub fn with_tier(
 ) -> Result<Params, GrowError> {
     let config = with_tier_config(params.config(), tier, init, k_tier)?;
     let source = Sources { old: params, init, config: &config };
-    let new = source.new();
+    let new = source.newest();
     let mut failed = None;
     let grown = Params::new(config.clone(), |name, shape| {
         let old = || params.find(name).map(|id| params.values(id).to_vec());
@@ -160,7 +160,7 @@ impl Sources<'_> {
     }
 
     /// Index of the new tier.
-    fn new(&self) -> usize {
+    fn newest(&self) -> usize {
         self.tiers().len().saturating_sub(1)
     }
 
@@ -170,18 +170,18 @@ impl Sources<'_> {
 
     /// Old tiers that the init takes from.
     fn from(&self) -> Vec<usize> {
-        let old = 0..self.new();
+        let old = 0..self.newest();
         match self.init {
             Init::Random(_) => Vec::new(),
             Init::Copy(id) => old.filter(|&t| self.tiers()[t].id == *id).collect(),
-            Init::Means => old.filter(|&t| self.width(t) == self.width(self.new())).collect(),
+            Init::Means => old.filter(|&t| self.width(t) == self.width(self.newest())).collect(),
         }
     }
 
     fn check(&self) -> Result<(), GrowError> {
         let known = || {
             let names: Vec<&str> =
-                self.tiers()[..self.new()].iter().map(|tier| tier.id.as_str()).collect();
+                self.tiers()[..self.newest()].iter().map(|tier| tier.id.as_str()).collect();
             names.join(", ")
         };
         let from = self.from();
@@ -190,8 +190,8 @@ impl Sources<'_> {
                 "copy:{id}: the model has no such tier; it has {}",
                 known()
             ))),
-            Init::Copy(id) if self.width(from[0]) != self.width(self.new()) => {
-                let (there, here) = (self.width(from[0]), self.width(self.new()));
+            Init::Copy(id) if self.width(from[0]) != self.width(self.newest()) => {
+                let (there, here) = (self.width(from[0]), self.width(self.newest()));
                 Err(GrowError::Init(format!(
                     "copy:{id}: its experts are {there} wide and the new ones {here}; give both the same \
                      --intermediate, or begin with random:SEED"
@@ -252,7 +252,7 @@ impl Sources<'_> {
 
     /// The mean of the gate rows of new experts `from..to`.
     fn gate_of(&self, layer: &str, from: usize, to: usize) -> Result<Vec<f32>, GrowError> {
-        let count = self.tiers()[self.new()].experts() as usize;
+        let count = self.tiers()[self.newest()].experts() as usize;
         let of: Vec<_> = (from..to).flat_map(|i| self.run(i, count)).collect();
         Self::mean(of.into_iter().map(|expert| self.gate_row(layer, expert)))
     }
@@ -260,11 +260,11 @@ impl Sources<'_> {
     /// The new tier's row of a gate over tiers.
     fn tier_row(&self, name: &str) -> Result<Vec<f32>, GrowError> {
         let layer = name.split('.').nth(1).unwrap_or_default();
-        let count = self.tiers()[self.new()].experts() as usize;
+        let count = self.tiers()[self.newest()].experts() as usize;
         match self.init {
             Init::Random(seed) => {
                 let (layers, shape) = (self.config.layers.len(), [self.config.hidden]);
-                Ok(random_values(&format!("{name}.{}", self.new()), &shape, layers, *seed))
+                Ok(random_values(&format!("{name}.{}", self.newest()), &shape, layers, *seed))
             }
             _ => self.gate_of(layer, 0, count),
         }
@@ -279,7 +279,7 @@ impl Sources<'_> {
         let part = |at: usize| parts.get(at).copied().unwrap_or_default();
         let number = |at: usize| part(at).parse::<usize>().map_err(|_| missing(name));
         let layer = part(1);
-        let tier = &self.tiers()[self.new()];
+        let tier = &self.tiers()[self.newest()];
         let (per_group, count) = (tier.experts_per_group as usize, tier.experts() as usize);
         // layers.L.tiers.T.router.groups, or layers.L.tiers.T.groups.G.…
         if part(4) == "router" {
@@ -336,7 +336,7 @@ pub fn add_tier(dir: &Path, tier: TierConfig, init: &Init) -> Result<Hash, GrowE
     let old = Stored::new(&checkpoint);
     let source = Sources { old: &old, init, config: &config };
     let mut writer = Writer::extend(dir, &[tier])?;
-    let parts: Vec<Part> = Part::of_tier(&config, source.new()).collect();
+    let parts: Vec<Part> = Part::of_tier(&config, source.newest()).collect();
     for part in parts {
         writer.write_part(part, |spec, sink| {
             let (name, row) = param_of(part, &spec.name);
@@ -359,7 +359,7 @@ pub fn drop_tier(dir: &Path, name: &str) -> Result<u64, GrowError> {
     let names = |tiers: &[TierConfig]| {
         tiers.iter().map(|tier| tier.id.to_string()).collect::<Vec<_>>().join(", ")
     };
-    if !tiers.last().is_some_and(|tier| tier.id.as_str() == name) {
+    if tiers.last().is_none_or(|tier| tier.id.as_str() != name) {
         return Err(GrowError::Init(format!(
             "{name} is not the tier that was added last; the model has {}, and only the last can be dropped",
             names(tiers)
