@@ -46,10 +46,10 @@ fn decode_and_prefill_stand_beside_the_engine_alone() {
 fn a_plan_says_how_experts_are_really_fetched() {
     let sizes = ["--tokens", "8", "--prompt-tokens", "8", "--json"];
     let built_in = report(&[&["plan"][..], &sizes].concat());
-    assert_eq!(built_in["fetched_by"], "the embedded checkpoint");
+    assert_eq!(built_in["measured"]["fetched_by"], "the embedded checkpoint");
     let model = demo_model();
     let folder = report(&[&["plan", "--model", model.to_str().unwrap()][..], &sizes].concat());
-    let by = folder["fetched_by"].as_str().unwrap_or_default();
+    let by = folder["measured"]["fetched_by"].as_str().unwrap_or_default();
     assert!(by.contains(" by io_uring") || by.contains(" by pread"), "{by}");
 }
 

@@ -21,7 +21,7 @@ fn bad_usage_ends_with_2_and_names_the_flag() {
         (&["run", "--dram", "3 parsecs", "hi"], &["--dram", "3GiB"]),
         (&["coordinator", "--model", "x", "--workers", "0"], &["--workers"]),
         (&["submit"], &["PROMPT"]),
-        (&["worker", "--device", "tpu"], &["--device tpu", "cpu"]),
+        (&["worker", "--device", "tpu"], &["'tpu' for '--device", "expected cpu"]),
         (&["run", "--log", "x=y=z", "hi"], &["--log x=y=z"]),
         (&["nonsense"], &["nonsense"]),
     ] {

@@ -85,7 +85,7 @@ fn a_worker_of_another_release_is_told_both_versions_and_so_is_the_log() {
     let token = JoinToken::read(cluster.worker_token().as_ref()).unwrap();
     let address = token.address().parse().unwrap();
     for (hello, words) in [
-        (Hello { protocol: 4, ..Hello::new(1) }, ["protocol 3", "this worker 4"]),
+        (Hello { protocol: 5, ..Hello::new(1) }, ["protocol 4", "this worker 5"]),
         (Hello::new(9), ["contract 2", "worker by 9"]),
     ] {
         let joining = join(address, &token, Role::Worker, "newer", &hello);
@@ -96,7 +96,7 @@ fn a_worker_of_another_release_is_told_both_versions_and_so_is_the_log() {
     }
     cluster.coordinator.wait_until("both refusals", |coordinator| {
         let log = coordinator.err();
-        log.contains("speaks protocol 4") && log.contains("contract 9")
+        log.contains("speaks protocol 5") && log.contains("contract 9")
     });
     // The cluster serves who belongs to it.
     cluster.join("a");
@@ -111,7 +111,7 @@ fn a_coordinator_of_another_release_is_named_by_the_worker() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let _guard = runtime.enter();
     for (hello, words) in [
-        (Hello { protocol: 4, ..Hello::new(1) }, ["protocol 4", "this worker 3"]),
+        (Hello { protocol: 5, ..Hello::new(1) }, ["protocol 5", "this worker 4"]),
         (Hello::new(9), ["contract 9", "worker by 2"]),
     ] {
         let ca = std::sync::Arc::new(ClusterCa::ephemeral().unwrap());

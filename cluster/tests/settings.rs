@@ -107,10 +107,10 @@ fn what_is_shown_is_what_a_coordinator_and_a_worker_take() {
     let variable = [("LITE_LLM_COORDINATOR_LISTEN", "0.0.0.0:2")];
     place.refuses(&variable, &["coordinator"], &["--listen 0.0.0.0:2"]);
     place.refuses(&variable, &["coordinator", "--listen", "0.0.0.0:3"], &["--listen 0.0.0.0:3"]);
-    place.refuses(&[], &["worker"], &["--device tpu"]);
-    place.refuses(&[("LITE_LLM_WORKER_DEVICE", "npu")], &["worker"], &["--device npu"]);
+    place.refuses(&[], &["worker"], &["'tpu' for '--device"]);
+    place.refuses(&[("LITE_LLM_WORKER_DEVICE", "npu")], &["worker"], &["'npu' for '--device"]);
     let flag = ["worker", "--device", "dsp"];
-    place.refuses(&[("LITE_LLM_WORKER_DEVICE", "npu")], &flag, &["--device dsp"]);
+    place.refuses(&[("LITE_LLM_WORKER_DEVICE", "npu")], &flag, &["'dsp' for '--device"]);
     // The variable that a flag always had wins over the file, too.
     let state = Place::with(Some("[coordinator]\nstate = \"file\"\n"));
     let shown = ["--json", "config", "coordinator"];

@@ -91,11 +91,17 @@ impl Job {
         let mut offered_until = Instant::now() + self.patience;
         // Nodes that did not take it or lost it, the last one last.
         let mut refused = Vec::new();
+        let mut refusal = None;
         let last = loop {
             let home = match self.home(offered_until, refused.clone()).await {
                 Where::Home(home) => home,
                 Where::Cancelled => break self.progress.cancel(),
-                Where::Nobody(reason) => break self.progress.fail(reason),
+                Where::Nobody(mut reason) => {
+                    if let Some(refusal) = refusal {
+                        reason = format!("{reason} (the last that was asked said: {refusal})");
+                    }
+                    break self.progress.fail(reason);
+                }
                 Where::Stopped => return,
             };
             let attempt = self.progress.attempt();
@@ -121,7 +127,8 @@ impl Job {
                         format!("no worker took the job within {:?}: {reason}", self.patience);
                     break self.progress.fail(reason);
                 }
-                Attempt::NotTaken(_) => {
+                Attempt::NotTaken(reason) => {
+                    refusal = Some(reason);
                     avoid(&mut refused, home.name);
                     sleep(OFFER_PAUSE).await;
                 }

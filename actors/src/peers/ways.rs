@@ -337,6 +337,8 @@ mod tests {
         let must = |now| choose(&next, [("w2", &peer)].into_iter(), (key(1), BYTES), true, now);
         assert!(must(now + first - ms(1)).is_none() && must(now + first).is_some());
         now += longest;
+        // So that it is not tried instead.
+        use_next(&mut next, &mut now, ms(100), 1);
         ask(&mut peer, &mut now, ms(1), 1);
         peer.pace.failed(now);
         assert!(!chosen(&next, &peer, now + first - ms(1)));

@@ -21,7 +21,7 @@ use lite_llm_transport::messages::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::Instant};
-use tracing::{Instrument, Span, debug_span};
+use tracing::{Instrument, Span, debug, debug_span};
 
 use super::{Api, Caller, admission::Load, choice::Finish, error::ApiError, place::Place};
 use crate::telemetry;
@@ -115,6 +115,7 @@ async fn begin(api: &Arc<Api>, request: Request) -> Result<Playing, ApiError> {
     jobs::check_order(&request, &choosing, &[], &api.config).map_err(ApiError::bad)?;
     let answer = u64::from(asked.max_tokens).min(context - count);
     place.settle(Load { jobs: 1, prompt: count, answer })?;
+    debug!(prompt = count, most = asked.max_tokens, "let in from the page");
     // No certificate has such a name.
     let tenant = caller.key.map_or_else(String::new, |(name, _)| format!("key:{name}"));
     let serving = Serving { tenant, ..Serving::default() };

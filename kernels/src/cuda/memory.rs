@@ -141,16 +141,22 @@ impl<T> Dev<T> {
 
 /// Arguments of a kernel, each in words of its own: little-endian, so that a shorter argument is
 /// the beginning of its word.
+///
+/// In a box: rustc 1.95 was seen to reuse the stack slot of arguments that had been moved into a call
+/// for the next ones without emptying it.
 #[derive(Default)]
-pub(super) struct Args {
+pub(super) struct Args(Box<Words>);
+
+#[derive(Default)]
+struct Words {
     words: Vec<u64>,
     starts: Vec<usize>,
 }
 
 impl Args {
     pub(super) fn word(mut self, word: u64) -> Self {
-        self.starts.push(self.words.len());
-        self.words.push(word);
+        self.0.starts.push(self.0.words.len());
+        self.0.words.push(word);
         self
     }
 
@@ -168,13 +174,14 @@ impl Args {
 
     /// A structure by value, as words.
     pub(super) fn structure(mut self, words: &[u64]) -> Self {
-        self.starts.push(self.words.len());
-        self.words.extend_from_slice(words);
+        self.0.starts.push(self.0.words.len());
+        self.0.words.extend_from_slice(words);
         self
     }
 
     pub(super) fn pointers(&mut self) -> Vec<*mut c_void> {
-        self.starts.iter().map(|&at| (&raw mut self.words[at]).cast()).collect()
+        let Words { words, starts } = &mut *self.0;
+        starts.iter().map(|&at| (&raw mut words[at]).cast()).collect()
     }
 }
 

@@ -562,5 +562,8 @@ fn header_text(specs: &[SectionSpec], sections: &[Section], data: u64) -> Vec<u8
             at = end;
         }
     }
-    Value::Object(map).to_string().into_bytes()
+    let mut header = Value::Object(map);
+    // In the order of their names, also where a dependency has serde_json keep another.
+    header.sort_all_objects();
+    header.to_string().into_bytes()
 }

@@ -211,6 +211,9 @@ fn add_tokens(
             .ok_or_else(|| wrong("a list of added_tokens is expected"))?
             .push(entry);
     }
+    // The checkpoint's id depends on these bytes: names are in order, whatever serde_json keeps.
+    whole.sort_keys();
+    whole.values_mut().for_each(Value::sort_all_objects);
     *json = serde_json::to_vec(&whole).map_err(|_| wrong("a JSON object is expected"))?;
     let with = check_tokenizer(path, json)?;
     if let Some((id, content, _)) = missing

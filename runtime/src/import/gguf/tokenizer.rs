@@ -87,6 +87,8 @@ pub(super) fn translate(metadata: &Metadata<'_>, rows: usize) -> Result<Text, Im
             special_tokens.insert(format!("{role}_token"), token.to_owned());
         }
     }
+    // The checkpoint's id depends on these bytes.
+    json.sort_all_objects();
     Ok(Text {
         tokenizer_json: serde_json::to_vec(&json).expect("JSON values have string keys"),
         chat_template: template.and_then(|template| usable_template(metadata.path, template)),
