@@ -195,7 +195,7 @@ fn byte_of(c: char) -> Option<u8> {
 pub(crate) fn byte_char(byte: u8) -> char {
     let others = (0..byte).filter(|byte| !is_plain(*byte)).count() as u32;
     let code = if is_plain(byte) { u32::from(byte) } else { 256 + others };
-    char::from_u32(code).unwrap()
+    char::from_u32(code).expect("a character of the table")
 }
 
 /// Whether tokens are spelled in characters that stand for bytes.

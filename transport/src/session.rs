@@ -301,8 +301,8 @@ mod tests {
         let now = Instant::now();
         for (hello, words) in [
             (
-                Hello { protocol: 4, ..Hello::new(1) },
-                ["worker w1 speaks protocol 4", "coordinator 3"],
+                Hello { protocol: 5, ..Hello::new(1) },
+                ["worker w1 speaks protocol 5", "coordinator 4"],
             ),
             (Hello::new(7), ["contract 7", "coordinator by 1"]),
         ] {

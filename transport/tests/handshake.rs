@@ -173,11 +173,11 @@ async fn another_version_is_refused_and_both_versions_are_named_on_both_sides() 
     let w2 = ca.identity(Role::Worker, "w2").unwrap();
     for listener in listeners(&ca) {
         let us = listener.who().role.as_str();
-        let newer = Hello { protocol: 4, ..Hello::new(1) };
+        let newer = Hello { protocol: 5, ..Hello::new(1) };
         let error = connect(&w2, &listener, newer).await.unwrap_err().to_string();
-        assert!(error.contains("protocol 3") && error.contains("this worker 4"), "{error}");
-        let ours = format!("this {us} 3");
-        refused(&listener, &["worker w2 speaks protocol 4", &ours, "same release"]).await;
+        assert!(error.contains("protocol 4") && error.contains("this worker 5"), "{error}");
+        let ours = format!("this {us} 4");
+        refused(&listener, &["worker w2 speaks protocol 5", &ours, "same release"]).await;
 
         let error = connect(&w2, &listener, Hello::new(9)).await.unwrap_err().to_string();
         assert!(error.contains("contract 1") && error.contains("worker by 9"), "{error}");
@@ -277,11 +277,11 @@ async fn a_joiner_of_another_version_is_told_so() {
     let head = coordinator(&ca);
     let address = head.local_addr().unwrap();
     let token = ca.join_token(Role::Worker, "").unwrap();
-    let newer = Hello { protocol: 4, ..Hello::new(1) };
+    let newer = Hello { protocol: 5, ..Hello::new(1) };
     let joining = join(address, &token, Role::Worker, "w1", newer);
     let error = joining.await.unwrap_err().to_string();
-    assert!(error.contains("protocol 3") && error.contains("this worker 4"), "{error}");
-    refused(&head, &["protocol 4", "this coordinator 3"]).await;
+    assert!(error.contains("protocol 4") && error.contains("this worker 5"), "{error}");
+    refused(&head, &["protocol 5", "this coordinator 4"]).await;
 }
 
 #[tokio::test]
