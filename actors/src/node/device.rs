@@ -4,9 +4,14 @@ use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
 
 use lite_llm_kernels::{
     cpu::Cpu,
-    cuda::{Cuda, compile::Folders},
+    cuda::{
+        Cuda,
+        compile::{Folders, Source},
+    },
     cuda_device::Gpu,
     device::{Device, DeviceError},
+    dtype::DType,
+    kv::KvDType,
 };
 
 /// Part of a GPU's free memory that experts leave to activations: a twelfth.
@@ -141,6 +146,31 @@ pub fn hbm_budget(gpu: &Gpu, asked: Option<u64>, sharers: u64) -> Result<u64, De
         Some(needed) if needed <= free => Ok(needed),
         Some(needed) => Err(DeviceError::OutOfMemory { device: gpu.describe(), needed, free }),
     }
+}
+
+/// Compiles or loads what a model's passes need, by formats of weights and of the cache: at its first
+/// use a kernel would keep the lane for longer than a node may show no progress.
+pub(super) fn load_kernels(
+    gpu: &Gpu,
+    weights: impl Iterator<Item = DType>,
+    kv: KvDType,
+) -> Result<(), DeviceError> {
+    // Sources number formats in the order of these lists.
+    let place = |found: Option<usize>| found.and_then(|at| u8::try_from(at).ok()).unwrap_or(0);
+    let kv = place(KvDType::ALL.iter().position(|other| *other == kv));
+    let mut sources = vec![Source::Elementwise, Source::Norm, Source::Route, Source::Attention(kv)];
+    // Gates are in f32.
+    let mut formats: Vec<u8> = std::iter::once(DType::F32)
+        .chain(weights)
+        .map(|dtype| place(DType::ALL.iter().position(|other| *other == dtype)))
+        .collect();
+    formats.sort_unstable();
+    formats.dedup();
+    for format in formats {
+        let of = [Source::Matmul, Source::Swiglu, Source::One, Source::Tile];
+        sources.extend(of.map(|of| of(format)));
+    }
+    sources.into_iter().try_for_each(|source| gpu.cuda().load(source))
 }
 
 #[cfg(test)]

@@ -29,7 +29,10 @@ use crate::{
     archive,
     lane::{Arrangement, LaneEvent, LaneMessage, LaneParts, LaneStart, LaneStats},
     links::deliver,
-    node::{Loaded, Model, NodeDevice, NodeOptions, device::hbm_budget},
+    node::{
+        Loaded, Model, NodeDevice, NodeOptions,
+        device::{hbm_budget, load_kernels},
+    },
     peers::{Epoch, PeerFetcher, PeerOptions},
     placement::Placement,
     shard::{ExpertShard, LoadCounters, ShardArguments, ShardMessage},
@@ -386,6 +389,10 @@ fn lane_start(
                 NodeDevice::Cuda { gpu, hbm_bytes, sharers } => (gpu, *hbm_bytes, *sharers),
                 NodeDevice::Cpu(_) => (&backbone.device, None, 1),
             };
+            let moe = model.checkpoint.config().moe.iter().flat_map(|moe| &moe.tiers);
+            let dtype = model.checkpoint.dtype();
+            let weights = moe.map(|tier| tier.dtype.unwrap_or(dtype)).chain([dtype]);
+            load_kernels(gpu, weights, kv_dtype)?;
             // An earlier lane's memory is to be free again.
             *options.hbm.lock() = None;
             let engine = Engine::with_cache(backbone.clone(), kv_bytes, kv_dtype)?;

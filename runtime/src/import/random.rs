@@ -229,7 +229,9 @@ pub fn write_random_hf(
     fs::create_dir_all(dir).map_err(ImportError::io(dir, "create"))?;
     let write = |name: &str, value: &Value| {
         let path = dir.join(name);
-        let text = serde_json::to_vec_pretty(value).expect("JSON values have string keys");
+        let mut value = value.clone();
+        value.sort_all_objects();
+        let text = serde_json::to_vec_pretty(&value).expect("JSON values have string keys");
         fs::write(&path, text).map_err(ImportError::io(&path, "write"))
     };
     write("config.json", &shape.config())?;
