@@ -7,7 +7,7 @@
 //!
 //! Shapes: `N` rows, `H` hidden, `C` = N · k routes, `V` vocabulary, as in [`crate::forward`].
 //!
-//! Invariant: an expert whose address is in a layer's table is held ([`Held`]) until the work that may
+//! Invariant: an expert whose address is in a layer's table is held until the work that may
 //! read it was given to the device.
 
 use std::sync::Arc;

@@ -84,7 +84,7 @@ pub(crate) fn sum_products(a: &[f32], b: &[f32]) -> f32 {
 }
 
 vectorised! {
-    /// [`sum_products`] by itself, with the instructions of a set: without them each fused
+    /// `sum_products` by itself, with the instructions of a set: without them each fused
     /// multiply-add would be a call of the library's.
     pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         sum_products(a, b)
