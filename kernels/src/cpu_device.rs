@@ -21,8 +21,8 @@ impl Device for Cpu {
         format!("cpu ({}, {threads} thread{})", self.simd(), if threads == 1 { "" } else { "s" })
     }
 
-    fn host_threads(&self) -> usize {
-        self.pool().threads()
+    fn host(&self) -> &Cpu {
+        self
     }
 
     fn matrix(&self, packed: PackedMatrix) -> Result<PackedMatrix, DeviceError> {

@@ -63,12 +63,6 @@ impl GpuTensor {
     }
 }
 
-/// Routes of one call, whose networks have one shape and format.
-struct Kind {
-    dtype: DType,
-    intermediate: usize,
-}
-
 impl Gpu {
     /// A GPU whose host's share is computed by `cpu`.
     pub fn new(cuda: Cuda, cpu: Arc<Cpu>) -> Self {
@@ -89,86 +83,108 @@ impl Gpu {
         self.operations.fetch_add(1, Relaxed);
     }
 
-    /// Rows as products with weights of a format read them.
-    fn rows_for(
+    /// Products of `m` rows by matrices of any formats, by the kernels that suit so many rows: weights
+    /// of integers read `records`, others the f32 `rows`. With `adds` they are added to the outputs.
+    pub fn linears(
         &self,
-        x: &GpuTensor,
-        dtype: DType,
-        records: &mut Option<Dev<f32>>,
-    ) -> Result<Dev<f32>, DeviceError> {
-        if !dtype.is_quantised() {
-            return Ok(x.data.part(0, x.data.len()));
-        }
-        if records.is_none() {
-            let words = x.rows * row_words(dtype, Math::Exact, x.cols);
-            let made = self.cuda.scratch(words)?;
-            self.cuda.quantise(&x.data, x.cols, x.rows, &made)?;
-            *records = Some(made);
-        }
-        Ok(records.as_ref().map_or_else(|| x.data.part(0, 0), |made| made.part(0, made.len())))
-    }
-
-    /// Products of the same rows, of one format after the other.
-    fn products(&self, x: &GpuTensor, products: &[Linear<'_>]) -> Done {
-        if x.rows == 0 {
-            return Ok(());
-        }
-        let mut records = None;
+        rows: &Dev<f32>,
+        records: &Dev<f32>,
+        m: usize,
+        products: &[Linear<'_>],
+        adds: bool,
+    ) -> Done {
         let mut rest = products;
         while let Some(first) = rest.first() {
             let (dtype, k) = (first.weight.dtype(), first.weight.k());
-            assert_eq!(k, x.cols, "x is [rows, k]");
             let same = rest.iter().take_while(|p| p.weight.dtype() == dtype).count();
             let (now, later) = rest.split_at(same);
             rest = later;
-            if x.rows == 1 && self.cuda.one_fits(k) {
-                self.cuda.linear_one(&x.data, None, now, false)?;
-                continue;
-            }
-            let rows = self.rows_for(x, dtype, &mut records)?;
-            if x.rows >= TILE_ROWS_MIN && self.cuda.tiles_fit(dtype, k) {
-                self.cuda.linear_tiles(&rows, x.rows, now, false, None)?;
+            let quantised = dtype.is_quantised();
+            let x = if quantised { records } else { rows };
+            // Of bf16, tiles for 64 rows took half as long again (H100).
+            let many = m >= TILE_ROWS_MIN && (quantised || m > 64);
+            if m == 1 && self.cuda.one_fits(k) {
+                self.cuda.linear_one(rows, None, now, adds)?;
+            } else if many && self.cuda.tiles_fit(dtype, k) {
+                self.cuda.linear_tiles(x, m, now, adds, None)?;
             } else {
-                self.cuda.matmul(&rows, x.rows, now, false)?;
+                self.cuda.matmul(x, m, now, adds)?;
             }
         }
         self.ended();
         Ok(())
     }
 
-    /// Networks of one kind over rows: row r of x is for network `of[r]` of `table`.
-    fn networks(
+    /// The networks of `experts` over rows, by the kernels that suit so many: route r, whose expert is
+    /// `index[r]`, reads row `r / per_row` of the f32 `rows`, or of their `records` where weights are
+    /// integers. Returns `[routes, hidden]`.
+    pub fn networks(
         &self,
-        kind: &Kind,
+        experts: &Experts,
+        index: &Dev<u32>,
+        per_row: usize,
+        rows: &Dev<f32>,
+        records: &Dev<f32>,
+    ) -> Result<Dev<f32>, DeviceError> {
+        let Experts { dtype, math, hidden, intermediate, ref table } = *experts;
+        let (cuda, routes) = (&self.cuda, index.len());
+        let tiles = cuda.tiles_fit(dtype, hidden) && cuda.tiles_fit(dtype, intermediate);
+        let item_rows = match routes.div_ceil(table.len().max(1)) {
+            _ if routes == per_row => 1,
+            0 | 1 => 4,
+            2..16 => 8,
+            16..TILE_ROWS_MIN => 16,
+            _ if tiles => 64,
+            _ => 16,
+        };
+        let grouped = cuda.grouped(routes, table.len(), item_rows)?;
+        cuda.group_routes(index, table.len(), &grouped)?;
+        let between = cuda.scratch(routes * row_words(dtype, math, intermediate))?;
+        let parts = cuda.scratch(routes * hidden)?;
+        let x = if dtype.is_quantised() { records } else { rows };
+        match item_rows {
+            64 => cuda.swiglu_tiles(experts, &grouped, per_row, x, &between, &parts)?,
+            _ => cuda.swiglu_routes(experts, &grouped, per_row, x, &between, &parts)?,
+        }
+        self.ended();
+        Ok(parts)
+    }
+
+    /// Records of all rows if weights of some of these formats read them, else nothing.
+    fn records(
+        &self,
+        x: &GpuTensor,
+        mut formats: impl Iterator<Item = DType>,
+    ) -> Result<Dev<f32>, DeviceError> {
+        if !formats.any(DType::is_quantised) {
+            return self.cuda.scratch(0);
+        }
+        let records = self.cuda.scratch(x.rows * row_words(DType::Int8, Math::Exact, x.cols))?;
+        self.cuda.quantise(&x.data, x.cols, x.rows, &records)?;
+        Ok(records)
+    }
+
+    fn products(&self, x: &GpuTensor, products: &[Linear<'_>]) -> Done {
+        if x.rows == 0 {
+            return Ok(());
+        }
+        let records = self.records(x, products.iter().map(|p| p.weight.dtype()))?;
+        self.linears(&x.data, &records, x.rows, products, false)
+    }
+
+    /// Networks of the shape and format of `like`: row r of x is for network `of[r]` of `table`.
+    fn run_networks(
+        &self,
+        like: Swiglu<'_, DevMatrix>,
         table: &[[u64; 3]],
         of: &[u32],
         x: &GpuTensor,
     ) -> Result<Dev<f32>, DeviceError> {
-        let (cuda, hidden, routes) = (&self.cuda, x.cols, of.len());
-        let Kind { dtype, intermediate } = *kind;
-        let math = Math::Exact;
-        let table_len = table.len();
-        let experts = Experts { dtype, math, hidden, intermediate, table: cuda.lend(table)? };
-        let tiles = cuda.tiles_fit(dtype, hidden) && cuda.tiles_fit(dtype, intermediate);
-        let item_rows = match routes.div_ceil(table_len.max(1)) {
-            0 | 1 => 1,
-            2..=4 => 4,
-            5..=8 => 8,
-            9..TILE_ROWS_MIN => 16,
-            _ if tiles => 64,
-            _ => 16,
-        };
-        let grouped = cuda.grouped(routes, table_len, item_rows)?;
-        cuda.group_routes(&cuda.lend(of)?, table_len, &grouped)?;
-        let rows = self.rows_for(x, dtype, &mut None)?;
-        let between = cuda.scratch(routes * row_words(dtype, math, intermediate))?;
-        let parts = cuda.scratch(routes * hidden)?;
-        match item_rows {
-            64 => cuda.swiglu_tiles(&experts, &grouped, 1, &rows, &between, &parts)?,
-            _ => cuda.swiglu_routes(&experts, &grouped, 1, &rows, &between, &parts)?,
-        }
-        self.ended();
-        Ok(parts)
+        let (dtype, intermediate) = (like.gate.dtype(), like.gate.n());
+        let (math, table) = (Math::Exact, self.cuda.lend(table)?);
+        let experts = Experts { dtype, math, hidden: x.cols, intermediate, table };
+        let records = self.records(x, std::iter::once(dtype))?;
+        self.networks(&experts, &self.cuda.lend(of)?, 1, &x.data, &records)
     }
 }
 
@@ -190,8 +206,8 @@ impl Device for Gpu {
         self.cuda.describe().to_owned()
     }
 
-    fn host_threads(&self) -> usize {
-        self.cpu.pool().threads()
+    fn host(&self) -> &Cpu {
+        &self.cpu
     }
 
     fn matrix(&self, packed: PackedMatrix) -> Result<DevMatrix, DeviceError> {
@@ -356,8 +372,7 @@ impl Device for Gpu {
         if x.rows == 0 {
             return Ok(());
         }
-        let kind = Kind { dtype: weights.gate.dtype(), intermediate: weights.gate.n() };
-        let parts = self.networks(&kind, &[addresses(weights)], &vec![0; x.rows], x)?;
+        let parts = self.run_networks(weights, &[addresses(weights)], &vec![0; x.rows], x)?;
         *out = GpuTensor { rows: x.rows, cols: x.cols, data: parts };
         Ok(())
     }
@@ -373,8 +388,8 @@ impl Device for Gpu {
             let gate = group.weights.gate;
             kinds.entry((gate.dtype().name(), gate.n(), gate.k())).or_default().push(index);
         }
-        for ((_, intermediate, hidden), members) in kinds {
-            let dtype = groups[members[0]].weights.gate.dtype();
+        for ((_, _, hidden), members) in kinds {
+            let like = groups[members[0]].weights;
             let (mut table, mut of, mut rows) = (Vec::new(), Vec::new(), Vec::new());
             for (place, &member) in (0u32..).zip(&members) {
                 let group = &groups[member];
@@ -383,7 +398,7 @@ impl Device for Gpu {
                 group.rows.iter().for_each(|row| rows.extend_from_slice(row));
             }
             let x = GpuTensor { rows: of.len(), cols: hidden, data: self.cuda.lend(&rows)? };
-            let parts = self.networks(&Kind { dtype, intermediate }, &table, &of, &x)?;
+            let parts = self.run_networks(like, &table, &of, &x)?;
             let parts = self.cuda.download(&parts)?;
             let mut parts = parts.chunks_exact(hidden);
             for member in members {

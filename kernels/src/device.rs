@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 
-use crate::{kv::KvShape, kv::KvSlot, kv::Query, matrix::PackedMatrix};
+use crate::{cpu::Cpu, kv::KvShape, kv::KvSlot, kv::Query, matrix::PackedMatrix};
 
 /// Why a device could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -87,10 +87,8 @@ pub trait Device: Send + Sync + 'static {
     /// Name for people, for example `cpu (avx512, 2 threads)`.
     fn describe(&self) -> String;
 
-    /// Threads of the host that work for it.
-    fn host_threads(&self) -> usize {
-        1
-    }
+    /// The processors of its host: itself, or those that feed it.
+    fn host(&self) -> &Cpu;
 
     /// Takes packed weights to the device (on a CPU: the same memory).
     fn matrix(&self, packed: PackedMatrix) -> Result<Self::Matrix, DeviceError>;

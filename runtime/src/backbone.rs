@@ -17,7 +17,7 @@ use crate::{
     expert::GatedMlp,
     moe_layer::{MoELayer, SharedExpert},
     rope::Rotary,
-    routing::{HierarchicalRouter, Router, TierGates},
+    routing::{HierarchicalRouter, TierGates},
 };
 
 /// Weights that every token uses, on device `D`.
@@ -92,10 +92,7 @@ pub enum LoadError {
     Context(#[from] ConfigError),
 }
 
-impl<D: Device> Backbone<D>
-where
-    HierarchicalRouter: Router<D>,
-{
+impl<D: Device> Backbone<D> {
     /// [`Backbone::load_served`] with the model's own context.
     pub fn load(
         checkpoint: &Checkpoint,
@@ -116,7 +113,7 @@ where
     ) -> Result<Self, LoadError> {
         let config = checkpoint.config().served(context)?;
         let rotary = Rotary::new(&config.attention, config.context);
-        let matrices = checkpoint.dense_matrices(device.host_threads())?;
+        let matrices = checkpoint.dense_matrices(device.host().pool().threads())?;
         let loader = Loader { checkpoint, matrices, device: &*device };
         let moe = config.moe.clone().map(Arc::new);
         let mut layers = Vec::with_capacity(config.layers.len());

@@ -377,6 +377,7 @@ impl<D: Device> ForwardPass<D> {
     /// Goes back to the first layer: what the layers wrote into the cache is written again.
     fn begin_anew(&mut self) -> Result<(), DeviceError> {
         self.layer = 0;
+        self.unclean = (0..self.chunks.len()).filter(|&c| self.failures[c].is_some()).collect();
         let ids: Vec<u32> = self.chunks.iter().flat_map(|c| &c.tokens).copied().collect();
         self.backbone.device.embed(&self.backbone.embed, &ids, &mut self.tensors.x)
     }

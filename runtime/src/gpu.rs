@@ -38,8 +38,6 @@ use crate::{
 
 type Done = Result<(), DeviceError>;
 
-/// Rows from which products are done in tiles.
-const TILE_ROWS_MIN: usize = 32;
 /// Rows of a tile of attention.
 const ATTENTION_ROWS: usize = 64;
 
@@ -59,15 +57,11 @@ struct Sparse {
     one: Routes,
 }
 
-/// A network that every row passes: a dense layer, or a shared expert.
-struct Dense {
-    experts: Experts,
-}
-
 struct State {
     /// By layer; nothing for a dense one.
     sparse: Vec<Option<Sparse>>,
-    dense: Vec<Option<Dense>>,
+    /// A network that every row passes, as a table of one: a dense layer, or a shared expert.
+    dense: Vec<Option<Experts>>,
     /// All experts of all layers are held.
     complete: bool,
     /// Zeros between two kernels.
@@ -167,15 +161,14 @@ fn counters(config: &ModelConfig, rows: usize) -> usize {
 }
 
 /// One network as a table of one.
-fn dense(cuda: &Cuda, mlp: &GatedMlp<DevMatrix>) -> Result<Dense, DeviceError> {
-    let experts = Experts {
+fn dense(cuda: &Cuda, mlp: &GatedMlp<DevMatrix>) -> Result<Experts, DeviceError> {
+    Ok(Experts {
         dtype: mlp.gate.dtype(),
         math: Math::Exact,
         hidden: mlp.gate.k(),
         intermediate: mlp.gate.n(),
         table: cuda.upload(&[HbmStore::addresses(mlp)])?,
-    };
-    Ok(Dense { experts })
+    })
 }
 
 fn sparse(
@@ -371,7 +364,7 @@ impl Pass {
         self.work.records.part(0, self.plan.rows * row_words(DType::Int8, Math::Exact, k))
     }
 
-    /// Products of rows, which are there in f32 and, for weights of integers, as records.
+    /// Products of the pass's rows: see [`Gpu::linears`].
     fn products(
         &self,
         rows: &Dev<f32>,
@@ -379,52 +372,18 @@ impl Pass {
         products: &[Linear<'_>],
         adds: bool,
     ) -> Done {
-        let (cuda, m) = (self.cuda(), self.plan.rows);
-        let mut rest = products;
-        while let Some(first) = rest.first() {
-            let (dtype, k) = (first.weight.dtype(), first.weight.k());
-            let same = rest.iter().take_while(|p| p.weight.dtype() == dtype).count();
-            let (now, later) = rest.split_at(same);
-            rest = later;
-            let x = if dtype.is_quantised() { records } else { rows };
-            if m >= TILE_ROWS_MIN && cuda.tiles_fit(dtype, k) && (dtype.is_quantised() || m > 64) {
-                cuda.linear_tiles(x, m, now, adds, None)?;
-            } else {
-                cuda.matmul(x, m, now, adds)?;
-            }
-        }
-        Ok(())
+        self.store.gpu().linears(rows, records, self.plan.rows, products, adds)
     }
 
-    /// Networks over rows, by routes: `parts` is `[routes, H]`.
+    /// Networks over the pass's rows: see [`Gpu::networks`].
     fn networks(
         &self,
         experts: &Experts,
         index: &Dev<u32>,
         (rows, records): (&Dev<f32>, &Dev<f32>),
     ) -> Result<Dev<f32>, DeviceError> {
-        let Experts { dtype, math, hidden, intermediate, ref table } = *experts;
-        let (cuda, routes) = (self.cuda(), index.len());
-        let tiles = cuda.tiles_fit(dtype, hidden) && cuda.tiles_fit(dtype, intermediate);
-        let item_rows = match routes.div_ceil(table.len()) {
-            0 | 1 => 4,
-            2..16 => 8,
-            16..TILE_ROWS_MIN => 16,
-            _ if tiles => 64,
-            _ => 16,
-        };
-        let item_rows = if self.plan.rows == 1 { 1 } else { item_rows };
-        let grouped = cuda.grouped(routes, table.len(), item_rows)?;
-        cuda.group_routes(index, table.len(), &grouped)?;
-        let between = cuda.scratch(routes * row_words(dtype, math, intermediate))?;
-        let parts = cuda.scratch(routes * hidden)?;
-        let (per_row, x) =
-            (routes / self.plan.rows, if dtype.is_quantised() { records } else { rows });
-        match item_rows {
-            64 => cuda.swiglu_tiles(experts, &grouped, per_row, x, &between, &parts)?,
-            _ => cuda.swiglu_routes(experts, &grouped, per_row, x, &between, &parts)?,
-        }
-        Ok(parts)
+        let per_row = index.len() / self.plan.rows;
+        self.store.gpu().networks(experts, index, per_row, rows, records)
     }
 
     /// `x += attention`, and what it writes into the cache.
@@ -442,7 +401,6 @@ impl Pass {
         let scale = 1.0 / (attention.head_dim as f32).sqrt();
         let window = config.layers[index].window;
         let (x, q, k, v) = (all(&t.x), all(&t.q), all(&t.k), all(&t.v));
-        let bias = |linear: &'_ Option<Dev<f32>>| linear.is_some();
         let qkv = [(&layer.q, q), (&layer.k, k), (&layer.v, v)].map(|(linear, out)| Linear {
             weight: &linear.weight,
             bias: linear.bias.as_ref(),
@@ -497,7 +455,7 @@ impl Pass {
             }
         }
         // With a bias, the sum is rounded before it is added.
-        let adds = !bias(&layer.o.bias);
+        let adds = layer.o.bias.is_none();
         let out = if adds { x } else { all(&t.delta) };
         let o = [Linear { weight: &layer.o.weight, bias: layer.o.bias.as_ref(), out }];
         if one {
@@ -536,7 +494,7 @@ impl Pass {
         self.cuda().norm_rows(x, by.weight, by.eps, Some(out), records)
     }
 
-    /// `x +=` what the feed-forward part gives; false if its experts are not all here.
+    /// `x +=` what the feed-forward part gives, unless its experts are not all here.
     fn feed_forward(
         &self,
         state: &mut State,
@@ -547,18 +505,17 @@ impl Pass {
         let (cuda, layer) = (self.cuda(), &backbone.layers[index]);
         let (x, normed, delta) = (all(&t.x), all(&t.normed), all(&t.delta));
         let eps = backbone.config.norm_eps;
-        let on = Reached::End;
         let State { sparse, dense, complete, counters } = state;
         let by = Norm { weight: &layer.ffn_norm, eps };
         let records = self.records(backbone.config.hidden);
         let (Some(sparse), Some((k, renormalise))) = (&mut sparse[index], self.moe) else {
-            if let Some(Dense { experts }) = &dense[index] {
+            if let Some(experts) = &dense[index] {
                 let reads = experts.dtype.is_quantised();
                 self.normed(x, by, normed, reads.then_some(&records))?;
                 let parts = self.networks(experts, &self.plan.zeros, (normed, &records))?;
                 cuda.add(x, &parts)?;
             }
-            return Ok(on);
+            return Ok(Reached::End);
         };
         let how = Choose {
             n: sparse.gate.n(),
@@ -591,7 +548,7 @@ impl Pass {
             let parts = cuda.scratch(k * hidden)?;
             let (experts, routes) = (&sparse.experts, &sparse.one);
             cuda.swiglu_one(x, Some(by), experts, routes, &between, &parts, counters, x)?;
-            return Ok(on);
+            return Ok(Reached::End);
         }
         // The format of experts may not be known yet.
         self.normed(x, by, normed, Some(&records))?;
@@ -615,7 +572,7 @@ impl Pass {
         }
         let out = if shared.is_some() { delta } else { x };
         cuda.weighted_sum(&parts, &self.work.weight, k, shared.is_none(), out)?;
-        if let (Some(shared), Some(Dense { experts })) = (shared, &dense[index]) {
+        if let (Some(shared), Some(experts)) = (shared, &dense[index]) {
             let extra = self.networks(experts, &self.plan.zeros, both)?;
             if let Some(gate) = &shared.gate {
                 let logits = cuda.scratch(rows)?;
@@ -626,7 +583,7 @@ impl Pass {
             cuda.add(delta, &extra)?;
             cuda.add(x, delta)?;
         }
-        Ok(on)
+        Ok(Reached::End)
     }
 }
 

@@ -19,15 +19,12 @@ use lite_llm_kernels::{
     simd::Simd,
 };
 use lite_llm_runtime::{
-    backbone::{Backbone, BackboneLayer, FeedForwardLayer, Linear},
+    backbone::Backbone,
     checkpoint::Checkpoint,
     engine::{Engine, Event, Step},
     expert::{ExpertKey, ExpertStore},
-    moe_layer::{MoELayer, SharedExpert},
-    routing::{Router, Routes},
     sequence::Request,
     store::DramStore,
-    tier::TierMask,
 };
 
 type Tensor = <Cpu as Device>::Tensor;
@@ -69,6 +66,9 @@ impl Device for Faulty {
 
     fn describe(&self) -> String {
         "faulty".into()
+    }
+    fn host(&self) -> &Cpu {
+        &self.cpu
     }
     fn matrix(&self, packed: PackedMatrix) -> Result<Matrix, DeviceError> {
         self.cpu.matrix(packed)
@@ -136,62 +136,19 @@ impl Device for Faulty {
     }
 }
 
-struct OnCpu(Box<dyn Router<Cpu>>);
-
-impl Router<Faulty> for OnCpu {
-    fn route(
-        &self,
-        device: &Faulty,
-        hidden: &Tensor,
-        tiers: &[&TierMask],
-        out: &mut Routes,
-    ) -> Result<(), DeviceError> {
-        self.0.route(&device.cpu, hidden, tiers, out)
-    }
-}
-
 /// The demo model on a device that can fail, and its experts.
 fn demo() -> (Arc<Faulty>, Engine<Faulty>, DramStore) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/manpages-moe");
     let checkpoint = Checkpoint::open(folder).unwrap();
     let store = DramStore::new(1 << 30);
     store.load_all(&checkpoint).unwrap();
-    let cpu = || Cpu::new(1, Simd::best());
     let device = Arc::new(Faulty {
-        cpu: cpu(),
+        cpu: Cpu::new(1, Simd::best()),
         embed: AtomicBool::default(),
         attention: AtomicBool::default(),
         expert: AtomicPtr::default(),
     });
-    let model = Backbone::<Cpu>::load(&checkpoint, Arc::new(cpu()), |_, _| {}).unwrap();
-    let linear = |l: Linear<Cpu>| Linear { weight: l.weight, bias: l.bias };
-    let layer = |l: BackboneLayer<Cpu>| BackboneLayer {
-        attention_norm: l.attention_norm,
-        q: linear(l.q),
-        k: linear(l.k),
-        v: linear(l.v),
-        o: linear(l.o),
-        q_norm: l.q_norm,
-        k_norm: l.k_norm,
-        ffn_norm: l.ffn_norm,
-        feed_forward: match l.feed_forward {
-            FeedForwardLayer::Dense(mlp) => FeedForwardLayer::Dense(mlp),
-            FeedForwardLayer::Sparse(moe) => FeedForwardLayer::Sparse(MoELayer {
-                router: Box::new(OnCpu(moe.router)),
-                shared: moe.shared.map(|s| SharedExpert { mlp: s.mlp, gate: s.gate }),
-            }),
-        },
-    };
-    let backbone = Backbone {
-        config: model.config,
-        device: device.clone(),
-        embed: model.embed,
-        head: model.head,
-        norm: model.norm,
-        layers: model.layers.into_iter().map(layer).collect(),
-        rotary_scale: 1.0,
-        inv_freq: model.inv_freq,
-    };
+    let backbone = Backbone::load(&checkpoint, device.clone(), |_, _| {}).unwrap();
     let engine = Engine::new(Arc::new(backbone), 64 << 20).unwrap();
     (device, engine, store)
 }

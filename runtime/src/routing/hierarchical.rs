@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use lite_llm_kernels::{
     cpu::Cpu,
-    cuda_device::{Gpu, GpuTensor},
     device::{Device, DeviceError},
     matrix::PackedMatrix,
     ops::matmul,
@@ -32,7 +31,7 @@ pub struct TierGates {
     pub experts: Vec<PackedMatrix>,
 }
 
-/// Routes on host memory with gates in f32.
+/// Routes on the host, whatever computes the rest, with gates in f32.
 pub struct HierarchicalRouter {
     layer: usize,
     moe: Arc<MoeConfig>,
@@ -264,42 +263,31 @@ impl HierarchicalRouter {
     }
 }
 
-impl HierarchicalRouter {
-    /// [`Router::route`] of rows in the host's memory, `[rows, hidden]`.
-    fn route_rows(&self, cpu: &Cpu, hidden: &[f32], masks: &[&TierMask], out: &mut Routes) {
-        self.route_to(|tier| self.moe.k_expert(tier) as usize, cpu, hidden, masks, out, None);
-    }
-
-    /// [`Router::route_wider`], alike.
-    fn route_rows_wider(&self, cpu: &Cpu, hidden: &[f32], masks: &[&TierMask], out: &mut Routes) {
-        // An order of choice has 10 bits.
-        let wider = |k: usize| (k + k.div_ceil(2)).min(1024);
-        let k_expert = |tier| wider(self.moe.k_expert(tier) as usize);
-        self.route_to(k_expert, cpu, hidden, masks, out, None);
-        out.sort_by_weight();
-    }
-}
-
-impl Router<Cpu> for HierarchicalRouter {
+impl<D: Device> Router<D> for HierarchicalRouter {
     fn route(
         &self,
-        cpu: &Cpu,
-        hidden: &Tensor,
+        device: &D,
+        hidden: &D::Tensor,
         masks: &[&TierMask],
         out: &mut Routes,
     ) -> Result<(), DeviceError> {
-        self.route_rows(cpu, hidden.as_slice(), masks, out);
+        let k_expert = |tier| self.moe.k_expert(tier) as usize;
+        self.route_to(k_expert, device.host(), &device.read(hidden)?, masks, out, None);
         Ok(())
     }
 
     fn route_wider(
         &self,
-        cpu: &Cpu,
-        hidden: &Tensor,
+        device: &D,
+        hidden: &D::Tensor,
         masks: &[&TierMask],
         out: &mut Routes,
     ) -> Result<(), DeviceError> {
-        self.route_rows_wider(cpu, hidden.as_slice(), masks, out);
+        // An order of choice has 10 bits.
+        let wider = |k: usize| (k + k.div_ceil(2)).min(1024);
+        let k_expert = |tier| wider(self.moe.k_expert(tier) as usize);
+        self.route_to(k_expert, device.host(), &device.read(hidden)?, masks, out, None);
+        out.sort_by_weight();
         Ok(())
     }
 
@@ -307,34 +295,5 @@ impl Router<Cpu> for HierarchicalRouter {
         let [tier] = &self.tiers[..] else { return None };
         let [gate] = &tier.experts[..] else { return None };
         Some(gate)
-    }
-}
-
-/// The hidden states come to the host.
-impl Router<Gpu> for HierarchicalRouter {
-    fn route(
-        &self,
-        gpu: &Gpu,
-        hidden: &GpuTensor,
-        masks: &[&TierMask],
-        out: &mut Routes,
-    ) -> Result<(), DeviceError> {
-        self.route_rows(gpu.cpu(), &gpu.read(hidden)?, masks, out);
-        Ok(())
-    }
-
-    fn route_wider(
-        &self,
-        gpu: &Gpu,
-        hidden: &GpuTensor,
-        masks: &[&TierMask],
-        out: &mut Routes,
-    ) -> Result<(), DeviceError> {
-        self.route_rows_wider(gpu.cpu(), &gpu.read(hidden)?, masks, out);
-        Ok(())
-    }
-
-    fn flat_gate(&self) -> Option<&PackedMatrix> {
-        Router::<Cpu>::flat_gate(self)
     }
 }
