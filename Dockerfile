@@ -1,9 +1,10 @@
-# lite-llm in a small image: one static-enough program on Debian's C library, without a package manager or shell.
+# lite-llm in a small image: one program on Debian's C library, without a package manager or shell.
 #
 #   docker build -t lite-llm .
 #   docker run --rm lite-llm run "ls - list"
 #   docker run -v lite-llm:/state -v ~/models:/models:ro -p 7450:7450/udp lite-llm \
-#     coordinator --model /models/olmoe --listen 0.0.0.0:7450 --advertise HOST_ADDRESS:7450
+#     coordinator --model /models/olmoe --listen 0.0.0.0:7450 --advertise HOST_IP:7450
+#   docker cp CONTAINER:/state/worker.token .     # for workers
 FROM rust:1.95-slim-bookworm AS build
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /src

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds a release archive: lite-llm-VERSION-TARGET.tar.gz with the program, its man pages, completions, units and
-# licences, and its SHA-256 beside it. The same sources and compiler give the same archive.
+# licences, and its SHA-256 beside it. The same sources, compiler and folders give the same
+# archive.
 #
 #   packaging/release.sh [OUT_DIR]
 set -euo pipefail
@@ -22,6 +23,7 @@ for shell in bash zsh fish elvish powershell; do
 done
 "$program" man --out "$folder/man" >/dev/null
 cp packaging/*.service packaging/lite-llm.toml README.md CHANGELOG.md LICENSE-* "$folder/"
+cp -r docs ARCHITECTURE.md packaging/grafana.json "$folder/"
 moment="$(git log -1 --format=%ct 2>/dev/null || date +%s)"
 tar --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$moment" -C "$work" -cf - "$name" |
   gzip -n9 >"$out/$name.tar.gz"

@@ -208,7 +208,7 @@ fn the_manual_page_renders() {
         match rendered {
             Ok(rendered) if rendered.status.success() => {
                 let text = String::from_utf8_lossy(&rendered.stdout);
-                // Overstrikes make letters bold.
+                // Hyphens may be typographic.
                 let text: String = text.replace('\u{2010}', "-");
                 for word in words {
                     assert!(text.contains(word), "{word} is missing: {text}");

@@ -20,7 +20,7 @@ use crate::tokenizer::Tokenizer;
 /// Longest grammar, in bytes.
 pub const GRAMMAR_BYTES_MAX: usize = 128 << 10;
 /// Grammars that are kept ready, and bytes of their texts.
-const READY_MAX: usize = 64;
+const READY_MAX: usize = 16;
 const READY_BYTES_MAX: usize = 1 << 20;
 /// As much of what the library says as people read.
 const SAID_BYTES_MAX: usize = 600;

@@ -61,6 +61,8 @@ fn what_was_imported_goes_back_with_the_same_bytes_and_comes_in_again_the_same()
             let again = imported(&at(out), &at(&format!("{out}.again")));
             assert_eq!(again.id(), first.id(), "{name} by {out}");
         }
+        // A name with a slash at its end is the same name, there or not.
+        export(&first, &at("slash").join(""), FILE_BYTES, &mut |_, _| {}).unwrap();
         let error = export(&first, &at("one"), FILE_BYTES, &mut |_, _| {}).unwrap_err();
         assert!(error.to_string().contains("is there already"), "{error}");
     }

@@ -6,7 +6,7 @@ use lite_llm_actors::training::{
     Hub,
     worker::{TrainWorkerOptions, serve},
 };
-use lite_llm_kernels::cpu::Cpu;
+use lite_llm_kernels::{DETERMINISM_VERSION, cpu::Cpu};
 use lite_llm_runtime::{
     checkpoint::{Checkpoint, index::Hash},
     train::{
@@ -14,6 +14,13 @@ use lite_llm_runtime::{
         run::{Happened, Run},
         state,
     },
+};
+use lite_llm_transport::{
+    endpoint::{Endpoint, Expect, Options},
+    identity::Role,
+    join::join,
+    messages::TrainMessage,
+    session::Hello,
 };
 use tokio::{runtime::Handle, task::JoinHandle};
 
@@ -85,16 +92,35 @@ fn worker(hub: &Hub, number: usize) -> JoinHandle<()> {
     })
 }
 
+/// A worker that leaves when it has been given something to compute.
+fn quits(hub: &Hub) -> JoinHandle<()> {
+    let (address, token) = (hub.address(), hub.token().clone());
+    tokio::spawn(async move {
+        let hello = || Hello::new(DETERMINISM_VERSION);
+        let identity = join(address, &token, Role::Worker, "quits", &hello()).await.unwrap();
+        let endpoint = Endpoint::outgoing(address, &identity, Options::new(hello())).unwrap();
+        let connection = endpoint.connect(address, &Expect::coordinator()).await.unwrap();
+        let (_to, mut from) = connection.accept_stream().await.unwrap().into_frames();
+        while let Ok(Some(frame)) = from.recv().await {
+            if matches!(frame.decode::<TrainMessage>(), Ok(TrainMessage::Work { .. })) {
+                break;
+            }
+        }
+        connection.close("gone with its node");
+    })
+}
+
 async fn shared(
     dir: &Path,
     out: &'static str,
     count: usize,
     patience: Duration,
+    start: impl Fn(&Hub, usize) -> JoinHandle<()>,
     mut between: impl FnMut(u64, &mut Vec<JoinHandle<()>>) + Send + 'static,
 ) -> Result<Bits, String> {
     let loopback = "127.0.0.1:0".parse().unwrap();
     let hub = Hub::start(loopback, count, patience).await.unwrap();
-    let mut workers: Vec<_> = (1..=count).map(|number| worker(&hub, number)).collect();
+    let mut workers: Vec<_> = (1..=count).map(|number| start(&hub, number)).collect();
     hub.ready().await.unwrap();
     let (dir, remote) = (dir.to_owned(), hub.workers(Handle::current()));
     let bits = tokio::task::spawn_blocking(move || {
@@ -115,16 +141,20 @@ async fn any_number_of_workers_has_the_bits_of_one_process() {
     let expected = finish(run, |_| {}).unwrap();
     assert_eq!(expected.0.len(), 6);
     for (out, count) in [("one", 1), ("two", 2), ("three", 3)] {
-        let found = shared(dir.path(), out, count, PATIENCE, |_, _| {}).await.unwrap();
+        let found = shared(dir.path(), out, count, PATIENCE, worker, |_, _| {}).await.unwrap();
         assert_eq!(found, expected, "{count} workers");
     }
     // One is lost after the second step, another after the fourth: the last computes alone.
-    let found = shared(dir.path(), "lost", 3, PATIENCE, |step, workers| {
+    let found = shared(dir.path(), "lost", 3, PATIENCE, worker, |step, workers| {
         if step == 2 || step == 4 {
             workers.pop().unwrap().abort();
         }
     });
     assert_eq!(found.await.unwrap(), expected, "with two workers lost");
+    // One leaves with the first node that it was given.
+    let start = |hub: &Hub, number| if number == 3 { quits(hub) } else { worker(hub, number) };
+    let found = shared(dir.path(), "left", 3, PATIENCE, start, |_, _| {});
+    assert_eq!(found.await.unwrap(), expected, "with a worker that left with its node");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -134,7 +164,7 @@ async fn a_run_without_workers_says_so_and_goes_on_from_its_checkpoint() {
     let run = Run::open(config("alone"), dir.path(), Arc::new(Cpu::best(2)), false).unwrap();
     let expected = finish(run, |_| {}).unwrap();
     let patience = Duration::from_secs(5);
-    let found = shared(dir.path(), "broken", 1, patience, |step, workers| {
+    let found = shared(dir.path(), "broken", 1, patience, worker, |step, workers| {
         if step == 4 {
             workers.pop().unwrap().abort();
         }

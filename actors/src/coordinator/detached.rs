@@ -15,7 +15,7 @@ use lite_llm_transport::{
 use super::handle::{CoordinatorHandle, CoordinatorOptions, EncodeError, ServeError};
 use crate::{
     ledger::{Jobs, LedgerError, LedgerOptions, RunsOn},
-    node::jobs,
+    node::{grammars::FormError, jobs},
 };
 
 /// What is said where no ledger is kept.
@@ -93,8 +93,22 @@ impl CoordinatorHandle {
             })?;
             request.prompt = Prompt::Tokens(ids);
             jobs::check_order(request, &job.choosing, &[], &self.config).map_err(named)?;
+            let most = self.positions_max();
+            if let Prompt::Tokens(ids) = &request.prompt {
+                let may = ids.len().saturating_add(request.max_new_tokens as usize);
+                let needed = may.min(self.config.context);
+                if needed > most {
+                    return Err(named(format!(
+                        "it may come to {needed} tokens, and the largest cache of a worker holds \
+                         {most}: ask for fewer tokens, or give a worker a larger --kv"
+                    )));
+                }
+            }
             if let Some(grammar) = &job.choosing.grammar {
-                self.check_grammar(grammar).await.map_err(named)?;
+                self.check_grammar(grammar).await.map_err(|error| match error {
+                    FormError::Busy(reason) => LedgerError::Unknown(reason),
+                    FormError::Form(reason) => named(reason),
+                })?;
             }
         }
         ledger.accept(owner, batch).await

@@ -45,7 +45,7 @@ use crate::{
         detached,
     },
     ledger::{Jobs, LedgerError, LedgerOptions},
-    node::grammars::GrammarDesk,
+    node::grammars::{FormError, GrammarDesk},
     placement::PlacementPolicy,
 };
 
@@ -326,7 +326,7 @@ impl CoordinatorHandle {
     }
 
     /// Reads the form of an answer, so that one that cannot be used is known before its job begins.
-    pub async fn check_grammar(&self, grammar: &Grammar) -> Result<(), String> {
+    pub async fn check_grammar(&self, grammar: &Grammar) -> Result<(), FormError> {
         self.grammars.read(grammar).await.map(drop)
     }
 

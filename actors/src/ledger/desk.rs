@@ -121,11 +121,7 @@ impl Jobs {
 
     /// The numbers of a batch that was taken under this key, if one was. Whoever lost an answer asks
     /// before anything else: what would be refused now may have been taken then.
-    pub(crate) async fn known(
-        &self,
-        owner: &str,
-        key: [u8; 16],
-    ) -> Result<Option<JobRange>, LedgerError> {
+    pub async fn known(&self, owner: &str, key: [u8; 16]) -> Result<Option<JobRange>, LedgerError> {
         let owner = owner.to_owned();
         self.ask(|reply| Wish::Known { owner, key, reply }).await
     }

@@ -13,6 +13,10 @@ use lite_llm_kernels::{
     dtype::DType,
     kv::KvDType,
 };
+use lite_llm_runtime::{
+    backbone::Backbone, checkpoint::Checkpoint, engine::Engine, expert::ExpertStore,
+    gpu::GpuCarrier, residency::HbmStore,
+};
 
 /// Part of a GPU's free memory that experts leave to activations: a twelfth.
 const ACTIVATIONS_SHARE: u64 = 12;
@@ -137,8 +141,36 @@ impl NodeDevice {
     }
 }
 
+/// An engine on a GPU, over a store in the host's memory, and what holds experts in the GPU's.
+/// `cache` says how many bytes keys and values take, and how they are kept; `hbm` how many bytes
+/// experts may take (nothing for what is free), and how many share the GPU.
+///
+/// # Errors
+/// A kernel does not compile, or the GPU has no room.
+pub fn gpu_engine(
+    backbone: &Arc<Backbone<Gpu>>,
+    below: Arc<dyn ExpertStore>,
+    checkpoint: &Checkpoint,
+    cache: (u64, KvDType),
+    hbm: (Option<u64>, u64),
+) -> Result<(Engine<Gpu>, Arc<HbmStore>), DeviceError> {
+    let gpu = &backbone.device;
+    let (kv_bytes, kv_dtype) = cache;
+    let tiers = checkpoint.config().moe.iter().flat_map(|moe| &moe.tiers);
+    let dtype = checkpoint.dtype();
+    let weights = tiers.map(|tier| tier.dtype.unwrap_or(dtype)).chain([dtype]);
+    load_kernels(gpu, weights, kv_dtype)?;
+    let engine = Engine::with_cache(backbone.clone(), kv_bytes, kv_dtype)?;
+    // After the cache, for what is free is theirs.
+    let budget = hbm_budget(gpu, hbm.0, hbm.1)?;
+    let bytes = checkpoint.tier_expert_bytes();
+    let store = Arc::new(HbmStore::new(gpu.clone(), below, budget, bytes));
+    let carrier = GpuCarrier::new(backbone, store.clone())?;
+    Ok((engine.carried_by(carrier.map(|carrier| Arc::new(carrier) as _)), store))
+}
+
 /// Bytes of a GPU's memory for experts, now that everything else has its place.
-pub fn hbm_budget(gpu: &Gpu, asked: Option<u64>, sharers: u64) -> Result<u64, DeviceError> {
+fn hbm_budget(gpu: &Gpu, asked: Option<u64>, sharers: u64) -> Result<u64, DeviceError> {
     let (free, _) = gpu.cuda().memory()?;
     let free = free as u64;
     match asked {
@@ -150,7 +182,7 @@ pub fn hbm_budget(gpu: &Gpu, asked: Option<u64>, sharers: u64) -> Result<u64, De
 
 /// Compiles or loads what a model's passes need, by formats of weights and of the cache: at its first
 /// use a kernel would keep the lane for longer than a node may show no progress.
-pub(super) fn load_kernels(
+fn load_kernels(
     gpu: &Gpu,
     weights: impl Iterator<Item = DType>,
     kv: KvDType,

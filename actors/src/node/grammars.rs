@@ -19,6 +19,17 @@ const READ_MAX: usize = 2;
 /// How long a grammar may take, its wait for others among it.
 const READ_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Why an answer has no form.
+#[derive(Debug, thiserror::Error)]
+pub enum FormError {
+    /// Not now: too many wait, or no model is served here. Later it may be read.
+    #[error("{0}")]
+    Busy(String),
+    /// It cannot be used.
+    #[error("{0}")]
+    Form(String),
+}
+
 /// Where grammars are read with the tokenizer of the model that is served. Cloning shares it.
 #[derive(Clone)]
 pub struct GrammarDesk {
@@ -48,11 +59,15 @@ impl GrammarDesk {
     }
 
     /// Reads a grammar: where an answer of its form begins, or why there is none.
-    pub async fn read(&self, grammar: &Grammar) -> Result<Guide, String> {
-        let slow = |_| format!("a grammar was not read within {READ_TIMEOUT:?}; try again later");
+    pub async fn read(&self, grammar: &Grammar) -> Result<Guide, FormError> {
+        let slow = |_| {
+            let reason = format!("a grammar was not read within {READ_TIMEOUT:?}; try again later");
+            FormError::Busy(reason)
+        };
+        let ended = |error: &dyn std::fmt::Display| FormError::Busy(error.to_string());
         let (desk, grammar) = (self.clone(), grammar.clone());
         let place = timeout(READ_TIMEOUT, self.places.clone().acquire_owned()).await;
-        let place = place.map_err(slow)?.map_err(|error| error.to_string())?;
+        let place = place.map_err(slow)?.map_err(|error| ended(&error))?;
         let read = tokio::task::spawn_blocking(move || {
             // Until it is read, also if nobody waits for it any more.
             let _place = place;
@@ -61,14 +76,15 @@ impl GrammarDesk {
                 Grammar::Regex(text) => grammar::Grammar::Regex(text),
                 Grammar::Lark(text) => grammar::Grammar::Lark(text),
             };
-            desk.grammars()?.read(&grammar).map_err(|error| error.to_string())
+            desk.grammars()?.read(&grammar).map_err(|error| FormError::Form(error.to_string()))
         });
-        timeout(READ_TIMEOUT, read).await.map_err(slow)?.map_err(|error| error.to_string())?
+        timeout(READ_TIMEOUT, read).await.map_err(slow)?.map_err(|error| ended(&error))?
     }
 
-    fn grammars(&self) -> Result<Arc<Grammars>, String> {
+    fn grammars(&self) -> Result<Arc<Grammars>, FormError> {
         let mut model = self.model.lock();
-        let model = model.as_mut().ok_or("no model is served here at present")?;
+        let none = || FormError::Busy("no model is served here at present".into());
+        let model = model.as_mut().ok_or_else(none)?;
         let checkpoint = &model.checkpoint;
         let made = model.grammars.get_or_insert_with(|| {
             let config = checkpoint.config();
@@ -77,6 +93,6 @@ impl GrammarDesk {
             let made = Grammars::new(&tokenizer, config.vocab, &config.eos_tokens);
             Ok(Arc::new(made.map_err(|error| error.to_string())?))
         });
-        made.clone()
+        made.clone().map_err(FormError::Form)
     }
 }

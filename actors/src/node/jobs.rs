@@ -17,7 +17,7 @@ use lite_llm_transport::{
 use tokio::sync::mpsc;
 use tracing::{Instrument, Span, debug, debug_span};
 
-use super::grammars::GrammarDesk;
+use super::grammars::{FormError, GrammarDesk};
 use crate::{
     lane::{self, JOB_EVENTS_MAX, LaneEvent, LaneInbox},
     links::deliver,
@@ -60,28 +60,30 @@ async fn serve_job(
     trace::adopt(&span, trace);
     let (events, mut queue) = mpsc::channel(JOB_EVENTS_MAX);
     let (ticket, epitaph) = (TICKETS.fetch_add(1, Relaxed), Arc::new(OnceLock::new()));
-    let lane = inbox.load_full();
     let guide = match &order.choosing.grammar {
         None => Ok(None),
         Some(grammar) => grammars.read(grammar).await.map(Some),
     };
-    let request = guide.and_then(|guide| {
-        let request = engine_request(order, &span)?;
-        Ok(Request { guide, ..request })
-    });
-    let refused = match (request, &lane) {
-        (Err(reason), _) => Some(JobEventBody::Failed { reason }),
-        (Ok(_), None) => {
+    // The lane of now: another may have begun while the grammar was read.
+    let home = inbox.load_full();
+    let refused = match (guide, &home) {
+        (_, None) => {
             let reason = "this worker has no experts loaded at present".into();
             Some(JobEventBody::NotTaken { reason })
         }
-        (Ok(request), Some(lane)) => {
-            let (epitaph, span) = (epitaph.clone(), span.clone());
-            let start = lane::JobStart { job, ticket, request, events, epitaph, span };
-            let taken = deliver(lane, LaneEvent::Start(Box::new(start))).await;
-            let reason = "this worker is busy or stopping".to_owned();
-            (!taken).then_some(JobEventBody::NotTaken { reason })
-        }
+        (Err(FormError::Busy(reason)), _) => Some(JobEventBody::NotTaken { reason }),
+        (Err(FormError::Form(reason)), _) => Some(JobEventBody::Failed { reason }),
+        (Ok(guide), Some(lane)) => match engine_request(order, &span) {
+            Err(reason) => Some(JobEventBody::Failed { reason }),
+            Ok(request) => {
+                let request = Request { guide, ..request };
+                let (epitaph, span) = (epitaph.clone(), span.clone());
+                let start = lane::JobStart { job, ticket, request, events, epitaph, span };
+                let taken = deliver(lane, LaneEvent::Start(Box::new(start))).await;
+                let reason = "this worker is busy or stopping".to_owned();
+                (!taken).then_some(JobEventBody::NotTaken { reason })
+            }
+        },
     };
     if let Some(body) = refused {
         if sender.send_message(&JobEvent { job, trace, body }).await.is_ok() {
@@ -110,7 +112,7 @@ async fn serve_job(
         // Nothing more is ever sent on this stream: whatever comes means that the job is over.
         _ = receiver.recv() => {}
     }
-    if let Some(lane) = lane {
+    if let Some(lane) = home {
         // The lane ignores jobs that have ended; a lane that is gone has ended them all.
         deliver(&lane, LaneEvent::Cancel(ticket)).await;
     }

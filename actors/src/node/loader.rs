@@ -14,9 +14,8 @@ use lite_llm_runtime::{
     config::MoeConfig,
     engine::Engine,
     expert::ExpertKey,
-    gpu::GpuCarrier,
     residency::{
-        CacheOptions, ExpertCache, FetchOptions, HbmStore, REQUESTS, WRITES_MAX, fetcher_for,
+        CacheOptions, ExpertCache, FetchOptions, REQUESTS, WRITES_MAX, fetcher_for,
         policy::{self, Shape},
     },
 };
@@ -29,10 +28,7 @@ use crate::{
     archive,
     lane::{Arrangement, LaneEvent, LaneMessage, LaneParts, LaneStart, LaneStats},
     links::deliver,
-    node::{
-        Loaded, Model, NodeDevice, NodeOptions,
-        device::{hbm_budget, load_kernels},
-    },
+    node::{Loaded, Model, NodeDevice, NodeOptions, device::gpu_engine},
     peers::{Epoch, PeerFetcher, PeerOptions},
     placement::Placement,
     shard::{ExpertShard, LoadCounters, ShardArguments, ShardMessage},
@@ -385,22 +381,14 @@ fn lane_start(
             Ok(LaneStart::new(LaneParts { engine, store, arrangement, buffers, limits }))
         }
         (OpenBackbone::Cuda(backbone), device) => {
-            let (gpu, asked, sharers) = match device {
-                NodeDevice::Cuda { gpu, hbm_bytes, sharers } => (gpu, *hbm_bytes, *sharers),
-                NodeDevice::Cpu(_) => (&backbone.device, None, 1),
+            let hbm = match device {
+                NodeDevice::Cuda { hbm_bytes, sharers, .. } => (*hbm_bytes, *sharers),
+                NodeDevice::Cpu(_) => (None, 1),
             };
-            let moe = model.checkpoint.config().moe.iter().flat_map(|moe| &moe.tiers);
-            let dtype = model.checkpoint.dtype();
-            let weights = moe.map(|tier| tier.dtype.unwrap_or(dtype)).chain([dtype]);
-            load_kernels(gpu, weights, kv_dtype)?;
             // An earlier lane's memory is to be free again.
             *options.hbm.lock() = None;
-            let engine = Engine::with_cache(backbone.clone(), kv_bytes, kv_dtype)?;
-            let budget = hbm_budget(gpu, asked, sharers)?;
-            let bytes = model.checkpoint.tier_expert_bytes();
-            let store = Arc::new(HbmStore::new(gpu.clone(), model.store.clone(), budget, bytes));
-            let carrier = GpuCarrier::new(backbone, store.clone())?;
-            let engine = engine.carried_by(carrier.map(|carrier| Arc::new(carrier) as _));
+            let (below, cache) = (model.store.clone(), (kv_bytes, kv_dtype));
+            let (engine, store) = gpu_engine(backbone, below, &model.checkpoint, cache, hbm)?;
             *options.hbm.lock() = Some(store.clone());
             Ok(LaneStart::new(LaneParts { engine, store, arrangement, buffers, limits }))
         }

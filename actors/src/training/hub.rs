@@ -85,6 +85,8 @@ pub enum HubMessage {
     Waited {
         /// In which step.
         step: u64,
+        /// How many had joined when it began.
+        joined: u64,
     },
 }
 
@@ -140,8 +142,8 @@ impl Hub {
             member.busy = Some(number);
         }
         if self.workers.is_empty() {
-            let step = current.step;
-            myself.send_after(self.patience, move || HubMessage::Waited { step });
+            let (step, joined) = (current.step, self.count);
+            myself.send_after(self.patience, move || HubMessage::Waited { step, joined });
         }
     }
 
@@ -236,9 +238,9 @@ impl Actor for HubActor {
                 }
                 hub.give(&myself);
             }
-            HubMessage::Waited { step } => {
+            HubMessage::Waited { step, joined } => {
                 let here = hub.current.as_ref().is_some_and(|current| current.step == step);
-                if here && hub.workers.is_empty() {
+                if here && hub.count == joined && hub.workers.is_empty() {
                     let patience = hub.patience;
                     hub.end(|_| {
                         Err(Refused::Nobody(format!(

@@ -133,10 +133,13 @@ impl Remote {
         let model = model_to_bytes(params.config())?;
         let last = self.last.take().filter(|last| *last.model == model);
         let values = params.list().iter().enumerate().map(|(id, param)| {
-            let hash = Hash::of_f32s(param.values());
+            let same = |old: &[f32]| {
+                let bits = old.iter().zip(param.values()).all(|(a, b)| a.to_bits() == b.to_bits());
+                bits && old.len() == param.values().len()
+            };
             match last.as_ref().and_then(|last| last.values.get(id)) {
-                Some((old, values)) if *old == hash => (hash, values.clone()),
-                _ => (hash, Arc::new(param.values().to_vec())),
+                Some((hash, values)) if same(values) => (*hash, values.clone()),
+                _ => (Hash::of_f32s(param.values()), Arc::new(param.values().to_vec())),
             }
         });
         let values = values.collect();

@@ -421,20 +421,27 @@ impl Body {
     }
 }
 
+/// What a prompt and an answer of `most` tokens take, before anybody has tokenised it: a token has a
+/// byte at least.
+pub(super) fn load_of(prompt: &Prompt, most: u32, positions: usize) -> Load {
+    let bytes = match prompt {
+        Prompt::Tokens(ids) => ids.len(),
+        Prompt::Text(text) | Prompt::Chat(text) => text.len(),
+    };
+    let prompt = bytes.min(positions);
+    let answer = (most as usize).min(positions - prompt);
+    Load { jobs: 1, prompt: prompt as u64, answer: answer as u64 }
+}
+
 impl Asked {
-    /// What it takes, before anybody has tokenised it: a token has a byte at least.
+    /// What all its answers take: see [`load_of`].
     pub(super) fn load(&self, positions: usize) -> Load {
         let mut load = Load { jobs: 0, prompt: 0, answer: 0 };
         for prompt in &self.prompts {
-            let prompt = match prompt {
-                Prompt::Tokens(ids) => ids.len(),
-                Prompt::Text(text) | Prompt::Chat(text) => text.len(),
-            };
-            let prompt = prompt.min(positions);
-            let answer = (self.request.max_new_tokens as usize).min(positions - prompt);
+            let one = load_of(prompt, self.request.max_new_tokens, positions);
             load.jobs += self.n as usize;
-            load.prompt += prompt as u64 * u64::from(self.n);
-            load.answer += answer as u64 * u64::from(self.n);
+            load.prompt += one.prompt * u64::from(self.n);
+            load.answer += one.answer * u64::from(self.n);
         }
         load
     }

@@ -35,7 +35,7 @@ use super::{
     choice::Finish,
     error::ApiError,
     files::{NO_FILES, Window, listed, no_file},
-    generate::Tokenised,
+    generate::{Tokenised, with_calls},
     show::{Show, Whole, call_of, usage},
 };
 use crate::commands::unix_time;
@@ -163,12 +163,16 @@ pub(super) async fn create(
         return Err(ApiError::invalid("completion_window", message));
     }
     check_metadata(wanted.metadata.as_ref())?;
+    let owner = caller.owner();
+    let key = key_of(&owner, &parts.headers);
+    // What would be refused now may have been taken when its answer was lost.
+    if let Some(taken) = api.ledger()?.known(&owner, key).await? {
+        return Ok(Json(describe(&api, &owner, taken.first).await?));
+    }
     let making = api.making.try_acquire().map_err(|_| {
         let message = format!("{MAKING_MAX} batches are being made already");
         ApiError::busy(message, std::time::Duration::from_secs(5))
     })?;
-    let owner = caller.owner();
-    let key = key_of(&owner, &parts.headers);
     let file = api.files()?.read(&owner, &wanted.input_file_id);
     let file = file.map_err(|error| ApiError::failed(error.to_string()))?;
     let mut lines = BufReader::new(file.ok_or_else(|| no_file(&wanted.input_file_id))?);
@@ -557,11 +561,11 @@ impl Lines {
                 }
             }
         }
-        choice.finish = Some(match ending.state {
-            DetachedState::EndOfText | DetachedState::Stop if calls.called() => Finish::ToolCalls,
+        let finish = match ending.state {
             DetachedState::EndOfText | DetachedState::Stop => Finish::Stop,
             _ => Finish::Length,
-        });
+        };
+        choice.finish = Some(with_calls(finish, &calls));
         show.whole(&[choice], usage(prompt, ending.ids.len() as u64))
     }
 }

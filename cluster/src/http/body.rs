@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -58,6 +58,8 @@ struct Room {
 struct Arriving {
     /// When some of it came.
     last: Mutex<Instant>,
+    /// It waits for room itself, so that nothing of it can come.
+    waits: AtomicBool,
     /// Others need its room.
     leave: Notify,
 }
@@ -79,7 +81,8 @@ impl Room {
     fn enter(&self) -> Entry<'_> {
         let number = self.begun.fetch_add(1, Relaxed);
         let (last, leave) = (Mutex::new(Instant::now()), Notify::new());
-        let arriving = Arc::new(Arriving { last, leave });
+        let waits = AtomicBool::new(false);
+        let arriving = Arc::new(Arriving { last, waits, leave });
         self.open.lock().insert(number, arriving.clone());
         Entry { room: self, number, arriving }
     }
@@ -87,7 +90,10 @@ impl Room {
     /// Tells those that stand still that others need their room, the stillest first, one a time.
     fn make_room(&self, but: u64) {
         let open = self.open.lock();
-        let others = open.iter().filter(|(number, _)| **number != but).map(|(_, other)| other);
+        let other = |(number, other): &(&u64, &Arc<Arriving>)| {
+            **number != but && !other.waits.load(Relaxed)
+        };
+        let others = open.iter().filter(other).map(|(_, other)| other);
         let still = others.map(|other| (*other.last.lock(), other)).min_by_key(|(last, _)| *last);
         if let Some((_, other)) = still.filter(|(last, _)| last.elapsed() >= STILL) {
             other.leave.notify_one();
@@ -142,7 +148,10 @@ impl Bodies {
                     return Err(ApiError::too_large(BODY_BYTES_MAX));
                 }
                 *arriving.last.lock() = Instant::now();
-                let more = self.room(part.len(), entry.number).await?;
+                arriving.waits.store(true, Relaxed);
+                let more = self.room(part.len(), entry.number).await;
+                arriving.waits.store(false, Relaxed);
+                let more = more?;
                 match &mut room {
                     Some(room) => room.merge(more),
                     None => room = Some(more),

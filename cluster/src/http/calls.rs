@@ -156,13 +156,13 @@ impl Calls {
             let rest = self.held.split_off(at + mark.len());
             let before = std::mem::replace(&mut self.held, rest);
             let before = &before[..at];
-            match (self.open, parse(before)) {
-                (false, _) => settled.extend(said(before.to_owned())),
-                (true, Some(call)) => {
+            match self.open.then(|| parse(before)) {
+                None => settled.extend(said(before.to_owned())),
+                Some(Some(call)) => {
                     self.found = true;
                     settled.push(Said::Call(call));
                 }
-                (true, None) => settled.extend(said(format!("{OPEN}{before}{CLOSE}"))),
+                Some(None) => settled.extend(said(format!("{OPEN}{before}{CLOSE}"))),
             }
             self.open = !self.open;
         }

@@ -19,7 +19,10 @@ use futures::{
     Stream, StreamExt,
     stream::{self, Peekable},
 };
-use lite_llm_actors::{coordinator::EncodeError, node::jobs};
+use lite_llm_actors::{
+    coordinator::EncodeError,
+    node::{grammars::FormError, jobs},
+};
 use lite_llm_runtime::{prompt::Prompts, stop::StopTexts};
 use lite_llm_transport::messages::{JobRequest, Prompt};
 use tokio::time::{Instant, timeout};
@@ -118,7 +121,11 @@ impl Api {
     pub(super) async fn tokenise(&self, asked: &mut Asked) -> Result<Tokenised, ApiError> {
         let field = if asked.kind == Kind::Chat { "messages" } else { "prompt" };
         if let Some(grammar) = &asked.choosing.grammar {
-            self.coordinator.check_grammar(grammar).await.map_err(ApiError::form)?;
+            let read = self.coordinator.check_grammar(grammar).await;
+            read.map_err(|error| match error {
+                FormError::Busy(reason) => ApiError::busy(reason, Duration::from_secs(1)),
+                FormError::Form(reason) => ApiError::form(reason),
+            })?;
         }
         let (n, positions) = (asked.n, self.coordinator.positions_max());
         let mut all =
@@ -174,10 +181,7 @@ async fn begin(
     deadline: Option<Deadline>,
 ) -> Result<Answering, ApiError> {
     api.check_rights(caller, &asked)?;
-    if let Some((name, _)) = &caller.key {
-        // No certificate has such a name.
-        asked.serving.tenant = format!("key:{name}");
-    }
+    asked.serving.tenant = caller.tenant();
     asked.request.trace = telemetry::context_of(&Span::current());
     let mut place = api.enter(caller, arrived, asked.load(api.config.context))?;
     let Tokenised { jobs, load, tokens } = api.tokenise(&mut asked).await?;
@@ -344,7 +348,7 @@ impl Streaming {
 }
 
 /// How an answer ended, if something was called in it.
-fn with_calls(finish: Finish, calls: &Calls) -> Finish {
+pub(super) fn with_calls(finish: Finish, calls: &Calls) -> Finish {
     match finish {
         Finish::Stop if calls.called() => Finish::ToolCalls,
         finish => finish,

@@ -234,6 +234,11 @@ struct Caller {
 }
 
 impl Caller {
+    /// Whose its jobs are among tenants; without a key nobody's. No certificate has such a name.
+    fn tenant(&self) -> String {
+        self.key.as_ref().map_or_else(String::new, |(name, _)| format!("key:{name}"))
+    }
+
     /// Under which name its files and batches are kept. No certificate has such a name.
     fn owner(&self) -> String {
         format!("key:{}", self.key.as_ref().map_or("", |(name, _)| name))

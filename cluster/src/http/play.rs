@@ -23,7 +23,9 @@ use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::Instant};
 use tracing::{Instrument, Span, debug, debug_span};
 
-use super::{Api, Caller, admission::Load, choice::Finish, error::ApiError, place::Place};
+use super::{
+    Api, Caller, admission::Load, ask::load_of, choice::Finish, error::ApiError, place::Place,
+};
 use crate::telemetry;
 
 /// Most tokens of an answer: each is shown with all of its experts.
@@ -80,12 +82,7 @@ async fn begin(api: &Arc<Api>, request: Request) -> Result<Playing, ApiError> {
     };
     // By its bytes, before anything is computed for it.
     let context = api.config.context as u64;
-    let bytes = match &prompt {
-        Prompt::Text(text) | Prompt::Chat(text) => (text.len() as u64).min(context),
-        Prompt::Tokens(ids) => (ids.len() as u64).min(context),
-    };
-    let answer = u64::from(asked.max_tokens).min(context - bytes);
-    let load = Load { jobs: 1, prompt: bytes, answer };
+    let load = load_of(&prompt, asked.max_tokens, api.config.context);
     let mut place = api.enter(&caller, arrived.into_std(), load)?;
     let ids = api.coordinator.encode(prompt).await.map_err(|error| match error {
         EncodeError::Busy(_) => ApiError::busy(error.to_string(), Duration::from_secs(1)),
@@ -116,9 +113,7 @@ async fn begin(api: &Arc<Api>, request: Request) -> Result<Playing, ApiError> {
     let answer = u64::from(asked.max_tokens).min(context - count);
     place.settle(Load { jobs: 1, prompt: count, answer })?;
     debug!(prompt = count, most = asked.max_tokens, "let in from the page");
-    // No certificate has such a name.
-    let tenant = caller.key.map_or_else(String::new, |(name, _)| format!("key:{name}"));
-    let serving = Serving { tenant, ..Serving::default() };
+    let serving = Serving { tenant: caller.tenant(), ..Serving::default() };
     let submitted = api.coordinator.submit_order(request, choosing, serving).await;
     let (_, events) = submitted.map_err(|error| ApiError::unavailable(error.to_string()))?;
     Ok(Playing { api: api.clone(), events, place, last: arrived, routes: Value::Null, over: false })

@@ -173,7 +173,7 @@ fn occupied(dir: &Path, reason: &'static str) -> CheckpointError {
     CheckpointError::Occupied { location: dir.display().to_string(), reason }
 }
 
-fn sync_folder(dir: &Path) -> Result<(), CheckpointError> {
+pub(crate) fn sync_folder(dir: &Path) -> Result<(), CheckpointError> {
     let synced = File::open(dir).and_then(|dir| dir.sync_all());
     synced.map_err(CheckpointError::io(dir.display().to_string(), "sync"))
 }

@@ -31,7 +31,7 @@
 pub mod archive;
 pub mod codec;
 mod experts;
-mod folder;
+pub(crate) mod folder;
 pub mod index;
 pub mod inspect;
 pub mod layout;

@@ -33,15 +33,15 @@ impl Class {
     /// does not fit.
     pub fn of(config: &ModelConfig) -> Result<Self, String> {
         let moe = one_tier(config)?;
-        let own = Self::ALL.into_iter().filter(|class| class.model_type() == config.architecture);
+        let mut classes = Self::ALL;
+        classes.sort_by_key(|class| class.model_type() != config.architecture);
         let mut reasons = Vec::new();
-        for class in own.chain(Self::ALL) {
+        for class in classes {
             match class.fits(config, moe) {
                 Ok(()) => return Ok(class),
                 Err(reason) => reasons.push(format!("{} {reason}", class.architecture())),
             }
         }
-        reasons.dedup();
         Err(reasons.join("; "))
     }
 
@@ -174,7 +174,7 @@ impl Class {
             "eos_token_id": config.eos_tokens.first(),
             "hidden_act": "silu",
             "hidden_size": config.hidden,
-            "intermediate_size": moe.intermediate,
+            "intermediate_size": moe.intermediate(0),
             "max_position_embeddings": config.context,
             "num_attention_heads": a.heads,
             "num_key_value_heads": a.kv_heads,
@@ -212,9 +212,9 @@ impl Class {
                 |layer: &usize| config.layers[*layer].feed_forward != FeedForward::Sparse;
             let dense: Vec<usize> = (0..config.layers.len()).filter(is_dense).collect();
             let window = config.layers.iter().find_map(|layer| layer.window);
-            set("moe_intermediate_size", json!(moe.intermediate));
+            set("moe_intermediate_size", json!(moe.intermediate(0)));
             let width = dense_widths(config).first().copied();
-            set("intermediate_size", json!(width.unwrap_or(moe.intermediate)));
+            set("intermediate_size", json!(width.unwrap_or(moe.intermediate(0))));
             set("decoder_sparse_step", json!(1));
             set("mlp_only_layers", json!(dense));
             set("use_sliding_window", json!(window.is_some()));

@@ -21,6 +21,7 @@ use serde_json::{Map, Value, json};
 
 use self::class::Class;
 use crate::{
+    checkpoint::folder::sync_folder,
     checkpoint::{Checkpoint, CheckpointError},
     import::hf_names::parameters_of,
     train::{params::shapes, stored::Stored},
@@ -99,6 +100,8 @@ pub fn export(
     file_bytes: u64,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Exported, ExportError> {
+    // `dir/` is `dir`: what is staged lies beside it, not in it.
+    let out = &out.components().collect::<PathBuf>();
     if out.exists() {
         return Err(ExportError::Exists(out.display().to_string()));
     }
@@ -173,7 +176,9 @@ pub fn export(
     let generation = json!({ "bos_token_id": config.bos_token, "eos_token_id": config.eos_tokens });
     write_json("generation_config.json", &generation)?;
     write_json("config.json", &class.config(config, dtype))?;
+    sync_folder(&staging)?;
     fs::rename(&staging, out).map_err(io(out, "rename"))?;
+    sync_folder(out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
     Ok(Exported { architecture: class.architecture(), dtype, bytes: total, files: files.len() })
 }
 

@@ -28,7 +28,10 @@ use lite_llm_kernels::{
 };
 
 use super::bytes::{Damaged, Reader, Writer};
-use crate::routing::{Gate, GateTrace, Route, Routes};
+use crate::{
+    config::ModelConfig,
+    routing::{Gate, GateTrace, Route, Routes},
+};
 
 /// Weights of the losses beside cross-entropy.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -65,6 +68,27 @@ pub struct GateSums {
 pub struct Sums {
     /// One map per sparse layer, in order.
     pub layers: Vec<BTreeMap<Gate, GateSums>>,
+}
+
+impl Sums {
+    /// Whether they are of the gates of a model, or of nothing.
+    pub(super) fn fit(&self, config: &ModelConfig) -> bool {
+        let Some(moe) = &config.moe else { return self.layers.is_empty() };
+        let candidates = |gate: &Gate| match *gate {
+            Gate::Tiers => Some(moe.tiers.len()),
+            Gate::Groups { tier } => Some(moe.tiers.get(tier)?.groups as usize),
+            Gate::Experts { tier, group } => {
+                let tier = moe.tiers.get(tier)?;
+                (group < tier.groups as usize).then_some(tier.experts_per_group as usize)
+            }
+        };
+        let fits = |(gate, sums): (&Gate, &GateSums)| {
+            let all = [sums.probabilities.len(), sums.open.len(), sums.routes.len()];
+            candidates(gate).is_some_and(|count| all == [count; 3])
+        };
+        let layers = [0, config.sparse_layers().count()];
+        layers.contains(&self.layers.len()) && self.layers.iter().flatten().all(fits)
+    }
 }
 
 /// The losses beside cross-entropy, none multiplied by its weight.

@@ -20,6 +20,9 @@ use super::{
 };
 use crate::{config::ModelConfig, tier::TierMask};
 
+/// Rows of a global batch at most.
+const ROWS_MAX: usize = 1 << 24;
+
 /// Who computes nodes of a step.
 pub trait Workers: Send {
     /// How many there are, or are to be: a batch is cut for so many.
@@ -84,7 +87,8 @@ impl Work {
     /// Computes it.
     pub fn compute(self, cpu: &Cpu, params: &Params) -> Result<Computed, TrainError> {
         let tiers = params.config().moe.as_ref().map_or(0, |moe| moe.tiers.len());
-        if self.tiers.len() != tiers || self.rows.len() != self.node.len() || self.node.is_empty() {
+        let rows = self.rows.len() == self.node.len() && self.node.end <= ROWS_MAX;
+        if self.tiers.len() != tiers || !rows || self.node.is_empty() {
             return Err(TrainError::Batch("work that does not fit the model".into()));
         }
         let node = self.node.clone();
@@ -221,7 +225,8 @@ impl Computed {
             _ => return Err(Damaged),
         };
         from.end()?;
-        Ok(found)
+        let (Self::Sums(sums) | Self::Gradients { sums, .. }) = &found;
+        if sums.fit(params.config()) { Ok(found) } else { Err(Damaged) }
     }
 }
 

@@ -123,6 +123,13 @@ pub(super) fn check(params: &Params, batch: &Batch, rows: Range<usize>) -> Resul
     Ok(())
 }
 
+/// Forward passes over a batch of so many rows that is cut in so many nodes: sums for the balance
+/// losses come first, unless one micro-batch has all rows.
+fn forward_passes(options: &StepOptions<'_>, rows: usize, nodes: usize) -> u32 {
+    let balanced = options.objective.balance != BalanceWeights::default();
+    1 + u32::from(balanced && (nodes > 1 || rows > options.micro_rows.max(1)))
+}
+
 /// Losses and gradients of a batch; `wanted` names the parameters whose gradients are computed.
 pub fn gradients(
     cpu: &Cpu,
@@ -134,8 +141,7 @@ pub fn gradients(
     check(params, batch, 0..batch.rows.len())?;
     let scale = scale(options, batch);
     let whole = 0..batch.rows.len();
-    let balanced = options.objective.balance != BalanceWeights::default();
-    let forward_passes = 1 + u32::from(balanced && whole.len() > options.micro_rows.max(1));
+    let forward_passes = forward_passes(options, whole.len(), 1);
     let (loss, sums, mut gradients) =
         node(cpu, params, batch, options, wanted, scale, whole, None)?;
     gradients.fold_into(cpu, params.list().len(), params.ids().embed);
@@ -243,7 +249,7 @@ pub fn gradients_by(
     } else {
         None
     };
-    let passes = 1 + u32::from(balanced && (cut.len() > 1 || whole.len() > options.micro_rows));
+    let passes = forward_passes(options, whole.len(), cut.len());
     let scale = scale(options, batch);
     let mut found = ask(&Wanted::Gradients { of: wanted.to_vec(), scale, known })?;
     // Nodes come in their order, as the tree is walked.

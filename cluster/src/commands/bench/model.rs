@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use lite_llm_actors::node::{NodeDevice, device::hbm_budget};
+use lite_llm_actors::node::{NodeDevice, device::gpu_engine};
 use lite_llm_kernels::{
     cpu::Cpu, cuda_device::Gpu, device::Device, kv::KvDType, measure::read_bandwidth,
 };
@@ -21,9 +21,7 @@ use lite_llm_runtime::{
     checkpoint::{Checkpoint, inspect::bytes_per_token},
     engine::{Engine, Event, Step},
     expert::ExpertStore,
-    gpu::GpuCarrier,
     random::{Purpose, random_u64},
-    residency::HbmStore,
     sequence::Request,
     store::DramStore,
 };
@@ -318,18 +316,14 @@ fn gpu_alone(
     context: Option<usize>,
     gpu: Arc<Gpu>,
     hbm_bytes: Option<u64>,
-    (kv_bytes, kv_dtype): (u64, KvDType),
+    cache: (u64, KvDType),
 ) -> Result<AloneEngine<Gpu>> {
     let below = DramStore::new(u64::MAX);
     below.load_all(checkpoint)?;
-    let backbone = Backbone::load_served(checkpoint, context, gpu.clone(), |_, _| {})?;
+    let backbone = Backbone::load_served(checkpoint, context, gpu, |_, _| {})?;
     let backbone = Arc::new(backbone);
-    let engine = Engine::with_cache(backbone.clone(), kv_bytes, kv_dtype)?;
-    let budget = hbm_budget(&gpu, hbm_bytes, 1)?;
-    let bytes = checkpoint.tier_expert_bytes();
-    let store = Arc::new(HbmStore::new(gpu, Arc::new(below), budget, bytes));
-    let carrier = GpuCarrier::new(&backbone, store.clone())?;
-    let engine = engine.carried_by(carrier.map(|carrier| Arc::new(carrier) as _));
+    let below = Arc::new(below);
+    let (engine, store) = gpu_engine(&backbone, below, checkpoint, cache, (hbm_bytes, 1))?;
     Ok(AloneEngine { engine, store, requests: 0 })
 }
 

@@ -109,6 +109,13 @@ impl Processes {
         let folder = tempfile::tempdir().context("a folder for the join token")?;
         let token = JoinToken::path_in(folder.path(), Role::Worker);
         authority.join_token(Role::Worker, coordinator.address().to_string())?.write(&token)?;
+        if local.compute.device != lite_llm_actors::node::DeviceChoice::Cpu
+            || local.compute.nvme.is_some()
+        {
+            return Err(bad_input(anyhow::anyhow!(
+                "--processes: workers compute with cpu, without --nvme"
+            )));
+        }
         let program = std::env::current_exe().context("the path of this program")?;
         // Asked once: workers that load already would leave less for the next.
         let (dram, simd) = (local.compute.dram_bytes(count, 0).to_string(), local.compute.simd()?);

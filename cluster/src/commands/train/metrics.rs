@@ -33,7 +33,9 @@ impl Metrics {
         if metrics.is_torn().with_context(|| format!("{}: cannot read", metrics.path))? {
             metrics.line("")?;
         }
-        if done > 0 {
+        let begun = metrics.file.metadata().map(|file| file.len() > 0);
+        // What an earlier attempt wrote beyond the last checkpoint, or before its first, counts no more.
+        if done > 0 || begun.with_context(|| format!("{}: cannot read", metrics.path))? {
             metrics.line(&json!({ "event": "resumed", "step": done }).to_string())?;
         }
         Ok(metrics)
@@ -110,5 +112,11 @@ mod tests {
         let found: Vec<(u64, f64)> =
             looks.iter().map(|(step, v)| (*step, v["held_out"].as_f64().unwrap())).collect();
         assert_eq!(found, [(1, 4.0), (2, 4.0), (3, 3.0)]);
+        // It begins anew: what no checkpoint has counts no more.
+        let mut metrics = Metrics::open(dir.path(), 0).unwrap();
+        metrics.write(&look(1, 5.0), 0.0).unwrap();
+        let [_, looks] = read(dir.path()).unwrap();
+        let found: Vec<u64> = looks.keys().copied().collect();
+        assert_eq!(found, [1]);
     }
 }

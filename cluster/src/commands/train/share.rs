@@ -112,6 +112,7 @@ pub(super) async fn worker(args: TrainWorkerArgs) -> Result<()> {
     let cpu = Arc::clone(&args.compute.cpu()?);
     let name = args.name.unwrap_or_else(|| format!("w{}", std::process::id()));
     let hub = args.hub;
-    serve(TrainWorkerOptions { hub, token, name, cpu }).await?;
+    let ended = serve(TrainWorkerOptions { hub, token, name, cpu }).await?;
+    remark!("{ended}");
     Ok(())
 }
