@@ -19,8 +19,9 @@ use crate::{
         Cuda, Dev,
         fast::Math,
         launch::{DevKv, DevMatrix, DevQueries, Experts, Linear, row_words},
+        sample::NONE,
     },
-    device::{Device, DeviceError, Projection, Swiglu, SwigluGroup},
+    device::{Device, DeviceError, Draw, Projection, Swiglu, SwigluGroup},
     dtype::DType,
     kv::{KvShape, KvSlot, Query},
     matrix::PackedMatrix,
@@ -237,6 +238,27 @@ impl Device for Gpu {
         Ok(values.into())
     }
 
+    fn is_finite(&self, t: &GpuTensor) -> Result<bool, DeviceError> {
+        let first = self.cuda.scratch(t.rows)?;
+        self.cuda.finite(&t.data, &first)?;
+        let first: Vec<u32> = self.cuda.download(&first)?;
+        self.ended();
+        Ok(first.iter().all(|&column| column == NONE))
+    }
+
+    fn choose(&self, logits: &GpuTensor, draws: &[Draw]) -> Result<Option<Vec<u32>>, DeviceError> {
+        if !self.cuda.samples(logits.cols) {
+            return Ok(None);
+        }
+        let (weights, out) =
+            (self.cuda.scratch(logits.data.len())?, self.cuda.scratch(draws.len())?);
+        self.cuda.sample(&logits.data, &self.cuda.lend(draws)?, &weights, &out)?;
+        let chosen: Vec<[u32; 2]> = self.cuda.download(&out)?;
+        self.ended();
+        // Where a row has none, the host says why.
+        Ok(chosen.into_iter().map(|[token, _]| (token != NONE).then_some(token)).collect())
+    }
+
     fn write(&self, t: &mut GpuTensor, values: &[f32]) -> Done {
         assert_eq!(values.len(), t.data.len(), "[rows * cols]");
         self.cuda.write(&t.data, 0, values)
@@ -244,6 +266,10 @@ impl Device for Gpu {
 
     fn progress(&self) -> u64 {
         self.operations.load(Relaxed)
+    }
+
+    fn lost(&self) -> Option<String> {
+        self.cuda.lost().map(str::to_owned)
     }
 
     fn embed(&self, table: &DevMatrix, ids: &[u32], out: &mut GpuTensor) -> Done {

@@ -1,10 +1,12 @@
 //! The seam between the model and what computes it.
 //!
 //! [`Device`] is all that a forward pass asks of a machine. [`crate::cpu::Cpu`] is one
-//! implementation; a CUDA device is to be another. All tensors are row-major f32 activations
+//! implementation, [`crate::cuda_device::Gpu`] another. All tensors are row-major f32 activations
 //! `[rows, cols]`; weights are whatever the device made of a packed matrix.
 
 use std::borrow::Cow;
+
+use bytemuck::{Pod, Zeroable};
 
 use crate::{cpu::Cpu, kv::KvShape, kv::KvSlot, kv::Query, matrix::PackedMatrix};
 
@@ -69,6 +71,22 @@ pub struct Projection<'a, D: Device + ?Sized> {
     pub out: &'a mut D::Tensor,
 }
 
+/// How a row's token is chosen: the determinism contract's rule 9 without bias and penalties.
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Draw {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Above 0, at most 1, which is no limit.
+    pub top_p: f32,
+    /// 0 is no limit.
+    pub min_p: f32,
+    /// 0 is no limit.
+    pub top_k: u32,
+    /// The row's random number, from 0, below 1.
+    pub unit: f64,
+}
+
 /// What a forward pass asks of the machine that computes it.
 ///
 /// Outputs are given in their right shape; a caller that passes a wrong one has a defect, and that
@@ -100,6 +118,20 @@ pub trait Device: Send + Sync + 'static {
     fn reshape(&self, t: &mut Self::Tensor, rows: usize, cols: usize) -> Result<(), DeviceError>;
     /// The values `[rows * cols]`; borrowed where the host can see the device's memory.
     fn read<'a>(&self, t: &'a Self::Tensor) -> Result<Cow<'a, [f32]>, DeviceError>;
+    /// Whether all values are finite numbers.
+    fn is_finite(&self, t: &Self::Tensor) -> Result<bool, DeviceError> {
+        // No early exit, so that the loop vectorises.
+        Ok(self.read(t)?.iter().fold(true, |all, v| all & v.is_finite()))
+    }
+    /// Chooses a token of each row of finite `logits`, `[rows, vocabulary]`; `None` if that is left to
+    /// the host.
+    fn choose(
+        &self,
+        _logits: &Self::Tensor,
+        _draws: &[Draw],
+    ) -> Result<Option<Vec<u32>>, DeviceError> {
+        Ok(None)
+    }
     /// Copies `[rows * cols]` values into a tensor.
     fn write(&self, t: &mut Self::Tensor, values: &[f32]) -> Result<(), DeviceError>;
 
@@ -115,6 +147,12 @@ pub trait Device: Send + Sync + 'static {
     /// Operations that have ended so far: it stands still while the device is stuck or idle.
     fn progress(&self) -> u64 {
         0
+    }
+
+    /// Why the device can compute nothing more, if something has happened to it that only a new process
+    /// gets over.
+    fn lost(&self) -> Option<String> {
+        None
     }
 
     /// `out[r, :] = table[ids[r], :]`. `table` is `[vocabulary, cols]`.

@@ -17,12 +17,13 @@
 //! [`Event::Failed`]; what fails a sequence ends no other; after a failure the next pass begins.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, VecDeque},
     sync::Arc,
 };
 
 use lite_llm_kernels::{
-    device::{Device, DeviceError},
+    device::{Device, DeviceError, Draw},
     kv::{KvDType, KvShape},
 };
 
@@ -416,23 +417,50 @@ impl<D: Device> Engine<D> {
     /// Takes a finished pass apart: tokens, logits, routes, ends.
     fn finish(&mut self, id: PassId) {
         let Some(pass) = self.passes.remove(&id) else { return };
-        let logits = match pass.forward.logits() {
-            Ok(logits) => logits,
+        let outcome = self.draws(&pass).map_or(Ok(None), |draws| pass.forward.choose(&draws));
+        let outcome = outcome.and_then(|chosen| match chosen {
+            Some(tokens) => Ok((Some(tokens), Cow::default())),
+            None => Ok((None, pass.forward.logits()?)),
+        });
+        let (chosen, logits) = match outcome {
+            Ok(outcome) => outcome,
             Err(error) => return self.fail_all(&pass, &error.to_string()),
         };
         let Pass { forward, sequences, .. } = &pass;
         let vocab = self.backbone.config.vocab;
         self.schedule.turn(sequences);
+        let mut chosen = chosen.as_deref();
         let (mut first_row, mut rest) = (0, &*logits);
         for (index, (&id, chunk)) in sequences.iter().zip(forward.chunks()).enumerate() {
-            let (mine, others) = rest.split_at(forward.logit_rows(index) * vocab);
-            rest = others;
+            let rows = forward.logit_rows(index);
+            let told = match &mut chosen {
+                Some(tokens) => Told::Token(tokens.split_off(..rows).and_then(<[u32]>::first)),
+                None => {
+                    let (mine, others) = rest.split_at(rows * vocab);
+                    rest = others;
+                    Told::Logits(mine)
+                }
+            };
             match forward.failure(index) {
                 Some(error) => self.fail_sequence(id, error.to_string()),
-                None => self.take(id, chunk, first_row, mine, forward.recorded_routes()),
+                None => self.take(id, chunk, first_row, told, forward.recorded_routes()),
             }
             first_row += chunk.tokens.len();
         }
+    }
+
+    /// What the device needs to choose a token of each row of a pass's logits; `None` if one of its
+    /// sequences wants more of them.
+    fn draws(&self, pass: &Pass<D>) -> Option<Vec<Draw>> {
+        let rows = pass.sequences.iter().enumerate();
+        let rows = rows.filter(|(index, _)| pass.forward.logit_rows(*index) > 0);
+        rows.map(|(index, &id)| {
+            let sequence = self.schedule.get(id)?;
+            let one = pass.forward.logit_rows(index) == 1 && sequence.guessed.is_empty();
+            let draws = one && !sequence.request.logits;
+            draws.then(|| sequence.chooser.draw(sequence.tokens.len() as u64)).flatten()
+        })
+        .collect()
     }
 
     /// Takes what a pass computed for one sequence, whose chunk begins at row `first_row`.
@@ -441,9 +469,13 @@ impl<D: Device> Engine<D> {
         id: u64,
         chunk: &Chunk,
         first_row: usize,
-        logits: &[f32],
+        told: Told<'_>,
         routes: &[Routes],
     ) {
+        let (mut chosen, logits) = match told {
+            Told::Token(token) => (token.copied(), &[][..]),
+            Told::Logits(logits) => (None, logits),
+        };
         let config = &self.backbone.config;
         let rows = chunk.tokens.len();
         self.schedule.computed(id, rows);
@@ -451,23 +483,23 @@ impl<D: Device> Engine<D> {
         let end = sequence.cached;
         // What was told before it lost its pages is not told again.
         let first = chunk.start.max(sequence.reported);
-        let told = first - chunk.start;
+        let skipped = first - chunk.start;
         if sequence.request.routes && first < end {
             let moe = config.moe.as_ref();
             let k = moe.map_or(0, |moe| moe.routes_max(|tier| chunk.tiers.allows(tier)));
-            let mut experts = Vec::with_capacity(routes.len() * (rows - told) * k);
+            let mut experts = Vec::with_capacity(routes.len() * (rows - skipped) * k);
             for (routes, moe) in routes.iter().zip(moe.into_iter().cycle()) {
-                for row in first_row + told..first_row + rows {
+                for row in first_row + skipped..first_row + rows {
                     let end = experts.len() + k;
                     experts.extend(routes.flat_row(row, moe).map(|expert| expert as i32));
                     experts.resize(end, -1);
                 }
             }
-            let (rows, layers) = (rows - told, routes.len());
+            let (rows, layers) = (rows - skipped, routes.len());
             self.events.push_back(Event::Routes { sequence: id, first, rows, layers, experts });
         }
         if sequence.request.logits && first < end {
-            let values = logits[told * config.vocab..].to_vec();
+            let values = logits[skipped * config.vocab..].to_vec();
             self.events.push_back(Event::Logits { sequence: id, first, values });
         }
         if chunk.start < sequence.request.prompt.len() && sequence.reported < end {
@@ -483,9 +515,13 @@ impl<D: Device> Engine<D> {
         let mut last = logits.chunks_exact(config.vocab).rev().take(guessed + 1).rev();
         let mut right = 0;
         while goes_on && sequence.generated() < sequence.request.max_new_tokens {
-            let Some(last) = last.next() else { break };
             let (position, index) = (sequence.tokens.len() as u64, sequence.generated());
-            let Chosen { id: token, score } = match sequence.chooser.choose(last, position) {
+            let choice = match (chosen.take(), last.next()) {
+                (Some(id), _) => Ok(Chosen { id, score: None }),
+                (None, Some(logits)) => sequence.chooser.choose(logits, position),
+                (None, None) => break,
+            };
+            let Chosen { id: token, score } = match choice {
                 Ok(chosen) => chosen,
                 Err(error) => return self.fail_sequence(id, error.to_string()),
             };
@@ -514,6 +550,14 @@ impl<D: Device> Engine<D> {
             self.events.push_back(Event::Failed { sequence: id, reason });
         }
     }
+}
+
+/// What a pass tells of a sequence's last rows.
+enum Told<'a> {
+    /// The token that the device has chosen, if its rows wanted logits.
+    Token(Option<&'a u32>),
+    /// Their logits.
+    Logits(&'a [f32]),
 }
 
 /// What came of beginning a pass.

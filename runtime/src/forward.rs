@@ -20,7 +20,7 @@
 use std::{borrow::Cow, ops::Range, sync::Arc};
 
 use lite_llm_kernels::{
-    device::{Device, DeviceError, Projection},
+    device::{Device, DeviceError, Draw, Projection},
     kv::{KvSlot, PAGE_TOKENS, Query},
 };
 
@@ -423,14 +423,9 @@ impl<D: Device> ForwardPass<D> {
 
     /// The chunk of a row, and the row's position in its sequence.
     fn place(&self, row: usize) -> (usize, usize) {
-        let mut first = 0;
-        for (index, chunk) in self.chunks.iter().enumerate() {
-            if row < first + chunk.tokens.len() {
-                return (index, chunk.start + row - first);
-            }
-            first += chunk.tokens.len();
-        }
-        unreachable!("row {row} of {first} rows");
+        let mut chunks = (0..self.chunks.len()).map(|chunk| (chunk, self.rows_of(chunk)));
+        let (chunk, rows) = chunks.find(|(_, rows)| row < rows.end).expect("a row of the pass");
+        (chunk, self.chunks[chunk].start + row - rows.start)
     }
 
     /// The rows of a chunk.
@@ -655,11 +650,8 @@ impl<D: Device> ForwardPass<D> {
         device.matmul(&t.normed, head, None, &mut t.logits)?;
         // The next pass begins with layer 0.
         self.prefetch(0);
-        let logits = device.read(&self.tensors.logits)?;
-        // No early exit, so that the loop vectorises.
-        let finite = logits.iter().fold(true, |all, v| all & v.is_finite());
-        if !finite {
-            let logits = logits.into_owned();
+        if !device.is_finite(&self.tensors.logits)? {
+            let logits = device.read(&self.tensors.logits)?.into_owned();
             self.fail_logits(&wanted, logits)?;
         }
         Ok(())
@@ -692,6 +684,11 @@ impl<D: Device> ForwardPass<D> {
     /// Logits `[L, V]` of the wanted rows, chunk by chunk, after [`Progress::Logits`].
     pub fn logits(&self) -> Result<Cow<'_, [f32]>, DeviceError> {
         self.backbone.device.read(&self.tensors.logits)
+    }
+
+    /// A token of each row of [`ForwardPass::logits`], if the device chooses: see [`Device::choose`].
+    pub fn choose(&self, draws: &[Draw]) -> Result<Option<Vec<u32>>, DeviceError> {
+        self.backbone.device.choose(&self.tensors.logits, draws)
     }
 
     /// The routes of every sparse layer, if they were to be recorded.

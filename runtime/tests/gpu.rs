@@ -80,6 +80,24 @@ fn requests() -> Vec<Request> {
     ]
 }
 
+/// Requests that only want tokens, which a GPU chooses by itself.
+fn requests_of_tokens() -> Vec<Request> {
+    let base = Sampling { temperature: 0.9, seed: 11, ..Sampling::GREEDY };
+    let settings = [
+        Sampling::GREEDY,
+        base,
+        Sampling { top_k: 20, ..base },
+        Sampling { top_p: 0.8, min_p: 0.001, ..base },
+    ];
+    let plain = |(at, request): (usize, Request)| Request {
+        logits: false,
+        max_new_tokens: 6,
+        sampling: settings[at % settings.len()],
+        ..request
+    };
+    requests().into_iter().enumerate().map(plain).collect()
+}
+
 /// What a model says to requests that are submitted together.
 fn events<D: lite_llm_kernels::device::Device>(
     mut engine: Engine<D>,
@@ -99,13 +117,14 @@ fn compare(gpu: &Arc<Gpu>, model: &Model, kv: KvDType, what: &str) {
     let cpu = Arc::new(Cpu::new(2, Simd::best()));
     let on_cpu = Arc::new(Backbone::load(&model.checkpoint, cpu, |_, _| {}).unwrap());
     let on_gpu = Arc::new(Backbone::load(&model.checkpoint, gpu.clone(), |_, _| {}).unwrap());
-    let requests = requests();
+    let (of_logits, of_tokens) = (requests(), requests_of_tokens());
     let bytes = model.checkpoint.tier_expert_bytes();
     let largest = bytes.iter().max().unwrap() + 1024;
     let experts = model.checkpoint.config().expert_keys().count() as u64;
     for alone in [true, false] {
+        let each = of_logits.chunks(1).chain(of_tokens.chunks(1));
         let sets: Vec<&[Request]> =
-            if alone { requests.chunks(1).collect() } else { vec![&requests] };
+            if alone { each.collect() } else { vec![&of_logits, &of_tokens] };
         for (set, requests) in sets.into_iter().enumerate() {
             let engine = Engine::with_cache(on_cpu.clone(), KV_BYTES, kv).unwrap();
             let expected = events(engine, &*model.store, requests);

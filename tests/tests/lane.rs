@@ -149,6 +149,7 @@ impl Lanes {
             Command::Publish(engine::Event::Failed { reason, .. }) => self.failed = Some(reason),
             Command::Publish(_) => {}
             Command::NotTaken { reason, .. } => self.not_taken = Some(reason),
+            Command::Lost(reason) => panic!("a CPU is never lost: {reason}"),
         }
     }
 

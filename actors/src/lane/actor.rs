@@ -10,7 +10,7 @@ use ractor_cluster::RactorMessage;
 
 use super::{Lane, LaneHandle, LaneInbox, LaneParts, LaneStats};
 
-/// Called when a lane's thread ends, with its panic if any.
+/// Called when a lane's thread ends, with what made it end too early.
 type Gone = Box<dyn FnOnce(Option<String>) + Send>;
 
 /// A lane that is to be started, whatever it computes with.
@@ -28,12 +28,12 @@ impl LaneStart {
 pub enum LaneMessage {
     /// Start a lane in the place of the present one.
     Begin(LaneStart, Arc<LaneStats>, RpcReplyPort<Result<(), String>>),
-    /// The lane's thread ended, with its panic if any.
+    /// The lane's thread ended.
     LaneEnded {
         /// Which lane.
         lane: u64,
-        /// What it panicked with.
-        panic: Option<String>,
+        /// What made it end too early.
+        failure: Option<String>,
     },
 }
 
@@ -82,9 +82,9 @@ impl Actor for LaneActor {
                 state.stop().await;
                 state.count += 1;
                 let lane = state.count;
-                let gone = move |panic| {
+                let gone = move |failure| {
                     // An actor that is gone needs no report.
-                    let _ = myself.cast(LaneMessage::LaneEnded { lane, panic });
+                    let _ = myself.cast(LaneMessage::LaneEnded { lane, failure });
                 };
                 let result = start(stats, Box::new(gone))
                     .map_err(|error| format!("the system gives no thread for computing: {error}"));
@@ -95,10 +95,10 @@ impl Actor for LaneActor {
                 // The asker may have stopped.
                 let _ = reply.send(result);
             }
-            LaneMessage::LaneEnded { lane, panic } if lane == state.count => {
-                if let Some(panic) = panic {
+            LaneMessage::LaneEnded { lane, failure } if lane == state.count => {
+                if let Some(failure) = failure {
                     // The node supervises this actor and decides what becomes of it.
-                    return Err(format!("the lane panicked: {panic}").into());
+                    return Err(failure.into());
                 }
             }
             LaneMessage::LaneEnded { .. } => {}

@@ -32,7 +32,7 @@ use lite_llm_runtime::{
     sequence::{Request, RequestError},
 };
 use lite_llm_transport::{
-    exchange::{self, Exchange, ExchangeError, IN_FLIGHT_DISPATCHES_MAX},
+    exchange::{self, Exchange, IN_FLIGHT_DISPATCHES_MAX},
     frame::OutgoingFrame,
     messages::{ExpertBatchView, ExpertFailure, ExpertReplyView, NodeAddress},
     pool::BufferPool,
@@ -154,6 +154,9 @@ pub enum Command<R> {
     },
     /// There is something to compute: call [`LaneMachine::compute`].
     Compute,
+    /// The device computes nothing more, for this reason, and neither does this machine: its requests
+    /// and the calls of others are for other nodes.
+    Lost(String),
 }
 
 /// What a lane machine is made of.
@@ -646,7 +649,7 @@ impl<D: Device, R> LaneMachine<D, R> {
             let again = self.with_flight(now, pass, |flight, routes, way| match &failed {
                 None => flight.complete(id, routes, way),
                 Some(error) => {
-                    let reason = describe(error, way.peers);
+                    let reason = way.peers.describe(error);
                     flight.fail(id, &reason, Failing::Absent, way)
                 }
             });
@@ -677,6 +680,12 @@ impl<D: Device, R> LaneMachine<D, R> {
     }
 
     fn publish(&mut self) {
+        if let Some(reason) = self.engine.backbone().device.lost() {
+            // Nobody is told what came of it: others do the same again, from what was told before.
+            self.commands.clear();
+            self.commands.push_back(Command::Lost(reason));
+            return;
+        }
         while let Some(event) = self.engine.poll_event() {
             use engine::Event::{Ended, Failed};
             if let Ended { sequence, .. } | Failed { sequence, .. } = event {
@@ -684,17 +693,5 @@ impl<D: Device, R> LaneMachine<D, R> {
             }
             self.commands.push_back(Command::Publish(event));
         }
-    }
-}
-
-/// Why a batch failed, with names instead of numbers.
-fn describe(error: &ExchangeError, peers: &Peers) -> String {
-    match error {
-        ExchangeError::Lost { peer, reason, .. } => peers.gone(*peer, reason),
-        ExchangeError::Refused { peer, reason, .. } => peers.refused(*peer, reason),
-        ExchangeError::TimedOut { peers: owing, waited, .. } => {
-            peers.slow(owing.first().copied().unwrap_or(u16::MAX), *waited)
-        }
-        ExchangeError::Overloaded { .. } => error.to_string(),
     }
 }

@@ -193,10 +193,12 @@ pub struct Lane<D: Device> {
     /// Another node has sent a batch lately.
     served: bool,
     stopped: bool,
+    /// Why the device computes nothing more.
+    lost: Option<String>,
 }
 
 impl<D: Device> Lane<D> {
-    /// Starts a lane's thread. `gone` is called when the thread ends, with its panic if any.
+    /// Starts a lane's thread. `gone` is called when the thread ends, with what made it end too early.
     pub fn spawn(
         parts: LaneParts<D>,
         stats: Arc<LaneStats>,
@@ -222,21 +224,24 @@ impl<D: Device> Lane<D> {
             experts,
             served: false,
             stopped: false,
+            lost: None,
         };
         lane.stats.loads.store(Some(lane.machine.loads.clone()));
         let thread = std::thread::Builder::new().name("lite-llm-lane".into()).spawn(move || {
             let run = std::panic::AssertUnwindSafe(|| lane.run());
-            let panic = std::panic::catch_unwind(run).err().map(|panic| {
+            let failure = std::panic::catch_unwind(run).unwrap_or_else(|panic| {
                 let text = panic.downcast_ref::<String>().cloned();
-                text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
-                    .unwrap_or_else(|| "unknown panic".to_owned())
+                let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+                let text = text.unwrap_or_else(|| "unknown panic".to_owned());
+                Some(format!("the lane panicked: {text}"))
             });
-            gone(panic);
+            gone(failure);
         })?;
         Ok(LaneHandle { inbox: sender, thread: Some(thread) })
     }
 
-    fn run(&mut self) {
+    /// Runs until it is stopped, or gives a reason why it cannot go on.
+    fn run(&mut self) -> Option<String> {
         while !self.stopped {
             self.stats.rounds.fetch_add(1, Relaxed);
             self.receive();
@@ -269,6 +274,7 @@ impl<D: Device> Lane<D> {
         self.stats.busy.store(false, Relaxed);
         self.stats.sequences.store(0, Relaxed);
         *self.stats.schedule.lock() = ScheduleStats::default();
+        self.lost.take()
     }
 
     fn receive(&mut self) {
@@ -339,6 +345,10 @@ impl<D: Device> Lane<D> {
                     }
                 }
                 Command::NotTaken { sequence, reason } => self.jobs.not_taken(sequence, reason),
+                Command::Lost(reason) => {
+                    (self.lost, self.stopped) = (Some(reason), true);
+                    return false;
+                }
             }
         }
         false

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lite_llm_runtime::expert::ExpertKey;
-use lite_llm_transport::messages::NodeAddress;
+use lite_llm_transport::{exchange::ExchangeError, messages::NodeAddress};
 
 use super::machine::Arrangement;
 use crate::{placement::Placement, words::gone};
@@ -133,18 +133,21 @@ impl Peers {
         })
     }
 
-    /// That a node is gone, for people.
-    pub(super) fn gone(&self, peer: u16, how: &str) -> String {
-        gone(self.name(peer), how)
+    /// Why a batch failed, for people.
+    pub(super) fn describe(&self, error: &ExchangeError) -> String {
+        match error {
+            ExchangeError::Lost { peer, reason, .. } => gone(self.name(*peer), reason),
+            ExchangeError::Refused { peer, reason, .. } => self.refused(*peer, reason),
+            ExchangeError::TimedOut { peers: owing, waited, .. } => {
+                let owing = owing.first().copied().unwrap_or(u16::MAX);
+                format!("worker {} did not compute its experts within {waited:?}", self.name(owing))
+            }
+            ExchangeError::Overloaded { .. } => error.to_string(),
+        }
     }
 
     /// Why a node's experts did not come, for people.
     pub(super) fn refused(&self, peer: u16, reason: &str) -> String {
         format!("worker {} did not compute its experts: {reason}", self.name(peer))
-    }
-
-    /// That a node did not answer in time, for people.
-    pub(super) fn slow(&self, peer: u16, waited: std::time::Duration) -> String {
-        format!("worker {} did not compute its experts within {waited:?}", self.name(peer))
     }
 }

@@ -190,7 +190,8 @@ fn load_kernels(
     // Sources number formats in the order of these lists.
     let place = |found: Option<usize>| found.and_then(|at| u8::try_from(at).ok()).unwrap_or(0);
     let kv = place(KvDType::ALL.iter().position(|other| *other == kv));
-    let mut sources = vec![Source::Elementwise, Source::Norm, Source::Route, Source::Attention(kv)];
+    let mut sources = vec![Source::Elementwise, Source::Norm, Source::Route, Source::Sample];
+    sources.push(Source::Attention(kv));
     // Gates are in f32.
     let mut formats: Vec<u8> = std::iter::once(DType::F32)
         .chain(weights)

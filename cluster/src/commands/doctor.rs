@@ -1,8 +1,13 @@
 //! `lite-llm doctor`: what this machine has, and what is missing.
 
 use anyhow::Result;
-use lite_llm_kernels::{cpu::Cpu, measure, simd::Simd};
-use serde_json::json;
+use lite_llm_kernels::{
+    cpu::Cpu,
+    cuda::{self, compile::compiler_present},
+    measure,
+    simd::Simd,
+};
+use serde_json::{Value, json};
 
 use crate::{machine, size::Size};
 
@@ -16,6 +21,7 @@ pub(super) fn doctor(json: bool) -> Result<()> {
     let room = free.is_none_or(|free| free > 2 * MEASURE_BYTES as u64);
     let bandwidth = room.then(|| measure::read_bandwidth(&Cpu::best(cores), MEASURE_BYTES));
     let quic = std::net::UdpSocket::bind(("127.0.0.1", 0)).map(|_| ()).map_err(|e| e.to_string());
+    let gpus = cuda::find().map_err(|error| error.to_string());
     if json {
         let line = json!({
             "cores": cores,
@@ -24,6 +30,10 @@ pub(super) fn doctor(json: bool) -> Result<()> {
             "memory_free_bytes": free,
             "read_bytes_per_second": bandwidth,
             "loopback_udp": quic.is_ok(),
+            "gpus": gpus.as_ref().map_or_else(|_| json!([]), |(_, gpus)| gpus.iter().map(gpu).collect()),
+            "gpu_driver_cuda": gpus.as_ref().ok().map(|(version, _)| version),
+            "gpu_error": gpus.as_ref().err(),
+            "gpu_compiler": compiler_present(),
         });
         say!("{line}");
         return Ok(());
@@ -40,6 +50,33 @@ pub(super) fn doctor(json: bool) -> Result<()> {
         Ok(()) => say!("network    loopback UDP works"),
         Err(error) => say!("network    loopback UDP does not work: {error}"),
     }
-    say!("gpu        not used by this release");
+    match &gpus {
+        Ok((version, gpus)) => {
+            for gpu in gpus {
+                let (free, total) = (Size(gpu.free), Size(gpu.total));
+                say!("gpu        {}, {}: {free} free of {total}", gpu.name, gpu.arch);
+            }
+            if gpus.is_empty() {
+                say!("gpu        NVIDIA's driver is here, but no GPU");
+            }
+            say!("           driver for CUDA {version}");
+            match compiler_present() {
+                true => say!("           NVRTC is here: kernels are compiled at their first use"),
+                false => say!(
+                    "           NVRTC (libnvrtc.so.13) was not found: --device cuda needs CUDA 13's"
+                ),
+            }
+        }
+        Err(reason) => say!("gpu        none is used: {}", reason.trim_start_matches("gpu: ")),
+    }
     Ok(())
+}
+
+fn gpu(gpu: &cuda::GpuInfo) -> Value {
+    json!({
+        "name": gpu.name,
+        "arch": gpu.arch,
+        "memory_free_bytes": gpu.free,
+        "memory_bytes": gpu.total,
+    })
 }

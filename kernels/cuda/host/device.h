@@ -19,6 +19,7 @@ extern "C" void host_runtime(Runtime* r) { rt = r; }
 #define blockIdx (rt->block)
 #define blockDim (rt->block_dim)
 #define gridDim (rt->grid_dim)
+#define __trap() rt->trap()
 
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };

@@ -52,6 +52,7 @@ unsigned block_arrived, block_generation, block_alive;
 void (*kernel)(void**);
 void** arguments;
 std::map<uint64_t, std::pair<void*, size_t>> memory;
+bool lost;           // a kernel has trapped
 long captured = -1;  // nodes of the graph that is being recorded
 
 void pause(Wait wait, unsigned seen) {
@@ -167,6 +168,9 @@ double now() {
 extern "C" {
 
 #define GOOD { return 0; }
+// As after CUDA_ERROR_LAUNCH_FAILED: what comes later fails, too.
+#define ALIVE if (lost) return 719
+#define ALIVE_GOOD { ALIVE; return 0; }
 int cuInit(unsigned) GOOD
 int cuDriverGetVersion(int* v) { *v = 13000; return 0; }
 int cuDeviceGetCount(int* n) { *n = 1; return 0; }
@@ -182,16 +186,16 @@ int cuDevicePrimaryCtxRelease_v2(int) GOOD
 int cuDevicePrimaryCtxRelease(int) GOOD
 int cuCtxSetCurrent(void*) GOOD
 int cuCtxGetCurrent(void** c) { *c = (void*)1; return 0; }
-int cuCtxSynchronize() GOOD
+int cuCtxSynchronize() ALIVE_GOOD
 int cuStreamCreateWithPriority(void** s, unsigned, int) { *s = (void*)2; return 0; }
 int cuStreamCreate(void** s, unsigned) { *s = (void*)2; return 0; }
 int cuStreamDestroy_v2(void*) GOOD
-int cuStreamSynchronize(void*) GOOD
+int cuStreamSynchronize(void*) ALIVE_GOOD
 int cuStreamWaitEvent(void*, void*, unsigned) GOOD
 int cuEventCreate(void** e, unsigned) { *e = new double(0); return 0; }
 int cuEventRecord(void* e, void*) { *(double*)e = now(); return 0; }
-int cuEventSynchronize(void*) GOOD
-int cuEventQuery(void*) GOOD
+int cuEventSynchronize(void*) ALIVE_GOOD
+int cuEventQuery(void*) ALIVE_GOOD
 int cuMemHostAlloc(void** at, size_t bytes, unsigned) { *at = std::calloc(1, bytes); return *at ? 0 : 2; }
 int cuMemFreeHost(void* at) { std::free(at); return 0; }
 int cuEventElapsedTime_v2(float* ms, void* a, void* b) { *ms = (float)((*(double*)b - *(double*)a) * 1e3); return 0; }
@@ -209,6 +213,7 @@ int cuMemGetInfo_v2(size_t* free, size_t* all) { *free = *all = (size_t)4 << 30;
 int cuGetErrorName(int, const char** s) { *s = "HOST"; return 0; }
 int cuGetErrorString(int, const char** s) { *s = "the host that stands for a GPU cannot do this"; return 0; }
 int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
+  ALIVE;
   size_t room = (bytes + PAGE - 1) / PAGE * PAGE;
   char* base = (char*)mmap(nullptr, room + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) return 2;
@@ -224,9 +229,9 @@ int cuMemFree_v2(uint64_t at) {
   memory.erase(found);
   return 0;
 }
-int cuMemsetD8Async(uint64_t at, unsigned char byte, size_t bytes, void*) { std::memset((void*)at, byte, bytes); return 0; }
-int cuMemcpyHtoDAsync_v2(uint64_t at, const void* from, size_t bytes, void*) { std::memcpy((void*)at, from, bytes); return 0; }
-int cuMemcpyDtoHAsync_v2(void* to, uint64_t at, size_t bytes, void*) { std::memcpy(to, (void*)at, bytes); return 0; }
+int cuMemsetD8Async(uint64_t at, unsigned char byte, size_t bytes, void*) { ALIVE; std::memset((void*)at, byte, bytes); return 0; }
+int cuMemcpyHtoDAsync_v2(uint64_t at, const void* from, size_t bytes, void*) { ALIVE; std::memcpy((void*)at, from, bytes); return 0; }
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t at, size_t bytes, void*) { ALIVE; std::memcpy(to, (void*)at, bytes); return 0; }
 
 int cuModuleLoadData(Module** to, const void* data) {
   const Elf64_Ehdr* head = (const Elf64_Ehdr*)data;
@@ -254,6 +259,7 @@ int cuFuncSetAttribute(const Entry*, int, int) GOOD
 
 struct Config { unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared; };
 int cuLaunchKernelEx(const Config* c, const Entry* f, void** args, void**) {
+  ALIVE;
   if (!stacks) {
     stacks = (char*)mmap(nullptr, STACK * THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     // A page that cannot be read follows it, too; addresses differ in their lowest eighteen bits alone.
@@ -267,6 +273,7 @@ int cuLaunchKernelEx(const Config* c, const Entry* f, void** args, void**) {
     runtime.copy = copy;
     runtime.copies_end = copies_end;
     runtime.copies_wait = copies_wait;
+    runtime.trap = [] { lost = true; };
   }
   if (captured >= 0) { captured++; return 0; }
   if (c->shared > SHARED || c->block_x % 32 || c->block_x > THREADS) return 1;

@@ -34,4 +34,5 @@ struct Runtime {
   void (*copy)(unsigned to, const void* from, unsigned bytes);
   void (*copies_end)();
   void (*copies_wait)(int left);
+  void (*trap)();  // what __trap does: from now on the device gives nothing but errors
 };

@@ -4,15 +4,8 @@
 use std::sync::Arc;
 
 use lite_llm_kernels::{
-    cuda::{
-        Dev,
-        copy::Lane,
-        descend::TierShape,
-        fast::Math,
-        launch::Experts,
-        sample::{Draw, NONE},
-    },
-    device::DeviceError,
+    cuda::{Dev, copy::Lane, descend::TierShape, fast::Math, launch::Experts, sample::NONE},
+    device::{DeviceError, Draw},
     dtype::DType,
     ops::{LEAF, elementwise, softmax, sum, tree},
 };

@@ -20,7 +20,7 @@ pub mod tile;
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -59,6 +59,7 @@ pub struct Cuda {
     starts_early: bool,
     wide: AtomicBool,
     folders: Folders,
+    lost: OnceLock<String>,
     pool: Arc<Pool>,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(Source, &'static str), CudaFunction>>,
@@ -88,6 +89,87 @@ fn failed(device: &str, reason: impl ToString) -> DeviceError {
     DeviceError::Failed { device: device.to_owned(), reason: reason.to_string() }
 }
 
+/// NVIDIA's driver, as it describes itself.
+struct Driver {
+    /// The CUDA that it is for, as CUDA counts: 13000 is 13.0.
+    version: i32,
+    gpus: usize,
+}
+
+fn version_name(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+/// Asks the driver, or says why there is none that can be used.
+fn driver() -> Result<Driver, String> {
+    if !driver_present() {
+        return Err("NVIDIA's driver (libcuda.so.1) was not found".into());
+    }
+    let mut version = 0;
+    // SAFETY: an integer to write to.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(show)?;
+    if version < DRIVER_VERSION {
+        let (found, needed) = (version_name(version), version_name(DRIVER_VERSION));
+        return Err(format!(
+            "the driver is for CUDA {found}, and {needed} is needed: update the driver"
+        ));
+    }
+    result::init().map_err(show)?;
+    let gpus = CudaContext::device_count().map_err(show)?;
+    Ok(Driver { version, gpus: usize::try_from(gpus).unwrap_or(0) })
+}
+
+/// A GPU of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuInfo {
+    /// For example `cuda:0 (NVIDIA H100 80GB HBM3)`.
+    pub name: String,
+    /// What kernels are compiled for, for example `sm_90a`.
+    pub arch: String,
+    /// Bytes of its memory that are free.
+    pub free: u64,
+    /// Bytes of its memory.
+    pub total: u64,
+}
+
+/// The CUDA that the driver of this machine is for, for example `13.0`, and its GPUs.
+///
+/// # Errors
+/// Why none can be used.
+pub fn find() -> Result<(String, Vec<GpuInfo>), DeviceError> {
+    let Driver { version, gpus } = driver().map_err(|reason| failed("gpu", reason))?;
+    let info = |ordinal| {
+        let cuda = Cuda::open(ordinal, Folders::default())?;
+        let (free, total) = cuda.memory()?;
+        let (name, arch) = (cuda.name.clone(), cuda.arch.clone());
+        Ok(GpuInfo { name, arch, free: free as u64, total: total as u64 })
+    };
+    Ok((version_name(version), (0..gpus).map(info).collect::<Result<_, DeviceError>>()?))
+}
+
+/// Errors after which a context gives nothing but errors.
+fn is_fatal(error: DriverError) -> bool {
+    use sys::CUresult as E;
+    matches!(
+        error.0,
+        E::CUDA_ERROR_ILLEGAL_ADDRESS
+            | E::CUDA_ERROR_LAUNCH_FAILED
+            | E::CUDA_ERROR_LAUNCH_TIMEOUT
+            | E::CUDA_ERROR_ECC_UNCORRECTABLE
+            | E::CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | E::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | E::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | E::CUDA_ERROR_MISALIGNED_ADDRESS
+            | E::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | E::CUDA_ERROR_INVALID_PC
+            | E::CUDA_ERROR_ASSERT
+            | E::CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | E::CUDA_ERROR_DEVICE_UNAVAILABLE
+            | E::CUDA_ERROR_DEINITIALIZED
+            | E::CUDA_ERROR_UNKNOWN
+    )
+}
+
 impl Drop for Cuda {
     fn drop(&mut self) {
         if self.context.bind_to_thread().is_ok() && self.context.synchronize().is_ok() {
@@ -105,21 +187,8 @@ impl Cuda {
         let id = format!("cuda:{ordinal}");
         let name = id.clone();
         let fail = |reason: String| failed(&name, reason);
-        if !driver_present() {
-            return Err(fail("NVIDIA's driver (libcuda.so.1) was not found".into()));
-        }
-        let mut version = 0;
-        // SAFETY: an integer to write to.
-        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| fail(show(e)))?;
-        if version < DRIVER_VERSION {
-            let (major, minor) = (version / 1000, version % 1000 / 10);
-            return Err(fail(format!(
-                "the driver is for CUDA {major}.{minor}, and 13.0 is needed: update the driver"
-            )));
-        }
-        result::init().map_err(|e| fail(show(e)))?;
-        let count = CudaContext::device_count().map_err(|e| fail(show(e)))?;
-        if ordinal >= usize::try_from(count).unwrap_or(0) {
+        let Driver { gpus: count, .. } = driver().map_err(fail)?;
+        if ordinal >= count {
             return Err(fail(format!("there is no such GPU; found {count}")));
         }
         let open = move || -> Result<Self, DriverError> {
@@ -143,6 +212,7 @@ impl Cuda {
                 // Other architectures have another instruction.
                 wide: AtomicBool::new(major == 9),
                 folders,
+                lost: OnceLock::new(),
                 pool: Arc::default(),
                 modules: Mutex::default(),
                 functions: Mutex::default(),
@@ -163,7 +233,23 @@ impl Cuda {
     }
 
     fn fail(&self, error: DriverError) -> DeviceError {
-        failed(&self.name, show(error))
+        self.fail_in("", error)
+    }
+
+    /// The same, of a kernel.
+    fn fail_in(&self, kernel: &str, error: DriverError) -> DeviceError {
+        let within = if kernel.is_empty() { String::new() } else { format!("{kernel}: ") };
+        let error_of = failed(&self.name, format!("{within}{}", show(error)));
+        if is_fatal(error) {
+            // Only the first says what it was.
+            let _ = self.lost.set(error_of.to_string());
+        }
+        error_of
+    }
+
+    /// Why nothing more can be computed, once an error has taken the device's context with it.
+    pub fn lost(&self) -> Option<&str> {
+        self.lost.get().map(String::as_str)
     }
 
     /// Bytes of the device's memory that are free, and all.
@@ -441,7 +527,7 @@ impl Cuda {
         // SAFETY: promised by the caller; `args` outlives the call, which copies them.
         unsafe { sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none) }
             .result()
-            .map_err(|e| failed(&self.name, format!("{name}: {}", show(e))))
+            .map_err(|e| self.fail_in(name, e))
     }
 }
 

@@ -3,36 +3,35 @@
 //! # Panics
 //! All functions, if the shapes do not fit each other.
 
-use bytemuck::{Pod, Zeroable};
-
 use super::{
     Cuda, Grid,
     compile::Source,
     launch::Done,
     memory::{Args, Dev},
 };
-use crate::ops::tree::LEAF;
-
-/// How a row's token is chosen: the determinism contract's rule 9 without bias and penalties.
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-pub struct Draw {
-    /// 0 is greedy.
-    pub temperature: f32,
-    /// Above 0, at most 1, which is no limit.
-    pub top_p: f32,
-    /// 0 is no limit.
-    pub min_p: f32,
-    /// 0 is no limit.
-    pub top_k: u32,
-    /// The row's random number, from 0, below 1.
-    pub unit: f64,
-}
+use crate::{device::Draw, ops::tree::LEAF};
 
 /// No token, no column.
 pub const NONE: u32 = u32::MAX;
 
+/// Words of shared memory for the leaves of a vocabulary: their keys, their sums, and the nodes above.
+fn words(vocab: usize) -> usize {
+    let leaves = vocab.div_ceil(LEAF);
+    let (mut nodes, mut level) = (0, leaves);
+    while {
+        level = level.div_ceil(32);
+        nodes += level;
+        level > 1
+    } {}
+    2 * leaves + nodes
+}
+
 impl Cuda {
+    /// Whether [`Cuda::sample`] can choose from so many tokens.
+    pub fn samples(&self, vocab: usize) -> bool {
+        vocab > 0 && words(vocab) * 4 + 8192 <= self.shared_max as usize
+    }
+
     /// Chooses a token of each row of `logits`, `[rows, vocabulary]`: `out[row]` is the token and
     /// [`NONE`], or, where a logit is no finite number, [`NONE`] and the first such token. `weights`
     /// is room like `logits`.
@@ -51,18 +50,8 @@ impl Cuda {
         assert!(!logits.is_empty() && logits.len().is_multiple_of(rows), "[rows, vocabulary]");
         assert!(weights.len() >= logits.len(), "room for the weights");
         let vocab = logits.len() / rows;
-        let leaves = vocab.div_ceil(LEAF);
-        let (mut nodes, mut level) = (0, leaves);
-        while {
-            level = level.div_ceil(32);
-            nodes += level;
-            level > 1
-        } {}
-        let grid = Grid { shared: (2 * leaves + nodes) * 4, ..Grid::new(rows, 1024) };
-        assert!(
-            grid.shared <= self.shared_max as usize - 8192,
-            "a vocabulary that fits a processor"
-        );
+        assert!(self.samples(vocab), "a vocabulary that fits a processor");
+        let grid = Grid { shared: words(vocab) * 4, ..Grid::new(rows, 1024) };
         let args = Args::default().dev(logits).u32(vocab).dev(draws).dev(weights).dev(out);
         // SAFETY: shapes as asserted.
         unsafe { self.launch(Source::Sample, "sample", grid, args) }

@@ -3,10 +3,16 @@
 //! Invariant: everything here is a function of the settings and the tokens before, so that a sequence
 //! that goes on elsewhere from its tokens chooses as it would have here.
 
-use lite_llm_kernels::ops::{softmax, sum};
+use lite_llm_kernels::{
+    device::Draw,
+    ops::{softmax, sum},
+};
 
 use super::{Context, SampleError, Sampling, Seen, choose};
-use crate::grammar::{GrammarError, Guide};
+use crate::{
+    grammar::{GrammarError, Guide},
+    random::{Purpose, random_unit},
+};
 
 /// Most candidates of a token whose log-probabilities are told.
 pub const TOP_LOGPROBS_MAX: u32 = 20;
@@ -111,6 +117,21 @@ impl Chooser {
         let score = self.logprobs.map(|top| score(logits, id, top));
         self.take(id);
         Ok(Chosen { id, score })
+    }
+
+    /// What a device needs to choose the token at `position`, if nothing but the settings matters and
+    /// nobody wants to see more than the token.
+    pub(crate) fn draw(&self, position: u64) -> Option<Draw> {
+        let Sampling { temperature, top_k, top_p, min_p, seed, .. } = self.sampling;
+        let plain = self.bias.is_empty() && self.guide.is_none() && self.logprobs.is_none();
+        let unit = random_unit(seed, Purpose::Sampling, position);
+        (plain && !self.sampling.is_penalised()).then_some(Draw {
+            temperature,
+            top_p,
+            min_p,
+            top_k,
+            unit,
+        })
     }
 
     /// How many of these tokens, from the first, the form of the answer allows.

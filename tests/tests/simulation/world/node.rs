@@ -332,6 +332,7 @@ impl World {
                     let body = JobEventBody::NotTaken { reason };
                     self.tell_head(process, sequence, body);
                 }
+                lane::Command::Lost(reason) => panic!("a CPU is never lost: {reason}"),
                 lane::Command::Compute => {
                     node.computing = true;
                     let micros = Duration::from_micros;

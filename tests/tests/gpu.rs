@@ -1,0 +1,171 @@
+//! A worker on a GPU beside one on a CPU: the same bits, and what happens when the GPU is lost in the
+//! middle of a step. Skipped, with a line that says so, where there is no driver;
+//! `kernels/cuda/check.sh` says how to run it without a GPU.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use lite_llm_actors::{
+    coordinator::{CoordinatorHandle, CoordinatorOptions},
+    node::{Model, NodeDevice},
+    placement::PlacementPolicy,
+    worker::{Worker, WorkerOptions},
+};
+use lite_llm_kernels::{
+    cpu::Cpu,
+    cuda::{Cuda, compile::Folders, driver_present},
+    cuda_device::Gpu,
+    kv::KvDType,
+    simd::Simd,
+};
+use lite_llm_runtime::checkpoint::Checkpoint;
+use lite_llm_tests::{Outcome, PATIENCE, Setup, demo, job, root, run_alone, run_on};
+use lite_llm_transport::{
+    identity::ClusterCa,
+    messages::{JobRequest, Prompt},
+};
+
+/// Calls of the kernel that chooses tokens after which it takes the GPU with it.
+const CALLS: u32 = 9;
+
+fn cpu() -> Arc<Cpu> {
+    Arc::new(Cpu::new(1, Simd::best()))
+}
+
+/// A GPU whose kernels are read from `sources`, if they are there.
+fn gpu(sources: Option<PathBuf>) -> Option<NodeDevice> {
+    if !driver_present() {
+        eprintln!("skipped: there is no NVIDIA driver here");
+        return None;
+    }
+    let cache = std::env::var_os("LITE_LLM_CACHE").map(PathBuf::from);
+    let gpu = Gpu::new(Cuda::open(0, Folders { cache, sources }).unwrap(), cpu());
+    Some(NodeDevice::Cuda { gpu: Arc::new(gpu), hbm_bytes: Some(64 << 20), sharers: 1 })
+}
+
+/// The kernels of this repository, but one that traps when it is called for the [`CALLS`]th time.
+fn kernels_that_trap(folder: &Path) {
+    for file in fs::read_dir(root().join("kernels/cuda")).unwrap() {
+        let file = file.unwrap().path();
+        let name = file.file_name().unwrap().to_owned();
+        if !file.extension().is_some_and(|kind| kind == "cu" || kind == "cuh") {
+            continue;
+        }
+        let mut text = fs::read_to_string(&file).unwrap();
+        if name == "sample.cu" {
+            let head = "ENTRY __launch_bounds__(1024) sample(";
+            assert!(text.contains(head), "the kernel that chooses tokens");
+            let (before, after) = text.split_once(head).unwrap();
+            let (arguments, body) = after.split_once("{\n").unwrap();
+            let trap = format!(
+                "  if (blockIdx.x == 0 && threadIdx.x == 0 && ++calls == {CALLS}) __trap();\n"
+            );
+            text = format!("{before}__device__ u32 calls;\n{head}{arguments}{{\n{trap}{body}");
+        }
+        fs::write(folder.join(name), text).unwrap();
+    }
+}
+
+struct Both {
+    coordinator: CoordinatorHandle,
+    on_gpu: Worker,
+    on_cpu: Worker,
+}
+
+/// A cluster of a worker on a GPU and one on a CPU, each of which holds all experts.
+async fn both(checkpoint: &Arc<Checkpoint>, gpu: NodeDevice) -> Both {
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let coordinator = CoordinatorHandle::start(CoordinatorOptions {
+        listen: loopback,
+        authority: Arc::new(ClusterCa::ephemeral().unwrap()),
+        checkpoint: checkpoint.clone(),
+        workers: 2,
+        placement: PlacementPolicy::default(),
+        kv_dtype: KvDType::F32,
+        context: None,
+        remote_workers: false,
+        replicas: 2,
+        patience: PATIENCE,
+        ledger: None,
+    });
+    let coordinator = coordinator.await.unwrap();
+    let start = |name: &str, device| {
+        Worker::start(WorkerOptions {
+            coordinator: coordinator.address(),
+            token: coordinator.token().clone(),
+            name: name.to_owned(),
+            listen: loopback,
+            device,
+            dram_bytes: 1 << 30,
+            dram_holds_rest: false,
+            nvme: None,
+            kv_bytes: 64 << 20,
+            model: Model::Open(checkpoint.clone()),
+            remote: false,
+            patience: PATIENCE,
+        })
+    };
+    let (on_gpu, on_cpu) = tokio::join!(start("gpu", gpu), start("cpu", cpu().into()));
+    coordinator.ready().await.unwrap();
+    Both { coordinator, on_gpu: on_gpu.unwrap(), on_cpu: on_cpu.unwrap() }
+}
+
+fn prompts(checkpoint: &Checkpoint) -> Vec<Vec<u32>> {
+    let vocab = checkpoint.config().vocab as u32;
+    let prompt = |seed: u32| (0..20 + seed).map(|i| (i * 7919 + 13 * seed) % vocab).collect();
+    (0..4).map(prompt).collect()
+}
+
+fn tokens_of(prompt: &[u32]) -> JobRequest {
+    JobRequest::greedy(Prompt::Tokens(prompt.to_vec()), 12)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_on_a_gpu_beside_one_on_a_cpu() {
+    let Some(device) = gpu(None) else { return };
+    let checkpoint = demo();
+    let both = both(&checkpoint, device).await;
+    for prompt in prompts(&checkpoint) {
+        for request in [job(&prompt, 6, 7), tokens_of(&prompt)] {
+            let truth = run_alone(&checkpoint, Setup::default(), request.clone()).await;
+            let found = run_on(&both.coordinator, request).await.unwrap();
+            assert_eq!(found.tokens, truth.tokens);
+            assert!(found.logits == truth.logits, "logits of {} tokens", prompt.len());
+        }
+    }
+    both.coordinator.stop().await;
+    both.on_gpu.stop().await;
+    both.on_cpu.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_lost_gpu_was_doing_goes_on_elsewhere() {
+    let sources = tempfile::tempdir().unwrap();
+    kernels_that_trap(sources.path());
+    let Some(device) = gpu(Some(sources.path().to_owned())) else { return };
+    let checkpoint = demo();
+    let mut truth: Vec<Outcome> = Vec::new();
+    for prompt in prompts(&checkpoint) {
+        truth.push(run_alone(&checkpoint, Setup::default(), tokens_of(&prompt)).await);
+    }
+    let mut both = both(&checkpoint, device).await;
+    let prompts = prompts(&checkpoint);
+    let job = |at: usize| run_on(&both.coordinator, tokens_of(&prompts[at]));
+    let ended = tokio::time::timeout(PATIENCE, both.on_gpu.run());
+    let (first, second, third, fourth, reason) =
+        tokio::join!(job(0), job(1), job(2), job(3), ended);
+    for (found, truth) in [first, second, third, fourth].into_iter().zip(&truth) {
+        assert_eq!(found.unwrap().tokens, truth.tokens);
+    }
+    let reason = reason.expect("a worker without its GPU ends").to_string();
+    assert!(reason.contains("cuda:0"), "{reason}");
+    // And the next ones do not go there.
+    let again = run_on(&both.coordinator, tokens_of(&prompts[0])).await.unwrap();
+    assert_eq!(again.tokens, truth[0].tokens);
+    both.coordinator.stop().await;
+    both.on_cpu.stop().await;
+}
