@@ -26,8 +26,8 @@ speculation  `speculate: ngram` and without, in turns, one at a time, on copying
 Prints tables, "others" being the CPUs that other programs took meanwhile (0.0 on a quiet machine), and lines of JSON
 into --out. Exit code 1 where an answer differs from what it should be or a cache tells too much; never for a speed.
 """
-import argparse, concurrent.futures, http.client, json, os, pathlib, random, re, shutil, socket, statistics, subprocess, sys
-import tempfile, threading, time
+import argparse, concurrent.futures, http.client, json, os, pathlib, random, re, shutil, socket, statistics
+import subprocess, sys, tempfile, time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("LITE_LLM_SHARED", ROOT.parent / "shared"))
@@ -152,8 +152,9 @@ class Server:
 
     def post(self, body):
         connection, reply = self.request(body)
-        with connection:
-            return json.loads(reply.read())
+        said = reply.read()
+        connection.close()
+        return json.loads(said)
 
     def stream(self, body):
         """The text, its log-probabilities, tokens, and the seconds to the first of them and to the last."""
@@ -171,7 +172,8 @@ class Server:
                     scores.append(choice["logprobs"])
             tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
         connection.close()
-        return {"text": "".join(parts), "scores": scores, "tokens": tokens, "first": first - began, "last": last - began}
+        return {"text": "".join(parts), "scores": scores, "tokens": tokens, "first": first - began,
+                "last": last - began}
 
     def metric(self, name):
         """Of all nodes."""
@@ -268,7 +270,8 @@ def client(options, server, clients, requests):
     program = ("import json, runpy, sys; sys.argv = json.loads(sys.argv[1]); "
                "seen = runpy.run_path(sys.argv[0]); print('RESULT', json.dumps([seen['d'], seen['res']]))")
     call[0] = os.path.join(options.peers, "bench_server.py")
-    ran = subprocess.run([sys.executable, "-c", program, json.dumps(list(map(str, call)))], capture_output=True, text=True)
+    command = [sys.executable, "-c", program, json.dumps(list(map(str, call)))]
+    ran = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
     if ran.returncode or not lines:
         sys.exit(f"bench_server.py: {ran.stderr[-2000:]}")
@@ -306,7 +309,8 @@ def throughput(options):
                        "ttft_p99": round(quantile(firsts, 0.99), 3), "others": statistics.median(others),
                        "rates": rates, "requests": requests, "prompt": options.prompt, "gen": options.gen}
             print(line.format(clients, name, f"{rate:.1f}", f"{rate / base:.2f}" if base else "-",
-                              f"{figures['ttft_p50']} s", f"{figures['ttft_p99']} s", figures["others"], rates), flush=True)
+                              f"{figures['ttft_p50']} s", f"{figures['ttft_p99']} s", figures["others"], rates),
+                  flush=True)
             record(options, figures)
 
 
@@ -392,8 +396,8 @@ def prefix(options):
     median = statistics.median
     print(line.format(f"{options.shared} tokens shared", f"{median(firsts):.3f} s", f"{median(seconds):.3f} s",
                       f"{median(ratios):.3f}", f"{median(others):.2f}", int(found)), flush=True)
-    record(options, {"part": "prefix", "shared": options.shared, "first": firsts, "second": seconds, "ratio": median(ratios),
-                     "found": found, "others": median(others)})
+    record(options, {"part": "prefix", "shared": options.shared, "first": firsts, "second": seconds,
+                     "ratio": median(ratios), "found": found, "others": median(others)})
     who_finds(options)
 
 
@@ -467,10 +471,11 @@ def spec_task(options, server, name, task, prompts, temperature, line):
     without, with_ = (statistics.median(rates[how]) for how in ("off", "ngram"))
     ratios = [b / a for a, b in zip(rates["off"], rates["ngram"])]
     asked = 1.5 if task == "copying, greedy" and name == "demo" else 0.97
-    print(line.format(name, task, f"{without:.1f}", f"{with_:.1f}", f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}",
-                      asked, int(guessed), int(right), f"{statistics.median(others):.2f}"), flush=True)
-    record(options, {"part": "speculation", "model": name, "task": task, "without": rates["off"], "with": rates["ngram"],
-                     "ratio": statistics.median(ratios), "guessed": guessed, "right": right,
+    print(line.format(name, task, f"{without:.1f}", f"{with_:.1f}", f"{statistics.median(ratios):.2f}",
+                      f"{min(ratios):.2f}", asked, int(guessed), int(right), f"{statistics.median(others):.2f}"),
+          flush=True)
+    record(options, {"part": "speculation", "model": name, "task": task, "without": rates["off"],
+                     "with": rates["ngram"], "ratio": statistics.median(ratios), "guessed": guessed, "right": right,
                      "others": statistics.median(others)})
 
 
@@ -523,7 +528,8 @@ def main():
         options.gen, options.shared, options.copy, options.prompt = 8, 300, 40, 32
     if options.part == "prepare":
         return prepare(options)
-    for needed in (options.binary, options.mini, options.demo, options.heldout, os.path.join(options.peers, "bench_server.py")):
+    client_script = os.path.join(options.peers, "bench_server.py")
+    for needed in (options.binary, options.mini, options.demo, options.heldout, client_script):
         if not os.path.exists(needed):
             sys.exit(f"{needed} is not there: `{sys.argv[0]} prepare --help` says how it is made")
     for name, part in PARTS.items():

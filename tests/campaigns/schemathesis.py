@@ -101,7 +101,8 @@ def main():
     for label, status in map(json.loads, open(statuses)):
         seen[label][status] += 1
     for label, counts in sorted(seen.items()):
-        print(f"{label:<36} {sum(counts.values()):>6}  " + " ".join(f"{code}: {n}" for code, n in sorted(counts.items())))
+        codes = "  ".join(f"{code}: {count}" for code, count in sorted(counts.items()))
+        print(f"{label:<36} {sum(counts.values()):>6}  {codes}")
     cases = sum(sum(counts.values()) for counts in seen.values())
     if not cases:
         broken.append("no request was made")
