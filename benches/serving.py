@@ -419,7 +419,7 @@ def who_finds(options):
             seen = hits(key, tiers)
             print(f"  key {'one' if key == one else 'other'}, tiers {tiers:<8} finds {int(seen):>4} tokens", flush=True)
             if bool(seen) != finds:
-                wrong(f"prefix: request {number} of {asked} finds {seen} tokens")
+                wrong(f"prefix: request {number} finds {int(seen)} tokens")
 
 
 # Guessed tokens.
@@ -427,7 +427,7 @@ def who_finds(options):
 
 def speculation(options):
     text = open(options.heldout, encoding="utf-8").read()
-    paragraphs = [part for part in re.split(r"\n\s*\n", text) if len(part) > 300]
+    paragraphs = [line for line in text.splitlines() if len(line) > 300]
     dice = random.Random(3)
     chosen = dice.sample(paragraphs, 2 if options.quick else options.passages)
     # To copy: the passage twice, and how it begins once more.

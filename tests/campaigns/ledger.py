@@ -5,7 +5,7 @@
     python3 tests/campaigns/ledger.py --kills 200 --jobs 500 --http
 
 With --http they are batches of the HTTP API: a file is uploaded, a batch made of it under an Idempotency-Key, and its
-two files are read when it has ended, all of it by a client that asks again whenever it is not answered.
+output read when it has ended, all of it by a client that asks again whenever it is not answered.
 
 Every result is compared with that of the same job before the first kill, and the ledger's own list with what was
 submitted. Batches follow each other until there were enough kills. Prints one line of JSON; exit code 1 if a job was
