@@ -357,7 +357,7 @@ class Campaign:
                 await self.expect(f"10 MB, {name}, {path}", request, [413], seen)
         # A prompt that just fits is refused by its tokens, and only so many have room at a time.
         fits = wire.post(PATHS[0], {"prompt": "a " * 2_000_000}, key)
-        await asyncio.gather(*(self.expect("4 MB", fits, [400, 408, 413, 429], seen) for _ in range(40)))
+        await asyncio.gather(*(self.expect("4 MB", fits, [400, 408, 413, 429], seen) for _ in range(200)))
         stuck = wire.post(PATHS[0], b"{", key)[:-1].replace(b"Content-Length: 1", b"Content-Length: 4000000")
         await asyncio.gather(*(self.expect("stuck", stuck + b"{", [400, 408], seen) for _ in range(100)))
         line = json.dumps({"custom_id": "a", "method": "POST", "url": PATHS[0], "body": {"prompt": "a" * large}})
