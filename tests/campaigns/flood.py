@@ -6,11 +6,11 @@
 A coordinator with two keys and --workers workers. In each of --rounds rounds, --requests requests come at --pace a
 second
   · with a key whose tokens per minute admit a hundredth of them (--over), and
-  · with a key without limits, so that what the process itself admits is full.
-Every answer must be whole (and the one that the same request has alone), or a 429 or 503 with Retry-After. Then come
-1,000 clients that vanish mid-stream, readers that are slow or read nothing, connections that say nothing, bodies of
-10 MB, arrays of a million values, deep JSON, and every number at its extremes. All the while /health is asked, and
-memory sampled (VmRSS, and the part of it that is no mapped file), of which a picture is drawn.
+  · with a key without limits, for answers of --long tokens, so that what the process itself admits is full.
+Every answer must be whole (and the one that the same request has alone), or a 429 or 503 with Retry-After. Then come,
+--hostile-rounds times, 1,000 clients that vanish mid-stream, readers that are slow or read nothing, connections that
+say nothing, bodies of 10 MB, arrays of a million values, deep JSON, and every number at its extremes. All the while
+/health is asked, and memory sampled (VmRSS, and the part of it that is no mapped file), of which a picture is drawn.
 
 Needs Python only. Prints tables and a line of JSON; exit code 1 if an answer was neither, changed or missing, a
 process panicked or ended, memory grew by more than --growth MiB from the first round's end to the last's, or jobs
@@ -84,21 +84,25 @@ class Campaign:
         self.samples = Samples(cluster.processes())
         self.samples.start()
         self.samples.phase("alone")
-        self.expected = [await self.alone(seed) for seed in range(SEEDS)]
+        lengths = {"rate": options.tokens, "free": options.long}
+        self.alones = {kind: [await self.alone(seed, length) for seed in range(SEEDS)]
+                       for kind, length in lengths.items()}
+        self.expected = self.alones["rate"]
         watching = asyncio.ensure_future(self.watch_health())
         self.settled = []
         for number in range(options.rounds):
             for kind in self.keys:
                 self.samples.phase(f"{kind} {number + 1}")
-                await self.flood(f"{kind} {number + 1}", self.keys[kind], size)
+                await self.flood(f"{kind} {number + 1}", kind, lengths[kind])
             await self.rest()
-        for kind in options.hostile.split(",") if options.hostile else []:
-            self.samples.phase(kind)
-            began = time.time()
-            self.figures[kind] = await getattr(self, kind.replace("-", "_"))()
-            self.figures[kind]["seconds"] = round(time.time() - began)
-            await self.serves_as_before(kind)
-        await self.rest()
+        for number in range(options.hostile_rounds if options.hostile else 0):
+            for kind in options.hostile.split(","):
+                self.samples.phase(kind)
+                began = time.time()
+                self.figures[kind] = await getattr(self, kind.replace("-", "_"))()
+                self.figures[kind]["seconds"] = round(time.time() - began)
+                await self.serves_as_before(kind)
+            await self.rest()
         watching.cancel()
         self.samples.over = True
 
@@ -111,8 +115,8 @@ class Campaign:
     async def ask(self, body, key="free", path=PATHS[0], seconds=120):
         return await wire.ask(self.cluster.http, wire.post(path, body, self.keys[key]), seconds)
 
-    async def alone(self, seed):
-        reply = await self.ask(self.body(seed))
+    async def alone(self, seed, length):
+        reply = await self.ask(self.body(seed, max_tokens=length))
         if reply.status != 200:
             sys.exit(f"an undisturbed request is refused: {reply.status} {reply.body[:300]!r}")
         return reply.json()["choices"][0]["text"]
@@ -147,7 +151,7 @@ class Campaign:
 
     async def metrics(self):
         reply = await wire.ask(self.cluster.http, wire.head("GET", "/metrics", self.keys["free"]), 30)
-        lines = (line.split(" ") for line in reply.body.decode().splitlines() if not line.startswith("#"))
+        lines = (line.rsplit(" ", 1) for line in reply.body.decode().splitlines() if not line.startswith("#"))
         return {name: float(value) for name, value in lines}
 
     async def rest(self):
@@ -168,16 +172,16 @@ class Campaign:
 
     # Far more than is admitted.
 
-    async def flood(self, name, key, size):
-        options = self.options
-        if name.startswith("rate"):
+    async def flood(self, name, kind, length):
+        options, key, expected = self.options, self.keys[kind], self.alones[kind]
+        if kind == "rate":
             await self.drain(key)
         pool, seen = wire.Pool(self.cluster.http, CONNECTIONS), collections.Counter()
-        before, began, late = await self.metrics(), time.time(), []
+        before, began = await self.metrics(), time.time()
 
         async def one(number):
             seed, stream = number % SEEDS, number % 2 == 0
-            body = self.body(seed, stream=stream)
+            body = self.body(seed, stream=stream, max_tokens=length)
             if stream:
                 body["stream_options"] = {"include_usage": True}
             try:
@@ -190,7 +194,7 @@ class Campaign:
                 text, whole = text_of(reply, stream)
                 if not whole:
                     self.wrong(f"{name}: an answer that was admitted is not whole: {reply.body[-200:]!r}")
-                elif text != self.expected[seed]:
+                elif text != expected[seed]:
                     self.wrong(f"{name}: the answer to seed {seed} has changed")
             elif reply.status not in (429, 503):
                 self.wrong(f"{name}: {reply.status} {reply.body[:200]!r}")
@@ -339,7 +343,7 @@ class Campaign:
         seen[str(reply.status)] += 1
         if reply.status not in good:
             self.wrong(f"{name}: {reply.status} {reply.body[:300]!r}")
-        elif reply.status >= 400 and not isinstance(reply.json().get("error", {}).get("message"), str):
+        elif reply.status >= 400 and not is_error(reply):
             self.wrong(f"{name}: an error in another shape: {reply.body[:200]!r}")
         elif reply.status in (429, 503) and not reply.headers.get("retry-after", "").isdigit():
             self.wrong(f"{name}: {reply.status} without Retry-After")
@@ -395,7 +399,7 @@ class Campaign:
                 "stop": texts, "logit_bias": {str(token): 1 for token in range(million)}, "modalities": texts,
                 "metadata": numbers, "model": numbers, "grammar": texts}.items():
             body = {"prompt": "a", "max_tokens": 1, field.split()[0]: value}
-            await self.expect(f"10^6 of {field}", wire.post(PATHS[0], body, key), [200, 400, 404], seen)
+            await self.expect(f"10^6 of {field}", wire.post(PATHS[0], body, key), [200, 400, 404, 413], seen)
         schema = {"enum": list(range(200_000))}
         for field, value in {
                 "messages": [message] * (million // 3), "content": [{"type": "text", "text": "a"}] * (million // 3),
@@ -404,11 +408,20 @@ class Campaign:
             body = {"messages": [message], "max_tokens": 1, field: value}
             if field == "content":
                 body = {"messages": [{**message, field: value}], "max_tokens": 1}
-            await self.expect(f"10^6 of {field}", wire.post(PATHS[1], body, key), [200, 400], seen)
-        await self.expect("10^6 fields", wire.post(PATHS[0], {f"f{n}": 1 for n in range(million)}, key), [400], seen)
+            await self.expect(f"10^6 of {field}", wire.post(PATHS[1], body, key), [200, 400, 413], seen)
+        # A million of these are too many bytes: what just fits is looked at, too.
+        for count in (million, million // 8):
+            fields = {str(number): 1 for number in range(count)}
+            for name, path, body in (
+                    ("fields", PATHS[0], fields), ("biases", PATHS[0], {"prompt": "a", "logit_bias": fields}),
+                    ("messages", PATHS[1], {"messages": [message] * count}),
+                    ("parts", PATHS[1], {"messages": [{**message, "content": [{"type": "text", "text": "a"}] * count}],
+                                         "max_tokens": 1}),
+                    ("tools", PATHS[1], {"messages": [message], "tools": [tool] * count})):
+                await self.expect(f"{count} {name}", wire.post(path, body, key), [200, 400, 413], seen)
         batch = {"input_file_id": "file-1", "endpoint": PATHS[0], "completion_window": "24h"}
         batch["metadata"] = {str(n): "a" for n in range(million)}
-        await self.expect("10^6 of metadata", wire.post(PATHS[2], batch, key), [400, 404], seen)
+        await self.expect("10^6 of metadata", wire.post(PATHS[2], batch, key), [400, 404, 413], seen)
         line = json.dumps({"custom_id": "a", "method": "POST", "url": PATHS[0], "body": {"prompt": numbers}})
         await self.file("a line of 10^6 ids", line.encode(), seen)
         await self.file("10^6 lines", b"{}\n" * million, seen)
@@ -508,11 +521,13 @@ class Campaign:
         self.log_bytes = len(log)
 
     def look_at_memory(self):
-        """Between the ends of rounds nothing may grow."""
-        first, last = self.settled[0], self.settled[self.options.rounds - 1]
-        for name in self.pids:
-            if last[name] - first[name] > self.options.growth:
-                self.wrong(f"{name} grew from {first[name]} to {last[name]} MiB between rounds")
+        """Between the ends of rounds of the same nothing may grow."""
+        rounds = self.options.rounds
+        for what, settled in (("floods", self.settled[:rounds]), ("nonsense", self.settled[rounds:])):
+            for name in self.pids if settled else []:
+                first, last = settled[0][name], settled[-1][name]
+                if last - first > self.options.growth:
+                    self.wrong(f"{name} grew from {first} to {last} MiB between rounds of {what}")
 
     def draw(self):
         lines = {f"{name}, {what}": [(sample[0], sample[of]) for sample in taken]
@@ -526,6 +541,14 @@ class Campaign:
         return {"floods": self.figures, "settled_MiB": self.settled, "peak_MiB": peak, "log_bytes": self.log_bytes,
                 "health_seconds_at_most": self.health, "broken": self.broken,
                 "picture": self.options.picture, "folder": self.cluster.state}
+
+
+def is_error(reply):
+    """Whether it is an error in OpenAI's shape."""
+    try:
+        return isinstance(reply.json()["error"]["message"], str)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def chat(body):
@@ -567,13 +590,15 @@ def main():
     clusters.arguments(parser, tokens=32)
     parser.set_defaults(workers=2, replicas=1, http=True)
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--pace", type=float, default=400, help="requests a second")
+    parser.add_argument("--long", type=int, default=900, help="tokens of an answer to the key without limits")
+    parser.add_argument("--pace", type=float, default=500, help="requests a second")
     parser.add_argument("--over", type=float, default=100, help="how many times more than the key's limit comes")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--vanish", type=int, default=1000)
     parser.add_argument("--rest", type=float, default=6, help="seconds")
     parser.add_argument("--growth", type=float, default=8, help="MiB")
     parser.add_argument("--hostile", default="vanish,slow-readers,idle,large-bodies,long-arrays,deep-json,numbers")
+    parser.add_argument("--hostile-rounds", type=int, default=2)
     parser.add_argument("--picture", default="flood.svg")
     options = parser.parse_args()
     campaign = Campaign(options)
