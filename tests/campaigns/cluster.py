@@ -25,6 +25,8 @@ class Cluster:
         self.log = open(os.path.join(self.state, "log"), "ab")
         self.address = hosts.address("coordinator") if hosts else "127.0.0.1"
         self.port = random.Random(os.getpid()).randrange(20000, 30000)
+        # Of the HTTP API, for campaigns that speak it.
+        self.http = ("127.0.0.1", self.port) if getattr(options, "http", False) else None
         self.workers = {}
         self.coordinator = self.start_coordinator()
         while not os.path.exists(self.token("worker")) or not os.path.exists(self.token("client")):
@@ -46,14 +48,21 @@ class Cluster:
                                 stdin=subprocess.DEVNULL)
 
     def start_coordinator(self):
+        http = ["--http", "%s:%d" % self.http, "--http-model", "m"] if self.http else []
+        more = getattr(self.options, "coordinator", [])
         return self.start("coordinator", "coordinator", "--model", self.options.model,
                           "--workers", self.options.workers, "--replicas", self.options.replicas,
-                          "--state", self.state, "--listen", f"{self.address}:{self.port}")
+                          "--state", self.state, "--listen", f"{self.address}:{self.port}", *http, *more)
 
     def start_worker(self, name, *more):
         self.workers[name] = self.start(
             name, "worker", "--token", self.token("worker"), "--name", name, "--threads", 1,
             "--dram", self.options.dram, "--kv", "64MiB", "--patience", "120s", *more)
+
+    def key(self, name, *limits):
+        """A new key of the HTTP API."""
+        command = self.command("coordinator", "key", "--state", self.state, "--json", "add", name, *limits)
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["key"]
 
     def submit(self, *args, **how):
         command = self.command("client", "submit", "--token", self.token("client"), *args)
