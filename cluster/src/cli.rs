@@ -19,6 +19,7 @@ use std::{
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lite_llm_actors::node::DeviceChoice;
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
+use lite_llm_runtime::draft::Speculation;
 
 pub use bench::{
     BenchArgs, BenchCommand, BenchKernelsArgs, BenchLoadArgs, BenchModelArgs, BenchStoreArgs,
@@ -225,22 +226,16 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
     /// Guess tokens, and verify several in one pass: ngram looks the text up for what came after the
-    /// last tokens before. It ends by itself where it does not pay. Never changes a result.
-    #[arg(long, value_enum, value_name = "HOW")]
-    pub speculate: Option<Speculate>,
+    /// last tokens before; tier:NAME runs the model with that tier only, in a cache of its own. It ends
+    /// by itself where it does not pay. Never changes a result.
+    #[arg(long, value_name = "ngram|tier:NAME")]
+    pub speculate: Option<Speculation>,
     /// Go before answers of a lower priority, from -128 to 127.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i8,
     /// Chat.
     #[command(flatten)]
     pub chat: ChatArgs,
-}
-
-/// How tokens are guessed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Speculate {
-    /// What came after the last tokens before, in the prompt or the answer.
-    Ngram,
 }
 
 /// Whether the prompt is a turn of a conversation.

@@ -39,10 +39,14 @@ fn settings_out_of_range_are_refused_before_anything_is_loaded() {
         ("--top-p", "1.5", &["top-p is 1.5"]),
         ("--tiers", "tier_zz", &["no tier tier_zz", "tier_1b"]),
         ("--tiers", "TIER", &["cannot name a tier"]),
+        ("--speculate", "tea leaves", &["off, ngram or tier:NAME"]),
+        ("--speculate", "tier:TIER", &["cannot name a tier"]),
+        ("--speculate", "tier:tier_zz", &["speculate: the model has no tier tier_zz", "tier_1b"]),
+        ("--speculate", "tier:tier_1b", &["speculate: ", "the request uses no other"]),
     ] {
         run(&["run", flag, value, "hi"]).one_error(2, words);
         // A client has no model, so it leaves unknown names to the cluster.
-        if value != "tier_zz" {
+        if !["tier_zz", "tier:tier_zz", "tier:tier_1b"].contains(&value) {
             run(&["submit", flag, value, "hi"]).one_error(2, words);
         }
     }

@@ -228,6 +228,8 @@ fn forms(api: &Api) {
     assert!(found["hidden"].is_boolean() && found["kind"].is_string(), "{found}");
     assert_eq!(finish, "stop");
     assert_eq!(text(json!({})), free, "what has no form is as it was");
+    let drafted = json!({ "prompt": "a", "max_tokens": 5, "speculate": "tier:tier_10b" });
+    api.post(&drafted).refuses(400, "speculate: the model has no tier tier_10b; it has tier_1b");
     let mut body = json!({ "prompt": "a", "max_tokens": 5, "regex": "(" });
     api.post(&body).refuses(400, "grammar: ");
     body["regex"] = json!("a");

@@ -12,6 +12,7 @@ use lite_llm_runtime::{
     chat::{Conversation, Message},
     checkpoint::{self, Checkpoint},
     config::ModelConfig,
+    draft::{Speculation, drafted},
     prompt::{PromptError, Prompts},
     sampler::Sampling,
     stop::StopTexts,
@@ -153,7 +154,8 @@ fn describe(checkpoint: &Checkpoint, args: &RunArgs, dram: u64, started: Instant
 impl SamplingArgs {
     /// What that job is to those that schedule it.
     pub(super) fn serving(&self) -> Serving {
-        let (tenant, speculate) = (String::new(), self.speculate.is_some());
+        let speculate = self.speculate == Some(Speculation::Ngram);
+        let tenant = String::new();
         Serving { tenant, priority: self.priority, speculate }
     }
 
@@ -166,7 +168,10 @@ impl SamplingArgs {
             top_k: self.top_k,
             top_p: self.top_p,
             seed: self.seed.value,
-            tiers: self.tiers.clone(),
+            tiers: match &self.speculate {
+                Some(Speculation::Tier(tier)) => drafted(&self.tiers, tier),
+                _ => self.tiers.clone(),
+            },
             stop_at_eos: !self.ignore_eos,
             want_logits: LogitsWanted::None,
             want_routes: false,

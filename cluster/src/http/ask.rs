@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use lite_llm_runtime::draft::{BadSpeculation, Speculation, drafted};
 use lite_llm_transport::messages::{
     Choosing, JobRequest, LogitsWanted, Prompt, STOP_BYTES_MAX, STOPS_MAX, Serving, TokenBias,
 };
@@ -187,8 +188,8 @@ impl Body {
             return Err(ApiError::invalid("n", format!("n is {n}; 1 to {JOBS_MAX} is expected")));
         }
         let mut choosing = self.choosing(kind)?;
-        let serving = self.serving()?;
-        let request = self.request(kind)?;
+        let mut request = self.request(kind)?;
+        let serving = self.serving(&mut request)?;
         let open_ended = self.max_tokens.or(self.max_completion_tokens).is_none();
         let stop = stops(self.stop)?;
         let deadline = match self.deadline_ms {
@@ -348,21 +349,24 @@ impl Body {
         })
     }
 
-    fn serving(&self) -> Result<Serving, ApiError> {
+    /// What the job is to those that schedule it. A tier that drafts stands among those of the request.
+    fn serving(&self, request: &mut JobRequest) -> Result<Serving, ApiError> {
         let given = self.priority.unwrap_or(0);
         let priority = i8::try_from(given).map_err(|_| {
             let message =
                 format!("priority is {given}; -128 to 127 is expected, higher ones go first");
             ApiError::invalid("priority", message)
         })?;
-        let speculate = match self.speculate.as_deref() {
-            None | Some("off") => false,
-            Some("ngram") => true,
-            Some(found) => {
-                let message = format!("speculate is {found:?}; ngram or off is expected");
-                return Err(ApiError::invalid("speculate", message));
-            }
-        };
+        let speculation = self.speculate.as_deref().map(str::parse).transpose();
+        let speculation = speculation
+            .map_err(|error: BadSpeculation| {
+                ApiError::invalid("speculate", format!("speculate: {error}"))
+            })?
+            .unwrap_or_default();
+        if let Speculation::Tier(tier) = &speculation {
+            request.tiers = drafted(&request.tiers, tier);
+        }
+        let speculate = speculation == Speculation::Ngram;
         Ok(Serving { tenant: String::new(), priority, speculate })
     }
 
@@ -583,6 +587,7 @@ mod tests {
             ("seed", json!(1.5), "seed"),
             ("priority", json!(1000), "higher ones go first"),
             ("speculate", json!("tea leaves"), "ngram"),
+            ("speculate", json!("tier:Big One"), "cannot name a tier"),
             ("echo", json!(true), "not supported"),
             ("temprature", json!(1), "unknown field `temprature`"),
             ("stream_options", json!({ "include_usage": true }), "stream: true"),
@@ -594,6 +599,9 @@ mod tests {
         assert_eq!(asked("seed", json!(u64::MAX)).request.seed, u64::MAX);
         assert_eq!(asked("seed", json!(-1)).request.seed, u64::MAX);
         assert_eq!(asked("top_k", json!(-1)).request.top_k, 0);
+        let by_tier = asked("speculate", json!("tier:tier_1b"));
+        assert_eq!(by_tier.request.tiers, "all drafted by tier_1b");
+        assert!(!by_tier.serving.speculate && asked("speculate", json!("ngram")).serving.speculate);
         let never = asked("logit_bias", json!({ "7": -100 })).choosing.bias;
         assert_eq!(never, [TokenBias { id: 7, bias: f32::NEG_INFINITY }]);
         for fine in ["user", "metadata", "cache_prompt", "store"] {
