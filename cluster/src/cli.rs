@@ -1,6 +1,7 @@
 //! What can be asked of `lite-llm`: commands and flags, as people type them.
 
 mod bench;
+mod choosing;
 mod http;
 mod import;
 mod jobs;
@@ -25,6 +26,7 @@ pub use bench::{
     BenchArgs, BenchCommand, BenchKernelsArgs, BenchLoadArgs, BenchModelArgs, BenchStoreArgs,
     BenchTransportArgs, BenchTransportPeerArgs, RandomModelArgs,
 };
+pub use choosing::ChoosingArgs;
 pub use http::{HttpArgs, KeyArgs, KeyCommand};
 pub use import::{ExportArgs, ImportArgs, ModelPath};
 pub use jobs::{
@@ -225,6 +227,9 @@ pub struct SamplingArgs {
     /// End the answer where this text appears, which is left out; may be given several times.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
+    /// What shifts the choice.
+    #[command(flatten)]
+    pub choosing: ChoosingArgs,
     /// Guess tokens, and verify several in one pass: ngram looks the text up for what came after the
     /// last tokens before; tier:NAME runs the model with that tier only, in a cache of its own. It ends
     /// by itself where it does not pay. Never changes a result.

@@ -147,19 +147,34 @@ fn what_a_model_cannot_serve_is_refused_by_the_cluster() {
         (&[""][..], &["the prompt is empty"][..]),
         (&[&long], &["this model sees 1024", "shorten"]),
         (&["--tiers", "tier_zz", "hi"], &["no tier tier_zz", "tier_1b"]),
+        (&["--speculate", "tier:tier_zz", "hi"], &["speculate: ", "no tier tier_zz", "tier_1b"]),
+        (&["--detach", "--speculate", "tier:tier_zz", "hi"], &["speculate: ", "no tier tier_zz"]),
+        (&["--logit-bias", "99999=1", "hi"], &["the bias of token 99999", "2048 tokens"]),
     ] {
         cluster.submit(args).ends_within(PATIENCE).one_error(FAILED, words);
     }
     // In a file of jobs a bad one fails alone.
     let jobs = cluster.state.path().join("jobs.jsonl");
-    fs::write(&jobs, "{\"prompt\": \"\"}\n{\"prompt\": \"ls\", \"max_tokens\": 3}\n").unwrap();
-    let ended = cluster.submit(&["--file", jobs.to_str().unwrap()]).ends_within(PATIENCE);
+    fs::write(
+        &jobs,
+        "{\"prompt\": \"\"}\n{\"prompt\": \"ls\", \"max_tokens\": 3, \
+         \"logit_bias\": {\"70\": 100}}\n",
+    )
+    .unwrap();
+    let jobs = jobs.to_str().unwrap();
+    let ended = cluster.submit(&["--file", jobs]).ends_within(PATIENCE);
     ended.one_error(FAILED, &["1 of 2 jobs failed"]);
     let mut lines: Vec<serde_json::Value> =
         ended.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     lines.sort_by_key(|line| line["job"].as_u64());
     assert!(lines[0]["error"].as_str().unwrap().contains("empty"), "{ended:#?}");
-    assert_eq!(lines[1]["ids"].as_array().unwrap().len(), 3, "{ended:#?}");
+    assert_eq!(lines[1]["ids"], serde_json::json!([70, 70, 70]), "{ended:#?}");
+    // Flags do the same, of jobs that are left there, too.
+    for more in [&[][..], &["--wait"]] {
+        let args = ["--json", "--logit-bias", "70=100", "--max-tokens", "3"];
+        let ended = cluster.submit(&[&args[..], more, &["ls"]].concat()).ends_within(PATIENCE);
+        assert!(ended.expect(0, &[]).out.contains("70,70,70"), "{ended:#?}");
+    }
 }
 
 #[test]

@@ -19,7 +19,7 @@ use lite_llm_runtime::{
     tier::TierSet,
 };
 use lite_llm_transport::messages::{
-    JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt, Serving,
+    Choosing, JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt, Serving,
 };
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -60,8 +60,9 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
     let result = async {
         for (prompt, request) in prompts.iter().zip(requests) {
             let (started, serving) = (Instant::now(), args.sampling.serving());
+            let choosing = args.sampling.choosing()?;
             let (_, mut events) =
-                cluster.coordinator().submit_order(request, Default::default(), serving).await?;
+                cluster.coordinator().submit_order(request, choosing, serving).await?;
             let mut answer = Answer::begin(prompt, &args.sampling, json, started);
             while let Some(event) = events.recv().await {
                 if answer.take(event)? {
@@ -152,6 +153,11 @@ fn describe(checkpoint: &Checkpoint, args: &RunArgs, dram: u64, started: Instant
 }
 
 impl SamplingArgs {
+    /// How that job's tokens are chosen, beyond what its request says.
+    pub(super) fn choosing(&self) -> Result<Choosing> {
+        self.choosing.choosing().map_err(|error| bad_input(anyhow!(error)))
+    }
+
     /// What that job is to those that schedule it.
     pub(super) fn serving(&self) -> Serving {
         let speculate = self.speculate == Some(Speculation::Ngram);
@@ -187,6 +193,7 @@ impl SamplingArgs {
         Sampling { temperature, top_k, top_p, seed, ..Sampling::GREEDY }
             .check()
             .map_err(bad_input)?;
+        self.choosing()?;
         let tiers = self.tiers.parse::<TierSet>();
         tiers.map(drop).map_err(|error| bad_input(anyhow!("tiers: {error}")))
     }
@@ -223,7 +230,7 @@ impl SamplingArgs {
             false => text.encode(prompt),
         };
         let request = self.request(Prompt::Tokens(ids.map_err(prompt_error)?));
-        let checked = jobs::check(&request, config);
+        let checked = jobs::check_order(&request, &self.choosing()?, &[], config);
         checked.map_err(|reason| bad_input(anyhow!(reason)))?;
         Ok(request)
     }

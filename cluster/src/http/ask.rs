@@ -18,6 +18,8 @@ use lite_llm_transport::messages::{
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Map, Value};
 
+use crate::bias;
+
 use super::{
     admission::Load,
     calls::{ToolUse, tool_use},
@@ -30,8 +32,6 @@ use super::{
 const JOBS_MAX: usize = 64;
 /// Most candidates whose log-probabilities are told.
 pub(super) const TOP_LOGPROBS_MAX: u32 = 20;
-/// Tokens whose logits are biased.
-const BIAS_MAX: usize = 1024;
 /// Longest `deadline_ms`: a day.
 const DEADLINE_MAX_MS: u64 = 24 * 3600 * 1000;
 
@@ -357,7 +357,7 @@ impl Body {
                 format!("priority is {given}; -128 to 127 is expected, higher ones go first");
             ApiError::invalid("priority", message)
         })?;
-        let speculation = self.speculate.as_deref().map(str::parse).transpose();
+        let speculation = self.speculate.as_deref().map(str::parse::<Speculation>).transpose();
         let speculation = speculation
             .map_err(|error: BadSpeculation| {
                 ApiError::invalid("speculate", format!("speculate: {error}"))
@@ -452,32 +452,10 @@ impl Asked {
 }
 
 fn biases(given: &BTreeMap<String, f32>) -> Result<Vec<TokenBias>, ApiError> {
-    let wrong = |message: String| ApiError::invalid("logit_bias", message);
-    if given.len() > BIAS_MAX {
-        let found = given.len();
-        return Err(wrong(format!("logit_bias has {found} tokens; at most {BIAS_MAX} are taken")));
-    }
-    let mut bias = Vec::with_capacity(given.len());
-    for (token, &value) in given {
-        let id: u32 = token.parse().map_err(|_| {
-            let shown: String = token.chars().take(40).collect();
-            wrong(format!("logit_bias: {shown:?} is no token id"))
-        })?;
-        if !(-100.0..=100.0).contains(&value) {
-            return Err(wrong(format!(
-                "logit_bias of token {id} is {value}; -100 to 100 is expected"
-            )));
-        }
-        // OpenAI's word for never.
-        let bias_of = if value == -100.0 { f32::NEG_INFINITY } else { value };
-        bias.push(TokenBias { id, bias: bias_of });
-    }
-    // Ids sort as numbers; "7" and "07" are one token.
-    bias.sort_by_key(|bias| bias.id);
-    if let Some(twice) = bias.windows(2).find(|two| two[0].id == two[1].id) {
-        return Err(wrong(format!("logit_bias has token {} twice", twice[0].id)));
-    }
-    Ok(bias)
+    // Ids are numbers: "7" and "07" are one token.
+    let ids = given.iter().map(|(token, &value)| Ok((bias::token(token)?, value)));
+    let bias = ids.collect::<Result<Vec<_>, String>>().and_then(bias::biases);
+    bias.map_err(|error| ApiError::invalid("logit_bias", format!("logit_bias: {error}")))
 }
 
 fn stops(given: Option<OneOrMore>) -> Result<Vec<String>, ApiError> {
