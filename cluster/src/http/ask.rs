@@ -180,6 +180,11 @@ pub(super) struct Asked {
 }
 
 impl Body {
+    /// One that was put together from fields that were checked, and from some that are passed on.
+    pub(super) fn of_fields(fields: Value) -> Result<Self, ApiError> {
+        serde_json::from_value(fields).map_err(|error| ApiError::bad(error.to_string()))
+    }
+
     /// Checks everything. `unix_time` is what chat templates show.
     pub(super) fn check(self, kind: Kind, unix_time: i64) -> Result<Asked, ApiError> {
         self.refuse_what_is_not_known()?;
