@@ -42,7 +42,7 @@ pub use train::{
 
 use crate::{
     size::{NvmeArg, Size},
-    telemetry::LogFormat,
+    telemetry::{LogFormat, Share},
     time::Time,
 };
 
@@ -63,6 +63,10 @@ pub struct Cli {
     /// Send traces to this OTLP gRPC endpoint, for example http://127.0.0.1:4317.
     #[arg(long, global = true, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
     pub otlp: Option<String>,
+    /// Keep so much of all traces, from 0 to 1: chosen where a trace begins, for all processes that it
+    /// goes through [default: all, unless OTEL_TRACES_SAMPLER says otherwise].
+    #[arg(long, global = true, env = "LITE_LLM_TRACE_SAMPLE", value_name = "SHARE")]
+    pub trace_sample: Option<Share>,
     /// What is logged to standard error: error, warn, info, debug, or a tracing filter.
     #[arg(
         long,

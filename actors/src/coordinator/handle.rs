@@ -47,6 +47,7 @@ use crate::{
     ledger::{Jobs, LedgerError, LedgerOptions},
     node::grammars::{FormError, GrammarDesk},
     placement::PlacementPolicy,
+    trace::Operation,
 };
 
 /// Longest prompt as text, in bytes.
@@ -239,7 +240,20 @@ impl CoordinatorHandle {
         choosing: Choosing,
         serving: Serving,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
-        self.submit_for(None, JobOrder { choosing, serving, ..request.into() }).await
+        let order = JobOrder { choosing, serving, ..request.into() };
+        self.submit_for(None, Some(Operation::TextCompletion), order).await
+    }
+
+    /// The same, for whoever says in a span of its own what is asked: see [`trace::describe`].
+    ///
+    /// [`trace::describe`]: crate::trace::describe
+    pub async fn submit_described(
+        &self,
+        request: JobRequest,
+        choosing: Choosing,
+        serving: Serving,
+    ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
+        self.submit_for(None, None, JobOrder { choosing, serving, ..request.into() }).await
     }
 
     /// What turns text into tokens and back, if the model has a tokenizer.
@@ -251,6 +265,7 @@ impl CoordinatorHandle {
     async fn submit_for(
         &self,
         client: Option<String>,
+        operation: Option<Operation>,
         order: JobOrder,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
         let JobOrder { mut request, choosing, mut serving, generated, .. } = order;
@@ -269,6 +284,7 @@ impl CoordinatorHandle {
             serving,
             generated,
             client,
+            operation,
             patience,
             events,
         });
@@ -486,7 +502,11 @@ impl CoordinatorHandle {
         order: JobOrder,
         (sender, receiver): (&mut FrameSender, &mut FrameReceiver),
     ) -> Result<(), lite_llm_transport::frame::SendError> {
-        let submitted = self.submit_for(Some(client.to_owned()), order).await;
+        let operation = match &order.request.prompt {
+            Prompt::Chat(_) => Operation::Chat,
+            Prompt::Text(_) | Prompt::Tokens(_) => Operation::TextCompletion,
+        };
+        let submitted = self.submit_for(Some(client.to_owned()), Some(operation), order).await;
         let (job, mut events) = match submitted {
             Ok(accepted) => accepted,
             Err(error) => {

@@ -23,6 +23,7 @@ use futures::{
 use lite_llm_actors::{
     coordinator::EncodeError,
     node::{grammars::FormError, jobs},
+    trace::{self, Operation},
 };
 use lite_llm_runtime::{prompt::Prompts, stop::StopTexts};
 use lite_llm_transport::messages::{JobRequest, Prompt};
@@ -199,10 +200,16 @@ async fn begin(
 ) -> Result<Answering, ApiError> {
     api.check_rights(caller, &asked)?;
     asked.serving.tenant = caller.tenant();
+    let operation = match asked.kind {
+        Kind::Chat => Operation::Chat,
+        Kind::Text => Operation::TextCompletion,
+    };
+    trace::describe(&Span::current(), operation, &api.name, &asked.request);
     asked.request.trace = telemetry::context_of(&Span::current());
     let mut place = api.enter(caller, arrived, asked.load(api.config.context))?;
     let Tokenised { jobs, load, tokens } = api.tokenise(&mut asked).await?;
     place.settle(load)?;
+    place.describe(tokens);
     let Asked {
         kind, n, request, choosing, serving, stop, stream, include_usage, tool_use, ..
     } = asked;
@@ -212,7 +219,7 @@ async fn begin(
             let seed = request.seed.wrapping_add(u64::from(copy));
             let request = JobRequest { seed, ..request.clone() };
             let submitted =
-                api.coordinator.submit_order(request, choosing.clone(), serving.clone()).await;
+                api.coordinator.submit_described(request, choosing.clone(), serving.clone()).await;
             let (_, events) = submitted.map_err(|e| ApiError::unavailable(e.to_string()))?;
             let choice = Choice::new(events, StopTexts::new(stop.iter().cloned()), deadline);
             let index = choices.len() as u32;
