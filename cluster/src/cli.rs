@@ -239,7 +239,7 @@ pub struct SamplingArgs {
     /// by itself where it does not pay. Never changes a result.
     #[arg(long, value_name = "ngram|tier:NAME")]
     pub speculate: Option<Speculation>,
-    /// Go before answers of a lower priority, from -128 to 127.
+    /// Go before answers of a lower priority, from -128 to 127; a coordinator may allow its clients less.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i8,
     /// Chat.
@@ -447,6 +447,10 @@ pub struct CoordinatorArgs {
     /// most 100000 jobs'].
     #[arg(long, value_name = "TIME|COUNT")]
     pub keep_jobs: Option<KeepJobs>,
+    /// The highest --priority that holders of client.token may ask for; those of HTTP keys have their own
+    /// limits.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    pub client_priority: i8,
     /// Address in the tokens, if workers see another than --listen.
     #[arg(long, value_name = "ADDR")]
     pub advertise: Option<SocketAddr>,
