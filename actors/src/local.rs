@@ -81,6 +81,7 @@ impl LocalCluster {
             replicas: options.replicas,
             patience: options.patience,
             ledger: None,
+            client_priority: 0,
         })
         .await?;
         // Opening a GPU blocks.

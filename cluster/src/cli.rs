@@ -1,6 +1,7 @@
 //! What can be asked of `lite-llm`: commands and flags, as people type them.
 
 mod bench;
+mod choosing;
 mod http;
 mod import;
 mod jobs;
@@ -19,11 +20,13 @@ use std::{
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lite_llm_actors::node::DeviceChoice;
 use lite_llm_kernels::{kv::KvDType, simd::Simd};
+use lite_llm_runtime::draft::Speculation;
 
 pub use bench::{
     BenchArgs, BenchCommand, BenchKernelsArgs, BenchLoadArgs, BenchModelArgs, BenchStoreArgs,
     BenchTransportArgs, BenchTransportPeerArgs, RandomModelArgs,
 };
+pub use choosing::ChoosingArgs;
 pub use http::{HttpArgs, KeyArgs, KeyCommand};
 pub use import::{ExportArgs, ImportArgs, ModelPath};
 pub use jobs::{
@@ -39,7 +42,7 @@ pub use train::{
 
 use crate::{
     size::{NvmeArg, Size},
-    telemetry::LogFormat,
+    telemetry::{LogFormat, Share},
     time::Time,
 };
 
@@ -60,6 +63,10 @@ pub struct Cli {
     /// Send traces to this OTLP gRPC endpoint, for example http://127.0.0.1:4317.
     #[arg(long, global = true, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
     pub otlp: Option<String>,
+    /// Keep so much of all traces, from 0 to 1: chosen where a trace begins, for all processes that it
+    /// goes through [default: all, unless OTEL_TRACES_SAMPLER says otherwise].
+    #[arg(long, global = true, env = "LITE_LLM_TRACE_SAMPLE", value_name = "SHARE")]
+    pub trace_sample: Option<Share>,
     /// What is logged to standard error: error, warn, info, debug, or a tracing filter.
     #[arg(
         long,
@@ -224,23 +231,20 @@ pub struct SamplingArgs {
     /// End the answer where this text appears, which is left out; may be given several times.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
+    /// What shifts the choice.
+    #[command(flatten)]
+    pub choosing: ChoosingArgs,
     /// Guess tokens, and verify several in one pass: ngram looks the text up for what came after the
-    /// last tokens before. It ends by itself where it does not pay. Never changes a result.
-    #[arg(long, value_enum, value_name = "HOW")]
-    pub speculate: Option<Speculate>,
-    /// Go before answers of a lower priority, from -128 to 127.
+    /// last tokens before; tier:NAME runs the model with that tier only, in a cache of its own. It ends
+    /// by itself where it does not pay. Never changes a result.
+    #[arg(long, value_name = "ngram|tier:NAME")]
+    pub speculate: Option<Speculation>,
+    /// Go before answers of a lower priority, from -128 to 127; a coordinator may allow its clients less.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i8,
     /// Chat.
     #[command(flatten)]
     pub chat: ChatArgs,
-}
-
-/// How tokens are guessed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Speculate {
-    /// What came after the last tokens before, in the prompt or the answer.
-    Ngram,
 }
 
 /// Whether the prompt is a turn of a conversation.
@@ -443,6 +447,10 @@ pub struct CoordinatorArgs {
     /// most 100000 jobs'].
     #[arg(long, value_name = "TIME|COUNT")]
     pub keep_jobs: Option<KeepJobs>,
+    /// The highest --priority that holders of client.token may ask for; those of HTTP keys have their own
+    /// limits.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    pub client_priority: i8,
     /// Address in the tokens, if workers see another than --listen.
     #[arg(long, value_name = "ADDR")]
     pub advertise: Option<SocketAddr>,

@@ -8,6 +8,7 @@
 #[macro_use]
 mod output;
 
+mod bias;
 pub mod cli;
 mod commands;
 mod demo;

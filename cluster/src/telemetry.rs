@@ -3,13 +3,13 @@
 //! Spans of this project are at debug level and are recorded only when there is a receiver: a
 //! process without one pays for a disabled check per span and nothing else.
 
-use std::{fmt, io::IsTerminal, sync::OnceLock, time::Duration};
+use std::{fmt, io::IsTerminal, str::FromStr, sync::OnceLock, time::Duration};
 
 use opentelemetry::{KeyValue, trace::TracerProvider};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
 use opentelemetry_sdk::{
     Resource,
-    trace::{BatchConfigBuilder, BatchSpanProcessor, SdkTracerProvider},
+    trace::{BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracerProvider},
 };
 use serde_json::{Map, Value};
 use tracing::{
@@ -70,19 +70,45 @@ pub(crate) fn receiver() -> Option<Receiver> {
     RECEIVER.get().cloned()
 }
 
+/// The part of all traces that is kept, of 1.
+///
+/// It is chosen where a trace begins, by the trace's id; all processes that a trace goes through keep it
+/// or do not, as that one has.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Share(f64);
+
+impl FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse() {
+            Ok(share) if (0.0..=1.0).contains(&share) => Ok(Self(share)),
+            _ => Err("a number from 0 (no traces) to 1 (all) is expected, such as 0.1".into()),
+        }
+    }
+}
+
+impl Share {
+    /// Traces that begin here are kept by this share, others as where they began.
+    fn sampler(self) -> Sampler {
+        Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(self.0)))
+    }
+}
+
 /// Starts logging by `filter`, and tracing to `otlp` if given, as what this process is in its
-/// cluster. Called within a tokio runtime.
+/// cluster. Without a share of traces, the variables of OpenTelemetry (`OTEL_TRACES_SAMPLER`) say which
+/// are kept: all, unless told. Called within a tokio runtime.
 pub fn start(
     filter: &str,
     format: LogFormat,
-    otlp: Option<&str>,
+    (otlp, share): (Option<&str>, Option<Share>),
     role: &str,
 ) -> anyhow::Result<Telemetry> {
     let filter: EnvFilter = format!("{QUIET},{filter}")
         .parse()
         .map_err(|error| anyhow::anyhow!("--log {filter}: {error}"))?;
     let receiver = otlp.map(|url| Receiver { url: url.to_owned(), resource: resource(role) });
-    let provider = receiver.as_ref().map(provider).transpose()?;
+    let provider = receiver.as_ref().map(|receiver| provider(receiver, share)).transpose()?;
     if let Some(receiver) = receiver {
         // A second start in one process (in tests) keeps the first one's.
         let _ = RECEIVER.set(receiver);
@@ -203,7 +229,7 @@ fn resource(role: &str) -> Vec<(String, String)> {
     attributes.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
 }
 
-fn provider(receiver: &Receiver) -> anyhow::Result<SdkTracerProvider> {
+fn provider(receiver: &Receiver, share: Option<Share>) -> anyhow::Result<SdkTracerProvider> {
     let endpoint = &receiver.url;
     let exporter =
         SpanExporter::builder().with_tonic().with_endpoint(endpoint).build().map_err(|error| {
@@ -217,7 +243,12 @@ fn provider(receiver: &Receiver) -> anyhow::Result<SdkTracerProvider> {
         .with_attributes(attributes)
         .with_attribute(KeyValue::new("process.pid", i64::from(std::process::id())))
         .build();
-    Ok(SdkTracerProvider::builder().with_span_processor(processor).with_resource(resource).build())
+    let builder = SdkTracerProvider::builder();
+    let builder = match share {
+        Some(share) => builder.with_sampler(share.sampler()),
+        None => builder,
+    };
+    Ok(builder.with_span_processor(processor).with_resource(resource).build())
 }
 
 impl Telemetry {

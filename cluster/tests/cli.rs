@@ -39,10 +39,22 @@ fn settings_out_of_range_are_refused_before_anything_is_loaded() {
         ("--top-p", "1.5", &["top-p is 1.5"]),
         ("--tiers", "tier_zz", &["no tier tier_zz", "tier_1b"]),
         ("--tiers", "TIER", &["cannot name a tier"]),
+        ("--min-p", "-1", &["min-p is -1", "at least 0"]),
+        ("--repetition-penalty", "0", &["repetition penalty is 0", "above 0"]),
+        ("--presence-penalty", "inf", &["presence penalty is inf"]),
+        ("--frequency-penalty", "NaN", &["frequency penalty is NaN"]),
+        ("--logit-bias", "70", &["ID=BIAS is expected, such as 70=-100"]),
+        ("--logit-bias", "ls=1", &["no token id", "tokenize"]),
+        ("--logit-bias", "70=-101", &["-100 to 100"]),
+        ("--logit-bias", "99999=1", &["the bias of token 99999", "2048 tokens"]),
+        ("--speculate", "tea leaves", &["off, ngram or tier:NAME"]),
+        ("--speculate", "tier:TIER", &["cannot name a tier"]),
+        ("--speculate", "tier:tier_zz", &["speculate: the model has no tier tier_zz", "tier_1b"]),
+        ("--speculate", "tier:tier_1b", &["speculate: ", "the request uses no other"]),
     ] {
         run(&["run", flag, value, "hi"]).one_error(2, words);
         // A client has no model, so it leaves unknown names to the cluster.
-        if value != "tier_zz" {
+        if !["tier_zz", "tier:tier_zz", "tier:tier_1b", "99999=1"].contains(&value) {
             run(&["submit", flag, value, "hi"]).one_error(2, words);
         }
     }
@@ -137,6 +149,9 @@ fn a_bad_line_of_a_jobs_file_is_named() {
         ("{\"prompt\": 3}", &["line 2", "{\"prompt\": \"…\"}"][..]),
         ("{\"prompt\": \"x\", \"colour\": 1}", &["line 2", "unknown field `colour`"]),
         ("{\"prompt\": \"x\", \"temperature\": -2}", &["line 2", "temperature is -2"]),
+        ("{\"prompt\": \"x\", \"min_p\": 2}", &["line 2", "min-p is 2"]),
+        ("{\"prompt\": \"x\", \"logit_bias\": {\"7\": 101}}", &["line 2", "-100 to 100"]),
+        ("{\"prompt\": \"x\", \"logit_bias\": {\"a\": 1}}", &["line 2", "no token id"]),
         ("not json", &["line 2"]),
     ] {
         let jobs = write(folder.path(), "jobs.jsonl", &format!("{{\"prompt\": \"x\"}}\n{line}\n"));

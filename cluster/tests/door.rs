@@ -147,19 +147,58 @@ fn what_a_model_cannot_serve_is_refused_by_the_cluster() {
         (&[""][..], &["the prompt is empty"][..]),
         (&[&long], &["this model sees 1024", "shorten"]),
         (&["--tiers", "tier_zz", "hi"], &["no tier tier_zz", "tier_1b"]),
+        (&["--speculate", "tier:tier_zz", "hi"], &["speculate: ", "no tier tier_zz", "tier_1b"]),
+        (
+            &["--as", "tester-1", "--detach", "--speculate", "tier:tier_zz", "hi"],
+            &["speculate: ", "no tier tier_zz"],
+        ),
+        (&["--priority", "1", "hi"], &["priority is 1", "0 at most", "--client-priority 1"]),
+        (
+            &["--as", "tester-1", "--detach", "--priority", "1", "hi"],
+            &["priority is 1", "0 at most"],
+        ),
+        (&["--logit-bias", "99999=1", "hi"], &["the bias of token 99999", "2048 tokens"]),
     ] {
         cluster.submit(args).ends_within(PATIENCE).one_error(FAILED, words);
     }
     // In a file of jobs a bad one fails alone.
     let jobs = cluster.state.path().join("jobs.jsonl");
-    fs::write(&jobs, "{\"prompt\": \"\"}\n{\"prompt\": \"ls\", \"max_tokens\": 3}\n").unwrap();
-    let ended = cluster.submit(&["--file", jobs.to_str().unwrap()]).ends_within(PATIENCE);
+    fs::write(
+        &jobs,
+        "{\"prompt\": \"\"}\n{\"prompt\": \"ls\", \"max_tokens\": 3, \
+         \"logit_bias\": {\"70\": 100}}\n",
+    )
+    .unwrap();
+    let jobs = jobs.to_str().unwrap();
+    let ended = cluster.submit(&["--file", jobs]).ends_within(PATIENCE);
     ended.one_error(FAILED, &["1 of 2 jobs failed"]);
     let mut lines: Vec<serde_json::Value> =
         ended.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     lines.sort_by_key(|line| line["job"].as_u64());
     assert!(lines[0]["error"].as_str().unwrap().contains("empty"), "{ended:#?}");
-    assert_eq!(lines[1]["ids"].as_array().unwrap().len(), 3, "{ended:#?}");
+    assert_eq!(lines[1]["ids"], serde_json::json!([70, 70, 70]), "{ended:#?}");
+    // Flags do the same, of jobs that are left there, too.
+    for more in [&[][..], &["--as", "tester-1", "--wait"]] {
+        let args = ["--json", "--logit-bias", "70=100", "--max-tokens", "3"];
+        let ended = cluster.submit(&[&args[..], more, &["ls"]].concat()).ends_within(PATIENCE);
+        assert!(ended.expect(0, &[]).out.contains("70,70,70"), "{ended:#?}");
+    }
+}
+
+#[test]
+fn clients_may_ask_for_the_priority_that_the_coordinator_allows() {
+    let _alone = alone();
+    let cluster = Cluster::ready_with(&["a"], &[], &["--client-priority", "5"]);
+    let submit = |priority: &str, more: &[&str]| {
+        let args = ["--priority", priority, "--max-tokens", "2", "ls"];
+        cluster.submit(&[more, &args[..]].concat()).ends_within(PATIENCE)
+    };
+    for more in [&[][..], &["--as", "tester-1", "--wait"]] {
+        for fine in ["-3", "0", "5"] {
+            submit(fine, more).expect(0, &[]);
+        }
+        submit("6", more).one_error(FAILED, &["priority is 6", "5 at most"]);
+    }
 }
 
 #[test]

@@ -96,6 +96,13 @@ impl Api {
         self.head("POST", "/v1/completions", &more)
     }
 
+    fn post_to(&self, path: &str, body: &Value) -> Reply {
+        let body = body.to_string();
+        let length = body.len();
+        let more = format!("Content-Type: application/json\r\nContent-Length: {length}\r\n");
+        self.raw(&self.head("POST", path, &more), body.as_bytes())
+    }
+
     fn post(&self, body: &Value) -> Reply {
         let body = body.to_string();
         self.raw(&self.post_head(body.len()), body.as_bytes())
@@ -182,6 +189,7 @@ fn one_process_serves_and_ends_in_good_order() {
     urgent(127).refuses(403, "0 is the highest");
     assert_eq!((urgent(0).status, urgent(-128).status), (200, 200));
     forms(&api);
+    responses(&api);
 
     // An answer that flows when the server stops ends early, and does not look whole.
     let mut stream = api.open();
@@ -195,6 +203,54 @@ fn one_process_serves_and_ends_in_good_order() {
     let mut rest = Vec::new();
     let _ = stream.read_to_end(&mut rest);
     assert!(!String::from_utf8_lossy(&rest).contains("[DONE]"));
+}
+
+/// A response is the chat that it stands for, in other words.
+fn responses(api: &Api) {
+    let ask = |body: &Value| api.post_to("/v1/responses", body);
+    let messages = json!([{ "role": "user", "content": "ls" }]);
+    let chat = json!({ "messages": messages, "max_tokens": 12, "seed": 3, "temperature": 0.9 });
+    let chat = api.post_to("/v1/chat/completions", &chat).json();
+    let mut body = json!({ "input": "ls", "max_output_tokens": 12, "seed": 3, "temperature": 0.9 });
+    let whole = ask(&body).json();
+    let text = &chat["choices"][0]["message"]["content"];
+    assert_eq!(&whole["output"][0]["content"][0]["text"], text, "{whole}");
+    assert_eq!((&whole["status"], &whole["object"]), (&json!("incomplete"), &json!("response")));
+    assert_eq!(whole["usage"]["output_tokens"], 12);
+    assert_eq!(whole["usage"]["input_tokens"], chat["usage"]["prompt_tokens"]);
+
+    body["stream"] = json!(true);
+    let streamed = ask(&body);
+    let events: Vec<Value> = streamed
+        .body
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .map(|data| serde_json::from_str(data).unwrap())
+        .collect();
+    let deltas = events.iter().filter(|event| event["type"] == "response.output_text.delta");
+    let said: String = deltas.map(|event| event["delta"].as_str().unwrap()).collect();
+    assert_eq!(&json!(said), text);
+    for (number, event) in events.iter().enumerate() {
+        assert_eq!(event["sequence_number"], number, "{event}");
+        let named = format!("event: {}", event["type"].as_str().unwrap());
+        assert!(streamed.body.contains(&named), "{named}");
+    }
+    let last = events.last().unwrap();
+    assert_eq!(
+        (&events[0]["type"], &last["type"]),
+        (&json!("response.created"), &json!("response.incomplete"))
+    );
+    assert_eq!(last["response"]["output"][0]["content"], whole["output"][0]["content"]);
+    assert_eq!(last["response"]["usage"], whole["usage"]);
+
+    body["previous_response_id"] = json!("resp_1");
+    ask(&body).refuses(400, "nothing is stored");
+    ask(&json!({ "input": "a", "model": "other" })).refuses(404, "there is no model");
+    let reply = ask(&json!({ "input": "a", "max_output_tokens": 1, "tiers": "tier_zz" }));
+    reply.refuses(400, "no tier tier_zz");
+    let long = ask(&json!({ "input": "word ".repeat(3000) }));
+    long.refuses(400, "shorten");
+    assert_eq!(long.json()["error"]["param"], "input");
 }
 
 /// Answers have the form that was asked for, and others have the bits that they had.
@@ -228,6 +284,8 @@ fn forms(api: &Api) {
     assert!(found["hidden"].is_boolean() && found["kind"].is_string(), "{found}");
     assert_eq!(finish, "stop");
     assert_eq!(text(json!({})), free, "what has no form is as it was");
+    let drafted = json!({ "prompt": "a", "max_tokens": 5, "speculate": "tier:tier_10b" });
+    api.post(&drafted).refuses(400, "speculate: the model has no tier tier_10b; it has tier_1b");
     let mut body = json!({ "prompt": "a", "max_tokens": 5, "regex": "(" });
     api.post(&body).refuses(400, "grammar: ");
     body["regex"] = json!("a");

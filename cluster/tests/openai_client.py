@@ -104,6 +104,34 @@ def chat():
     client.chat.completions.create(**{**asked, "messages": again})
 
 
+def responses():
+    asked = dict(model=MODEL, input=PROMPT, max_output_tokens=12, temperature=0, extra_body={"seed": 3})
+    answer = client.responses.create(**asked)
+    chat = dict(model=MODEL, messages=[{"role": "user", "content": PROMPT}], max_tokens=12, temperature=0, seed=3)
+    assert answer.output_text == client.chat.completions.create(**chat).choices[0].message.content, answer
+    assert answer.status in ("incomplete", "completed") and answer.usage.total_tokens > 12, answer
+    text, last = "", None
+    for event in client.responses.create(**asked, stream=True):
+        text += event.delta if event.type == "response.output_text.delta" else ""
+        last = event
+    assert text == answer.output_text and last.response.output_text == text, (text, last)
+    assert last.type in ("response.incomplete", "response.completed"), last
+    # What came back can be sent again.
+    again = [{"role": "user", "content": PROMPT}, answer.output[0].model_dump(), {"role": "user", "content": "go on"}]
+    client.responses.create(**{**asked, "input": again}, instructions="be brief")
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form = {"format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}}
+    told = client.responses.create(**{**asked, "max_output_tokens": 60}, text=form)
+    assert json.loads(told.output_text)["a"] in (1, 2), told
+    for bad in (dict(previous_response_id="resp_1"), dict(background=True), dict(tools=[{"type": "web_search"}])):
+        try:
+            client.responses.create(**asked, **bad)
+        except openai.BadRequestError as error:
+            assert error.code == "unsupported_parameter", error
+            continue
+        raise AssertionError(f"{bad} was taken")
+
+
 def logprobs():
     asked = dict(model=MODEL, messages=[{"role": "user", "content": PROMPT}], max_tokens=6, temperature=0)
     plain = client.chat.completions.create(**asked).choices[0].message.content
@@ -295,6 +323,6 @@ def batches():
         raise AssertionError("what is not there was found")
 
 
-for case in (models, completion, token_ids, streaming, several, stops, chat, logprobs, choosing, refusals, tools, structured, batches, leaving):
+for case in (models, completion, token_ids, streaming, several, stops, chat, responses, logprobs, choosing, refusals, tools, structured, batches, leaving):
     case()
     print(case.__name__, "ok", flush=True)

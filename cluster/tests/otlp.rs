@@ -21,7 +21,7 @@ use opentelemetry_proto::tonic::{
             trace_service_server::{TraceService, TraceServiceServer},
         },
     },
-    common::v1::any_value::Value,
+    common::v1::{AnyValue, KeyValue, any_value::Value},
     metrics::v1::{Metric, metric, number_data_point},
     resource::v1::Resource,
     trace::v1::Span,
@@ -184,6 +184,104 @@ fn one_job_is_one_trace_through_all_processes() {
         }
     }
     counts_are_plausible(&count(&spans));
+    let said = gen_ai(spans.iter().find(|(_, span)| span.name == "job").unwrap());
+    assert_eq!(said["gen_ai.operation.name"], Value::StringValue("text_completion".into()));
+    assert_eq!(said["gen_ai.request.max_tokens"], Value::IntValue(TOKENS as i64));
+    assert_eq!(said["gen_ai.request.temperature"], Value::DoubleValue(0.0));
+    assert_eq!(said["gen_ai.usage.output_tokens"], Value::IntValue(TOKENS as i64));
+    assert!(matches!(said["gen_ai.usage.input_tokens"], Value::IntValue(1..)), "{said:?}");
+    assert_eq!(words(&said["gen_ai.response.finish_reasons"]), ["length"]);
+    let mut others = spans.iter().filter(|(_, span)| span.name != "job");
+    assert!(others.all(|received| gen_ai(received).is_empty()));
+}
+
+/// What a span says of a request to a model, in the words of the conventions.
+fn gen_ai((_, span): &Received) -> BTreeMap<&str, Value> {
+    let ours = span.attributes.iter().filter(|attribute| attribute.key.starts_with("gen_ai."));
+    let value = |attribute: &KeyValue| attribute.value.clone().and_then(|value| value.value);
+    ours.map(|attribute| (&*attribute.key, value(attribute).unwrap())).collect()
+}
+
+fn words(list: &Value) -> Vec<String> {
+    let Value::ArrayValue(list) = list else { panic!("{list:?}") };
+    let word = |value: &AnyValue| match &value.value {
+        Some(Value::StringValue(word)) => word.clone(),
+        other => panic!("{other:?}"),
+    };
+    list.values.iter().map(word).collect()
+}
+
+#[test]
+fn a_request_over_http_says_what_it_asked_for_and_used() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let receiver = Receiver::default();
+    let url = runtime.block_on(receiver.listen());
+    let args = ["run", "--http", "127.0.0.1:0", "--http-model", "demo", "--otlp", &url];
+    let mut server = process::Process::start(&args);
+    server.says("http on ");
+    let said = server.out();
+    let address = said.split("http://").nth(1).unwrap().split('/').next().unwrap().to_owned();
+    let body = r#"{"messages":[{"role":"user","content":"ls"}],"n":2,"max_tokens":5,"seed":7,
+                   "temperature":0.5,"top_p":0.9,"ignore_eos":true}"#;
+    let mut stream = std::net::TcpStream::connect(&address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let length = body.len();
+    let head = "Host: localhost\r\nConnection: close\r\nContent-Type: application/json";
+    let request = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\n{head}\r\nContent-Length: {length}\r\n\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let json = text.split_once("\r\n\r\n").unwrap().1;
+    let told: serde_json::Value = serde_json::from_str(json).unwrap();
+    server.signal("TERM");
+    server.ends_within(PATIENCE).expect(0, &[]);
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    let spans = std::mem::take(&mut *receiver.spans.lock().unwrap());
+    let said: Vec<_> = spans.iter().filter(|received| !gen_ai(received).is_empty()).collect();
+    let [span] = &said[..] else { panic!("one span says it: {:?}", count(&spans)) };
+    assert_eq!(span.1.name, "http");
+    let said = gen_ai(span);
+    assert_eq!(said["gen_ai.operation.name"], Value::StringValue("chat".into()));
+    assert_eq!(said["gen_ai.request.model"], Value::StringValue("demo".into()));
+    assert_eq!(said["gen_ai.request.seed"], Value::IntValue(7));
+    assert_eq!(said["gen_ai.request.temperature"], Value::DoubleValue(0.5));
+    assert!(
+        matches!(said["gen_ai.request.top_p"], Value::DoubleValue(p) if (p - 0.9).abs() < 1e-6)
+    );
+    let input = told["usage"]["prompt_tokens"].as_i64().unwrap();
+    assert_eq!(said["gen_ai.usage.input_tokens"], Value::IntValue(input));
+    assert_eq!(said["gen_ai.usage.output_tokens"], Value::IntValue(10));
+    assert_eq!(words(&said["gen_ai.response.finish_reasons"]), ["length", "length"]);
+}
+
+#[test]
+fn a_share_of_traces_is_chosen_where_they_begin() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let receiver = Receiver::default();
+    let url = runtime.block_on(receiver.listen());
+    // The coordinator begins none, but goes on with those that `submit` has begun.
+    let own = ["--trace-sample", "0"];
+    let cluster = Cluster::ready_with(&["a"], &["--otlp", &url], &own);
+    let job = ["--max-tokens", "3", "ls - list"];
+    cluster.submit(&job).ends_within(PATIENCE).expect(0, &[]);
+    let token = cluster.token();
+    process::run(&[&["submit", "--token", &token][..], &job].concat()).expect(0, &[]);
+    for (_, worker) in cluster.workers {
+        worker.signal("TERM");
+        worker.ends_within(PATIENCE).expect(0, &[]);
+    }
+    cluster.coordinator.signal("TERM");
+    cluster.coordinator.ends_within(PATIENCE).expect(0, &[]);
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    let spans = std::mem::take(&mut *receiver.spans.lock().unwrap());
+    let counts = count(&spans);
+    assert_eq!((counts["submit"], counts["job"], counts["node"]), (1, 1, 1), "{counts:?}");
+    for share in ["1.5", "-1", "some"] {
+        let args = ["run".to_owned(), format!("--trace-sample={share}"), "hi".to_owned()];
+        process::run(&args).one_error(2, &["--trace-sample", "from 0 (no traces) to 1 (all)"]);
+    }
 }
 
 fn count(spans: &[Received]) -> BTreeMap<&str, usize> {

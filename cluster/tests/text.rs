@@ -88,6 +88,28 @@ fn an_answer_ends_before_a_stop_text() {
 }
 
 #[test]
+fn what_shifts_the_choice_is_taken_as_flags() {
+    let base = ["run", "--json", "--temperature", "0", "--max-tokens", "24", "ls - list"];
+    let ids = |more: &[&str]| -> Vec<u64> {
+        let answer = line(&run(&[&base[..], more].concat()));
+        answer["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect()
+    };
+    let plain = ids(&[]);
+    let forced = ids(&["--logit-bias", "70=100", "--ignore-eos"]);
+    assert!(forced.iter().all(|id| *id == 70), "{forced:?}");
+    let never = format!("{}=-100", plain[0]);
+    assert!(!ids(&["--logit-bias", &never, "--logit-bias", "70=0"]).contains(&plain[0]));
+    let penalised = ids(&["--frequency-penalty", "100", "--ignore-eos"]);
+    let once: std::collections::BTreeSet<&u64> = penalised.iter().collect();
+    assert_eq!(once.len(), penalised.len(), "no token comes twice: {penalised:?}");
+    assert_ne!(ids(&["--repetition-penalty", "50", "--presence-penalty", "1"]), plain);
+    // So near the best that it is the only one.
+    let hot = ["run", "--json", "--temperature", "2", "--min-p", "1", "--max-tokens", "24"];
+    let hot = line(&run(&[&hot[..], &["ls - list"]].concat()));
+    assert_eq!(hot["ids"], json!(plain));
+}
+
+#[test]
 fn tokenize_shows_ids_pieces_and_the_prompt() {
     let folder = tempfile::tempdir().unwrap();
     let source = tiny(&folder);

@@ -20,6 +20,7 @@ use std::{
     borrow::Cow,
     collections::{BTreeMap, VecDeque},
     sync::Arc,
+    time::Instant,
 };
 
 use lite_llm_kernels::{
@@ -206,6 +207,12 @@ impl<D: Device> Engine<D> {
         self.apart = apart;
     }
 
+    /// Says what time it is: whether drafts of a tier pay is measured by that. It never changes what is
+    /// generated.
+    pub fn at(&mut self, now: Instant) {
+        self.schedule.at(now);
+    }
+
     /// Admits a request under a number of the caller's.
     pub fn submit(&mut self, id: u64, request: Request) -> Result<(), RequestError> {
         self.schedule.submit(id, request, &self.backbone.config)
@@ -225,7 +232,7 @@ impl<D: Device> Engine<D> {
     /// Holds a sequence back, or lets it go on: for a reader that has fallen behind.
     pub fn hold(&mut self, id: u64, held: bool) {
         if let Some(sequence) = self.schedule.get_mut(id) {
-            sequence.held = held;
+            sequence.hold(held);
         }
     }
 
@@ -306,8 +313,14 @@ impl<D: Device> Engine<D> {
         let keys = |routes: &[Route]| routes.iter().map(|route| route.key).collect();
         let (mut rows, mut first) = (Vec::new(), 0);
         for (chunk, &stream) in forward.chunks().iter().zip(sequences) {
-            let tokens = self.schedule.get(stream).map_or(&[][..], |sequence| &sequence.tokens);
+            let sequence = self.schedule.get(stream);
+            let tokens = sequence.map_or(&[][..], |sequence| &sequence.tokens);
             let all = chunk.tokens.len();
+            // What a draft is routed to says nothing of the answer's tokens.
+            if sequence.is_some_and(|sequence| sequence.drafts()) {
+                first += all;
+                continue;
+            }
             for row in all.saturating_sub(ROUTED_ROWS_MAX)..all {
                 let experts: Vec<ExpertKey> = keys(routes.row(first + row));
                 if experts.is_empty() {
@@ -441,9 +454,15 @@ impl<D: Device> Engine<D> {
                     Told::Logits(mine)
                 }
             };
+            let draft = self.schedule.was_draft(id);
             match forward.failure(index) {
+                Some(_) if draft => self.schedule.draft_failed(id),
+                None if draft => self.schedule.drafted(id, chunk.tokens.len(), told.logits()),
                 Some(error) => self.fail_sequence(id, error.to_string()),
                 None => self.take(id, chunk, first_row, told, forward.recorded_routes()),
+            }
+            if draft && self.schedule.get(id).is_some_and(|sequence| sequence.cancelled) {
+                self.end(id, EndReason::Cancelled);
             }
             first_row += chunk.tokens.len();
         }
@@ -457,7 +476,7 @@ impl<D: Device> Engine<D> {
         rows.map(|(index, &id)| {
             let sequence = self.schedule.get(id)?;
             let one = pass.forward.logit_rows(index) == 1 && sequence.guessed.is_empty();
-            let draws = one && !sequence.request.logits;
+            let draws = one && !sequence.request.logits && !self.schedule.was_draft(id);
             draws.then(|| sequence.chooser.draw(sequence.tokens.len() as u64)).flatten()
         })
         .collect()
@@ -558,6 +577,16 @@ enum Told<'a> {
     Token(Option<&'a u32>),
     /// Their logits.
     Logits(&'a [f32]),
+}
+
+impl<'a> Told<'a> {
+    /// None where the device has chosen.
+    fn logits(self) -> &'a [f32] {
+        match self {
+            Told::Token(_) => &[],
+            Told::Logits(logits) => logits,
+        }
+    }
 }
 
 /// What came of beginning a pass.

@@ -14,6 +14,8 @@
 //!   wait for the end of a pass that decodes, unless that one waits for something slow (`apart`).
 //! - Pages are taken as they are needed. Who needs one that is not there takes those of who comes last:
 //!   of the lowest priority, the youngest.
+//! - A sequence for which a tier drafts has passes for that draft between its own, in pages that nobody
+//!   else wants.
 //! - All goes by priority; within one, decodes go before prompts, and prompts to the tenant that was
 //!   given the fewest tokens, then by age.
 //!
@@ -24,6 +26,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, HashMap},
+    time::Instant,
 };
 
 use lite_llm_kernels::kv::PAGE_TOKENS;
@@ -31,9 +34,10 @@ use tracing::{Span, debug_span};
 
 use crate::{
     config::ModelConfig,
+    draft::Drafter,
     forward::{Chunk, WantedLogits},
     kv::{PagePool, PageTable},
-    sequence::{Request, RequestError, Sequence},
+    sequence::{Guess, Request, RequestError, Sequence},
 };
 
 /// Tokens of one pass at most.
@@ -91,6 +95,10 @@ pub(crate) struct Schedule {
     preemptions: u64,
     guessed: u64,
     guessed_right: u64,
+    /// How long drafts of each tier were paused when they last did not pay; 0 if they did.
+    pauses: Vec<u32>,
+    /// What time it is, if anybody says so.
+    now: Option<Instant>,
 }
 
 /// Whoever is to have an equal share.
@@ -115,7 +123,14 @@ impl Schedule {
             preemptions: 0,
             guessed: 0,
             guessed_right: 0,
+            pauses: Vec::new(),
+            now: None,
         }
+    }
+
+    /// Says what time it is.
+    pub(crate) fn at(&mut self, now: Instant) {
+        self.now = Some(now);
     }
 
     /// Sequences that have not ended.
@@ -154,7 +169,7 @@ impl Schedule {
         request: Request,
         config: &ModelConfig,
     ) -> Result<(), RequestError> {
-        let sequence = Sequence::new(request, self.arrivals, config)?;
+        let mut sequence = Sequence::new(request, self.arrivals, config)?;
         let tokens = sequence.tokens_max(config);
         let (needed, pages) = (tokens.div_ceil(PAGE_TOKENS), self.pool.capacity());
         if needed > pages {
@@ -171,6 +186,10 @@ impl Schedule {
         let least = self.tenants.values().map(|tenant| tenant.given).min().unwrap_or(0);
         let new = || Tenant { sequences: 0, given: least };
         self.tenants.entry(sequence.request.tenant.clone()).or_insert_with(new).sequences += 1;
+        if let Some(draft) = &sequence.draft {
+            // What others have learned of this tier is not learned again by each.
+            sequence.drafter = Drafter::paused(self.pauses.get(draft.tier).copied().unwrap_or(0));
+        }
         self.sequences.insert(id, sequence);
         self.waiting.push(id);
         Ok(())
@@ -201,7 +220,8 @@ impl Schedule {
             if sequence.shares() {
                 needed -= PageTable::shared(&self.pool, sequence.root, &sequence.tokens);
             }
-            let free = self.pool.free();
+            let spare = self.running.iter().map(|other| self.sequences[other].spare_pages());
+            let free = self.pool.free() + spare.sum::<usize>();
             if !self.running.is_empty() && needed + self.claimed(id) > free + self.pages_after(id) {
                 return;
             }
@@ -275,7 +295,19 @@ impl Schedule {
             let left = sequence.tokens.len() - sequence.cached;
             // Guesses leave half of a pass to others.
             let for_guesses = room.saturating_sub(PASS_TOKENS_MAX / 2);
-            let mut guessed = sequence.guess(limit.min(for_guesses), config);
+            let mut guessed = match sequence.guess(limit.min(for_guesses), config) {
+                Guess::Verify(guessed) => guessed,
+                Guess::Draft => match self.draft(id, limit.min(room)) {
+                    Some(chunk) => {
+                        room -= chunk.tokens.len();
+                        chunks.push(chunk);
+                        sequences.push(id);
+                        continue;
+                    }
+                    // No page is free, so what is drafted is all.
+                    None => self.sequences[&id].drafted(for_guesses),
+                },
+            };
             let mut count = self.grow(id, left.min(limit).min(room));
             if count == 0 {
                 continue;
@@ -306,9 +338,7 @@ impl Schedule {
             });
             record |= sequence.request.routes;
             sequence.in_pass = true;
-            if let Some(tenant) = self.tenants.get_mut(&sequence.request.tenant) {
-                tenant.given += count as u64;
-            }
+            self.give(id, count);
             sequences.push(id);
             room -= count;
         }
@@ -324,6 +354,26 @@ impl Schedule {
             span.follows_from(other);
         });
         Some(Plan { chunks, sequences, record, span })
+    }
+
+    /// The next chunk of what a tier drafts for a sequence, if there are pages for it that nobody has.
+    fn draft(&mut self, id: u64, most: usize) -> Option<Chunk> {
+        let sequence = self.sequences.get_mut(&id).expect("running sequences exist");
+        let draft = sequence.draft.as_mut()?;
+        let (tokens, start, ends) = draft.next(&mut self.pool, &sequence.tokens, most)?;
+        (sequence.in_pass, draft.in_pass) = (true, true);
+        let (pages, tiers) = (draft.table.pages().to_vec(), draft.tiers.clone());
+        let logits = if ends { WantedLogits::Last } else { WantedLogits::None };
+        self.give(id, tokens.len());
+        Some(Chunk { tokens, start, pages, tiers, logits })
+    }
+
+    /// Counts what a sequence was given as its tenant's.
+    fn give(&mut self, id: u64, tokens: usize) {
+        let tenant = &self.sequences[&id].request.tenant;
+        if let Some(tenant) = self.tenants.get_mut(tenant) {
+            tenant.given += tokens as u64;
+        }
     }
 
     /// Takes what is in the cache of a sequence that is to begin.
@@ -344,6 +394,9 @@ impl Schedule {
             if sequence.table.reserve(&mut self.pool, end).is_ok() {
                 return count;
             }
+            if self.take_from_drafts() {
+                continue;
+            }
             let Some(victim) = self.victim(id) else { break };
             self.preempt(victim);
         }
@@ -353,6 +406,15 @@ impl Schedule {
         // There is room for so many, as was just counted.
         let fits = sequence.table.reserve(&mut self.pool, end).is_ok();
         if fits { end.saturating_sub(sequence.cached) } else { 0 }
+    }
+
+    /// Takes the pages of a draft, the last one's first. Says whether there were any.
+    fn take_from_drafts(&mut self) -> bool {
+        let with = self.running.iter().copied().filter(|id| self.sequences[id].spare_pages() > 0);
+        let Some(last) = with.min_by_key(|&id| self.precedence(id)) else { return false };
+        let draft = self.sequences.get_mut(&last).and_then(|sequence| sequence.draft.as_mut());
+        draft.into_iter().for_each(|draft| draft.release(&mut self.pool));
+        true
     }
 
     /// Who loses its pages to a sequence: the last of those after it that are in no pass.
@@ -368,6 +430,7 @@ impl Schedule {
     fn preempt(&mut self, id: u64) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         sequence.table.release(&mut self.pool);
+        sequence.draft.iter_mut().for_each(|draft| draft.release(&mut self.pool));
         sequence.cached = 0;
         self.preemptions += 1;
         self.running.retain(|&other| other != id);
@@ -383,12 +446,58 @@ impl Schedule {
         }
     }
 
+    /// Whether the pass that a sequence was in computed for its draft. Asked once.
+    pub(crate) fn was_draft(&mut self, id: u64) -> bool {
+        let draft = self.sequences.get_mut(&id).and_then(|sequence| sequence.draft.as_mut());
+        draft.is_some_and(|draft| std::mem::take(&mut draft.in_pass))
+    }
+
+    /// So many rows of a sequence's draft were computed, the last one with these logits, if it was the
+    /// last of all.
+    pub(crate) fn drafted(&mut self, id: u64, rows: usize, logits: &[f32]) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let Some(draft) = &mut sequence.draft else { return };
+        if logits.is_empty() {
+            return draft.computed(rows, None);
+        }
+        let position = (sequence.tokens.len() + draft.ahead.len()) as u64;
+        match sequence.chooser.guess(logits, position) {
+            Some(next) => draft.computed(rows, Some(next)),
+            None => draft.fail(&mut self.pool),
+        }
+    }
+
+    /// A sequence's draft could not be computed: it goes on without.
+    pub(crate) fn draft_failed(&mut self, id: u64) {
+        let draft = self.sequences.get_mut(&id).and_then(|sequence| sequence.draft.as_mut());
+        draft.into_iter().for_each(|draft| draft.fail(&mut self.pool));
+    }
+
     /// So many of the tokens that were guessed have become a sequence's own. What was computed for the
     /// others is forgotten.
     pub(crate) fn verified(&mut self, id: u64, right: usize) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         let guessed = std::mem::take(&mut sequence.guessed).len();
-        sequence.drafter.verified(guessed, right);
+        let Sequence { draft, tokens, drafter, verified, .. } = sequence;
+        let before = std::mem::replace(verified, tokens.len());
+        match draft {
+            None => drafter.verified(guessed, right, None),
+            Some(draft) => {
+                // Those that were drafted in vain have taken time, too.
+                let drafted = draft.settle(&mut self.pool, tokens, before);
+                let cost = draft.came(self.now, tokens.len().saturating_sub(before), drafted);
+                drafter.verified(drafted, right, cost);
+                if drafted > 0 {
+                    self.pauses.resize(self.pauses.len().max(draft.tier + 1), 0);
+                    let pause = &mut self.pauses[draft.tier];
+                    match drafter.is_paused() {
+                        true => *pause = drafter.last_pause(),
+                        false if cost.is_none_or(|cost| cost < 1.0) => *pause = 0,
+                        false => {}
+                    }
+                }
+            }
+        }
         self.guessed += guessed as u64;
         self.guessed_right += right as u64;
         if right > 0 {
@@ -419,6 +528,7 @@ impl Schedule {
     pub(crate) fn release(&mut self, id: u64) -> Option<Sequence> {
         let mut sequence = self.sequences.remove(&id)?;
         sequence.table.release(&mut self.pool);
+        sequence.draft.iter_mut().for_each(|draft| draft.release(&mut self.pool));
         self.running.retain(|&other| other != id);
         self.waiting.retain(|&other| other != id);
         if let Some(tenant) = self.tenants.get_mut(&sequence.request.tenant) {

@@ -7,11 +7,11 @@ use tracing::Span;
 
 use crate::{
     config::ModelConfig,
-    draft::Drafter,
+    draft::{Drafter, Speculation, tier::TierDraft},
     grammar::Guide,
     kv::{PageTable, Prefix},
     sampler::{BIAS_MAX, Chooser, Sampling, SamplingError, TOP_LOGPROBS_MAX},
-    tier::{TierMask, TierSet, TierSetError},
+    tier::{TierId, TierMask, TierSet, TierSetError},
 };
 
 /// What is asked of the model.
@@ -43,7 +43,7 @@ pub struct Request {
     /// Tokens of the prompt per pass at most; 0 lets the engine decide.
     pub prefill_chunk: usize,
     /// Guess tokens and verify several in one pass. Never changes what is generated.
-    pub speculate: bool,
+    pub speculate: Speculation,
     /// Whose it is: tenants get equal shares, and use no prefix that another has computed.
     pub tenant: String,
     /// Higher ones go first, and take pages from lower ones.
@@ -68,7 +68,7 @@ impl Request {
             logits: false,
             routes: false,
             prefill_chunk: 0,
-            speculate: false,
+            speculate: Speculation::Off,
             tenant: String::new(),
             priority: 0,
             span: Span::none(),
@@ -101,7 +101,30 @@ impl Request {
             return Err(RequestError::TooManyLogprobs { found });
         }
         let tiers = config.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
-        Ok(self.tiers.mask(tiers)?)
+        let mask = self.tiers.mask(tiers)?;
+        self.drafting(&mask, config)?;
+        Ok(mask)
+    }
+
+    /// The tier that drafts, by index and as a set of its own.
+    fn drafting(
+        &self,
+        mask: &TierMask,
+        config: &ModelConfig,
+    ) -> Result<Option<(usize, TierMask)>, DraftError> {
+        let Speculation::Tier(tier) = &self.speculate else { return Ok(None) };
+        let tiers = config.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
+        if tiers.is_empty() {
+            return Err(DraftError::NoTiers { tier: tier.clone() });
+        }
+        let alone = TierSet::Only(vec![tier.clone()]).mask(tiers)?;
+        let index = (0..tiers.len()).find(|&index| alone.allows(index)).unwrap_or_default();
+        let (tier, set) = (tier.clone(), self.tiers.clone());
+        match mask.allows(index) {
+            false => Err(DraftError::NotAllowed { tier, set }),
+            true if mask.count() == 1 => Err(DraftError::Same { tier }),
+            true => Ok(Some((index, alone))),
+        }
     }
 
     fn check_bias(&self, vocab: usize) -> Result<(), RequestError> {
@@ -214,9 +237,46 @@ pub enum RequestError {
     /// The set of tiers does not suit the model.
     #[error(transparent)]
     Tiers(#[from] TierSetError),
+    /// The tier that is to draft cannot.
+    #[error("speculate: {0}")]
+    Draft(#[from] DraftError),
     /// The same number was given to two requests.
     #[error("request {0} exists already")]
     Duplicate(u64),
+}
+
+/// Why a tier cannot draft for a request.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DraftError {
+    /// The model has no such tier, or not its files.
+    #[error(transparent)]
+    Tier(#[from] TierSetError),
+    /// The model has no experts.
+    #[error("tier {tier} is to draft, but this model has no tiers; ngram works with every model")]
+    NoTiers {
+        /// What was asked for.
+        tier: TierId,
+    },
+    /// The request may not use it.
+    #[error(
+        "tier {tier} is to draft, but the request's tiers are {set}; choose a tier among those, or \
+         allow it"
+    )]
+    NotAllowed {
+        /// What was asked for.
+        tier: TierId,
+        /// The tiers of the request.
+        set: TierSet,
+    },
+    /// It is all that the request uses.
+    #[error(
+        "tier {tier} is to draft, but the request uses no other: a draft would take as long as the \
+         answer; allow more tiers, or leave it out"
+    )]
+    Same {
+        /// What was asked for.
+        tier: TierId,
+    },
 }
 
 /// Why a sequence ended well.
@@ -230,6 +290,15 @@ pub enum EndReason {
     Context,
     /// It was cancelled.
     Cancelled,
+}
+
+/// What a sequence that decodes does next.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Guess {
+    /// Its next token, and what comes after it if these are right.
+    Verify(Vec<u32>),
+    /// A tier drafts another token.
+    Draft,
 }
 
 /// A request that was admitted.
@@ -251,6 +320,10 @@ pub(crate) struct Sequence {
     pub(crate) table: PageTable,
     pub(crate) in_pass: bool,
     pub(crate) drafter: Drafter,
+    /// What one of its tiers drafts, if one is to.
+    pub(crate) draft: Option<TierDraft>,
+    /// Tokens that it had when it was last verified.
+    pub(crate) verified: usize,
     /// Tokens after its own that a pass computes in the hope that they will be generated.
     pub(crate) guessed: Vec<u32>,
     /// Its reader has fallen behind.
@@ -266,6 +339,8 @@ impl Sequence {
         config: &ModelConfig,
     ) -> Result<Self, RequestError> {
         let tiers = Arc::new(request.check(config)?);
+        let draft = request.drafting(&tiers, config).map_err(RequestError::Draft)?;
+        let draft = draft.map(|(tier, mask)| TierDraft::new(tier, mask, &request.tenant));
         let tokens = [&request.prompt[..], &request.generated].concat();
         let guide = request.guide.take();
         let Request { sampling, logprobs, prompt, generated, .. } = &request;
@@ -276,6 +351,7 @@ impl Sequence {
             request,
             tiers,
             chooser,
+            verified: tokens.len(),
             tokens,
             cached: 0,
             reported: 0,
@@ -283,6 +359,7 @@ impl Sequence {
             table: PageTable::default(),
             in_pass: false,
             drafter: Drafter::default(),
+            draft,
             guessed: Vec::new(),
             held: false,
             cancelled: false,
@@ -309,14 +386,50 @@ impl Sequence {
         !self.request.logits && !self.request.routes
     }
 
-    /// What to verify in its next pass, if that has so many rows at most.
-    pub(crate) fn guess(&self, rows: usize, config: &ModelConfig) -> Vec<u32> {
-        if !self.request.speculate || !self.decodes() || !self.shares() {
-            return Vec::new();
+    /// What to do in its next pass, if that has so many rows at most.
+    pub(crate) fn guess(&self, rows: usize, config: &ModelConfig) -> Guess {
+        if !self.decodes() || !self.shares() {
+            return Guess::Verify(Vec::new());
         }
         // The last one that may be generated needs no row of its own.
         let left = self.tokens_max(config).saturating_sub(self.tokens.len() + 1);
-        self.drafter.guess(&self.tokens, left.min(rows.saturating_sub(1)))
+        let room = left.min(rows.saturating_sub(1));
+        match &self.draft {
+            Some(draft) => {
+                let wanted = draft.wants(&self.drafter, room);
+                let ends = |id: &u32| self.request.stop_at_eos && config.eos_tokens.contains(id);
+                let whole = draft.ahead.len() >= wanted || draft.ahead.last().is_some_and(ends);
+                match whole {
+                    true => Guess::Verify(draft.ahead[..wanted.min(draft.ahead.len())].to_vec()),
+                    false => Guess::Draft,
+                }
+            }
+            None if self.request.speculate == Speculation::Ngram => {
+                Guess::Verify(self.drafter.guess(&self.tokens, room))
+            }
+            None => Guess::Verify(Vec::new()),
+        }
+    }
+
+    /// What is drafted so far, at most so many tokens.
+    pub(crate) fn drafted(&self, most: usize) -> Vec<u32> {
+        self.draft.iter().flat_map(|draft| &draft.ahead).copied().take(most).collect()
+    }
+
+    /// Whether the pass that it is in computes for its draft.
+    pub(crate) fn drafts(&self) -> bool {
+        self.draft.as_ref().is_some_and(|draft| draft.in_pass)
+    }
+
+    /// Pages that its draft could give to somebody else.
+    pub(crate) fn spare_pages(&self) -> usize {
+        self.draft.as_ref().map_or(0, TierDraft::spare_pages)
+    }
+
+    /// Holds it back, or lets it go on.
+    pub(crate) fn hold(&mut self, held: bool) {
+        self.held = held;
+        self.draft.iter_mut().for_each(TierDraft::rest);
     }
 
     /// Tokens generated so far.

@@ -7,6 +7,7 @@ use lite_llm_kernels::{cpu::Cpu, kv::PAGE_TOKENS, simd::Simd};
 use lite_llm_runtime::{
     backbone::Backbone,
     checkpoint::Checkpoint,
+    draft::Speculation,
     engine::{Engine, Event, ScheduleStats},
     sampler::Sampling,
     sequence::Request,
@@ -50,7 +51,7 @@ impl Model {
     }
 
     fn alone(&self, request: &Request) -> Vec<u32> {
-        let request = Request { speculate: false, ..request.clone() };
+        let request = Request { speculate: Speculation::Off, ..request.clone() };
         self.answers(64, &[request]).0.remove(0)
     }
 }
@@ -129,7 +130,7 @@ fn what_is_guessed_never_changes_an_answer() {
     let requests: Vec<Request> = (0..8u32)
         .map(|seed| {
             let prompt = [&again[..], &text(seed, seed as usize)].concat();
-            Request { speculate: true, ..request(seed, prompt, 70) }
+            Request { speculate: Speculation::Ngram, ..request(seed, prompt, 70) }
         })
         .collect();
     let alone: Vec<Vec<u32>> = requests.iter().map(|request| model.alone(request)).collect();

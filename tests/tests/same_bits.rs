@@ -6,10 +6,14 @@
 
 use std::sync::Arc;
 
-use lite_llm_actors::placement::PlacementPolicy;
+use lite_llm_actors::{local::LocalCluster, placement::PlacementPolicy};
 use lite_llm_kernels::{dtype::DType, kv::KvDType, simd::Simd};
-use lite_llm_runtime::checkpoint::Checkpoint;
+use lite_llm_runtime::{
+    checkpoint::Checkpoint,
+    import::{ImportOptions, import},
+};
 use lite_llm_tests::{Outcome, Setup, demo, imported, job, reference, root, run, run_alone};
+use lite_llm_transport::messages::{Choosing, JobEventBody, JobRequest, Prompt, Serving};
 
 /// Tokens generated after the prompt.
 const GREEDY: u32 = 8;
@@ -167,6 +171,72 @@ async fn with_weights_in_blocks() {
             }
             cluster.stop().await;
         }
+    }
+}
+
+/// Tokens with the bits of their log-probabilities.
+async fn scored(
+    cluster: &LocalCluster,
+    tiers: &str,
+    prompt: &[u32],
+    temperature: f32,
+) -> Result<Vec<(u32, u32)>, String> {
+    let request = JobRequest {
+        tiers: tiers.into(),
+        temperature,
+        seed: 3,
+        ..JobRequest::greedy(Prompt::Tokens(prompt.to_vec()), 60)
+    };
+    let choosing = Choosing { logprobs: Some(0), ..Choosing::default() };
+    let submitted = cluster.coordinator().submit_order(request, choosing, Serving::default()).await;
+    let (_, mut events) = submitted.map_err(|error| error.to_string())?;
+    let mut tokens = Vec::new();
+    while let Some(event) = events.recv().await {
+        match event.body {
+            JobEventBody::Scored(token) => tokens.push((token.id, token.logprob.to_bits())),
+            JobEventBody::Done { .. } => return Ok(tokens),
+            JobEventBody::Failed { reason } => return Err(reason),
+            _ => {}
+        }
+    }
+    Err("no last event".into())
+}
+
+#[tokio::test]
+async fn with_drafts_of_a_tier_wherever_experts_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = ImportOptions {
+        tiers: Some("tier_1b:1x8,tier_10b:1x8".parse().unwrap()),
+        routes: Some("2x1x2".parse().unwrap()),
+        ..ImportOptions::new(root().join("tests/data/hf-refs/olmoe"), &*folder.path().join("cut"))
+    };
+    import(&options, &mut |_, _, _| {}).unwrap();
+    let checkpoint = Arc::new(Checkpoint::open(folder.path().join("cut")).unwrap());
+    let prompt = prompt(&checkpoint);
+    let mut truths: Vec<Vec<(u32, u32)>> = Vec::new();
+    for workers in [1, 3] {
+        let cluster = Setup { workers, ..Setup::default() }.start(&checkpoint).await;
+        for (at, temperature) in [0.0, 0.9].into_iter().enumerate() {
+            if workers == 1 {
+                truths.push(scored(&cluster, "all", &prompt, temperature).await.unwrap());
+            }
+            for _ in 0..2 {
+                let drafted = "all drafted by tier_1b";
+                let found = scored(&cluster, drafted, &prompt, temperature).await.unwrap();
+                assert_eq!(found, truths[at], "{workers} workers, temperature {temperature}");
+            }
+        }
+        let nodes = cluster.coordinator().residences().await.unwrap();
+        let guessed: u64 = nodes.iter().map(|node| node.schedule.guessed).sum();
+        assert!(guessed > 0, "{workers} workers");
+        for (tiers, words) in [
+            ("all drafted by tier_1t", "the model has no tier tier_1t"),
+            ("tier_10b drafted by tier_1b", "the request's tiers are tier_10b"),
+        ] {
+            let error = scored(&cluster, tiers, &prompt, 0.0).await.unwrap_err();
+            assert!(error.contains(words), "{error}");
+        }
+        cluster.stop().await;
     }
 }
 

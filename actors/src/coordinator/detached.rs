@@ -61,9 +61,15 @@ impl CoordinatorHandle {
     /// Refused: sizes are out of bounds; the model cannot serve one of the jobs, which is named; the
     /// ledger is full. Unknown or stopping: the batch may have been taken; ask again with the same
     /// key.
-    pub async fn detach(
+    pub async fn detach(&self, owner: &str, batch: DetachedBatch) -> Result<JobRange, LedgerError> {
+        self.detach_for(owner, None, batch).await
+    }
+
+    /// The same for a client, if it is one.
+    async fn detach_for(
         &self,
         owner: &str,
+        client: Option<&str>,
         mut batch: DetachedBatch,
     ) -> Result<JobRange, LedgerError> {
         let refused = |reason: String| LedgerError::Refused(reason);
@@ -78,6 +84,9 @@ impl CoordinatorHandle {
                 1 => refused(reason),
                 _ => refused(format!("job {} of {count}: {reason}", index + 1)),
             };
+            if let Some(client) = client {
+                self.check_priority(client, job.serving.priority).map_err(named)?;
+            }
             let request = &mut job.request;
             if request.want_logits != LogitsWanted::None || request.want_routes {
                 return Err(named("logits and routes are not kept; submit it attached".into()));
@@ -124,7 +133,8 @@ impl CoordinatorHandle {
         let owner = (client != OPERATOR).then_some(client);
         match request {
             DetachedRequest::Submit(batch) => {
-                self.detach(client, batch).await.map(DetachedReply::Accepted)
+                let taken = self.detach_for(client, Some(client), batch).await;
+                taken.map(DetachedReply::Accepted)
             }
             DetachedRequest::List(query) => {
                 ledger.list(owner, query).await.map(DetachedReply::List)

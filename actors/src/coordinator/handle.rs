@@ -47,6 +47,7 @@ use crate::{
     ledger::{Jobs, LedgerError, LedgerOptions},
     node::grammars::{FormError, GrammarDesk},
     placement::PlacementPolicy,
+    trace::Operation,
 };
 
 /// Longest prompt as text, in bytes.
@@ -81,6 +82,9 @@ pub struct CoordinatorOptions {
     pub patience: Duration,
     /// Where detached jobs are kept, if any are taken.
     pub ledger: Option<LedgerOptions>,
+    /// The highest priority that a client's jobs may have; whoever has the coordinator's state may ask
+    /// for any.
+    pub client_priority: i8,
 }
 
 /// Why a coordinator did not start, or a request to it failed.
@@ -127,13 +131,14 @@ pub struct CoordinatorHandle {
     /// Positions that the largest cache of a node holds.
     kv_tokens: Arc<AtomicU64>,
     grammars: GrammarDesk,
+    client_priority: i8,
 }
 
 impl CoordinatorHandle {
     /// Starts a coordinator.
     pub async fn start(mut options: CoordinatorOptions) -> Result<Self, ServeError> {
         let config = options.checkpoint.config().served(options.context).map_err(failed)?;
-        let ledger = options.ledger.take();
+        let (ledger, client_priority) = (options.ledger.take(), options.client_priority);
         let model = detached::model_hash(&options, config.context);
         let CoordinatorOptions { listen, authority, checkpoint, workers, placement, .. } = options;
         // In memory they take whole pages.
@@ -198,6 +203,7 @@ impl CoordinatorHandle {
             address,
             kv_tokens,
             grammars,
+            client_priority,
         };
         if let Some(ledger) = ledger {
             handle.open_ledger(ledger, model).await?;
@@ -239,7 +245,20 @@ impl CoordinatorHandle {
         choosing: Choosing,
         serving: Serving,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
-        self.submit_for(None, JobOrder { choosing, serving, ..request.into() }).await
+        let order = JobOrder { choosing, serving, ..request.into() };
+        self.submit_for(None, Some(Operation::TextCompletion), order).await
+    }
+
+    /// The same, for whoever says in a span of its own what is asked: see [`trace::describe`].
+    ///
+    /// [`trace::describe`]: crate::trace::describe
+    pub async fn submit_described(
+        &self,
+        request: JobRequest,
+        choosing: Choosing,
+        serving: Serving,
+    ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
+        self.submit_for(None, None, JobOrder { choosing, serving, ..request.into() }).await
     }
 
     /// What turns text into tokens and back, if the model has a tokenizer.
@@ -251,10 +270,12 @@ impl CoordinatorHandle {
     async fn submit_for(
         &self,
         client: Option<String>,
+        operation: Option<Operation>,
         order: JobOrder,
     ) -> Result<(u64, mpsc::Receiver<JobEvent>), ServeError> {
         let JobOrder { mut request, choosing, mut serving, generated, .. } = order;
         if let Some(client) = &client {
+            self.check_priority(client, serving.priority).map_err(ServeError)?;
             serving.tenant.clone_from(client);
         }
         request.prompt = match request.prompt {
@@ -269,12 +290,25 @@ impl CoordinatorHandle {
             serving,
             generated,
             client,
+            operation,
             patience,
             events,
         });
         let submit = |reply| CoordinatorMessage::Submit(submission, reply);
         let job = ractor::call!(self.actor, submit).map_err(failed)?.map_err(ServeError)?;
         Ok((job, receiver))
+    }
+
+    /// Whether a client may ask for this priority.
+    pub(super) fn check_priority(&self, client: &str, found: i8) -> Result<(), String> {
+        let most = self.client_priority;
+        if found <= most || client == OPERATOR {
+            return Ok(());
+        }
+        Err(format!(
+            "priority is {found}; clients of this coordinator may ask for {most} at most: ask for \
+             less, or start it with --client-priority {found}"
+        ))
     }
 
     /// The tokens of a prompt; not on the actor's task, for a long text takes its time.
@@ -486,7 +520,11 @@ impl CoordinatorHandle {
         order: JobOrder,
         (sender, receiver): (&mut FrameSender, &mut FrameReceiver),
     ) -> Result<(), lite_llm_transport::frame::SendError> {
-        let submitted = self.submit_for(Some(client.to_owned()), order).await;
+        let operation = match &order.request.prompt {
+            Prompt::Chat(_) => Operation::Chat,
+            Prompt::Text(_) | Prompt::Tokens(_) => Operation::TextCompletion,
+        };
+        let submitted = self.submit_for(Some(client.to_owned()), Some(operation), order).await;
         let (job, mut events) = match submitted {
             Ok(accepted) => accepted,
             Err(error) => {

@@ -12,20 +12,25 @@ use lite_llm_runtime::tokenizer::{DecodeStream, Tokenizer};
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
     frame::{FrameReceiver, FrameSender},
-    messages::{Choosing, JobEvent, JobEventBody, JobOrder, JobRequest, Prompt, Serving},
+    messages::{
+        Choosing, EndReason, JobEvent, JobEventBody, JobOrder, JobRequest, Prompt, Serving,
+    },
 };
 use ractor::ActorRef;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep, timeout, timeout_at},
 };
-use tracing::debug;
+use tracing::{Span, debug};
 
 use super::{
     CoordinatorMessage,
     progress::{JobProgress, Next, Take},
 };
-use crate::words::gone;
+use crate::{
+    trace::{self, Operation},
+    words::gone,
+};
 
 /// Events of one job that may wait for a client.
 pub(crate) const CLIENT_EVENTS_MAX: usize = 64;
@@ -45,9 +50,31 @@ pub struct JobHome {
     pub(super) leave: watch::Receiver<Option<String>>,
 }
 
+/// A job as it is submitted.
+pub struct Submission {
+    /// The job; its prompt is token ids by now.
+    pub request: JobRequest,
+    /// How its tokens are chosen.
+    pub choosing: Choosing,
+    /// What it is to those that schedule it.
+    pub serving: Serving,
+    /// What of it was generated and read before.
+    pub generated: Vec<u32>,
+    /// Who submits it; nobody if it is this process.
+    pub client: Option<String>,
+    /// What it is to be called in traces; nothing if a span above it says so.
+    pub operation: Option<Operation>,
+    /// How long it waits for a node, if not as long as others.
+    pub patience: Option<Duration>,
+    /// Where its events go.
+    pub events: mpsc::Sender<JobEvent>,
+}
+
 /// A job at the coordinator.
 pub(super) struct Job {
     pub(super) id: u64,
+    /// The span that says what it used, and the tokens of its prompt.
+    pub(super) described: Option<(Span, u64)>,
     pub(super) request: JobRequest,
     pub(super) choosing: Choosing,
     pub(super) serving: Serving,
@@ -55,6 +82,8 @@ pub(super) struct Job {
     pub(super) coordinator: ActorRef<CoordinatorMessage>,
     pub(super) events: mpsc::Sender<JobEvent>,
     pub(super) cancelled: watch::Receiver<bool>,
+    /// How it ended.
+    pub(super) finish: Vec<&'static str>,
     pub(super) tokenizer: Option<Arc<Tokenizer>>,
     /// How long it waits for a node that takes it.
     pub(super) patience: Duration,
@@ -85,8 +114,16 @@ enum Where {
 }
 
 impl Job {
-    /// Brings the job to its end, at as many homes as it takes.
+    /// Brings the job to its end.
     pub(super) async fn run(mut self) {
+        self.bring_to_end().await;
+        if let Some((span, input)) = &self.described {
+            trace::describe_end(span, *input, self.progress.generated().len() as u64, &self.finish);
+        }
+    }
+
+    /// The same, at as many homes as it takes.
+    async fn bring_to_end(&mut self) {
         let mut text = self.text();
         let mut offered_until = Instant::now() + self.patience;
         // Nodes that did not take it or lost it, the last one last.
@@ -251,7 +288,7 @@ impl Job {
 
     /// Gives an event to the reader, with its text. An error if the reader is gone.
     async fn pass(
-        &self,
+        &mut self,
         mut body: JobEventBody,
         text: &mut Option<DecodeStream>,
     ) -> Result<(), Gone> {
@@ -263,6 +300,7 @@ impl Job {
         if let Some((id, piece)) = token {
             *piece = text.as_mut().map(|text| text.push(id)).filter(|piece| !piece.is_empty());
         }
+        self.finish.extend(finish(&body));
         if body.is_last()
             && let Some(text) = text.as_mut().map(DecodeStream::finish).filter(|t| !t.is_empty())
         {
@@ -275,6 +313,19 @@ impl Job {
     async fn tell(&self, body: JobEventBody) -> Result<(), Gone> {
         let event = JobEvent { job: self.id, trace: self.request.trace, body };
         self.events.send(event).await.map_err(|_| Gone)
+    }
+}
+
+/// How an answer ended, if this is its end, in the words of OpenAI's API and OpenTelemetry's conventions.
+fn finish(body: &JobEventBody) -> Option<&'static str> {
+    match body {
+        JobEventBody::Done { reason, .. } => Some(match reason {
+            EndReason::EndOfText => "stop",
+            EndReason::Length | EndReason::Context => "length",
+            EndReason::Cancelled => "cancelled",
+        }),
+        JobEventBody::Failed { .. } => Some("error"),
+        _ => None,
     }
 }
 

@@ -25,8 +25,8 @@ use lite_llm_transport::{
     connection::Connection,
     identity::Role,
     messages::{
-        Assignment, Choosing, ClusterStatus, JobEvent, JobRequest, NodeReport, NodeResidences,
-        NodeStatus, NodeView, NodeVitals, Prompt, Revoked, RevokedNames, Serving,
+        Assignment, ClusterStatus, NodeReport, NodeResidences, NodeStatus, NodeView, NodeVitals,
+        Prompt, Revoked, RevokedNames,
     },
 };
 use ractor::{
@@ -34,13 +34,13 @@ use ractor::{
     pg::{self, GroupChangeMessage},
 };
 use ractor_cluster::RactorMessage;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 pub(crate) use self::{handle::scope, job::CLIENT_EVENTS_MAX};
 pub use self::{
     handle::{CoordinatorHandle, CoordinatorOptions, EncodeError, PROMPT_BYTES_MAX, ServeError},
-    job::JobHome,
+    job::{JobHome, Submission},
 };
 use self::{job::Job, progress::JobProgress};
 use crate::{
@@ -114,24 +114,6 @@ pub enum CoordinatorMessage {
     Drain(String, RpcReplyPort<Result<(), String>>),
     /// Answered when the cluster is ready or has failed.
     WaitReady(RpcReplyPort<Result<(), String>>),
-}
-
-/// A job as it is submitted.
-pub struct Submission {
-    /// The job; its prompt is token ids by now.
-    pub request: JobRequest,
-    /// How its tokens are chosen.
-    pub choosing: Choosing,
-    /// What it is to those that schedule it.
-    pub serving: Serving,
-    /// What of it was generated and read before.
-    pub generated: Vec<u32>,
-    /// Who submits it; nobody if it is this process.
-    pub client: Option<String>,
-    /// How long it waits for a node, if not as long as others.
-    pub patience: Option<Duration>,
-    /// Where its events go.
-    pub events: mpsc::Sender<JobEvent>,
 }
 
 /// What a coordinator is made of.
@@ -615,8 +597,16 @@ impl CoordinatorState {
         myself: &ActorRef<CoordinatorMessage>,
         submission: Submission,
     ) -> Result<u64, String> {
-        let Submission { mut request, choosing, serving, generated, client, patience, events } =
-            submission;
+        let Submission {
+            mut request,
+            choosing,
+            serving,
+            generated,
+            client,
+            operation,
+            patience,
+            events,
+        } = submission;
         if let State::Failed(reason) = self.cluster.state() {
             return Err(reason.clone());
         }
@@ -630,6 +620,9 @@ impl CoordinatorState {
         if context.is_valid() {
             request.trace = context;
         }
+        if let Some(operation) = operation {
+            trace::describe(&span, operation, &self.arguments.checkpoint.location(), &request);
+        }
         let prompt = match &request.prompt {
             Prompt::Tokens(prompt) => prompt.len(),
             Prompt::Text(_) | Prompt::Chat(_) => 0,
@@ -637,6 +630,7 @@ impl CoordinatorState {
         let (cancel, cancelled) = watch::channel(false);
         let job = Job {
             id,
+            described: operation.map(|_| (span.clone(), prompt as u64)),
             progress: JobProgress::new(prompt)
                 .of(&request, &self.arguments.config)
                 .with_logprobs(choosing.logprobs)
@@ -647,6 +641,7 @@ impl CoordinatorState {
             coordinator: myself.clone(),
             events,
             cancelled,
+            finish: Vec::new(),
             tokenizer: self.arguments.tokenizer.clone(),
             patience: patience.unwrap_or(self.arguments.patience),
         };

@@ -314,6 +314,7 @@ impl<D: Device, R> LaneMachine<D, R> {
         if !self.batches.is_empty() || self.flights.values().any(Flight::has_pending) {
             self.run_calls(now);
         } else {
+            self.engine.at(now);
             self.engine.allow_apart(self.flights.values().any(|f| f.wakes_at().is_some()));
             match self.engine.step() {
                 Step::Idle => self.idle = true,

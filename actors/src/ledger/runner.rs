@@ -24,7 +24,10 @@ use tokio::{
 use tracing::debug;
 
 use super::keeper::Wish;
-use crate::coordinator::{CLIENT_EVENTS_MAX, CoordinatorMessage, Submission};
+use crate::{
+    coordinator::{CLIENT_EVENTS_MAX, CoordinatorMessage, Submission},
+    trace::Operation,
+};
 
 /// How long a detached job waits for a worker that takes it. Nobody sits before it.
 const PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -176,6 +179,7 @@ impl RunsOn {
             serving,
             generated,
             client: None,
+            operation: Some(Operation::TextCompletion),
             patience,
             events,
         });

@@ -8,7 +8,12 @@ use std::sync::{
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-use lite_llm_runtime::{config::ModelConfig, sampler::Sampling, sequence::Request, tier::TierSet};
+use lite_llm_runtime::{
+    config::ModelConfig,
+    draft::{DraftedTiers, Speculation},
+    sampler::Sampling,
+    sequence::Request,
+};
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
     frame::{FrameReceiver, FrameSender},
@@ -149,7 +154,13 @@ fn engine_request(order: JobOrder, span: &Span) -> Result<Request, String> {
     let Prompt::Tokens(prompt) = request.prompt else {
         return Err("a home node takes token ids, not text".into());
     };
-    let tiers: TierSet = request.tiers.parse().map_err(|error| format!("tiers: {error}"))?;
+    let tiers = request.tiers.parse::<DraftedTiers>();
+    let DraftedTiers { tiers, draft } = tiers.map_err(|error| format!("tiers: {error}"))?;
+    let speculate = match draft {
+        Some(tier) => Speculation::Tier(tier),
+        None if serving.speculate => Speculation::Ngram,
+        None => Speculation::Off,
+    };
     Ok(Request {
         prompt,
         generated,
@@ -172,7 +183,7 @@ fn engine_request(order: JobOrder, span: &Span) -> Result<Request, String> {
         logits: request.want_logits == LogitsWanted::All,
         routes: request.want_routes,
         prefill_chunk: request.prefill_chunk as usize,
-        speculate: serving.speculate,
+        speculate,
         tenant: serving.tenant,
         priority: serving.priority,
         span: span.clone(),

@@ -33,8 +33,9 @@ pub struct SubmitArgs {
     /// What to continue; `-` reads standard input.
     #[arg(required_unless_present = "file", conflicts_with = "file")]
     pub prompt: Option<String>,
-    /// JSON lines: {"prompt": "…"} with any of max_tokens, temperature, top_k, top_p, seed, tiers, stop,
-    /// chat, system, and custom_id, which comes back with the result.
+    /// JSON lines: {"prompt": "…"} with any of max_tokens, temperature, top_k, top_p, min_p,
+    /// presence_penalty, frequency_penalty, repetition_penalty, logit_bias ({"70": -100}), seed, tiers,
+    /// stop, chat, system, and custom_id, which comes back with the result.
     #[arg(long, value_name = "JOBS.jsonl")]
     pub file: Option<PathBuf>,
     /// Leave the jobs with the coordinator, which finishes them whatever happens to it or to this

@@ -1,7 +1,7 @@
 //! Settings of coordinators and workers: defaults < `lite-llm.toml` < environment < flags.
 //!
 //! The file has a section per command whose keys are the command's flags, and may give `log`,
-//! `log-format` and `otlp` before them; the environment has `LITE_LLM_COORDINATOR_…` and
+//! `log-format`, `otlp` and `trace-sample` before them; the environment has `LITE_LLM_COORDINATOR_…` and
 //! `LITE_LLM_WORKER_…`. What they say is added to the words of the command line, unless these say it
 //! already, so that one parser reads a value wherever it comes from. A key that is no flag is an error,
 //! with the flag that is nearest.
@@ -21,7 +21,7 @@ use super::Cli;
 /// Commands that have settings.
 const COMMANDS: [&str; 2] = ["coordinator", "worker"];
 /// Flags of every command that a file may set, before its sections.
-const GLOBAL: [&str; 3] = ["log", "log-format", "otlp"];
+const GLOBAL: [&str; 4] = ["log", "log-format", "otlp", "trace-sample"];
 /// Flags that are no settings.
 const NOT_SETTINGS: [&str; 4] = ["help", "version", "config", "json"];
 /// Where the file is looked for, unless told: the first that is there counts.

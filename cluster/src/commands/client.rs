@@ -2,13 +2,14 @@
 //! there are in `detached`.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use lite_llm_actors::coordinator::PROMPT_BYTES_MAX;
 use lite_llm_kernels::DETERMINISM_VERSION;
 use lite_llm_transport::{
@@ -30,7 +31,10 @@ use super::{
     first_that_answers, read_token, run::read_prompt,
 };
 use crate::{
-    cli::{ChatArgs, ClientArgs, DrainArgs, HostPort, SamplingArgs, Seed, SubmitArgs},
+    bias,
+    cli::{
+        ChatArgs, ChoosingArgs, ClientArgs, DrainArgs, HostPort, SamplingArgs, Seed, SubmitArgs,
+    },
     size::Size,
     telemetry,
 };
@@ -254,6 +258,11 @@ struct JobLine {
     temperature: Option<f32>,
     top_k: Option<u32>,
     top_p: Option<f32>,
+    min_p: Option<f32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    repetition_penalty: Option<f32>,
+    logit_bias: Option<BTreeMap<String, f32>>,
     seed: Option<u64>,
     tiers: Option<String>,
     stop: Option<Vec<String>>,
@@ -288,8 +297,8 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
         let span = debug_span!("submit");
         request.trace = telemetry::context_of(&span);
         let mut answer = Answer::begin(&prompt, &args.sampling, json, Instant::now());
-        let serving = args.sampling.serving();
-        client.run(JobOrder { serving, ..request.into() }, &mut answer).await?;
+        let (serving, choosing) = (args.sampling.serving(), args.sampling.choosing()?);
+        client.run(JobOrder { serving, choosing, ..request.into() }, &mut answer).await?;
         answer.finish()?;
         client.close().await;
         return Ok(());
@@ -308,11 +317,12 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
             // Each job is a trace of its own.
             let span = debug_span!("submit", index);
             request.trace = telemetry::context_of(&span);
-            let client = client.clone();
+            let (client, choosing) = (client.clone(), sampling.choosing()?);
             running.spawn(async move {
                 let _span = span;
                 let mut answer = Answer::silent(&prompt, sampling.stop_texts(), Instant::now());
-                let order = JobOrder { serving: sampling.serving(), ..request.into() };
+                let serving = sampling.serving();
+                let order = JobOrder { serving, choosing, ..request.into() };
                 let result = client.run(order, &mut answer).await;
                 (index, custom_id, result.map(|()| answer))
             });
@@ -354,7 +364,22 @@ pub(super) fn read_jobs(args: &SubmitArgs) -> Result<Vec<FileJob>> {
         let base = &args.sampling;
         let system = job.system.or_else(|| base.chat.system.clone());
         let chat = job.chat.unwrap_or(base.chat.chat || system.is_some());
+        let bias = job.logit_bias.map(|given| {
+            let ids = given.iter().map(|(id, &value)| Ok((bias::token(id)?, value)));
+            ids.collect::<Result<Vec<_>, String>>()
+        });
+        let bias = bias.transpose().map_err(|error| anyhow!("logit_bias: {error}"));
+        let bias = bias.with_context(|| format!("{shown}, line {number}")).map_err(bad_input)?;
+        let of = &base.choosing;
+        let choosing = ChoosingArgs {
+            min_p: job.min_p.unwrap_or(of.min_p),
+            presence_penalty: job.presence_penalty.unwrap_or(of.presence_penalty),
+            frequency_penalty: job.frequency_penalty.unwrap_or(of.frequency_penalty),
+            repetition_penalty: job.repetition_penalty.unwrap_or(of.repetition_penalty),
+            logit_bias: bias.unwrap_or_else(|| of.logit_bias.clone()),
+        };
         let sampling = SamplingArgs {
+            choosing,
             max_tokens: job.max_tokens.unwrap_or(base.max_tokens),
             temperature: job.temperature.unwrap_or(base.temperature),
             top_k: job.top_k.unwrap_or(base.top_k),

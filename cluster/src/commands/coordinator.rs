@@ -84,6 +84,7 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
         replicas: args.replicas,
         patience: args.patience.0,
         ledger: Some(LedgerOptions { file: state.join(LEDGER_FILE), keep: keep(args.keep_jobs) }),
+        client_priority: args.client_priority,
     };
     let coordinator = CoordinatorHandle::start(options).await?;
     let address = args.advertise.unwrap_or(coordinator.address());

@@ -276,15 +276,16 @@ pub(super) async fn submit(args: SubmitArgs, json: bool) -> Result<()> {
             Prompt::Tokens(ids) => ids.len() * 4,
         };
         let stop: usize = sampling.stop.iter().map(|text| text.len() + 16).sum();
-        let serving = sampling.serving();
-        let size = JOB_BYTES + of_prompt + stop + label.len();
+        let (serving, choosing) = (sampling.serving(), sampling.choosing()?);
+        let bias = size_of_val(&choosing.bias[..]);
+        let size = JOB_BYTES + of_prompt + stop + bias + label.len();
         if batch.len() == BATCH_JOBS_MAX || (!batch.is_empty() && bytes + size > BATCH_BYTES_MAX) {
             ranges.push(accept(&ledger, std::mem::take(&mut batch), &ranges, json).await?);
             bytes = 0;
         }
         bytes += size;
-        let job =
-            DetachedJob { serving, stop: sampling.stop, label, ..DetachedJob::plain(request) };
+        let plain = DetachedJob::plain(request);
+        let job = DetachedJob { serving, choosing, stop: sampling.stop, label, ..plain };
         batch.push(job);
     }
     ranges.push(accept(&ledger, batch, &ranges, json).await?);

@@ -136,8 +136,9 @@ fn start(cli: Cli) -> Result<()> {
         .build()
         .context("the system gives no threads")?;
     let _guard = runtime.enter();
-    let Cli { command, json, settings, otlp, log, log_format } = cli;
-    let telemetry = telemetry::start(&log, log_format, otlp.as_deref(), &role(&command));
+    let Cli { command, json, settings, otlp, trace_sample, log, log_format } = cli;
+    let traces = (otlp.as_deref(), trace_sample);
+    let telemetry = telemetry::start(&log, log_format, traces, &role(&command));
     let telemetry = telemetry.map_err(bad_input)?;
     // These serve others than their terminal, and leave their cluster in good order.
     let serves = match &command {

@@ -12,13 +12,14 @@ use lite_llm_runtime::{
     chat::{Conversation, Message},
     checkpoint::{self, Checkpoint},
     config::ModelConfig,
+    draft::{Speculation, drafted},
     prompt::{PromptError, Prompts},
     sampler::Sampling,
     stop::StopTexts,
     tier::TierSet,
 };
 use lite_llm_transport::messages::{
-    JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt, Serving,
+    Choosing, JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt, Serving,
 };
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -59,8 +60,9 @@ pub(super) async fn run(args: RunArgs, json: bool) -> Result<()> {
     let result = async {
         for (prompt, request) in prompts.iter().zip(requests) {
             let (started, serving) = (Instant::now(), args.sampling.serving());
+            let choosing = args.sampling.choosing()?;
             let (_, mut events) =
-                cluster.coordinator().submit_order(request, Default::default(), serving).await?;
+                cluster.coordinator().submit_order(request, choosing, serving).await?;
             let mut answer = Answer::begin(prompt, &args.sampling, json, started);
             while let Some(event) = events.recv().await {
                 if answer.take(event)? {
@@ -151,9 +153,15 @@ fn describe(checkpoint: &Checkpoint, args: &RunArgs, dram: u64, started: Instant
 }
 
 impl SamplingArgs {
+    /// How that job's tokens are chosen, beyond what its request says.
+    pub(super) fn choosing(&self) -> Result<Choosing> {
+        self.choosing.choosing().map_err(|error| bad_input(anyhow!(error)))
+    }
+
     /// What that job is to those that schedule it.
     pub(super) fn serving(&self) -> Serving {
-        let (tenant, speculate) = (String::new(), self.speculate.is_some());
+        let speculate = self.speculate == Some(Speculation::Ngram);
+        let tenant = String::new();
         Serving { tenant, priority: self.priority, speculate }
     }
 
@@ -166,7 +174,10 @@ impl SamplingArgs {
             top_k: self.top_k,
             top_p: self.top_p,
             seed: self.seed.value,
-            tiers: self.tiers.clone(),
+            tiers: match &self.speculate {
+                Some(Speculation::Tier(tier)) => drafted(&self.tiers, tier),
+                _ => self.tiers.clone(),
+            },
             stop_at_eos: !self.ignore_eos,
             want_logits: LogitsWanted::None,
             want_routes: false,
@@ -182,6 +193,7 @@ impl SamplingArgs {
         Sampling { temperature, top_k, top_p, seed, ..Sampling::GREEDY }
             .check()
             .map_err(bad_input)?;
+        self.choosing()?;
         let tiers = self.tiers.parse::<TierSet>();
         tiers.map(drop).map_err(|error| bad_input(anyhow!("tiers: {error}")))
     }
@@ -218,7 +230,7 @@ impl SamplingArgs {
             false => text.encode(prompt),
         };
         let request = self.request(Prompt::Tokens(ids.map_err(prompt_error)?));
-        let checked = jobs::check(&request, config);
+        let checked = jobs::check_order(&request, &self.choosing()?, &[], config);
         checked.map_err(|reason| bad_input(anyhow!(reason)))?;
         Ok(request)
     }

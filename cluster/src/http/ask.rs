@@ -11,11 +11,14 @@ use std::{
     time::Duration,
 };
 
+use lite_llm_runtime::draft::{BadSpeculation, Speculation, drafted};
 use lite_llm_transport::messages::{
     Choosing, JobRequest, LogitsWanted, Prompt, STOP_BYTES_MAX, STOPS_MAX, Serving, TokenBias,
 };
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Map, Value};
+
+use crate::bias;
 
 use super::{
     admission::Load,
@@ -29,8 +32,6 @@ use super::{
 const JOBS_MAX: usize = 64;
 /// Most candidates whose log-probabilities are told.
 pub(super) const TOP_LOGPROBS_MAX: u32 = 20;
-/// Tokens whose logits are biased.
-const BIAS_MAX: usize = 1024;
 /// Longest `deadline_ms`: a day.
 const DEADLINE_MAX_MS: u64 = 24 * 3600 * 1000;
 
@@ -179,6 +180,11 @@ pub(super) struct Asked {
 }
 
 impl Body {
+    /// One that was put together from fields that were checked, and from some that are passed on.
+    pub(super) fn of_fields(fields: Value) -> Result<Self, ApiError> {
+        serde_json::from_value(fields).map_err(|error| ApiError::bad(error.to_string()))
+    }
+
     /// Checks everything. `unix_time` is what chat templates show.
     pub(super) fn check(self, kind: Kind, unix_time: i64) -> Result<Asked, ApiError> {
         self.refuse_what_is_not_known()?;
@@ -187,8 +193,8 @@ impl Body {
             return Err(ApiError::invalid("n", format!("n is {n}; 1 to {JOBS_MAX} is expected")));
         }
         let mut choosing = self.choosing(kind)?;
-        let serving = self.serving()?;
-        let request = self.request(kind)?;
+        let mut request = self.request(kind)?;
+        let serving = self.serving(&mut request)?;
         let open_ended = self.max_tokens.or(self.max_completion_tokens).is_none();
         let stop = stops(self.stop)?;
         let deadline = match self.deadline_ms {
@@ -348,21 +354,24 @@ impl Body {
         })
     }
 
-    fn serving(&self) -> Result<Serving, ApiError> {
+    /// What the job is to those that schedule it. A tier that drafts stands among those of the request.
+    fn serving(&self, request: &mut JobRequest) -> Result<Serving, ApiError> {
         let given = self.priority.unwrap_or(0);
         let priority = i8::try_from(given).map_err(|_| {
             let message =
                 format!("priority is {given}; -128 to 127 is expected, higher ones go first");
             ApiError::invalid("priority", message)
         })?;
-        let speculate = match self.speculate.as_deref() {
-            None | Some("off") => false,
-            Some("ngram") => true,
-            Some(found) => {
-                let message = format!("speculate is {found:?}; ngram or off is expected");
-                return Err(ApiError::invalid("speculate", message));
-            }
-        };
+        let speculation = self.speculate.as_deref().map(str::parse::<Speculation>).transpose();
+        let speculation = speculation
+            .map_err(|error: BadSpeculation| {
+                ApiError::invalid("speculate", format!("speculate: {error}"))
+            })?
+            .unwrap_or_default();
+        if let Speculation::Tier(tier) = &speculation {
+            request.tiers = drafted(&request.tiers, tier);
+        }
+        let speculate = speculation == Speculation::Ngram;
         Ok(Serving { tenant: String::new(), priority, speculate })
     }
 
@@ -448,32 +457,10 @@ impl Asked {
 }
 
 fn biases(given: &BTreeMap<String, f32>) -> Result<Vec<TokenBias>, ApiError> {
-    let wrong = |message: String| ApiError::invalid("logit_bias", message);
-    if given.len() > BIAS_MAX {
-        let found = given.len();
-        return Err(wrong(format!("logit_bias has {found} tokens; at most {BIAS_MAX} are taken")));
-    }
-    let mut bias = Vec::with_capacity(given.len());
-    for (token, &value) in given {
-        let id: u32 = token.parse().map_err(|_| {
-            let shown: String = token.chars().take(40).collect();
-            wrong(format!("logit_bias: {shown:?} is no token id"))
-        })?;
-        if !(-100.0..=100.0).contains(&value) {
-            return Err(wrong(format!(
-                "logit_bias of token {id} is {value}; -100 to 100 is expected"
-            )));
-        }
-        // OpenAI's word for never.
-        let bias_of = if value == -100.0 { f32::NEG_INFINITY } else { value };
-        bias.push(TokenBias { id, bias: bias_of });
-    }
-    // Ids sort as numbers; "7" and "07" are one token.
-    bias.sort_by_key(|bias| bias.id);
-    if let Some(twice) = bias.windows(2).find(|two| two[0].id == two[1].id) {
-        return Err(wrong(format!("logit_bias has token {} twice", twice[0].id)));
-    }
-    Ok(bias)
+    // Ids are numbers: "7" and "07" are one token.
+    let ids = given.iter().map(|(token, &value)| Ok((bias::token(token)?, value)));
+    let bias = ids.collect::<Result<Vec<_>, String>>().and_then(bias::biases);
+    bias.map_err(|error| ApiError::invalid("logit_bias", format!("logit_bias: {error}")))
 }
 
 fn stops(given: Option<OneOrMore>) -> Result<Vec<String>, ApiError> {
@@ -583,6 +570,7 @@ mod tests {
             ("seed", json!(1.5), "seed"),
             ("priority", json!(1000), "higher ones go first"),
             ("speculate", json!("tea leaves"), "ngram"),
+            ("speculate", json!("tier:Big One"), "cannot name a tier"),
             ("echo", json!(true), "not supported"),
             ("temprature", json!(1), "unknown field `temprature`"),
             ("stream_options", json!({ "include_usage": true }), "stream: true"),
@@ -594,6 +582,9 @@ mod tests {
         assert_eq!(asked("seed", json!(u64::MAX)).request.seed, u64::MAX);
         assert_eq!(asked("seed", json!(-1)).request.seed, u64::MAX);
         assert_eq!(asked("top_k", json!(-1)).request.top_k, 0);
+        let by_tier = asked("speculate", json!("tier:tier_1b"));
+        assert_eq!(by_tier.request.tiers, "all drafted by tier_1b");
+        assert!(!by_tier.serving.speculate && asked("speculate", json!("ngram")).serving.speculate);
         let never = asked("logit_bias", json!({ "7": -100 })).choosing.bias;
         assert_eq!(never, [TokenBias { id: 7, bias: f32::NEG_INFINITY }]);
         for fine in ["user", "metadata", "cache_prompt", "store"] {

@@ -137,6 +137,12 @@ impl ApiError {
         Self { code: Some("deadline_exceeded"), param: Some("deadline_ms"), ..error }
     }
 
+    /// The same, where another name is that of the field: pairs of an old and a new one.
+    pub(super) fn renamed(self, names: &[(&'static str, &'static str)]) -> Self {
+        let new = names.iter().find(|(old, _)| self.param == Some(*old)).map(|(_, new)| *new);
+        Self { param: new.or(self.param), ..self }
+    }
+
     /// The same with a code that clients look at.
     pub(super) fn coded(self, code: &'static str) -> Self {
         Self { code: Some(code), ..self }

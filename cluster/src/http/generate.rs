@@ -10,6 +10,7 @@ use axum::{
     Json,
     body::Body as HttpBody,
     extract::{Request, State},
+    http::request::Parts,
     response::{
         IntoResponse, Response,
         sse::{Event, KeepAlive, Sse},
@@ -22,6 +23,7 @@ use futures::{
 use lite_llm_actors::{
     coordinator::EncodeError,
     node::{grammars::FormError, jobs},
+    trace::{self, Operation},
 };
 use lite_llm_runtime::{prompt::Prompts, stop::StopTexts};
 use lite_llm_transport::messages::{JobRequest, Prompt};
@@ -42,14 +44,14 @@ use crate::{commands::unix_time, telemetry};
 
 /// How long the head of a stream waits for the first event, so that what fails at once has a status of
 /// its own. A client must see the head before its patience ends.
-const HEAD_WAIT: Duration = Duration::from_secs(5);
+pub(super) const HEAD_WAIT: Duration = Duration::from_secs(5);
 /// Log-probabilities of an answer, at most: each takes the better part of a kilobyte while an answer is
 /// put together.
 const LOGPROBS_MAX: u64 = 200_000;
 /// How often a stream that has nothing to say shows that it is alive.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-type Pieces = Pin<Box<dyn Stream<Item = (u32, Result<Piece, ApiError>)> + Send>>;
+pub(super) type Pieces = Pin<Box<dyn Stream<Item = (u32, Result<Piece, ApiError>)> + Send>>;
 
 pub(super) async fn chat(api: State<Arc<Api>>, request: Request) -> Result<Response, ApiError> {
     generate(api.0, Kind::Chat, request).await
@@ -64,26 +66,42 @@ pub(super) async fn completions(
 
 async fn generate(api: Arc<Api>, kind: Kind, request: Request) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let span = debug_span!("http", path = request.uri().path());
+    let span = request_span(request.uri().path());
     let (parts, body): (_, HttpBody) = request.into_parts();
     let work = async {
         let body: Body = api.bodies.json(&parts.headers, body).await?;
-        if let Some(asked) = body.model.as_ref().filter(|asked| **asked != api.name) {
-            return Err(ApiError::no_model(asked, &api.name));
-        }
-        let asked = body.check(kind, unix_time())?;
-        let deadline = asked.deadline.map(|limit| Deadline { limit, at: arrived + limit });
-        let caller = parts.extensions.get::<Caller>().cloned().unwrap_or_default();
-        let answering = begin(&api, &caller, arrived.into_std(), asked, deadline);
-        match deadline {
-            None => answering.await,
-            Some(Deadline { limit, at }) => tokio::time::timeout_at(at, answering)
-                .await
-                .unwrap_or_else(|_| Err(ApiError::deadline(limit, 0))),
-        }
+        answering(&api, &parts, kind, body, arrived).await
     };
     let answering = work.instrument(span.clone()).await?;
     answering.respond(span).await
+}
+
+/// The span of a request, which all work for it belongs to.
+pub(super) fn request_span(path: &str) -> Span {
+    debug_span!("http", path)
+}
+
+/// The answer to a body, whose jobs have begun when this returns.
+pub(super) async fn answering(
+    api: &Arc<Api>,
+    parts: &Parts,
+    kind: Kind,
+    body: Body,
+    arrived: Instant,
+) -> Result<Answering, ApiError> {
+    if let Some(asked) = body.model.as_ref().filter(|asked| **asked != api.name) {
+        return Err(ApiError::no_model(asked, &api.name));
+    }
+    let asked = body.check(kind, unix_time())?;
+    let deadline = asked.deadline.map(|limit| Deadline { limit, at: arrived + limit });
+    let caller = parts.extensions.get::<Caller>().cloned().unwrap_or_default();
+    let answering = begin(api, &caller, arrived.into_std(), asked, deadline);
+    match deadline {
+        None => answering.await,
+        Some(Deadline { limit, at }) => tokio::time::timeout_at(at, answering)
+            .await
+            .unwrap_or_else(|_| Err(ApiError::deadline(limit, 0))),
+    }
 }
 
 /// Jobs of a request whose prompts are token ids, which the model can serve.
@@ -182,10 +200,16 @@ async fn begin(
 ) -> Result<Answering, ApiError> {
     api.check_rights(caller, &asked)?;
     asked.serving.tenant = caller.tenant();
+    let operation = match asked.kind {
+        Kind::Chat => Operation::Chat,
+        Kind::Text => Operation::TextCompletion,
+    };
+    trace::describe(&Span::current(), operation, &api.name, &asked.request);
     asked.request.trace = telemetry::context_of(&Span::current());
     let mut place = api.enter(caller, arrived, asked.load(api.config.context))?;
     let Tokenised { jobs, load, tokens } = api.tokenise(&mut asked).await?;
     place.settle(load)?;
+    place.describe(tokens);
     let Asked {
         kind, n, request, choosing, serving, stop, stream, include_usage, tool_use, ..
     } = asked;
@@ -195,7 +219,7 @@ async fn begin(
             let seed = request.seed.wrapping_add(u64::from(copy));
             let request = JobRequest { seed, ..request.clone() };
             let submitted =
-                api.coordinator.submit_order(request, choosing.clone(), serving.clone()).await;
+                api.coordinator.submit_described(request, choosing.clone(), serving.clone()).await;
             let (_, events) = submitted.map_err(|e| ApiError::unavailable(e.to_string()))?;
             let choice = Choice::new(events, StopTexts::new(stop.iter().cloned()), deadline);
             let index = choices.len() as u32;
@@ -220,16 +244,16 @@ async fn begin(
 }
 
 /// An answer whose jobs run.
-struct Answering {
-    show: Show,
-    pieces: Peekable<stream::SelectAll<Pieces>>,
+pub(super) struct Answering {
+    pub(super) show: Show,
+    pub(super) pieces: Peekable<stream::SelectAll<Pieces>>,
     /// What each choice calls, and how often it did.
     calls: Vec<(Calls, usize)>,
     /// Choices that have not ended.
     open: usize,
-    place: Place,
+    pub(super) place: Place,
     /// Tokens of the prompts.
-    prompt: u64,
+    pub(super) prompt: u64,
     stream: bool,
 }
 

@@ -26,6 +26,7 @@ mod otlp;
 mod page;
 mod place;
 mod play;
+mod responses;
 mod show;
 mod stall;
 mod store;
@@ -251,6 +252,7 @@ fn router(api: Arc<Api>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(generate::chat))
         .route("/v1/completions", post(generate::completions))
+        .route("/v1/responses", post(responses::create))
         .route("/v1/models", get(models))
         .route("/v1/models/{*model}", get(model))
         .route("/v1/files", get(files::list).post(files::upload))

@@ -11,7 +11,9 @@ use std::{
     time::Instant,
 };
 
+use lite_llm_actors::trace;
 use serde_json::{Value, json};
+use tracing::Span;
 
 use super::{Api, Caller, admission::Load, choice::Finish, error::ApiError};
 
@@ -86,6 +88,9 @@ pub(super) struct Place {
     arrived: Instant,
     stages: Vec<Stage>,
     generated: u64,
+    /// The request's span, and the tokens of its prompts, if it says in traces what it used.
+    described: Option<(Span, u64)>,
+    finishes: Vec<&'static str>,
     /// Its prompts were tokenised, and are paid for.
     settled: bool,
 }
@@ -104,8 +109,18 @@ impl Api {
         self.metrics.waiting.add(load.jobs as i64);
         let stages = vec![Stage::Waits; load.jobs];
         let visible = self.requests.lock().begin(caller, load, arrived);
-        let (api, caller) = (self.clone(), caller.clone());
-        Ok(Place { api, visible, caller, load, arrived, stages, generated: 0, settled: false })
+        Ok(Place {
+            api: self.clone(),
+            visible,
+            caller: caller.clone(),
+            load,
+            arrived,
+            stages,
+            generated: 0,
+            described: None,
+            finishes: Vec::new(),
+            settled: false,
+        })
     }
 }
 
@@ -119,6 +134,11 @@ impl Place {
         self.api.metrics.prompt_tokens.inc_by(load.prompt);
         self.visible.prompt.store(load.prompt, Relaxed);
         Ok(())
+    }
+
+    /// What it used will stand in the span that this is called in; `input` are the tokens of its prompts.
+    pub(super) fn describe(&mut self, input: u64) {
+        self.described = Some((Span::current(), input));
     }
 
     /// Tokens of one of its jobs came: one, or none where only text did.
@@ -147,6 +167,7 @@ impl Place {
     /// One of its jobs ended well.
     pub(super) fn ended(&mut self, job: u32, finish: Finish) {
         self.api.metrics.ended(finish, self.arrived.elapsed());
+        self.finishes.push(finish.as_str());
         self.over(job as usize);
     }
 
@@ -168,6 +189,9 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         (0..self.stages.len()).for_each(|job| self.over(job));
+        if let Some((span, input)) = &self.described {
+            trace::describe_end(span, *input, self.generated, &self.finishes);
+        }
         let key = self.caller.key.as_ref().map(|(name, _)| name.as_str());
         self.api.requests.lock().open.remove(&self.visible.number);
         let mut admission = self.api.admission.lock();

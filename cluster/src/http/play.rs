@@ -13,7 +13,11 @@ use axum::{
     },
 };
 use futures::stream;
-use lite_llm_actors::{coordinator::EncodeError, node::jobs};
+use lite_llm_actors::{
+    coordinator::EncodeError,
+    node::jobs,
+    trace::{self, Operation},
+};
 use lite_llm_transport::messages::{
     Choosing, EndReason, JobEvent, JobEventBody, JobRequest, LogitsWanted, Prompt, ScoredToken,
     Serving,
@@ -112,9 +116,12 @@ async fn begin(api: &Arc<Api>, request: Request) -> Result<Playing, ApiError> {
     jobs::check_order(&request, &choosing, &[], &api.config).map_err(ApiError::bad)?;
     let answer = u64::from(asked.max_tokens).min(context - count);
     place.settle(Load { jobs: 1, prompt: count, answer })?;
+    let operation = if asked.chat { Operation::Chat } else { Operation::TextCompletion };
+    trace::describe(&Span::current(), operation, &api.name, &request);
+    place.describe(count);
     debug!(prompt = count, most = asked.max_tokens, "let in from the page");
     let serving = Serving { tenant: caller.tenant(), ..Serving::default() };
-    let submitted = api.coordinator.submit_order(request, choosing, serving).await;
+    let submitted = api.coordinator.submit_described(request, choosing, serving).await;
     let (_, events) = submitted.map_err(|error| ApiError::unavailable(error.to_string()))?;
     Ok(Playing { api: api.clone(), events, place, last: arrived, routes: Value::Null, over: false })
 }

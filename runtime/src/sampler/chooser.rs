@@ -134,6 +134,13 @@ impl Chooser {
         })
     }
 
+    /// What it would choose at `position`, which may lie ahead, but for the form of the answer and for
+    /// what would have been seen by then: a guess.
+    pub(crate) fn guess(&self, logits: &[f32], position: u64) -> Option<u32> {
+        let context = Context { bias: &self.bias, seen: &self.seen, mask: None };
+        choose(logits, &self.sampling, context, position).ok()
+    }
+
     /// How many of these tokens, from the first, the form of the answer allows.
     pub(crate) fn possible(&mut self, ids: &[u32]) -> usize {
         self.guide.as_mut().map_or(ids.len(), |guide| guide.possible(ids))

@@ -1,20 +1,29 @@
 //! The machine as the engine drives it: by hand, and over random histories with a cache whose pages
 //! remember what was written into them.
 
-use std::{collections::VecDeque, sync::OnceLock};
+use std::{
+    collections::VecDeque,
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
 
 use super::*;
 use crate::{
     checkpoint::Checkpoint,
+    draft::Speculation,
     random::{Purpose, random_u64},
     sequence::EndReason,
+    tier::{TIER_1B, TIER_10B, TierConfig},
 };
 
 fn config() -> &'static ModelConfig {
     static CONFIG: OnceLock<ModelConfig> = OnceLock::new();
     CONFIG.get_or_init(|| {
         let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe");
-        Checkpoint::open(demo).unwrap().config().clone()
+        let mut config = Checkpoint::open(demo).unwrap().config().clone();
+        let moe = config.moe.as_mut().unwrap();
+        moe.tiers.push(TierConfig::new(TIER_10B, 1, 16, 0));
+        config
     })
 }
 
@@ -149,12 +158,19 @@ fn a_prefix_is_computed_once_but_never_for_another_tenant() {
     assert_eq!(driven.0.stats().found, 5 * PAGE_TOKENS as u64);
 }
 
-/// What was written at a position: the sequence's tokens up to there, and whose they are.
-type Written = (String, Vec<u32>);
+/// What was written at a position: the sequence's tokens up to there, whose they are, and whether they
+/// are a draft's.
+type Written = (String, bool, Vec<u32>);
 
 /// What every sequence goes on with: mostly what was there before.
 fn answer(at: usize) -> u32 {
     if at.is_multiple_of(11) { 96 } else { at as u32 % 7 }
+}
+
+/// What a tier drafts: mostly what is right.
+fn drafted(at: usize) -> Vec<f32> {
+    let guess = if at.is_multiple_of(5) { 95 } else { answer(at) };
+    (0..97).map(|id| f32::from(u8::from(id == guess))).collect()
 }
 
 /// Runs a random history to its end; what was planned, for comparison.
@@ -170,7 +186,12 @@ fn history(seed: u64) -> Vec<(Vec<u64>, Vec<usize>)> {
     let mut flights: VecDeque<Plan> = VecDeque::new();
     let (mut next, mut plans, mut idle) = (0, Vec::new(), 0);
     let total = 5 + draw(30);
+    let (mut now, timed) = (Instant::now(), draw(2) == 0);
     while next < total || schedule.len() > 0 {
+        now += Duration::from_millis(draw(20));
+        if timed {
+            schedule.at(now);
+        }
         match draw(10) {
             0..3 if next < total => {
                 let most = pages * PAGE_TOKENS;
@@ -181,7 +202,11 @@ fn history(seed: u64) -> Vec<(Vec<u64>, Vec<usize>)> {
                     priority: draw(3) as i8,
                     prefill_chunk: [0, 7, 64][draw(3) as usize],
                     logits: draw(8) == 0,
-                    speculate: draw(2) == 0,
+                    speculate: match draw(3) {
+                        0 => Speculation::Off,
+                        1 => Speculation::Ngram,
+                        _ => Speculation::Tier(TIER_1B),
+                    },
                     ..Request::greedy(text(draw(3) as u32, prompt), answer)
                 };
                 schedule.submit(next, request, config()).unwrap();
@@ -221,16 +246,21 @@ fn history(seed: u64) -> Vec<(Vec<u64>, Vec<usize>)> {
                 for (&id, chunk) in plan.sequences.iter().zip(&plan.chunks) {
                     let sequence = schedule.get(id).unwrap();
                     let place = |at: usize| (chunk.pages[at / PAGE_TOKENS], at % PAGE_TOKENS);
-                    let tenant = &sequence.request.tenant;
+                    let (tenant, drafts) = (&sequence.request.tenant, sequence.drafts());
+                    let after = match drafts {
+                        true => sequence.drafted(usize::MAX),
+                        false => sequence.guessed.clone(),
+                    };
+                    let own = [&sequence.tokens[..], &after].concat();
                     for at in 0..chunk.start {
-                        let (whose, tokens) = &written[&place(at)];
-                        assert_eq!((whose, &tokens[..]), (tenant, &sequence.tokens[..=at]));
+                        let (whose, draft, tokens) = &written[&place(at)];
+                        assert_eq!((whose, *draft), (tenant, drafts));
+                        assert_eq!(tokens[..], own[..=at], "seed {seed}");
                     }
-                    let own = sequence.tokens.iter().chain(&sequence.guessed);
-                    let own: Vec<u32> = own.copied().collect();
                     for at in chunk.start..chunk.start + chunk.tokens.len() {
                         assert_eq!(own[at], chunk.tokens[at - chunk.start]);
-                        written.insert(place(at), (tenant.clone(), own[..=at].to_vec()));
+                        let text = own[..=at].to_vec();
+                        written.insert(place(at), (tenant.clone(), drafts, text));
                     }
                 }
                 plans.push((
@@ -244,11 +274,32 @@ fn history(seed: u64) -> Vec<(Vec<u64>, Vec<usize>)> {
                 // What was written is still there: nobody else was given these pages.
                 schedule.turn(&plan.sequences);
                 for (&id, chunk) in plan.sequences.iter().zip(&plan.chunks) {
+                    let place = |at| (chunk.pages[at / PAGE_TOKENS], at % PAGE_TOKENS);
+                    if schedule.was_draft(id) {
+                        let sequence = schedule.get(id).unwrap();
+                        let own = [&sequence.tokens[..], &sequence.drafted(usize::MAX)].concat();
+                        let end = chunk.start + chunk.tokens.len();
+                        for at in 0..end {
+                            assert_eq!(written[&place(at)].2, own[..=at], "seed {seed}");
+                        }
+                        let cancelled = sequence.cancelled;
+                        let logits = match chunk.logits {
+                            WantedLogits::Last => drafted(end),
+                            _ => Vec::new(),
+                        };
+                        match draw(50) {
+                            0 => schedule.draft_failed(id),
+                            _ => schedule.drafted(id, chunk.tokens.len(), &logits),
+                        }
+                        if cancelled {
+                            schedule.release(id);
+                        }
+                        continue;
+                    }
                     let sequence = schedule.get(id).unwrap();
                     let own = chunk.tokens.len() - sequence.guessed.len();
                     for at in 0..chunk.start + own {
-                        let place = (chunk.pages[at / PAGE_TOKENS], at % PAGE_TOKENS);
-                        assert_eq!(written[&place].1, sequence.tokens[..=at], "seed {seed}");
+                        assert_eq!(written[&place(at)].2, sequence.tokens[..=at], "seed {seed}");
                     }
                     schedule.computed(id, chunk.tokens.len());
                     let sequence = schedule.get_mut(id).unwrap();
@@ -276,6 +327,35 @@ fn history(seed: u64) -> Vec<(Vec<u64>, Vec<usize>)> {
     assert!(schedule.running.is_empty() && schedule.waiting.is_empty());
     assert!(schedule.tenants.is_empty());
     plans
+}
+
+#[test]
+fn what_a_tier_drafts_is_verified_at_once_and_its_pages_are_given_up() {
+    let mut driven = Driven::new(4);
+    let speculate = Speculation::Tier(TIER_1B);
+    let request = Request { speculate, ..Request::greedy(text(0, PAGE_TOKENS), 40) };
+    driven.submit(0, request);
+    assert_eq!(driven.pass(), [(0, PAGE_TOKENS)]);
+    let pass = |driven: &mut Driven| {
+        let plan = driven.0.plan(false, config()).unwrap();
+        let first = (plan.chunks[0].tokens.len(), plan.chunks[0].tiers.count());
+        driven.0.turn(&plan.sequences);
+        match driven.0.was_draft(0) {
+            true => driven.0.drafted(0, first.0, &[0.0, 1.0]),
+            false => driven.finish(&plan),
+        }
+        (first, plan.sequences)
+    };
+    let rows: Vec<_> = (0..4).map(|_| pass(&mut driven).0).collect();
+    assert_eq!(rows, [(PAGE_TOKENS + 1, 1), (1, 1), (1, 1), (4, 2)], "three drafts, one check");
+    assert_eq!(driven.0.stats().guessed, 3);
+    let used = driven.0.stats().pages_used;
+    assert_eq!(used, 4, "two for the answer, two for the draft");
+    // Another's prompt takes the draft's pages, and nobody begins again.
+    driven.submit(1, Request::greedy(text(1, 20), 1));
+    let passes = (1..9).find(|_| pass(&mut driven).1.contains(&1));
+    assert!(passes.is_some_and(|passes| passes <= 2), "after one draft at most: {passes:?}");
+    assert_eq!(driven.0.stats().preemptions, 0);
 }
 
 #[test]

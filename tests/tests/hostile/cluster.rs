@@ -113,6 +113,7 @@ async fn coordinate(folder: &Path, replicas: u16) {
         replicas,
         patience: PATIENCE,
         ledger: None,
+        client_priority: 0,
     });
     let handle = handle.await.unwrap();
     for role in [Role::Worker, Role::Client] {

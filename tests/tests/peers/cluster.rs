@@ -50,6 +50,7 @@ pub(crate) async fn head(
         replicas,
         patience: PATIENCE,
         ledger: None,
+        client_priority: 0,
     };
     CoordinatorHandle::start(options).await.unwrap()
 }

@@ -46,7 +46,8 @@ pub struct JobRequest {
     pub top_p: f32,
     /// Seed of the sampling.
     pub seed: u64,
-    /// A `TierSet` as people write it: `all`, `tier_1b,tier_10b`, `..tier_10b`.
+    /// A `TierSet` as people write it: `all`, `tier_1b,tier_10b`, `..tier_10b`; and, where one of its
+    /// tiers guesses tokens, `drafted by` that: `all drafted by tier_1b`.
     pub tiers: String,
     /// Whether the end-of-text token ends the job.
     pub stop_at_eos: bool,
@@ -152,7 +153,8 @@ pub struct Serving {
     pub tenant: String,
     /// Higher ones go first.
     pub priority: i8,
-    /// Tokens are guessed, and several verified in one pass.
+    /// Tokens are guessed from the text, and several verified in one pass. Where a tier guesses them,
+    /// [`JobRequest::tiers`] says so.
     pub speculate: bool,
 }
 

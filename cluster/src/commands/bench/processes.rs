@@ -104,6 +104,7 @@ impl Processes {
             replicas: local.replicas,
             patience: LOCAL_PATIENCE,
             ledger: None,
+            client_priority: 0,
         })
         .await?;
         let folder = tempfile::tempdir().context("a folder for the join token")?;
