@@ -4,11 +4,12 @@ mod process;
 
 use std::time::Duration;
 
-use process::{Process, demo_model, run};
+use process::{PATIENCE, Process, demo_model, run};
 use serde_json::Value;
 
 fn report(args: &[&str]) -> Value {
-    let ended = run(args);
+    // Several models are loaded and run, beside other tests.
+    let ended = Process::start(args).ends_within(3 * PATIENCE);
     ended.expect(0, &[]);
     serde_json::from_str(&ended.out).unwrap_or_else(|error| panic!("{error}: {ended:#?}"))
 }

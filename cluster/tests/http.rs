@@ -320,6 +320,9 @@ fn what_is_too_much_is_refused_and_costs_nothing() {
     api.raw(&api.head("DELETE", "/v1/completions", ""), b"").refuses(405, "method");
     api.get("/nothing/here").refuses(404, "nothing at");
     api.get("/v1/models/other").refuses(404, "there is no model");
+    for list in ["files", "batches"] {
+        api.get(&format!("/v1/{list}?limit=-1")).refuses(400, "a whole number up to");
+    }
     let bent = "GET /v1/models HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n";
     api.raw(bent, b"").refuses(403, "localhost");
     let huge = format!("X: {}\r\n", "y".repeat(1 << 20));

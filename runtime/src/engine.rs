@@ -476,7 +476,7 @@ impl<D: Device> Engine<D> {
         rows.map(|(index, &id)| {
             let sequence = self.schedule.get(id)?;
             let one = pass.forward.logit_rows(index) == 1 && sequence.guessed.is_empty();
-            let draws = one && !sequence.request.logits && !self.schedule.was_draft(id);
+            let draws = one && !sequence.request.logits && !sequence.drafts();
             draws.then(|| sequence.chooser.draw(sequence.tokens.len() as u64)).flatten()
         })
         .collect()

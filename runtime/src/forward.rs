@@ -17,6 +17,8 @@
 //!   routed nowhere, and leave nothing in the cache that is not finite. The others have the bits
 //!   that they would have had without it. Only what the device refuses as a whole ends a pass.
 
+mod carrier;
+
 use std::{borrow::Cow, ops::Range, sync::Arc};
 
 use lite_llm_kernels::{
@@ -26,6 +28,7 @@ use lite_llm_kernels::{
 
 use tracing::{Span, debug_span, trace_span};
 
+pub use self::carrier::{Carried, Carrier, Reached};
 use crate::{
     backbone::{Backbone, BackboneLayer, FeedForwardLayer},
     routing::{Routes, ScoreError},
@@ -112,45 +115,6 @@ pub enum ChunkError {
         /// Why, naming the expert.
         reason: String,
     },
-}
-
-/// How a device carries passes through several layers without coming back to the host.
-pub trait Carrier<D: Device>: Send + Sync {
-    /// What it needs for a pass, taken to the device once; `None` if it cannot carry this one.
-    fn begin(
-        &self,
-        backbone: &Backbone<D>,
-        chunks: &[Chunk],
-    ) -> Result<Option<Box<dyn Carried<D>>>, DeviceError>;
-}
-
-/// A pass that is carried.
-pub trait Carried<D: Device>: Send {
-    /// Goes on from the beginning of `layer`, as far as it can: `tensors.x` is the residual stream
-    /// before and after.
-    fn carry(
-        &mut self,
-        backbone: &Backbone<D>,
-        layer: usize,
-        tensors: &mut Tensors<D>,
-        arena: &mut D::KvArena,
-    ) -> Result<Reached, DeviceError>;
-}
-
-/// Where a carried pass has come to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reached {
-    /// The end of the layers.
-    End,
-    /// This layer's attention was added and `tensors.normed` is what its gates read, but its experts
-    /// are not all here.
-    Experts {
-        /// Which layer.
-        layer: usize,
-    },
-    /// A number that is not finite: the pass must be taken layer by layer, from the first, to say
-    /// whose it is.
-    NotFinite,
 }
 
 /// One batch on its way through the layers.
@@ -368,6 +332,7 @@ impl<D: Device> ForwardPass<D> {
             }
         }
         self.layer_span = Span::none();
+        self.check_hidden()?;
         self.clean(arena)?;
         debug_span!(parent: &self.span, "logits").in_scope(|| self.compute_logits())?;
         self.clean(arena)?;
@@ -504,9 +469,9 @@ impl<D: Device> ForwardPass<D> {
         self.routes.keep_rows(|row| alive[row]);
     }
 
-    /// Zeroes the hidden states of chunks that failed, and all that their sequences have in the cache,
-    /// for an earlier chunk may have gone wrong without being noticed: pages are given to other
-    /// sequences, and a kernel may multiply what lies behind a position by zero.
+    /// Zeroes the hidden states of chunks that failed, and what they wrote into the cache: pages are given
+    /// to other sequences, and a kernel may multiply what lies behind a position by zero. What came
+    /// before them is finite ([`Self::check_hidden`]), and may be others' prefix, too.
     fn clean(&mut self, arena: &mut D::KvArena) -> Result<(), DeviceError> {
         if self.unclean.is_empty() {
             return Ok(());
@@ -519,8 +484,8 @@ impl<D: Device> ForwardPass<D> {
             let rows = self.rows_of(chunk);
             x[rows.start * hidden..rows.end * hidden].fill(0.0);
             let Chunk { start, tokens, pages, .. } = &self.chunks[chunk];
-            let slots: Vec<KvSlot> =
-                (0..start + tokens.len()).map(|position| slot(pages, position)).collect();
+            let positions = *start..start + tokens.len();
+            let slots: Vec<KvSlot> = positions.map(|position| slot(pages, position)).collect();
             let mut zeros = device.tensor(slots.len(), width)?;
             device.write(&mut zeros, &vec![0.0; slots.len() * width])?;
             for layer in 0..backbone.layers.len() {
@@ -528,6 +493,28 @@ impl<D: Device> ForwardPass<D> {
             }
         }
         device.write(&mut self.tensors.x, &x)
+    }
+
+    /// Ends chunks whose hidden states after the last layer are not all finite, which keys and values
+    /// that are not finite make of them. Where logits are wanted of every row, those tell.
+    fn check_hidden(&mut self) -> Result<(), DeviceError> {
+        let rows_told = |(chunk, c): (usize, &Chunk)| self.logit_rows(chunk) == c.tokens.len();
+        let backbone = self.backbone.clone();
+        if self.chunks.iter().enumerate().all(rows_told)
+            || backbone.device.is_finite(&self.tensors.x)?
+        {
+            return Ok(());
+        }
+        let (hidden, alive) = (backbone.config.hidden, self.rows_alive());
+        let x = backbone.device.read(&self.tensors.x)?.into_owned();
+        for (row, states) in x.chunks_exact(hidden).enumerate().filter(|(row, _)| alive[*row]) {
+            if let Some(&value) = states.iter().find(|value| !value.is_finite()) {
+                let seen = || ("the hidden state after the last layer".to_owned(), value);
+                let error = self.not_finite(row, seen)?;
+                self.fail(self.place(row).0, error);
+            }
+        }
+        Ok(())
     }
 
     fn attend(

@@ -8,7 +8,9 @@ use lite_llm_runtime::{
     backbone::Backbone,
     checkpoint::Checkpoint,
     draft::Speculation,
-    engine::{Engine, Event, ScheduleStats},
+    engine::{Engine, Event, ScheduleStats, Step},
+    forward::FailedRoute,
+    moe_layer::run_all,
     sampler::Sampling,
     sequence::Request,
     store::DramStore,
@@ -140,4 +142,56 @@ fn what_is_guessed_never_changes_an_answer() {
         assert!(stats.guessed > 0 && stats.guessed_right > 0, "{stats:?}");
         assert!(stats.guessed_right < stats.guessed, "wrong guesses are part of the test");
     }
+}
+
+#[test]
+fn what_fails_one_leaves_the_prefix_that_it_shares_to_others() {
+    let model = Model::demo();
+    let shared = text(1, 3 * PAGE_TOKENS + 5);
+    let [first, second, third] = [3, 4, 5].map(|seed| {
+        let prompt = [&shared[..], &text(seed, 9)].concat();
+        request(seed, prompt, 40)
+    });
+    let mut engine = model.engine(64);
+    engine.submit(0, first.clone()).unwrap();
+    let (mut events, mut failed) = (Vec::new(), false);
+    loop {
+        events.extend(std::iter::from_fn(|| engine.poll_event()));
+        let tokens = events.iter().filter(|event| matches!(event, Event::Token { .. })).count();
+        if tokens == 5 && !failed && engine.sequences() == 1 {
+            engine.submit(1, second.clone()).unwrap();
+        }
+        let pass = match engine.step() {
+            Step::Idle => break,
+            Step::Advanced => continue,
+            Step::Dispatch(pass) => pass,
+        };
+        let rows = engine.routes(pass).unwrap().rows();
+        if tokens < 5 || rows < 2 || failed {
+            engine.run_pass(pass, &model.store);
+            continue;
+        }
+        // The last row is of the second's prompt.
+        let dispatch = engine.dispatch(pass).unwrap();
+        let device = &*model.backbone.device;
+        let (outputs, _) = run_all(device, &model.store, &dispatch.hidden, dispatch.routes);
+        let route = dispatch.routes.all().len() - 1;
+        drop(dispatch);
+        let parts: Vec<&[f32]> = outputs.chunks_exact(model.backbone.config.hidden).collect();
+        engine.combine(pass, &parts, &[FailedRoute { route, reason: "its node is lost".into() }]);
+        failed = true;
+    }
+    let ids = |events: &[Event], of: u64| -> Vec<u32> {
+        let token = |event: &Event| match event {
+            Event::Token { sequence, id, .. } if *sequence == of => Some(*id),
+            _ => None,
+        };
+        events.iter().filter_map(token).collect()
+    };
+    assert!(events.iter().any(|event| matches!(event, Event::Failed { sequence: 1, .. })));
+    assert_eq!(ids(&events, 0), model.alone(&first));
+    engine.submit(2, third.clone()).unwrap();
+    engine.run_local(&model.store);
+    let events: Vec<Event> = std::iter::from_fn(|| engine.poll_event()).collect();
+    assert_eq!(ids(&events, 2), model.alone(&third));
 }

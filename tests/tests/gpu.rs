@@ -91,6 +91,7 @@ async fn both(checkpoint: &Arc<Checkpoint>, gpu: NodeDevice) -> Both {
         replicas: 2,
         patience: PATIENCE,
         ledger: None,
+        client_priority: 0,
     });
     let coordinator = coordinator.await.unwrap();
     let start = |name: &str, device| {

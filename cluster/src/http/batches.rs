@@ -14,7 +14,7 @@ use std::{
 use axum::{
     Extension, Json,
     body::Bytes,
-    extract::{Path, Query, Request, State},
+    extract::{Path, Request, State},
     http::HeaderMap,
 };
 use futures::{Stream, stream};
@@ -414,7 +414,7 @@ pub(super) async fn cancel(
 pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
-    Query(window): Query<Window>,
+    window: Window,
 ) -> Result<Json<Value>, ApiError> {
     let (owner, most) = (caller.owner(), window.limit.unwrap_or(20).clamp(1, 100) as usize);
     let below = window.after.as_deref().map(number_of).transpose()?.unwrap_or(u64::MAX);

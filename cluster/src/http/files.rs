@@ -8,8 +8,10 @@ use std::{io::Read, sync::Arc, time::Duration};
 use axum::{
     Extension, Json,
     body::{Body, Bytes},
-    extract::{FromRequest, Multipart, Path, Query, Request, State, multipart::Field},
-    http::header,
+    extract::{
+        FromRequest, FromRequestParts, Multipart, Path, Query, Request, State, multipart::Field,
+    },
+    http::{header, request::Parts},
     response::{IntoResponse, Response},
 };
 use futures::stream;
@@ -155,6 +157,22 @@ pub(super) struct Window {
     order: Option<String>,
 }
 
+impl<S: Send + Sync> FromRequestParts<S> for Window {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let window = Query::<Self>::from_request_parts(parts, state).await;
+        let Query(window) = window.map_err(|error| {
+            let found = error.body_text();
+            ApiError::bad(format!(
+                "{found}; as limit a whole number up to 4294967295 is expected, as after a list's \
+                 last_id, as order asc or desc"
+            ))
+        })?;
+        Ok(window)
+    }
+}
+
 /// A list, as clients read it: `all` is what comes after the window's begin, and one more if there is.
 pub(super) fn listed(mut all: Vec<Value>, most: usize) -> Json<Value> {
     let has_more = all.len() > most;
@@ -170,7 +188,7 @@ pub(super) fn listed(mut all: Vec<Value>, most: usize) -> Json<Value> {
 pub(super) async fn list(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
-    Query(window): Query<Window>,
+    window: Window,
 ) -> Result<Json<Value>, ApiError> {
     let most = window.limit.unwrap_or(10_000).clamp(1, 10_000) as usize;
     if window.purpose.is_some_and(|purpose| purpose != PURPOSE) {

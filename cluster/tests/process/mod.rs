@@ -195,6 +195,22 @@ impl Process {
         self.child.wait().unwrap();
     }
 
+    /// What its threads do, where Linux tells: their names, states, ticks of CPU so far, and what they
+    /// wait for in the kernel.
+    fn threads(&self) -> String {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        let tell = |task: std::fs::DirEntry| {
+            let read = |file| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+            let (stat, wchan) = (read("stat"), read("wchan"));
+            let name = stat.split(['(', ')']).nth(1).unwrap_or_default().to_owned();
+            let fields: Vec<&str> =
+                stat.rsplit(')').next().unwrap_or_default().split(' ').collect();
+            let field = |at: usize| fields.get(at).copied().unwrap_or("?");
+            format!("{name} {} {} {} {wchan}\n", field(1), field(12), field(13))
+        };
+        tasks.into_iter().flatten().flatten().map(tell).collect()
+    }
+
     /// Waits for its end, for `limit` at most.
     #[track_caller]
     pub(crate) fn ends_within(mut self, limit: Duration) -> Ended {
@@ -205,7 +221,8 @@ impl Process {
             }
             if begun.elapsed() > limit {
                 let (out, err, how) = (self.out(), self.err(), &self.what);
-                panic!("{how}: still there after {limit:?}\n{out}\n{err}");
+                let threads = self.threads();
+                panic!("{how}: still there after {limit:?}\n{out}\n{err}\nthreads:\n{threads}");
             }
             thread::sleep(Duration::from_millis(5));
         };

@@ -113,7 +113,8 @@ fn rate(timelines: &[Timeline], phase: Phase, prompt: usize) -> f64 {
 
 pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> Result<()> {
     let checkpoint = open_model(args.model.as_ref())?;
-    let work = Arc::new(work(phase, &args, &checkpoint)?);
+    let work = |run| work(phase, &args, &checkpoint, run).map(Arc::new);
+    let first = work(0)?;
     let alone = match args.cluster_only {
         true => None,
         false => Some(Alone::load(checkpoint.clone(), &args).await?),
@@ -127,9 +128,9 @@ pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> R
         threads: args.local.compute.threads(args.local.workers.into()),
         simd: args.local.compute.simd()?.to_string(),
         processes: args.processes,
-        prompt: work.prompt(),
-        sequences: work.prompts.len(),
-        generate: work.generate,
+        prompt: first.prompt(),
+        sequences: first.prompts.len(),
+        generate: first.generate,
         load: loading.elapsed(),
         cluster: Samples::default(),
         alone: alone.is_some().then(Samples::default),
@@ -148,6 +149,7 @@ pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> R
         // The first of each warms up and is not counted.
         for run in 0..=runs {
             progress.update(run, runs + 1, "");
+            let work = work(run)?;
             let ours = run_in_cluster(&cluster, &work).await?;
             let theirs = match &alone {
                 None => None,
@@ -169,7 +171,7 @@ pub(super) async fn measure(phase: Phase, args: BenchModelArgs, json: bool) -> R
             }
         }
         if let (true, Some(alone)) = (args.profile, &alone) {
-            report.profile = Some(alone.profile(&work).await?);
+            report.profile = Some(alone.profile(&work(runs + 1)?).await?);
         }
         Ok(())
     }
@@ -196,7 +198,8 @@ impl Work {
     }
 }
 
-fn work(phase: Phase, args: &BenchModelArgs, checkpoint: &Checkpoint) -> Result<Work> {
+/// Each run has prompts of its own: what is cached of another's would not be computed.
+fn work(phase: Phase, args: &BenchModelArgs, checkpoint: &Checkpoint, run: u64) -> Result<Work> {
     let config = args.local.served(checkpoint)?;
     let generate = match phase {
         Phase::Decode => args.generate as usize,
@@ -215,7 +218,8 @@ fn work(phase: Phase, args: &BenchModelArgs, checkpoint: &Checkpoint) -> Result<
         )));
     }
     let token = |at| (random_u64(args.seed, Purpose::Sampling, at) % config.vocab as u64) as u32;
-    let prompts = (0..u64::from(args.sequences))
+    let sequences = u64::from(args.sequences);
+    let prompts = (run * sequences..(run + 1) * sequences)
         .map(|s| (s * prompt as u64..(s + 1) * prompt as u64).map(token).collect())
         .collect();
     Ok(Work { prompts, generate })
