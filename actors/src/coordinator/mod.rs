@@ -168,6 +168,7 @@ pub struct CoordinatorState {
     arguments: CoordinatorArguments,
     cluster: Cluster,
     connections: HashMap<String, Connection>,
+    early: HashMap<String, (ActorRef<NodeMessage>, NodeReport)>,
     /// Nodes that described themselves and whose connection stands, by name.
     nodes: BTreeMap<String, Node>,
     names: HashMap<ActorId, String>,
@@ -205,6 +206,7 @@ impl Actor for Coordinator {
             cluster,
             arguments,
             connections: HashMap::new(),
+            early: HashMap::new(),
             nodes: BTreeMap::new(),
             names: HashMap::new(),
             revoked: Vec::new(),
@@ -371,6 +373,9 @@ impl CoordinatorState {
             before.dismiss(&words::replaced(&name));
             self.gone(now, &name, "it has connected again");
         }
+        if let Some((actor, report)) = self.early.remove(&name) {
+            self.described(now, actor, report);
+        }
     }
 
     fn disconnected(&mut self, now: Instant, connection: &Connection, reason: &str) {
@@ -382,12 +387,15 @@ impl CoordinatorState {
     }
 
     fn described(&mut self, now: Instant, actor: ActorRef<NodeMessage>, report: NodeReport) {
-        let NodeReport { info, holding } = report;
-        let name = info.name.clone();
-        // Its control plane comes through its connection: one that is lost already comes again.
+        let name = report.info.name.clone();
         if !self.connections.contains_key(&name) {
+            // In one process it may be found before its connection is; others come through theirs.
+            if self.arguments.control.is_none() {
+                self.early.insert(name, (actor, report));
+            }
             return;
         }
+        let NodeReport { info, holding } = report;
         // It is told to all others.
         if info.address.parse::<SocketAddr>().is_err() {
             let address = cut(info.address, ADDRESS_BYTES_MAX);
@@ -435,8 +443,7 @@ impl CoordinatorState {
     /// A node is gone, if it was here.
     fn gone(&mut self, now: Instant, name: &str, reason: &str) {
         self.forget(name, reason);
-        let (name, reason) = (name.to_owned(), reason.to_owned());
-        self.cluster.handle(now, Event::Gone { name, reason });
+        self.cluster.handle(now, Event::Gone { name: name.to_owned(), reason: reason.to_owned() });
     }
 
     /// Does what the cluster wants done.
