@@ -120,17 +120,20 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self):
-        end = time.time() + 300
+        end, said = time.time() + 120, None
         while time.time() < end:
             if any(process.poll() is not None for process in self.processes):
                 break
             try:
                 if self.post(dict(prompt=[5, 6, 7], max_tokens=2, temperature=0))["choices"]:
                     return self
-            except (OSError, http.client.HTTPException, RuntimeError):
+            except (OSError, http.client.HTTPException, RuntimeError) as error:
+                said = error
                 time.sleep(0.2)
+        codes = [process.poll() for process in self.processes]
+        wrong(f"a server does not answer ({said!r}, {codes}): see {self.log.name}")
         self.__exit__()
-        sys.exit(f"a server does not answer; see {self.log.name}:\n" + open(self.log.name).read()[-2000:])
+        sys.exit(open(self.log.name).read()[-2000:])
 
     def __exit__(self, *_):
         for process in self.processes:
@@ -142,7 +145,7 @@ class Server:
             os.unlink(self.log.name)
 
     def request(self, body, path="/v1/completions"):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=900)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60 if body.get("max_tokens") == 2 else 900)
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         connection.request("POST", path, json.dumps(body), headers)
         reply = connection.getresponse()
