@@ -156,10 +156,7 @@ pub fn gpu_engine(
 ) -> Result<(Engine<Gpu>, Arc<HbmStore>), DeviceError> {
     let gpu = &backbone.device;
     let (kv_bytes, kv_dtype) = cache;
-    let tiers = checkpoint.config().moe.iter().flat_map(|moe| &moe.tiers);
-    let dtype = checkpoint.dtype();
-    let weights = tiers.map(|tier| tier.dtype.unwrap_or(dtype)).chain([dtype]);
-    load_kernels(gpu, weights, kv_dtype)?;
+    load_kernels(gpu, checkpoint, kv_dtype)?;
     let engine = Engine::with_cache(backbone.clone(), kv_bytes, kv_dtype)?;
     // After the cache, for what is free is theirs.
     let budget = hbm_budget(gpu, hbm.0, hbm.1)?;
@@ -180,13 +177,17 @@ fn hbm_budget(gpu: &Gpu, asked: Option<u64>, sharers: u64) -> Result<u64, Device
     }
 }
 
-/// Compiles or loads what a model's passes need, by formats of weights and of the cache: at its first
-/// use a kernel would keep the lane for longer than a node may show no progress.
-fn load_kernels(
+/// Compiles or loads what a model's passes need, with keys and values in format `kv`: at its first use a
+/// kernel would keep the lane for longer than a node may show no progress. What is loaded already
+/// takes no time.
+pub(super) fn load_kernels(
     gpu: &Gpu,
-    weights: impl Iterator<Item = DType>,
+    checkpoint: &Checkpoint,
     kv: KvDType,
 ) -> Result<(), DeviceError> {
+    let tiers = checkpoint.config().moe.iter().flat_map(|moe| &moe.tiers);
+    let dtype = checkpoint.dtype();
+    let weights = tiers.map(|tier| tier.dtype.unwrap_or(dtype)).chain([dtype]);
     // Sources number formats in the order of these lists.
     let place = |found: Option<usize>| found.and_then(|at| u8::try_from(at).ok()).unwrap_or(0);
     let kv = place(KvDType::ALL.iter().position(|other| *other == kv));

@@ -28,7 +28,10 @@ use crate::{
     archive,
     lane::{Arrangement, LaneEvent, LaneMessage, LaneParts, LaneStart, LaneStats},
     links::deliver,
-    node::{Loaded, Model, NodeDevice, NodeOptions, device::gpu_engine},
+    node::{
+        Loaded, Model, NodeDevice, NodeOptions,
+        device::{gpu_engine, load_kernels},
+    },
     peers::{Epoch, PeerFetcher, PeerOptions},
     placement::Placement,
     shard::{ExpertShard, LoadCounters, ShardArguments, ShardMessage},
@@ -250,9 +253,7 @@ impl LoaderState {
         assignment: &Assignment,
         arrangement: Arrangement,
     ) -> Result<(), String> {
-        let kv_dtype: KvDType = assignment.kv_dtype.parse().map_err(|error| {
-            format!("the coordinator assigned a cache that this release lacks: {error}")
-        })?;
+        let kv_dtype = kv_dtype_of(assignment)?;
         let (model, options) = (model.clone(), self.options.clone());
         // Taking memory from a GPU blocks.
         let start = move || lane_start(&model, &options, kv_dtype, arrangement);
@@ -311,6 +312,7 @@ impl LoaderState {
             *self.doing.lock() = "opening the model".into();
         }
         let (source, device) = (self.options.model.clone(), self.options.device.clone());
+        let kv_dtype = kv_dtype_of(assignment)?;
         let (id, path) = (assignment.checkpoint, assignment.model_path.clone());
         let open = move || -> Result<_, String> {
             let checkpoint = match source {
@@ -330,6 +332,9 @@ impl LoaderState {
                         .map(|backbone| OpenBackbone::Cpu(Arc::new(backbone)))
                 }
                 NodeDevice::Cuda { gpu, .. } => {
+                    // Before it says that it is ready: at their first use, jobs would wait for them.
+                    let loaded = load_kernels(&gpu, &checkpoint, kv_dtype);
+                    loaded.map_err(|error| error.to_string())?;
                     Backbone::load_served(&checkpoint, Some(context), gpu, |_, _| {})
                         .map(|backbone| OpenBackbone::Cuda(Arc::new(backbone)))
                 }
@@ -364,6 +369,13 @@ impl LoaderState {
         }
         Ok(model)
     }
+}
+
+/// How an assignment has keys and values kept.
+fn kv_dtype_of(assignment: &Assignment) -> Result<KvDType, String> {
+    assignment.kv_dtype.parse().map_err(|error| {
+        format!("the coordinator assigned a cache that this release lacks: {error}")
+    })
 }
 
 /// A lane that computes with a model on a node's device.

@@ -81,6 +81,8 @@ use crate::{commands::unix_time, telemetry};
 const CONNECTIONS_MAX: usize = 1024;
 /// How long the head of a request may take to arrive, and a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same for connections that come while half of all places are taken.
+const CROWDED_HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a TLS handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a client may read nothing while there is something for it.
@@ -400,7 +402,9 @@ async fn accept(
         match (place, accepted) {
             (Ok(place), Ok((stream, _))) => {
                 let (tls, app) = (tls.clone(), app.clone());
-                open.spawn(take_in(stream, tls, app, stopping.clone(), place));
+                let crowded = places.available_permits() < CONNECTIONS_MAX / 2;
+                let head = if crowded { CROWDED_HEAD_TIMEOUT } else { HEAD_TIMEOUT };
+                open.spawn(take_in(stream, tls, app, head, stopping.clone(), place));
             }
             (_, Err(error)) => {
                 warn!(%error, "a connection could not be accepted");
@@ -422,6 +426,7 @@ async fn take_in(
     stream: TcpStream,
     tls: Option<TlsAcceptor>,
     app: Router,
+    head: Duration,
     stopping: watch::Receiver<bool>,
     _place: OwnedSemaphorePermit,
 ) {
@@ -431,9 +436,9 @@ async fn take_in(
         return;
     }
     let stream = Stalling::new(stream, STALL_MAX);
-    let Some(tls) = tls else { return serve(stream, app, stopping).await };
+    let Some(tls) = tls else { return serve(stream, app, head, stopping).await };
     match timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
-        Ok(Ok(stream)) => serve(stream, app, stopping).await,
+        Ok(Ok(stream)) => serve(stream, app, head, stopping).await,
         Ok(Err(error)) => debug!(%error, "a connection was no TLS"),
         Err(_) => debug!("a TLS handshake took longer than {HANDSHAKE_TIMEOUT:?}"),
     }
@@ -442,11 +447,12 @@ async fn take_in(
 async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     app: Router,
+    head: Duration,
     mut stopping: watch::Receiver<bool>,
 ) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
+        .header_read_timeout(head)
         .max_buf_size(BUFFER_BYTES)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
     let mut connection = std::pin::pin!(connection);
