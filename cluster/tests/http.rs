@@ -320,6 +320,7 @@ fn what_is_too_much_is_refused_and_costs_nothing() {
     api.raw(&api.head("DELETE", "/v1/completions", ""), b"").refuses(405, "method");
     api.get("/nothing/here").refuses(404, "nothing at");
     api.get("/v1/models/other").refuses(404, "there is no model");
+    api.get("/v1/files/%FF").refuses(400, "UTF-8");
     for list in ["files", "batches"] {
         api.get(&format!("/v1/{list}?limit=-1")).refuses(400, "a whole number up to");
     }

@@ -86,11 +86,14 @@ fn a_job_that_is_left_is_finished_and_found_again() {
 fn jobs_end_when_they_are_cancelled_and_at_their_stop_texts() {
     let _alone = alone();
     let cluster = Cluster::ready(&["a"], &[]);
-    let long = ["--detach", "--json", "--max-tokens", "1000", "--ignore-eos", "ls - list"];
+    // So many that the last of them still runs when it is cancelled, however fast the machine is.
+    let jobs = file(&cluster, 30, 1000);
+    let long = ["--detach", "--json", "--ignore-eos", "--file", &jobs];
     let left = cluster.submit(&[&ME[..], &long].concat()).ends_within(PATIENCE);
     let accepted = &lines(&left.expect(0, &[]).out)[0];
-    assert_eq!(accepted["accepted"], 1);
-    let number = accepted["jobs"][0]["first"].to_string();
+    assert_eq!(accepted["accepted"], 30);
+    let range = &accepted["jobs"][0];
+    let number = range["last"].to_string();
     cluster.is_running(1);
     let cancelled = ask(&cluster, &["cancel", &number]);
     assert_eq!(cancelled.expect(0, &[]).out, "1 job cancelled\n");
@@ -98,6 +101,7 @@ fn jobs_end_when_they_are_cancelled_and_at_their_stop_texts() {
     assert_eq!(again.expect(0, &[]).out, "none of them was open any more\n");
     let job = &lines(&ask(&cluster, &["job", &number, "--json", "--wait"]).out)[0];
     assert_eq!((&job["state"], &job["end"]), (&"cancelled".into(), &"Cancelled".into()));
+    ask(&cluster, &["cancel", &format!("{}-{number}", range["first"])]).expect(0, &[]);
 
     // The attached job and the detached one stop at the same token.
     let stop = ["--stop", "e", "--max-tokens", "50", "--seed", "3", "--json", "ls - list"];

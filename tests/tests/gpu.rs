@@ -154,15 +154,14 @@ async fn what_a_lost_gpu_was_doing_goes_on_elsewhere() {
     for prompt in prompts(&checkpoint) {
         truth.push(run_alone(&checkpoint, Setup::default(), tokens_of(&prompt)).await);
     }
-    let mut both = both(&checkpoint, device).await;
+    let Both { coordinator, mut on_gpu, on_cpu } = both(&checkpoint, device).await;
     let prompts = prompts(&checkpoint);
-    let Both { coordinator, on_gpu, .. } = &mut both;
     let ended = tokio::time::timeout(PATIENCE, on_gpu.run());
     tokio::pin!(ended);
     // Until enough of them were at home on the GPU.
     let mut reason = None;
     while reason.is_none() {
-        let job = |at: usize| run_on(coordinator, tokens_of(&prompts[at]));
+        let job = |at: usize| run_on(&coordinator, tokens_of(&prompts[at]));
         let (first, second, third, fourth) = tokio::join!(job(0), job(1), job(2), job(3));
         for (found, truth) in [first, second, third, fourth].into_iter().zip(&truth) {
             assert_eq!(found.unwrap().tokens, truth.tokens);
@@ -173,8 +172,8 @@ async fn what_a_lost_gpu_was_doing_goes_on_elsewhere() {
     let reason = reason.expect("a worker without its GPU ends").to_string();
     assert!(reason.contains("cuda:0"), "{reason}");
     // And the next ones do not go there.
-    let again = run_on(&both.coordinator, tokens_of(&prompts[0])).await.unwrap();
+    let again = run_on(&coordinator, tokens_of(&prompts[0])).await.unwrap();
     assert_eq!(again.tokens, truth[0].tokens);
-    both.coordinator.stop().await;
-    both.on_cpu.stop().await;
+    coordinator.stop().await;
+    on_cpu.stop().await;
 }

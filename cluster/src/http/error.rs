@@ -7,10 +7,14 @@
 use std::time::Duration;
 
 use axum::{
+    body::to_bytes,
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
+
+/// Bytes of a refusal of the framework's own.
+const SAID_MAX: usize = 4096;
 
 /// A request that is not answered.
 #[derive(Debug, Clone, PartialEq)]
@@ -174,4 +178,17 @@ impl IntoResponse for ApiError {
         }
         response
     }
+}
+
+/// Refusals of the framework's own, of a path that is no text for example, in the shape of ours.
+pub(super) async fn shaped(response: Response) -> Response {
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    let plain = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/plain"));
+    if !plain || !response.status().is_client_error() {
+        return response;
+    }
+    let status = response.status();
+    let said = to_bytes(response.into_body(), SAID_MAX).await.unwrap_or_default();
+    let said = String::from_utf8_lossy(&said);
+    ApiError::new(status, "invalid_request_error", said).into_response()
 }

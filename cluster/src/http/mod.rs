@@ -282,6 +282,7 @@ fn router(api: Arc<Api>) -> Router {
             ApiError::not_found(format!("there is nothing at {path:?}"))
         })
         .method_not_allowed_fallback(async || ApiError::method())
+        .layer(middleware::map_response(error::shaped))
         // Bodies have a limit of our own, which says what it is.
         .layer(DefaultBodyLimit::disable())
         .with_state(api)
