@@ -17,6 +17,7 @@ use crate::{
     cpu::Cpu,
     cuda::{
         Cuda, Dev,
+        copy::Lane,
         fast::Math,
         launch::{DevKv, DevMatrix, DevQueries, Experts, Linear, row_words},
         sample::NONE,
@@ -33,9 +34,10 @@ type Done = Result<(), DeviceError>;
 /// Rows from which products are done in tiles.
 const TILE_ROWS_MIN: usize = 32;
 
-/// A GPU and the CPU that feeds it.
+/// A GPU and the CPU that feeds it, and further GPUs whose memory holds experts, too.
 pub struct Gpu {
-    cuda: Cuda,
+    /// At least one: the first computes everything but experts of the others.
+    cudas: Vec<Cuda>,
     cpu: Arc<Cpu>,
     operations: AtomicU64,
 }
@@ -67,12 +69,30 @@ impl GpuTensor {
 impl Gpu {
     /// A GPU whose host's share is computed by `cpu`.
     pub fn new(cuda: Cuda, cpu: Arc<Cpu>) -> Self {
-        Self { cuda, cpu, operations: AtomicU64::new(0) }
+        Self { cudas: vec![cuda], cpu, operations: AtomicU64::new(0) }
+    }
+
+    /// The same with another GPU of this host that takes a share of the experts.
+    ///
+    /// # Errors
+    /// The two cannot reach each other's memory.
+    pub fn beside(mut self, other: Cuda) -> Result<Self, DeviceError> {
+        for cuda in &self.cudas {
+            cuda.reach(&other)?;
+            other.reach(cuda)?;
+        }
+        self.cudas.push(other);
+        Ok(self)
     }
 
     /// The GPU.
     pub fn cuda(&self) -> &Cuda {
-        &self.cuda
+        &self.cudas[0]
+    }
+
+    /// All GPUs, the first of which is [`Gpu::cuda`].
+    pub fn cudas(&self) -> &[Cuda] {
+        &self.cudas
     }
 
     /// The CPU.
@@ -80,7 +100,8 @@ impl Gpu {
         &self.cpu
     }
 
-    fn ended(&self) {
+    /// Counts an operation that has ended: see [`Device::progress`].
+    pub fn ended(&self) {
         self.operations.fetch_add(1, Relaxed);
     }
 
@@ -104,33 +125,92 @@ impl Gpu {
             let x = if quantised { records } else { rows };
             // Of bf16, tiles for 64 rows took half as long again (H100).
             let many = m >= TILE_ROWS_MIN && (quantised || m > 64);
-            if m == 1 && self.cuda.one_fits(k) {
-                self.cuda.linear_one(rows, None, now, adds)?;
-            } else if many && self.cuda.tiles_fit(dtype, k) {
-                self.cuda.linear_tiles(x, m, now, adds, None)?;
+            if m == 1 && self.cuda().one_fits(k) {
+                self.cuda().linear_one(rows, None, now, adds)?;
+            } else if many && self.cuda().tiles_fit(dtype, k) {
+                self.cuda().linear_tiles(x, m, now, adds, None)?;
             } else {
-                self.cuda.matmul(x, m, now, adds)?;
+                self.cuda().matmul(x, m, now, adds)?;
             }
         }
         self.ended();
         Ok(())
     }
 
-    /// The networks of `experts` over rows, by the kernels that suit so many: route r, whose expert is
-    /// `index[r]`, reads row `r / per_row` of the f32 `rows`, or of their `records` where weights are
-    /// integers. Returns `[routes, hidden]`.
+    /// The networks of experts over rows, by the kernels that suit so many: route r, whose expert is
+    /// `index[r]`, reads row `r / per_row` of the f32 rows, or of their records where weights are integers.
+    /// Each of `kinds` is a table of all experts, in which those of another shape or format are absent.
+    /// Returns `[routes, hidden]`.
     pub fn networks(
         &self,
-        experts: &Experts,
+        kinds: &[&Experts],
         index: &Dev<u32>,
         per_row: usize,
-        rows: &Dev<f32>,
-        records: &Dev<f32>,
+        of: (&Dev<f32>, &Dev<f32>),
     ) -> Result<Dev<f32>, DeviceError> {
-        let Experts { dtype, math, hidden, intermediate, ref table } = *experts;
-        let (cuda, routes) = (&self.cuda, index.len());
-        let tiles = cuda.tiles_fit(dtype, hidden) && cuda.tiles_fit(dtype, intermediate);
-        let item_rows = match routes.div_ceil(table.len().max(1)) {
+        let hidden = kinds.first().map_or(0, |kind| kind.hidden);
+        let parts = self.cuda().scratch(index.len() * hidden)?;
+        self.networks_on(self.cuda(), kinds, index, per_row, of, &parts)?;
+        self.ended();
+        Ok(parts)
+    }
+
+    /// The same over experts that several GPUs hold: `kinds` is a list for each of them. Each computes what
+    /// its experts are asked for and writes it into the first one's memory.
+    pub fn networks_spread(
+        &self,
+        kinds: &[Vec<&Experts>],
+        index: &Dev<u32>,
+        per_row: usize,
+        (rows, records): (&Dev<f32>, &Dev<f32>),
+    ) -> Result<Dev<f32>, DeviceError> {
+        let cuda = self.cuda();
+        let hidden = kinds.iter().flatten().map(|kind| kind.hidden).max().unwrap_or(0);
+        let parts = cuda.scratch(index.len() * hidden)?;
+        let mut ends = Vec::new();
+        if self.cudas.len() > 1 {
+            let ready = cuda.record(Lane::Compute)?;
+            for (other, kinds) in self.cudas.iter().zip(kinds).skip(1) {
+                other.stream_wait(Lane::Compute, &ready)?;
+                let here = |from: &Dev<f32>, wanted: bool| {
+                    let to = other.scratch(if wanted { from.len() } else { 0 })?;
+                    let from = from.part(0, to.len());
+                    other.copy_from(cuda, &from, &to).map(|()| to)
+                };
+                let integers = |kind: &&Experts| kind.dtype.is_quantised();
+                let rows = here(rows, !kinds.iter().all(integers))?;
+                let records = here(records, kinds.iter().any(integers))?;
+                let own = other.scratch(index.len())?;
+                other.copy_from(cuda, index, &own)?;
+                self.networks_on(other, kinds, &own, per_row, (&rows, &records), &parts)?;
+                ends.push(other.record(Lane::Compute)?);
+            }
+        }
+        if let Some(kinds) = kinds.first() {
+            self.networks_on(cuda, kinds, index, per_row, (rows, records), &parts)?;
+        }
+        ends.iter().try_for_each(|end| cuda.stream_wait(Lane::Compute, end))?;
+        self.ended();
+        Ok(parts)
+    }
+
+    /// Networks by one of the GPUs, to `parts`, which may be another's memory.
+    fn networks_on(
+        &self,
+        cuda: &Cuda,
+        kinds: &[&Experts],
+        index: &Dev<u32>,
+        per_row: usize,
+        (rows, records): (&Dev<f32>, &Dev<f32>),
+        parts: &Dev<f32>,
+    ) -> Done {
+        let Some(first) = kinds.first() else { return Ok(()) };
+        let (routes, experts) = (index.len(), first.table.len());
+        let fits = |kind: &Experts| {
+            cuda.tiles_fit(kind.dtype, kind.hidden) && cuda.tiles_fit(kind.dtype, kind.intermediate)
+        };
+        let tiles = kinds.iter().all(|kind| fits(kind));
+        let item_rows = match routes.div_ceil(experts.max(1)) {
             _ if routes == per_row => 1,
             0 | 1 => 4,
             2..16 => 8,
@@ -138,17 +218,18 @@ impl Gpu {
             _ if tiles => 64,
             _ => 16,
         };
-        let grouped = cuda.grouped(routes, table.len(), item_rows)?;
-        cuda.group_routes(index, table.len(), &grouped)?;
-        let between = cuda.scratch(routes * row_words(dtype, math, intermediate))?;
-        let parts = cuda.scratch(routes * hidden)?;
-        let x = if dtype.is_quantised() { records } else { rows };
-        match item_rows {
-            64 => cuda.swiglu_tiles(experts, &grouped, per_row, x, &between, &parts)?,
-            _ => cuda.swiglu_routes(experts, &grouped, per_row, x, &between, &parts)?,
+        let grouped = cuda.grouped(routes, experts, item_rows)?;
+        cuda.group_routes(index, experts, &grouped)?;
+        for kind in kinds {
+            let Experts { dtype, math, intermediate, .. } = **kind;
+            let between = cuda.scratch(routes * row_words(dtype, math, intermediate))?;
+            let x = if dtype.is_quantised() { records } else { rows };
+            match item_rows {
+                64 => cuda.swiglu_tiles(kind, &grouped, per_row, x, &between, parts)?,
+                _ => cuda.swiglu_routes(kind, &grouped, per_row, x, &between, parts)?,
+            }
         }
-        self.ended();
-        Ok(parts)
+        Ok(())
     }
 
     /// Records of all rows if weights of some of these formats read them, else nothing.
@@ -158,10 +239,10 @@ impl Gpu {
         mut formats: impl Iterator<Item = DType>,
     ) -> Result<Dev<f32>, DeviceError> {
         if !formats.any(DType::is_quantised) {
-            return self.cuda.scratch(0);
+            return self.cuda().scratch(0);
         }
-        let records = self.cuda.scratch(x.rows * row_words(DType::Int8, Math::Exact, x.cols))?;
-        self.cuda.quantise(&x.data, x.cols, x.rows, &records)?;
+        let records = self.cuda().scratch(x.rows * row_words(DType::Int8, Math::Exact, x.cols))?;
+        self.cuda().quantise(&x.data, x.cols, x.rows, &records)?;
         Ok(records)
     }
 
@@ -182,10 +263,10 @@ impl Gpu {
         x: &GpuTensor,
     ) -> Result<Dev<f32>, DeviceError> {
         let (dtype, intermediate) = (like.gate.dtype(), like.gate.n());
-        let (math, table) = (Math::Exact, self.cuda.lend(table)?);
+        let (math, table) = (Math::Exact, self.cuda().lend(table)?);
         let experts = Experts { dtype, math, hidden: x.cols, intermediate, table };
         let records = self.records(x, std::iter::once(dtype))?;
-        self.networks(&experts, &self.cuda.lend(of)?, 1, &x.data, &records)
+        self.networks(&[&experts], &self.cuda().lend(of)?, 1, (&x.data, &records))
     }
 }
 
@@ -204,7 +285,7 @@ impl Device for Gpu {
     type KvArena = DevKv;
 
     fn describe(&self) -> String {
-        self.cuda.describe().to_owned()
+        self.cudas.iter().map(Cuda::describe).collect::<Vec<_>>().join(" and ")
     }
 
     fn host(&self) -> &Cpu {
@@ -212,15 +293,15 @@ impl Device for Gpu {
     }
 
     fn matrix(&self, packed: PackedMatrix) -> Result<DevMatrix, DeviceError> {
-        self.cuda.matrix(&packed)
+        self.cuda().matrix(&packed)
     }
 
     fn vector(&self, values: &[f32]) -> Result<Dev<f32>, DeviceError> {
-        self.cuda.upload(values)
+        self.cuda().upload(values)
     }
 
     fn tensor(&self, rows: usize, cols: usize) -> Result<GpuTensor, DeviceError> {
-        Ok(GpuTensor { rows, cols, data: self.cuda.scratch(rows * cols)? })
+        Ok(GpuTensor { rows, cols, data: self.cuda().scratch(rows * cols)? })
     }
 
     fn reshape(&self, t: &mut GpuTensor, rows: usize, cols: usize) -> Done {
@@ -233,27 +314,27 @@ impl Device for Gpu {
     }
 
     fn read<'a>(&self, t: &'a GpuTensor) -> Result<Cow<'a, [f32]>, DeviceError> {
-        let values = self.cuda.download(&t.data)?;
+        let values = self.cuda().download(&t.data)?;
         self.ended();
         Ok(values.into())
     }
 
     fn is_finite(&self, t: &GpuTensor) -> Result<bool, DeviceError> {
-        let first = self.cuda.scratch(t.rows)?;
-        self.cuda.finite(&t.data, &first)?;
-        let first: Vec<u32> = self.cuda.download(&first)?;
+        let first = self.cuda().scratch(t.rows)?;
+        self.cuda().finite(&t.data, &first)?;
+        let first: Vec<u32> = self.cuda().download(&first)?;
         self.ended();
         Ok(first.iter().all(|&column| column == NONE))
     }
 
     fn choose(&self, logits: &GpuTensor, draws: &[Draw]) -> Result<Option<Vec<u32>>, DeviceError> {
-        if !self.cuda.samples(logits.cols) {
+        if !self.cuda().samples(logits.cols) {
             return Ok(None);
         }
         let (weights, out) =
-            (self.cuda.scratch(logits.data.len())?, self.cuda.scratch(draws.len())?);
-        self.cuda.sample(&logits.data, &self.cuda.lend(draws)?, &weights, &out)?;
-        let chosen: Vec<[u32; 2]> = self.cuda.download(&out)?;
+            (self.cuda().scratch(logits.data.len())?, self.cuda().scratch(draws.len())?);
+        self.cuda().sample(&logits.data, &self.cuda().lend(draws)?, &weights, &out)?;
+        let chosen: Vec<[u32; 2]> = self.cuda().download(&out)?;
         self.ended();
         // Where a row has none, the host says why.
         Ok(chosen.into_iter().map(|[token, _]| (token != NONE).then_some(token)).collect())
@@ -261,7 +342,7 @@ impl Device for Gpu {
 
     fn write(&self, t: &mut GpuTensor, values: &[f32]) -> Done {
         assert_eq!(values.len(), t.data.len(), "[rows * cols]");
-        self.cuda.write(&t.data, 0, values)
+        self.cuda().write(&t.data, 0, values)
     }
 
     fn progress(&self) -> u64 {
@@ -269,25 +350,25 @@ impl Device for Gpu {
     }
 
     fn lost(&self) -> Option<String> {
-        self.cuda.lost().map(str::to_owned)
+        self.cudas.iter().find_map(Cuda::lost).map(str::to_owned)
     }
 
     fn embed(&self, table: &DevMatrix, ids: &[u32], out: &mut GpuTensor) -> Done {
-        self.cuda.embed(table, &self.cuda.lend(ids)?, &out.data)
+        self.cuda().embed(table, &self.cuda().lend(ids)?, &out.data)
     }
 
     fn rms_norm(&self, x: &GpuTensor, weight: &Dev<f32>, eps: f32, out: &mut GpuTensor) -> Done {
         if x.rows == 0 {
             return Ok(());
         }
-        self.cuda.rms_norm(&x.data, weight, eps, &out.data)
+        self.cuda().rms_norm(&x.data, weight, eps, &out.data)
     }
 
     fn rms_norm_in_place(&self, x: &mut GpuTensor, weight: &Dev<f32>, eps: f32) -> Done {
         if x.rows == 0 {
             return Ok(());
         }
-        self.cuda.rms_norm(&x.data, weight, eps, &x.data)
+        self.cuda().rms_norm(&x.data, weight, eps, &x.data)
     }
 
     fn matmul(
@@ -307,7 +388,7 @@ impl Device for Gpu {
     }
 
     fn clamp(&self, x: &mut GpuTensor, limit: f32) -> Done {
-        self.cuda.clamp(&x.data, limit)
+        self.cuda().clamp(&x.data, limit)
     }
 
     fn rotary_table(
@@ -323,11 +404,11 @@ impl Device for Gpu {
     }
 
     fn rope(&self, x: &mut GpuTensor, table: &GpuTensor) -> Done {
-        self.cuda.rope(&x.data, &table.data, table.cols)
+        self.cuda().rope(&x.data, &table.data, table.cols)
     }
 
     fn kv_arena(&self, shape: KvShape, pages: usize) -> Result<DevKv, DeviceError> {
-        self.cuda.kv(shape, pages, 0)
+        self.cuda().kv(shape, pages, 0)
     }
 
     fn kv_append(
@@ -338,8 +419,8 @@ impl Device for Gpu {
         v: &GpuTensor,
         slots: &[KvSlot],
     ) -> Done {
-        let slots = self.cuda.lend(&slots_of(slots))?;
-        self.cuda.kv_append(arena, layer, &k.data, &v.data, &slots)
+        let slots = self.cuda().lend(&slots_of(slots))?;
+        self.cuda().kv_append(arena, layer, &k.data, &v.data, &slots)
     }
 
     fn attention(
@@ -362,19 +443,19 @@ impl Device for Gpu {
         let positions: Vec<u32> = queries.iter().map(|query| query.position).collect();
         let longest = positions.iter().copied().max().unwrap_or(0) as usize;
         let queries = DevQueries {
-            tables: self.cuda.lend(&tables)?,
+            tables: self.cuda().lend(&tables)?,
             stride,
-            positions: self.cuda.lend(&positions)?,
+            positions: self.cuda().lend(&positions)?,
             longest,
         };
-        let parts = self.cuda.attention_parts(q.rows, q.cols / head_dim, head_dim, longest)?;
-        self.cuda.attention(arena, layer, &q.data, &queries, scale, window, &parts, &out.data)?;
+        let parts = self.cuda().attention_parts(q.rows, q.cols / head_dim, head_dim, longest)?;
+        self.cuda().attention(arena, layer, &q.data, &queries, scale, window, &parts, &out.data)?;
         self.ended();
         Ok(())
     }
 
     fn select_rows(&self, x: &GpuTensor, rows: &[u32], out: &mut GpuTensor) -> Done {
-        self.cuda.select_rows(&x.data, &self.cuda.lend(rows)?, x.cols, &out.data)
+        self.cuda().select_rows(&x.data, &self.cuda().lend(rows)?, x.cols, &out.data)
     }
 
     fn weighted_sum(
@@ -391,7 +472,7 @@ impl Device for Gpu {
     }
 
     fn add(&self, x: &mut GpuTensor, y: &GpuTensor) -> Done {
-        self.cuda.add(&x.data, &y.data)
+        self.cuda().add(&x.data, &y.data)
     }
 
     fn swiglu(&self, x: &GpuTensor, weights: Swiglu<'_, DevMatrix>, out: &mut GpuTensor) -> Done {
@@ -404,7 +485,7 @@ impl Device for Gpu {
     }
 
     fn sigmoid_gate(&self, x: &mut GpuTensor, logits: &GpuTensor) -> Done {
-        self.cuda.sigmoid_gate(&x.data, &logits.data)
+        self.cuda().sigmoid_gate(&x.data, &logits.data)
     }
 
     fn swiglu_groups(&self, groups: &mut [SwigluGroup<'_, DevMatrix>]) -> Done {
@@ -423,9 +504,9 @@ impl Device for Gpu {
                 of.extend(std::iter::repeat_n(place, group.rows.len()));
                 group.rows.iter().for_each(|row| rows.extend_from_slice(row));
             }
-            let x = GpuTensor { rows: of.len(), cols: hidden, data: self.cuda.lend(&rows)? };
+            let x = GpuTensor { rows: of.len(), cols: hidden, data: self.cuda().lend(&rows)? };
             let parts = self.run_networks(like, &table, &of, &x)?;
-            let parts = self.cuda.download(&parts)?;
+            let parts = self.cuda().download(&parts)?;
             let mut parts = parts.chunks_exact(hidden);
             for member in members {
                 for (out, part) in groups[member].outputs.iter_mut().zip(&mut parts) {

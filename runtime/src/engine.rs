@@ -186,6 +186,12 @@ impl<D: Device> Engine<D> {
         self
     }
 
+    /// The same, with at most so many tokens in a pass, which never changes what is computed.
+    pub fn pass_tokens(mut self, tokens: usize) -> Self {
+        self.schedule.pass_tokens = tokens.max(1);
+        self
+    }
+
     /// The model.
     pub fn backbone(&self) -> &Arc<Backbone<D>> {
         &self.backbone
@@ -408,7 +414,9 @@ impl<D: Device> Engine<D> {
         let Plan { chunks, sequences, record, span } = plan;
         let begun = ForwardPass::new(self.backbone.clone(), chunks, record, span);
         let begun = begun.and_then(|mut pass| {
-            self.carrier.iter().try_for_each(|carrier| pass.carried_by(&**carrier))?;
+            if let Some(carrier) = &self.carrier {
+                pass.carried_by(&**carrier, self.draws(&pass, &sequences).as_deref())?;
+            }
             Ok(pass)
         });
         match begun {
@@ -430,7 +438,8 @@ impl<D: Device> Engine<D> {
     /// Takes a finished pass apart: tokens, logits, routes, ends.
     fn finish(&mut self, id: PassId) {
         let Some(pass) = self.passes.remove(&id) else { return };
-        let outcome = self.draws(&pass).map_or(Ok(None), |draws| pass.forward.choose(&draws));
+        let draws = self.draws(&pass.forward, &pass.sequences);
+        let outcome = draws.map_or(Ok(None), |draws| pass.forward.choose(&draws));
         let outcome = outcome.and_then(|chosen| match chosen {
             Some(tokens) => Ok((Some(tokens), Cow::default())),
             None => Ok((None, pass.forward.logits()?)),
@@ -470,12 +479,12 @@ impl<D: Device> Engine<D> {
 
     /// What the device needs to choose a token of each row of a pass's logits; `None` if one of its
     /// sequences wants more of them.
-    fn draws(&self, pass: &Pass<D>) -> Option<Vec<Draw>> {
-        let rows = pass.sequences.iter().enumerate();
-        let rows = rows.filter(|(index, _)| pass.forward.logit_rows(*index) > 0);
+    fn draws(&self, pass: &ForwardPass<D>, sequences: &[u64]) -> Option<Vec<Draw>> {
+        let rows = sequences.iter().enumerate();
+        let rows = rows.filter(|(index, _)| pass.logit_rows(*index) > 0);
         rows.map(|(index, &id)| {
             let sequence = self.schedule.get(id)?;
-            let one = pass.forward.logit_rows(index) == 1 && sequence.guessed.is_empty();
+            let one = pass.logit_rows(index) == 1 && sequence.guessed.is_empty();
             let draws = one && !sequence.request.logits && !sequence.drafts();
             draws.then(|| sequence.chooser.draw(sequence.tokens.len() as u64)).flatten()
         })

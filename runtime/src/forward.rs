@@ -131,8 +131,12 @@ pub struct ForwardPass<D: Device> {
     record: bool,
     recorded: Vec<Routes>,
     routes: Routes,
+    /// Without room before the first layer is computed.
     tensors: Tensors<D>,
+    started: bool,
     carried: Option<Box<dyn Carried<D>>>,
+    /// Tokens that a carrier has chosen.
+    chosen: Option<Vec<u32>>,
     span: Span,
     layer_span: Span,
 }
@@ -161,6 +165,27 @@ pub struct Tensors<D: Device> {
     pub logits: D::Tensor,
 }
 
+impl<D: Device> Tensors<D> {
+    /// Room for so many rows.
+    fn new(backbone: &Backbone<D>, rows: usize) -> Result<Self, DeviceError> {
+        let (device, attention) = (&*backbone.device, &backbone.config.attention);
+        let (hidden, head) = (backbone.config.hidden, attention.head_dim);
+        let tensor = |cols| device.tensor(rows, cols);
+        Ok(Self {
+            x: tensor(hidden)?,
+            rotary: tensor(head)?,
+            normed: tensor(hidden)?,
+            q: tensor(attention.heads * head)?,
+            k: tensor(attention.kv_heads * head)?,
+            v: tensor(attention.kv_heads * head)?,
+            attended: tensor(attention.heads * head)?,
+            delta: tensor(hidden)?,
+            wanted: device.tensor(0, 0)?,
+            logits: device.tensor(0, 0)?,
+        })
+    }
+}
+
 /// The tiers that each row may use.
 fn tiers(chunks: &[Chunk]) -> Vec<&TierMask> {
     chunks.iter().flat_map(|c| std::iter::repeat_n(&*c.tiers, c.tokens.len())).collect()
@@ -183,35 +208,13 @@ impl<D: Device> ForwardPass<D> {
         record: bool,
         span: Span,
     ) -> Result<Self, DeviceError> {
-        let (mut ids, mut positions, mut slots) = (Vec::new(), Vec::new(), Vec::new());
+        let mut slots = Vec::new();
         for chunk in &chunks {
             assert!(!chunk.tokens.is_empty(), "a chunk has tokens");
-            for (position, &id) in (chunk.start..).zip(&chunk.tokens) {
-                ids.push(id);
-                positions.push(position as u32);
-                slots.push(slot(&chunk.pages, position));
-            }
+            let positions = chunk.start..chunk.start + chunk.tokens.len();
+            slots.extend(positions.map(|position| slot(&chunk.pages, position)));
         }
-        let device = &*backbone.device;
-        let attention = &backbone.config.attention;
-        let (hidden, head) = (backbone.config.hidden, attention.head_dim);
-        let tensor = |cols| device.tensor(ids.len(), cols);
-        let mut x = tensor(hidden)?;
-        device.embed(&backbone.embed, &ids, &mut x)?;
-        let mut rotary = tensor(head)?;
-        device.rotary_table(&positions, &backbone.inv_freq, backbone.rotary_scale, &mut rotary)?;
-        let tensors = Tensors {
-            x,
-            rotary,
-            normed: tensor(hidden)?,
-            q: tensor(attention.heads * head)?,
-            k: tensor(attention.kv_heads * head)?,
-            v: tensor(attention.kv_heads * head)?,
-            attended: tensor(attention.heads * head)?,
-            delta: tensor(hidden)?,
-            wanted: device.tensor(0, 0)?,
-            logits: device.tensor(0, 0)?,
-        };
+        let tensors = Tensors::new(&backbone, 0)?;
         Ok(Self {
             backbone,
             failures: vec![None; chunks.len()],
@@ -224,19 +227,44 @@ impl<D: Device> ForwardPass<D> {
             recorded: Vec::new(),
             routes: Routes::default(),
             tensors,
+            started: false,
             carried: None,
+            chosen: None,
             layer_span: Span::none(),
             span,
         })
     }
 
-    /// Lets a carrier take it through the layers, where it can. Before [`ForwardPass::advance`].
-    pub fn carried_by(&mut self, carrier: &dyn Carrier<D>) -> Result<(), DeviceError> {
+    /// Lets a carrier take it through the layers, where it can. Before [`ForwardPass::advance`]. With
+    /// `draws`, one for each row whose logits are wanted, it may choose the tokens, too: then there are
+    /// no logits.
+    pub fn carried_by(
+        &mut self,
+        carrier: &dyn Carrier<D>,
+        draws: Option<&[Draw]>,
+    ) -> Result<(), DeviceError> {
         // Who wants to see the routes wants them on the host.
         if !self.record {
-            self.carried = carrier.begin(&self.backbone, &self.chunks)?;
+            self.carried = carrier.begin(&self.backbone, &self.chunks, draws)?;
         }
         Ok(())
+    }
+
+    /// Takes tokens and positions to the device, for the first layer.
+    fn start(&mut self) -> Result<(), DeviceError> {
+        let backbone = &*self.backbone;
+        let device = &*backbone.device;
+        let ids: Vec<u32> = self.chunks.iter().flat_map(|c| &c.tokens).copied().collect();
+        if !self.started {
+            let positions = self.chunks.iter().flat_map(|c| (c.start..).take(c.tokens.len()));
+            let positions: Vec<u32> = positions.map(|position| position as u32).collect();
+            let mut tensors = Tensors::new(backbone, ids.len())?;
+            let (inv_freq, scale) = (&backbone.inv_freq, backbone.rotary_scale);
+            device.rotary_table(&positions, inv_freq, scale, &mut tensors.rotary)?;
+            self.tensors = tensors;
+            self.started = true;
+        }
+        device.embed(&backbone.embed, &ids, &mut self.tensors.x)
     }
 
     /// The chunks of this batch.
@@ -271,6 +299,9 @@ impl<D: Device> ForwardPass<D> {
     pub fn advance(&mut self, arena: &mut D::KvArena) -> Result<Progress, DeviceError> {
         assert!(!self.waiting, "combine comes before advance");
         let backbone = self.backbone.clone();
+        if !self.started && !self.carried.as_ref().is_some_and(|carried| carried.is_whole()) {
+            self.start()?;
+        }
         while let Some(layer) = backbone.layers.get(self.layer) {
             self.clean(arena)?;
             if self.failures.iter().all(Option::is_some) {
@@ -282,6 +313,11 @@ impl<D: Device> ForwardPass<D> {
             let attended = match &mut self.carried {
                 Some(carried) => {
                     match carried.carry(&backbone, self.layer, &mut self.tensors, arena)? {
+                        Reached::Tokens(tokens) => {
+                            self.layer = backbone.layers.len();
+                            self.chosen = Some(tokens);
+                            return Ok(Progress::Logits);
+                        }
                         Reached::End => {
                             self.layer = backbone.layers.len();
                             break;
@@ -343,8 +379,7 @@ impl<D: Device> ForwardPass<D> {
     fn begin_anew(&mut self) -> Result<(), DeviceError> {
         self.layer = 0;
         self.unclean = (0..self.chunks.len()).filter(|&c| self.failures[c].is_some()).collect();
-        let ids: Vec<u32> = self.chunks.iter().flat_map(|c| &c.tokens).copied().collect();
-        self.backbone.device.embed(&self.backbone.embed, &ids, &mut self.tensors.x)
+        self.start()
     }
 
     /// Tells the device what comes after the experts that are awaited: for a caller who has to
@@ -673,8 +708,12 @@ impl<D: Device> ForwardPass<D> {
         self.backbone.device.read(&self.tensors.logits)
     }
 
-    /// A token of each row of [`ForwardPass::logits`], if the device chooses: see [`Device::choose`].
+    /// A token of each row of [`ForwardPass::logits`], if a carrier has chosen them or the device does:
+    /// see [`Device::choose`].
     pub fn choose(&self, draws: &[Draw]) -> Result<Option<Vec<u32>>, DeviceError> {
+        if let Some(chosen) = &self.chosen {
+            return Ok(Some(chosen.clone()));
+        }
         self.backbone.device.choose(&self.tensors.logits, draws)
     }
 

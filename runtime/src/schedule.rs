@@ -40,7 +40,7 @@ use crate::{
     sequence::{Guess, Request, RequestError, Sequence},
 };
 
-/// Tokens of one pass at most.
+/// Tokens of one pass at most, where nobody says otherwise ([`crate::engine::Engine::pass_tokens`]).
 pub const PASS_TOKENS_MAX: usize = 512;
 /// Requests that may wait for pages.
 pub const WAITING_MAX: usize = 1024;
@@ -85,6 +85,8 @@ pub struct ScheduleStats {
 /// See the module's text.
 pub(crate) struct Schedule {
     pool: PagePool,
+    /// Tokens of one pass at most.
+    pub(crate) pass_tokens: usize,
     sequences: BTreeMap<u64, Sequence>,
     waiting: Vec<u64>,
     running: Vec<u64>,
@@ -113,6 +115,7 @@ impl Schedule {
     pub(crate) fn new(pages: usize) -> Self {
         Self {
             pool: PagePool::new(pages),
+            pass_tokens: PASS_TOKENS_MAX,
             sequences: BTreeMap::new(),
             waiting: Vec::new(),
             running: Vec::new(),
@@ -276,7 +279,7 @@ impl Schedule {
     /// a pass that decodes.
     pub(crate) fn plan(&mut self, apart: bool, config: &ModelConfig) -> Option<Plan> {
         self.admit();
-        let (mut chunks, mut sequences, mut room) = (Vec::new(), Vec::new(), PASS_TOKENS_MAX);
+        let (mut chunks, mut sequences, mut room) = (Vec::new(), Vec::new(), self.pass_tokens);
         let mut record = false;
         for id in self.order(apart) {
             if room == 0 {
@@ -289,12 +292,12 @@ impl Schedule {
             self.adopt(id);
             let sequence = &self.sequences[&id];
             let limit = match sequence.request.prefill_chunk {
-                0 => PASS_TOKENS_MAX,
+                0 => self.pass_tokens,
                 chunk => chunk,
             };
             let left = sequence.tokens.len() - sequence.cached;
             // Guesses leave half of a pass to others.
-            let for_guesses = room.saturating_sub(PASS_TOKENS_MAX / 2);
+            let for_guesses = room.saturating_sub(self.pass_tokens / 2);
             let mut guessed = match sequence.guess(limit.min(for_guesses), config) {
                 Guess::Verify(guessed) => guessed,
                 Guess::Draft => match self.draft(id, limit.min(room)) {
@@ -345,7 +348,7 @@ impl Schedule {
         if chunks.is_empty() {
             return None;
         }
-        let rows = PASS_TOKENS_MAX - room;
+        let rows = self.pass_tokens - room;
         // A pass belongs to its oldest request's trace; the others are linked to it.
         let mut spans = sequences.iter().map(|id| &self.sequences[id].request.span);
         let first = spans.next().cloned().unwrap_or_else(Span::none);

@@ -12,14 +12,26 @@ use lite_llm_kernels::{
     device::{Device, DeviceError},
     dtype::DType,
     kv::KvDType,
+    ops::tree::LEAF,
 };
 use lite_llm_runtime::{
-    backbone::Backbone, checkpoint::Checkpoint, engine::Engine, expert::ExpertStore,
-    gpu::GpuCarrier, residency::HbmStore,
+    backbone::Backbone,
+    checkpoint::Checkpoint,
+    config::ModelConfig,
+    engine::{Engine, PASS_TOKENS_MAX},
+    expert::ExpertStore,
+    gpu::GpuCarrier,
+    residency::HbmStore,
 };
 
 /// Part of a GPU's free memory that experts leave to activations: a twelfth.
 const ACTIVATIONS_SHARE: u64 = 12;
+
+/// Tokens of a GPU's pass at most.
+const GPU_PASS_TOKENS: usize = 2048;
+
+/// Bytes that attention of a pass may take for its sums.
+const ATTENTION_BYTES: usize = 2 << 30;
 
 /// Which device is asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -27,13 +39,16 @@ pub enum DeviceChoice {
     /// Processors of the host.
     #[default]
     Cpu,
-    /// These GPUs, by number: workers of one process take turns.
-    Cuda(Vec<usize>),
+    /// GPUs, by number, of which each worker has some: workers of one process take turns.
+    Cuda(Vec<Vec<usize>>),
 }
 
 /// A text that names no device.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no device; expected cpu, cuda:0 or, for several workers, cuda:0,1")]
+#[error(
+    "{0:?} is no device; expected cpu, cuda:0, cuda:0+1 for one worker with two GPUs or, for several workers, \
+     cuda:0,1"
+)]
 pub struct NoDevice(String);
 
 impl FromStr for DeviceChoice {
@@ -43,10 +58,17 @@ impl FromStr for DeviceChoice {
         let wrong = || NoDevice(text.to_owned());
         match text.split_once(':') {
             None if text == "cpu" => Ok(Self::Cpu),
-            None if text == "cuda" => Ok(Self::Cuda(vec![0])),
+            None if text == "cuda" => Ok(Self::Cuda(vec![vec![0]])),
             Some(("cuda", numbers)) => {
-                let numbers: Result<_, _> = numbers.split(',').map(str::parse).collect();
-                numbers.map(Self::Cuda).map_err(|_| wrong())
+                let numbers = numbers.split(',').map(|of_worker| {
+                    of_worker.split('+').map(str::parse).collect::<Result<Vec<usize>, _>>()
+                });
+                let numbers: Result<Vec<_>, _> = numbers.collect();
+                let once = |all: &Vec<usize>| (1..all.len()).all(|i| !all[..i].contains(&all[i]));
+                match numbers {
+                    Ok(numbers) if numbers.iter().all(once) => Ok(Self::Cuda(numbers)),
+                    _ => Err(wrong()),
+                }
             }
             _ => Err(wrong()),
         }
@@ -58,7 +80,10 @@ impl fmt::Display for DeviceChoice {
         match self {
             Self::Cpu => f.write_str("cpu"),
             Self::Cuda(numbers) => {
-                let numbers: Vec<_> = numbers.iter().map(usize::to_string).collect();
+                let of_worker = |numbers: &Vec<usize>| {
+                    numbers.iter().map(usize::to_string).collect::<Vec<_>>().join("+")
+                };
+                let numbers: Vec<_> = numbers.iter().map(of_worker).collect();
                 write!(f, "cuda:{}", numbers.join(","))
             }
         }
@@ -67,7 +92,7 @@ impl fmt::Display for DeviceChoice {
 
 impl DeviceChoice {
     /// The device of worker `number` of `workers` in this process, fed by `cpu`. `hbm_bytes` of its
-    /// memory are for experts; by default what is free.
+    /// memory, of each GPU of several, are for experts; by default what is free.
     pub fn open(
         &self,
         (number, workers): (usize, usize),
@@ -76,9 +101,13 @@ impl DeviceChoice {
     ) -> Result<NodeDevice, DeviceError> {
         let Self::Cuda(numbers) = self else { return Ok(NodeDevice::Cpu(cpu)) };
         let folders = Folders { cache: kernel_cache(), sources: None };
-        let cuda = Cuda::open(numbers[number % numbers.len()], folders)?;
+        let mut own = numbers[number % numbers.len()].iter();
+        let first = Cuda::open(own.next().copied().unwrap_or(0), folders.clone())?;
+        let gpu = own.try_fold(Gpu::new(first, cpu), |gpu, &number| {
+            gpu.beside(Cuda::open(number, folders.clone())?)
+        })?;
         let sharers = workers.div_ceil(numbers.len()) as u64;
-        Ok(NodeDevice::Cuda { gpu: Arc::new(Gpu::new(cuda, cpu)), hbm_bytes, sharers })
+        Ok(NodeDevice::Cuda { gpu: Arc::new(gpu), hbm_bytes, sharers })
     }
 }
 
@@ -163,13 +192,25 @@ pub fn gpu_engine(
     let bytes = checkpoint.tier_expert_bytes();
     let store = Arc::new(HbmStore::new(gpu.clone(), below, budget, bytes));
     let carrier = GpuCarrier::new(backbone, store.clone())?;
+    let engine = engine.pass_tokens(pass_tokens(&backbone.config));
     Ok((engine.carried_by(carrier.map(|carrier| Arc::new(carrier) as _)), store))
 }
 
-/// Bytes of a GPU's memory for experts, now that everything else has its place.
+/// Tokens of a pass: many, so that weights are read once for them, but no more than attention has room
+/// for, which keeps a sum for each head of a token and each leaf of what the token sees.
+fn pass_tokens(config: &ModelConfig) -> usize {
+    let leaves = config.context / LEAF + 1;
+    let attention = &config.attention;
+    let row = attention.heads * leaves * (attention.head_dim + 2) * size_of::<f32>();
+    (ATTENTION_BYTES / row.max(1)).clamp(PASS_TOKENS_MAX, GPU_PASS_TOKENS)
+}
+
+/// Bytes of each GPU's memory for experts, now that everything else has its place.
 fn hbm_budget(gpu: &Gpu, asked: Option<u64>, sharers: u64) -> Result<u64, DeviceError> {
-    let (free, _) = gpu.cuda().memory()?;
-    let free = free as u64;
+    let mut free = u64::MAX;
+    for cuda in gpu.cudas() {
+        free = free.min(cuda.memory()?.0 as u64);
+    }
     match asked {
         None => Ok((free - free / ACTIVATIONS_SHARE) / sharers.max(1)),
         Some(needed) if needed <= free => Ok(needed),
@@ -204,7 +245,7 @@ pub(super) fn load_kernels(
         let of = [Source::Matmul, Source::Swiglu, Source::One, Source::Tile];
         sources.extend(of.map(|of| of(format)));
     }
-    sources.into_iter().try_for_each(|source| gpu.cuda().load(source))
+    gpu.cudas().iter().try_for_each(|cuda| cuda.load(&sources))
 }
 
 #[cfg(test)]
@@ -215,11 +256,12 @@ mod tests {
     fn devices_are_named() {
         let parse = |text: &str| text.parse::<DeviceChoice>();
         assert_eq!(parse("cpu"), Ok(DeviceChoice::Cpu));
-        assert_eq!(parse("cuda"), Ok(DeviceChoice::Cuda(vec![0])));
-        assert_eq!(parse("cuda:0,1"), Ok(DeviceChoice::Cuda(vec![0, 1])));
-        for wrong in ["", "gpu", "cuda:", "cuda:x", "cpu:0", "cuda:0,"] {
+        assert_eq!(parse("cuda"), Ok(DeviceChoice::Cuda(vec![vec![0]])));
+        assert_eq!(parse("cuda:0,1"), Ok(DeviceChoice::Cuda(vec![vec![0], vec![1]])));
+        assert_eq!(parse("cuda:0+1,2"), Ok(DeviceChoice::Cuda(vec![vec![0, 1], vec![2]])));
+        for wrong in ["", "gpu", "cuda:", "cuda:x", "cpu:0", "cuda:0,", "cuda:0+", "cuda:0+0"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
-        assert_eq!(parse("cuda:0,1").unwrap().to_string(), "cuda:0,1");
+        assert_eq!(parse("cuda:0+1,2").unwrap().to_string(), "cuda:0+1,2");
     }
 }

@@ -205,4 +205,11 @@ template <class... A> inline void call(void (*kernel)(A...), void** args) {
   struct Run { Run(All& f, typename Plain<A>::Type... a) { f(a...); } };
   Run{box.all, *(typename Plain<A>::Type*)next()...};
 }
-struct Entry { const char* name; void (*call)(void**); };
+// The arguments once more, for a recorded call; they stay as long as the process.
+template <class... A> inline void** keep(void (*)(A...), void** args) {
+  void** kept = new void*[sizeof...(A) + 1];
+  unsigned i = 0;
+  ((kept[i] = new typename Plain<A>::Type(*(typename Plain<A>::Type*)args[i]), i++), ...);
+  return kept;
+}
+struct Entry { const char* name; void (*call)(void**); void** (*keep)(void**); };

@@ -11,6 +11,7 @@
 #include <ctime>
 #include <dlfcn.h>
 #include <elf.h>
+#include <functional>
 #include <map>
 #include <string>
 #include <sys/mman.h>
@@ -39,7 +40,7 @@ constexpr unsigned THREADS = 1024;
 struct Copy { unsigned to, bytes; const void* from; };
 struct Copies { std::vector<std::vector<Copy>> groups; std::vector<Copy> open; };
 
-struct Entry { const char* name; void (*call)(void**); };
+struct Entry { const char* name; void (*call)(void**); void** (*keep)(void**); };
 struct Module { void* library; const Entry* entries; };
 
 Runtime runtime;
@@ -53,7 +54,8 @@ void (*kernel)(void**);
 void** arguments;
 std::map<uint64_t, std::pair<void*, size_t>> memory;
 bool lost;           // a kernel has trapped
-long captured = -1;  // nodes of the graph that is being recorded
+typedef std::vector<std::function<int()>> Graph;
+Graph* captured;  // the graph that is being recorded
 
 void pause(Wait wait, unsigned seen) {
   Lane* lane = runtime.lane;
@@ -173,7 +175,7 @@ extern "C" {
 #define ALIVE_GOOD { ALIVE; return 0; }
 int cuInit(unsigned) GOOD
 int cuDriverGetVersion(int* v) { *v = 13000; return 0; }
-int cuDeviceGetCount(int* n) { *n = 1; return 0; }
+int cuDeviceGetCount(int* n) { *n = 2; return 0; }
 int cuDeviceGet(int* d, int) { *d = 0; return 0; }
 int cuDeviceGetName(char* name, int len, int) { std::snprintf(name, len, "this host, not a GPU"); return 0; }
 int cuDeviceGetAttribute(int* v, int what, int) {
@@ -197,18 +199,23 @@ int cuEventRecord(void* e, void*) { *(double*)e = now(); return 0; }
 int cuEventSynchronize(void*) ALIVE_GOOD
 int cuEventQuery(void*) ALIVE_GOOD
 int cuMemHostAlloc(void** at, size_t bytes, unsigned) { *at = std::calloc(1, bytes); return *at ? 0 : 2; }
+int cuMemHostRegister_v2(void*, size_t, unsigned) GOOD
+int cuMemHostUnregister(void*) GOOD
 int cuMemFreeHost(void* at) { std::free(at); return 0; }
 int cuEventElapsedTime_v2(float* ms, void* a, void* b) { *ms = (float)((*(double*)b - *(double*)a) * 1e3); return 0; }
 int cuEventElapsedTime(float* ms, void* a, void* b) { return cuEventElapsedTime_v2(ms, a, b); }
 int cuEventDestroy_v2(void* e) { delete (double*)e; return 0; }
-// A graph counts what it was given; it cannot be replayed here.
-int cuStreamBeginCapture_v2(void*, int) { captured = 0; return 0; }
-int cuStreamEndCapture(void*, size_t** graph) { *graph = new size_t(captured); captured = -1; return 0; }
-int cuGraphGetNodes(size_t* graph, void*, size_t* count) { *count = *graph; return 0; }
-int cuGraphInstantiateWithFlags(void** e, void*, unsigned long long) { *e = (void*)3; return 0; }
-int cuGraphExecDestroy(void*) GOOD
-int cuGraphDestroy(size_t* graph) { delete graph; return 0; }
-int cuGraphLaunch(void*, void*) { return 801; }
+int cuStreamBeginCapture_v2(void*, int) { captured = new Graph; return 0; }
+int cuStreamEndCapture(void*, Graph** graph) { *graph = captured; captured = nullptr; return 0; }
+int cuGraphGetNodes(Graph* graph, void*, size_t* count) { *count = graph->size(); return 0; }
+int cuGraphInstantiateWithFlags(Graph** e, Graph* graph, unsigned long long) { *e = new Graph(*graph); return 0; }
+int cuGraphExecDestroy(Graph* e) { delete e; return 0; }
+int cuGraphDestroy(Graph* graph) { delete graph; return 0; }
+int cuGraphLaunch(Graph* e, void*) {
+  for (auto& node : *e)
+    if (int error = node()) return error;
+  return 0;
+}
 int cuMemGetInfo_v2(size_t* free, size_t* all) { *free = *all = (size_t)4 << 30; return 0; }
 int cuGetErrorName(int, const char** s) { *s = "HOST"; return 0; }
 int cuGetErrorString(int, const char** s) { *s = "the host that stands for a GPU cannot do this"; return 0; }
@@ -229,9 +236,33 @@ int cuMemFree_v2(uint64_t at) {
   memory.erase(found);
   return 0;
 }
-int cuMemsetD8Async(uint64_t at, unsigned char byte, size_t bytes, void*) { ALIVE; std::memset((void*)at, byte, bytes); return 0; }
-int cuMemcpyHtoDAsync_v2(uint64_t at, const void* from, size_t bytes, void*) { ALIVE; std::memcpy((void*)at, from, bytes); return 0; }
-int cuMemcpyDtoHAsync_v2(void* to, uint64_t at, size_t bytes, void*) { ALIVE; std::memcpy(to, (void*)at, bytes); return 0; }
+int cuMemsetD8Async(uint64_t at, unsigned char byte, size_t bytes, void*) {
+  ALIVE;
+  auto node = [=] { std::memset((void*)at, byte, bytes); return 0; };
+  if (captured) { captured->push_back(node); return 0; }
+  return node();
+}
+// Copies from and to memory that is not locked cannot be recorded.
+int cuMemcpyHtoDAsync_v2(uint64_t at, const void* from, size_t bytes, void*) {
+  ALIVE;
+  if (captured) return 900;
+  std::memcpy((void*)at, from, bytes);
+  return 0;
+}
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t at, size_t bytes, void*) {
+  ALIVE;
+  if (captured) return 900;
+  std::memcpy(to, (void*)at, bytes);
+  return 0;
+}
+
+int cuCtxEnablePeerAccess(void*, unsigned) GOOD
+int cuMemcpyPeerAsync(uint64_t at, void*, uint64_t from, void*, size_t bytes, void*) {
+  ALIVE;
+  auto node = [=] { std::memcpy((void*)at, (void*)from, bytes); return 0; };
+  if (captured) { captured->push_back(node); return 0; }
+  return node();
+}
 
 int cuModuleLoadData(Module** to, const void* data) {
   const Elf64_Ehdr* head = (const Elf64_Ehdr*)data;
@@ -258,7 +289,7 @@ int cuFuncGetAttribute(int* v, int, const Entry*) { *v = 0; return 0; }
 int cuFuncSetAttribute(const Entry*, int, int) GOOD
 
 struct Config { unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared; };
-int cuLaunchKernelEx(const Config* c, const Entry* f, void** args, void**) {
+int launch(const Config* c, const Entry* f, void** args) {
   ALIVE;
   if (!stacks) {
     stacks = (char*)mmap(nullptr, STACK * THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -275,7 +306,6 @@ int cuLaunchKernelEx(const Config* c, const Entry* f, void** args, void**) {
     runtime.copies_wait = copies_wait;
     runtime.trap = [] { lost = true; };
   }
-  if (captured >= 0) { captured++; return 0; }
   if (c->shared > SHARED || c->block_x % 32 || c->block_x > THREADS) return 1;
   static char* base = runtime.shared;
   runtime.shared = base + 63 * PAGE - (c->shared + 127) / 128 * 128;
@@ -292,6 +322,14 @@ int cuLaunchKernelEx(const Config* c, const Entry* f, void** args, void**) {
         std::memset(runtime.shared, 0xff, c->shared);
         run_block(c->block_x, down);
       }
+  return 0;
+}
+int cuLaunchKernelEx(const Config* c, const Entry* f, void** args, void**) {
+  ALIVE;
+  if (!captured) return launch(c, f, args);
+  Config config = *c;
+  void** kept = f->keep(args);
+  captured->push_back([=] { return launch(&config, f, kept); });
   return 0;
 }
 }

@@ -68,9 +68,10 @@ bool build(Program& p) {
     std::regex entry("extern \"C\" __global__ void\\s+(\\w+)\\(");
     std::string table;
     for (std::sregex_iterator i(text.begin(), text.end(), entry), end; i != end; ++i)
-      table += "{\"" + (*i)[1].str() + "\", [](void** args) { call(" + (*i)[1].str() + ", args); }},\n";
+      table += "{\"" + (*i)[1].str() + "\", [](void** args) { call(" + (*i)[1].str() + ", args); }, [](void** args) { return keep(" +
+               (*i)[1].str() + ", args); }},\n";
     text = std::regex_replace(text, std::regex("__global__ "), "");
-    std::ofstream(at + "/e.cpp") << text << "\nextern \"C\" const Entry host_entries[] = {\n" << table << "{nullptr, nullptr}};\n";
+    std::ofstream(at + "/e.cpp") << text << "\nextern \"C\" const Entry host_entries[] = {\n" << table << "{nullptr, nullptr, nullptr}};\n";
     good = run("g++ -std=c++20 -O2 -march=native -ffp-contract=off -fno-strict-aliasing -w -fPIC -shared " + at + "/e.cpp -o " + at + "/k.so", p, log);
   }
   if (good) p.code = read(at + "/k.so");

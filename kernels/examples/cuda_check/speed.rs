@@ -86,7 +86,7 @@ pub(crate) fn all(cuda: &Cuda, peak: f64) -> Done {
 pub(crate) fn captured(cuda: &Cuda, mut work: impl FnMut() -> Done) -> Result<Graph, DeviceError> {
     work()?;
     cuda.wait()?;
-    cuda.capture(work)
+    Ok(cuda.capture(work)?.0)
 }
 
 fn products(cuda: &Cuda, dtype: DType, peak: f64) -> Done {

@@ -1,4 +1,4 @@
-//! A whole decode step of OLMoE-1B-7B's shape with random weights, as one recorded graph.
+//! A whole decode step of a model's shape with random weights, as one recorded graph, and a prefill.
 
 use lite_llm_kernels::{
     cuda::{
@@ -17,14 +17,62 @@ use super::speed::{captured, median};
 
 type Done = Result<(), DeviceError>;
 
-const LAYERS: usize = 16;
-const HIDDEN: usize = 2048;
-const INTER: usize = 1024;
-const EXPERTS: usize = 64;
-const K: usize = 8;
-const HEADS: usize = 16;
-const HEAD: usize = 128;
-const VOCABULARY: usize = 50304;
+/// A model's sizes.
+struct Shape {
+    name: &'static str,
+    layers: usize,
+    hidden: usize,
+    inter: usize,
+    experts: usize,
+    k: usize,
+    heads: usize,
+    kv_heads: usize,
+    head: usize,
+    vocabulary: usize,
+}
+
+const OLMOE: Shape = Shape {
+    name: "OLMoE-1B-7B",
+    layers: 16,
+    hidden: 2048,
+    inter: 1024,
+    experts: 64,
+    k: 8,
+    heads: 16,
+    kv_heads: 16,
+    head: 128,
+    vocabulary: 50304,
+};
+
+const QWEN3: Shape = Shape {
+    name: "Qwen3-30B-A3B",
+    layers: 48,
+    hidden: 2048,
+    inter: 768,
+    experts: 128,
+    k: 8,
+    heads: 32,
+    kv_heads: 4,
+    head: 128,
+    vocabulary: 151936,
+};
+
+impl Shape {
+    /// Width of queries, and of what attention gives.
+    fn wide(&self) -> usize {
+        self.heads * self.head
+    }
+
+    /// Weights of the norms of queries and keys: of the whole row, or of a head.
+    fn head_norm(&self) -> usize {
+        if self.heads == self.kv_heads { self.wide() } else { self.head }
+    }
+
+    /// Width of keys and of values.
+    fn narrow(&self) -> usize {
+        self.kv_heads * self.head
+    }
+}
 
 struct Layer {
     qkv: [DevMatrix; 3],
@@ -72,21 +120,24 @@ fn weights(
     Ok(w.by(math))
 }
 
-/// All of it, or the formats, `prefill` and `decode` that are named.
+/// All of it, or the formats, `prefill` and `decode` that are named; of OLMoE-1B-7B's shape, or of
+/// Qwen3-30B-A3B's if `qwen3` is named.
 pub(crate) fn all(cuda: &Cuda, peak: f64, what: &[String]) -> Done {
     let named = |name: &str| what.iter().any(|w| w == name);
     let (prefills, decodes) = (!named("decode"), !named("prefill"));
+    let s = if named("qwen3") { &QWEN3 } else { &OLMOE };
+    println!("{}", s.name);
     let some = KINDS.iter().any(|kind| named(kind.name));
     for kind in KINDS.into_iter().filter(|kind| !some || named(kind.name)) {
         let Kind { dtype, math, .. } = kind;
-        let up = PackedMatrix::packed_bytes(dtype, INTER, HIDDEN).expect("a size");
-        let down = PackedMatrix::packed_bytes(dtype, HIDDEN, INTER).expect("a size");
+        let up = PackedMatrix::packed_bytes(dtype, s.inter, s.hidden).expect("a size");
+        let down = PackedMatrix::packed_bytes(dtype, s.hidden, s.inter).expect("a size");
         let expert = 2 * up + down;
         let mut layers = Vec::new();
-        for l in 0..LAYERS as u32 {
-            let memory = cuda.filled::<u8>(EXPERTS * expert, 0)?;
+        for l in 0..s.layers as u32 {
+            let memory = cuda.filled::<u8>(s.experts * expert, 0)?;
             cuda.scramble(&memory, 1000 + l)?;
-            let table: Vec<[u64; 3]> = (0..EXPERTS)
+            let table: Vec<[u64; 3]> = (0..s.experts)
                 .map(|e| {
                     let at = memory.address() + (e * expert) as u64;
                     [at, at + up as u64, at + 2 * up as u64]
@@ -95,32 +146,32 @@ pub(crate) fn all(cuda: &Cuda, peak: f64, what: &[String]) -> Done {
             let experts = Experts {
                 dtype,
                 math,
-                hidden: HIDDEN,
-                intermediate: INTER,
+                hidden: s.hidden,
+                intermediate: s.inter,
                 table: cuda.upload(&table)?,
             };
-            let w = |n, seed| weights(cuda, kind, n, HIDDEN, seed);
+            let w = |n, seed| weights(cuda, kind, n, s.hidden, seed);
             layers.push(Layer {
-                qkv: [w(HIDDEN, l)?, w(HIDDEN, 100 + l)?, w(HIDDEN, 200 + l)?],
-                o: w(HIDDEN, 300 + l)?,
-                gate: gate(cuda, l)?,
+                qkv: [w(s.wide(), l)?, w(s.narrow(), 100 + l)?, w(s.narrow(), 200 + l)?],
+                o: weights(cuda, kind, s.hidden, s.wide(), 300 + l)?,
+                gate: gate(cuda, s, l)?,
                 experts,
                 _memory: memory,
             });
         }
-        let head = weights(cuda, kind, VOCABULARY, HIDDEN, 400)?;
+        let head = weights(cuda, kind, s.vocabulary, s.hidden, 400)?;
         // Smaller items waste fewer rows, larger ones read weights less often.
         for (item_rows, wide) in [(64, false), (128, false), (64, true), (128, true)] {
             if prefills && (kind.fast() || !wide) {
                 cuda.set_wide(wide);
-                prefill(cuda, kind, &layers, &head, 2048, item_rows)?;
+                prefill(cuda, s, kind, &layers, &head, 2048, item_rows)?;
                 cuda.set_wide(true);
             }
         }
         // Items of sixteen rows read weights once, where items of eight may do so twice.
         for (batch, item_rows) in [(1, 1), (8, 4), (64, 8), (64, 16)] {
             if decodes {
-                step(cuda, kind, &layers, &head, batch, item_rows, 512, expert, peak)?;
+                step(cuda, s, kind, &layers, &head, batch, item_rows, 512, expert, peak)?;
             }
         }
     }
@@ -128,9 +179,9 @@ pub(crate) fn all(cuda: &Cuda, peak: f64, what: &[String]) -> Done {
 }
 
 /// Scores that differ, so that rows choose different experts.
-fn gate(cuda: &Cuda, seed: u32) -> Result<DevMatrix, DeviceError> {
+fn gate(cuda: &Cuda, s: &Shape, seed: u32) -> Result<DevMatrix, DeviceError> {
     let mut state = u64::from(seed) + 9;
-    let values: Vec<f32> = (0..EXPERTS * HIDDEN)
+    let values: Vec<f32> = (0..s.experts * s.hidden)
         .map(|_| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             ((state >> 40) as f32 / (1u32 << 23) as f32 - 1.0) * 0.1
@@ -138,8 +189,8 @@ fn gate(cuda: &Cuda, seed: u32) -> Result<DevMatrix, DeviceError> {
         .collect();
     cuda.matrix(&PackedMatrix::pack(
         DType::F32,
-        EXPERTS,
-        HIDDEN,
+        s.experts,
+        s.hidden,
         lite_llm_kernels::matrix::Source::F32(&values),
     ))
 }
@@ -147,6 +198,7 @@ fn gate(cuda: &Cuda, seed: u32) -> Result<DevMatrix, DeviceError> {
 #[allow(clippy::too_many_arguments)]
 fn step(
     cuda: &Cuda,
+    s: &Shape,
     kind: Kind,
     layers: &[Layer],
     head: &DevMatrix,
@@ -159,27 +211,30 @@ fn step(
     let f = |cols: usize| cuda.filled::<f32>(batch * cols, 0);
     let Kind { name, dtype, math } = kind;
     let (quantised, own_rows) = (dtype.is_quantised(), kind.own_rows());
-    let routes = batch * K;
+    let routes = batch * s.k;
     let (mut state, mut table) = (7u64, Vec::new());
-    for _ in 0..batch * HIDDEN {
+    for _ in 0..batch * s.hidden {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         table.push((state >> 40) as f32 / (1u32 << 23) as f32 - 1.0);
     }
     let embedded = cuda.upload(&table)?;
-    let norm = cuda.upload(&vec![1.0f32; HIDDEN])?;
-    let rotary = cuda.upload(&vec![0.5f32; batch * HEAD])?;
-    let (x, h, attended, logits) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?, f(VOCABULARY)?);
-    let (q, k, v, scores) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?, f(EXPERTS)?);
-    let records = f(row_words(dtype, math, HIDDEN))?;
-    let parts = cuda.filled::<f32>(routes * HIDDEN, 0)?;
-    let between = cuda.filled::<f32>(routes * row_words(dtype, math, INTER), 0)?;
+    let norm = cuda.upload(&vec![1.0f32; s.hidden])?;
+    let heads_norm = cuda.upload(&vec![1.0f32; s.head_norm()])?;
+    let rotary = cuda.upload(&vec![0.5f32; batch * s.head])?;
+    let (x, h, attended, logits) = (f(s.hidden)?, f(s.hidden)?, f(s.wide())?, f(s.vocabulary)?);
+    let (q, k, v, scores) = (f(s.wide())?, f(s.narrow())?, f(s.narrow())?, f(s.experts)?);
+    let records = f(row_words(dtype, math, s.hidden))?;
+    let wide_records = f(row_words(dtype, math, s.wide()))?;
+    let parts = cuda.filled::<f32>(routes * s.hidden, 0)?;
+    let between = cuda.filled::<f32>(routes * row_words(dtype, math, s.inter), 0)?;
     let (index, weight, bad) = (
         cuda.filled::<u32>(routes, 0)?,
         cuda.filled::<f32>(routes, 0)?,
         cuda.filled::<u32>(batch, 0)?,
     );
-    let grouped = cuda.grouped(routes, EXPERTS, item_rows)?;
-    let shape = KvShape { layers: LAYERS, kv_heads: HEADS, head_dim: HEAD, dtype: KvDType::Bf16 };
+    let grouped = cuda.grouped(routes, s.experts, item_rows)?;
+    let shape =
+        KvShape { layers: s.layers, kv_heads: s.kv_heads, head_dim: s.head, dtype: KvDType::Bf16 };
     let pages = context / 64;
     let kv = cuda.kv(shape, batch * pages, 0x3c)?;
     let tables: Vec<u32> = (0..(batch * pages) as u32).collect();
@@ -193,11 +248,11 @@ fn step(
         positions: cuda.upload(&vec![last as u32; batch])?,
         longest: last,
     };
-    let leaves = cuda.attention_parts(batch, HEADS, HEAD, last)?;
+    let leaves = cuda.attention_parts(batch, s.heads, s.head, last)?;
     let names = cuda.upload(&[5u64])?;
     let how = Choose {
-        n: EXPERTS,
-        k: K,
+        n: s.experts,
+        k: s.k,
         seed: 3,
         masks: None,
         tier_names: &names,
@@ -207,11 +262,16 @@ fn step(
         parents: None,
         renormalise: false,
     };
-    let counters = cuda.filled::<u32>(batch * HEADS + HIDDEN, 0)?;
-    let chosen = cuda.routes(EXPERTS, K)?;
+    let counters = cuda.filled::<u32>(batch * s.heads + s.hidden, 0)?;
+    let chosen = cuda.routes(s.experts, s.k)?;
     let by = Some(Norm { weight: &norm, eps: 1e-5 });
-    let heads =
-        Heads { q: &q, k: &k, v: &v, norms: Some((&norm, &norm, 1e-5)), rotary: Some(&rotary) };
+    let heads = Heads {
+        q: &q,
+        k: &k,
+        v: &v,
+        norms: Some((&heads_norm, &heads_norm, 1e-5)),
+        rotary: Some(&rotary),
+    };
     // A single row: six kernels a layer.
     let run_one = |only: Option<&str>| -> Done {
         let on = |name: &str| only.is_none_or(|only| only == name);
@@ -252,14 +312,14 @@ fn step(
     };
     // What products of the format read: the rows themselves, or their records.
     let input = |from: &Dev<f32>| match own_rows {
-        _ if quantised => cuda.quantise(from, HIDDEN, batch, &records),
-        true => cuda.pair_rows(from, HIDDEN, batch, &records),
+        _ if quantised => cuda.quantise(from, s.wide(), batch, &wide_records),
+        true => cuda.pair_rows(from, s.wide(), batch, &wide_records),
         false => Ok(()),
     };
     let spread = cuda.spread(256)?;
     // Tiles pay for blocks and many outputs; qkv and o of bf16 took 1.8 ms so, and 1.2 otherwise.
     let dense = |x: &Dev<f32>, products: &[Linear<'_>], adds: bool| {
-        if quantised && batch >= 32 && products[0].weight.n() > HIDDEN {
+        if quantised && batch >= 32 && products[0].weight.n() > s.hidden {
             cuda.linear_tiles(x, batch, products, adds, Some(&spread))
         } else {
             cuda.matmul(x, batch, products, adds)
@@ -310,7 +370,7 @@ fn step(
                 input(&attended)?;
             }
             if on("qkv, o") {
-                let rows = if own_rows { &records } else { &attended };
+                let rows = if own_rows { &wide_records } else { &attended };
                 dense(rows, &[Linear { weight: &layer.o, bias: None, out: &x }], true)?;
             }
             if on("norms") {
@@ -324,18 +384,18 @@ fn step(
                     false,
                 )?;
                 cuda.choose(&scores, how, &index, &weight, &bad)?;
-                cuda.group_routes(&index, EXPERTS, &grouped)?;
+                cuda.group_routes(&index, s.experts, &grouped)?;
             }
             if on("experts") {
                 cuda.swiglu_routes(
                     &layer.experts,
                     &grouped,
-                    K,
+                    s.k,
                     if own_rows { &records } else { &h },
                     &between,
                     &parts,
                 )?;
-                cuda.weighted_sum(&parts, &weight, K, true, &x)?;
+                cuda.weighted_sum(&parts, &weight, s.k, true, &x)?;
             }
         }
         if on("head") {
@@ -350,18 +410,19 @@ fn step(
     cuda.write(&x, 0, &cuda.download(&embedded)?)?;
     let ms = median(cuda, || cuda.replay(&graph))?;
     let chosen = cuda.download(if batch == 1 { &chosen.index } else { &index })?;
-    let mut seen = [false; EXPERTS];
-    chosen.iter().for_each(|&e| seen[e as usize % EXPERTS] = true);
+    let mut seen = vec![false; s.experts];
+    chosen.iter().for_each(|&e| seen[e as usize % s.experts] = true);
     let active = seen.iter().filter(|&&s| s).count();
     // With uniform routing, as FIELD.md counts.
-    let uniform = EXPERTS as f64 * (1.0 - (1.0 - K as f64 / EXPERTS as f64).powi(batch as i32));
+    let uniform =
+        s.experts as f64 * (1.0 - (1.0 - s.k as f64 / s.experts as f64).powi(batch as i32));
     let dense: usize = layers
         .iter()
         .map(|l| l.qkv.iter().chain([&l.o, &l.gate]).map(|w| w.data().len()).sum::<usize>())
         .sum::<usize>()
         + head.data().len();
-    let cache = batch * context * LAYERS * 2 * HIDDEN * 2;
-    let bytes = dense as f64 + cache as f64 + LAYERS as f64 * uniform * expert as f64;
+    let cache = batch * context * s.layers * 2 * s.narrow() * 2;
+    let bytes = dense as f64 + cache as f64 + s.layers as f64 * uniform * expert as f64;
     let limit = batch as f64 * peak / bytes;
     let rate = batch as f64 / f64::from(ms) * 1e3;
     println!(
@@ -382,8 +443,10 @@ fn step(
 }
 
 /// A prompt of so many tokens, alone, to the logits of its last.
+#[allow(clippy::too_many_arguments)]
 fn prefill(
     cuda: &Cuda,
+    s: &Shape,
     kind: Kind,
     layers: &[Layer],
     head: &DevMatrix,
@@ -392,28 +455,31 @@ fn prefill(
 ) -> Done {
     let Kind { name, dtype, math } = kind;
     let f = |cols: usize| cuda.filled::<f32>(rows * cols, 0);
-    let routes = rows * K;
+    let routes = rows * s.k;
     let (mut state, mut values) = (7u64, Vec::new());
-    for _ in 0..rows * HIDDEN {
+    for _ in 0..rows * s.hidden {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         values.push((state >> 40) as f32 / (1u32 << 23) as f32 - 1.0);
     }
     let embedded = cuda.upload(&values)?;
-    let norm = cuda.upload(&vec![1.0f32; HIDDEN])?;
-    let rotary = cuda.upload(&vec![0.5f32; rows * HEAD])?;
-    let (x, h, attended) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?);
-    let (q, k, v, scores) = (f(HIDDEN)?, f(HIDDEN)?, f(HIDDEN)?, f(EXPERTS)?);
-    let logits = cuda.filled::<f32>(VOCABULARY, 0)?;
-    let records = f(row_words(dtype, math, HIDDEN))?;
-    let parts = cuda.filled::<f32>(routes * HIDDEN, 0)?;
-    let between = cuda.filled::<f32>(routes * row_words(dtype, math, INTER), 0)?;
+    let norm = cuda.upload(&vec![1.0f32; s.hidden])?;
+    let heads_norm = cuda.upload(&vec![1.0f32; s.head_norm()])?;
+    let rotary = cuda.upload(&vec![0.5f32; rows * s.head])?;
+    let (x, h, attended) = (f(s.hidden)?, f(s.hidden)?, f(s.wide())?);
+    let (q, k, v, scores) = (f(s.wide())?, f(s.narrow())?, f(s.narrow())?, f(s.experts)?);
+    let logits = cuda.filled::<f32>(s.vocabulary, 0)?;
+    let records = f(row_words(dtype, math, s.hidden))?;
+    let wide_records = f(row_words(dtype, math, s.wide()))?;
+    let parts = cuda.filled::<f32>(routes * s.hidden, 0)?;
+    let between = cuda.filled::<f32>(routes * row_words(dtype, math, s.inter), 0)?;
     let (index, weight, bad) = (
         cuda.filled::<u32>(routes, 0)?,
         cuda.filled::<f32>(routes, 0)?,
         cuda.filled::<u32>(rows, 0)?,
     );
-    let grouped = cuda.grouped(routes, EXPERTS, item_rows)?;
-    let shape = KvShape { layers: LAYERS, kv_heads: HEADS, head_dim: HEAD, dtype: KvDType::Bf16 };
+    let grouped = cuda.grouped(routes, s.experts, item_rows)?;
+    let shape =
+        KvShape { layers: s.layers, kv_heads: s.kv_heads, head_dim: s.head, dtype: KvDType::Bf16 };
     let pages = rows / 64;
     let kv = cuda.kv(shape, pages, 0x3c)?;
     let tables: Vec<u32> = (0..rows).flat_map(|_| 0..pages as u32).collect();
@@ -429,11 +495,11 @@ fn prefill(
     let each = if kind.fast() { TILE_ROWS as u32 } else { 64 };
     let tiles: Vec<[u32; 2]> = (0..rows as u32 / each).map(|t| [t * each, each]).collect();
     let tiles = cuda.upload(&tiles)?;
-    let leaves = cuda.attention_parts(rows, HEADS, HEAD, rows - 1)?;
+    let leaves = cuda.attention_parts(rows, s.heads, s.head, rows - 1)?;
     let names = cuda.upload(&[5u64])?;
     let how = Choose {
-        n: EXPERTS,
-        k: K,
+        n: s.experts,
+        k: s.k,
         seed: 3,
         masks: None,
         tier_names: &names,
@@ -443,8 +509,13 @@ fn prefill(
         parents: None,
         renormalise: false,
     };
-    let heads =
-        Heads { q: &q, k: &k, v: &v, norms: Some((&norm, &norm, 1e-5)), rotary: Some(&rotary) };
+    let heads = Heads {
+        q: &q,
+        k: &k,
+        v: &v,
+        norms: Some((&heads_norm, &heads_norm, 1e-5)),
+        rotary: Some(&rotary),
+    };
     let (quantised, own_rows) = (dtype.is_quantised(), kind.own_rows());
     // Of the format, and in f32 for the gate.
     let normed = |both: bool| {
@@ -486,13 +557,13 @@ fn prefill(
                 }
             }
             if on("norms") && quantised {
-                cuda.quantise(&attended, HIDDEN, rows, &records)?;
+                cuda.quantise(&attended, s.wide(), rows, &wide_records)?;
             } else if on("norms") && own_rows {
-                cuda.pair_rows(&attended, HIDDEN, rows, &records)?;
+                cuda.pair_rows(&attended, s.wide(), rows, &wide_records)?;
             }
             if on("qkv, o") {
                 let products = [Linear { weight: &layer.o, bias: None, out: &x }];
-                let from = if own_rows { &records } else { &attended };
+                let from = if own_rows { &wide_records } else { &attended };
                 cuda.linear_tiles(from, rows, &products, true, None)?;
             }
             if on("norms") {
@@ -502,20 +573,20 @@ fn prefill(
                 let products = [Linear { weight: &layer.gate, bias: None, out: &scores }];
                 cuda.matmul(&h, rows, &products, false)?;
                 cuda.choose(&scores, how, &index, &weight, &bad)?;
-                cuda.group_routes(&index, EXPERTS, &grouped)?;
+                cuda.group_routes(&index, s.experts, &grouped)?;
             }
             if on("experts") {
                 let from = if own_rows { &records } else { &h };
-                cuda.swiglu_tiles(&layer.experts, &grouped, K, from, &between, &parts)?;
+                cuda.swiglu_tiles(&layer.experts, &grouped, s.k, from, &between, &parts)?;
             }
             if on("sums") {
-                cuda.weighted_sum(&parts, &weight, K, true, &x)?;
+                cuda.weighted_sum(&parts, &weight, s.k, true, &x)?;
             }
         }
         if on("head") {
             let last = cuda.upload(&[rows as u32 - 1])?;
-            let row = cuda.filled::<f32>(HIDDEN, 0)?;
-            cuda.select_rows(&x, &last, HIDDEN, &row)?;
+            let row = cuda.filled::<f32>(s.hidden, 0)?;
+            cuda.select_rows(&x, &last, s.hidden, &row)?;
             let by = Some(Norm { weight: &norm, eps: 1e-5 });
             let products = [Linear { weight: head, bias: None, out: &logits }];
             cuda.linear_one(&row, by, &products, false)?;

@@ -22,7 +22,7 @@ use super::{
     memory::{self, Dev},
     show,
 };
-use crate::device::DeviceError;
+use crate::{buffer::Buffer, device::DeviceError};
 
 /// A stream of work, done in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,7 +149,39 @@ impl<T> Drop for Arriving<T> {
     }
 }
 
+/// Memory of the host that the device reads by itself as long as this is there.
+pub struct Locked {
+    buffer: Buffer,
+    context: Arc<CudaContext>,
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // A copy from it may be under way.
+        if self.context.bind_to_thread().is_ok() && self.context.synchronize().is_ok() {
+            // SAFETY: registered by `Cuda::lock`, and nothing reads it any more.
+            let _ = unsafe { sys::cuMemHostUnregister(self.buffer.as_ptr().cast_mut().cast()) };
+        }
+    }
+}
+
 impl Cuda {
+    /// Locks a buffer where it is, so that [`Cuda::put`] copies from it at the rate of the bus and returns
+    /// at once: it must stay until the copy has ended. `None` if the driver cannot do that, for example
+    /// because it shares a page with what is locked already.
+    pub fn lock(&self, buffer: &Buffer) -> Result<Option<Locked>, DeviceError> {
+        if buffer.is_empty() {
+            return Ok(None);
+        }
+        self.context.bind_to_thread().map_err(|e| self.fail(e))?;
+        let at = buffer.as_ptr().cast_mut().cast();
+        // SAFETY: memory of this process, which the buffer keeps; the device only reads it.
+        let locked = unsafe { sys::cuMemHostRegister_v2(at, buffer.len(), 0) }.result();
+        let locked =
+            locked.map(|()| Locked { buffer: buffer.clone(), context: self.context.clone() });
+        Ok(locked.ok())
+    }
+
     fn lane(&self, lane: Lane) -> &CudaStream {
         match lane {
             Lane::Compute => &self.stream,

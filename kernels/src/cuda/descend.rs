@@ -68,6 +68,16 @@ impl Gates {
     pub fn experts(&self) -> usize {
         self.experts
     }
+
+    /// Words of a row's choices.
+    fn fixed(&self) -> usize {
+        4 * self.k_tier + 3 * self.branches + 2 * self.routes
+    }
+
+    /// Words of a choice that is made.
+    fn room(&self) -> usize {
+        4 * self.widest + self.widest.div_ceil(LEAF) + 4
+    }
 }
 
 /// Routes of rows, made once for as many as there may be.
@@ -180,6 +190,16 @@ impl Cuda {
         })
     }
 
+    /// Words of a processor for the routes of a row.
+    fn descent_room(&self) -> usize {
+        (self.shared_max as usize - 1024) / size_of::<f32>()
+    }
+
+    /// Whether [`Cuda::descend`] can be used with these gates.
+    pub fn descend_fits(&self, gates: &Gates) -> bool {
+        gates.fixed() + gates.room() <= self.descent_room()
+    }
+
     /// Routes every row of `scores`, `[rows, cols]`, of a layer. `masks`: a bit per tier that the row
     /// may use, whole words per row; of none, all.
     pub fn descend(
@@ -191,13 +211,13 @@ impl Cuda {
         to: &Descended,
     ) -> Done {
         let rows = to.count.len();
-        let Gates { k_tier, cols, branches, routes, widest, .. } = *gates;
+        let Gates { k_tier, cols, branches, routes, .. } = *gates;
         let mask_words = gates.tiers.len().div_ceil(32);
         assert_eq!(scores.len(), rows * cols, "scores are [rows, cols]");
         assert_eq!((to.index.len(), to.weight.len()), (rows * routes, rows * routes), "all routes");
         assert_eq!(to.bad.len(), rows, "one per row");
         assert!(masks.is_none_or(|m| m.len() == rows * mask_words), "a bit per tier");
-        let room = 4 * widest + widest.div_ceil(LEAF) + 4;
+        let room = gates.room();
         let words = [
             gates.tiers.at,
             gates.names.at,
@@ -209,9 +229,9 @@ impl Cuda {
             pair(routes, room),
             u64::from(gates.renormalise),
         ];
-        let fixed = 4 * k_tier + 3 * branches + 2 * routes;
-        let most = (self.shared_max as usize - 1024) / size_of::<f32>();
-        assert!(fixed + room <= most, "gates that fit a processor");
+        let fixed = gates.fixed();
+        let most = self.descent_room();
+        assert!(self.descend_fits(gates), "gates that fit a processor");
         let warps = branches.clamp(1, WARPS).min((most - fixed) / room);
         let args = Args::default().dev(scores).structure(&words);
         let args = args.dev(&to.index).dev(&to.weight).dev(&to.count).dev(&to.bad);

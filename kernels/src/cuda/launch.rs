@@ -187,6 +187,11 @@ impl DevKv {
     pub fn shape(&self) -> KvShape {
         self.shape
     }
+
+    /// Where its pages are.
+    pub fn address(&self) -> u64 {
+        self.pages.at
+    }
 }
 
 /// Queries of one call: a row of pages for each.
@@ -372,6 +377,16 @@ impl Cuda {
         })
     }
 
+    /// Counts of experts that fit a processor.
+    fn counts_room(&self) -> usize {
+        (self.shared_max as usize - (16 << 10)) / size_of::<u32>()
+    }
+
+    /// Whether [`Cuda::group_routes`] can order the routes of so many experts.
+    pub fn groups_fit(&self, experts: usize) -> bool {
+        2 * experts <= self.counts_room()
+    }
+
     /// Puts routes, each the number of its expert, in order of experts.
     pub fn group_routes(&self, routes: &Dev<u32>, experts: usize, to: &Grouped) -> Done {
         assert_eq!(routes.len(), to.routes, "room for the routes");
@@ -379,8 +394,8 @@ impl Cuda {
         assert!(to.items.len() >= most, "room for the items");
         let args = Args::default().dev(routes).u32(to.routes).u32(experts).u32(to.item_rows);
         let args = args.dev(&to.order).dev(&to.items).dev(&to.count);
-        let room = (self.shared_max as usize - (16 << 10)) / size_of::<u32>();
-        assert!(2 * experts <= room, "experts whose counts fit a processor");
+        let room = self.counts_room();
+        assert!(self.groups_fit(experts), "experts whose counts fit a processor");
         let warps = to.routes.div_ceil(32).clamp(1, 32).min(room / experts.max(1) - 1);
         let shared = (warps + 1) * experts * size_of::<u32>();
         let grid = Grid { shared, ..Grid::new(1, warps as u32 * 32) };

@@ -21,7 +21,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -39,12 +39,17 @@ use self::{
 use crate::device::DeviceError;
 
 pub use self::memory::Dev;
-pub use cudarc::driver::CudaGraph as Graph;
 
 /// The driver that these kernels' compiler writes code for, as CUDA counts: 13.0.
 const DRIVER_VERSION: i32 = 13_000;
 
 type Found = Result<CudaFunction, DeviceError>;
+
+/// Work that was recorded, to be done as often as wanted: see [`Cuda::capture`].
+pub struct Graph(CudaGraph);
+
+// SAFETY: handles of the driver, whose calls may come from any thread; one at a time has it.
+unsafe impl Send for Graph {}
 
 /// A GPU, and what was compiled for it.
 pub struct Cuda {
@@ -61,6 +66,8 @@ pub struct Cuda {
     folders: Folders,
     lost: OnceLock<String>,
     pool: Arc<Pool>,
+    /// Memory that recorded work uses: such work runs one piece after the other, so all share it.
+    recorded: Arc<Pool>,
     modules: Mutex<HashMap<Source, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(Source, &'static str), CudaFunction>>,
 }
@@ -173,7 +180,7 @@ fn is_fatal(error: DriverError) -> bool {
 impl Drop for Cuda {
     fn drop(&mut self) {
         if self.context.bind_to_thread().is_ok() && self.context.synchronize().is_ok() {
-            for at in self.pool.drain() {
+            for at in self.pool.drain().into_iter().chain(self.recorded.drain()) {
                 // SAFETY: nobody has them any more, and nothing runs.
                 let _ = unsafe { result::free_sync(at) };
             }
@@ -214,12 +221,50 @@ impl Cuda {
                 folders,
                 lost: OnceLock::new(),
                 pool: Arc::default(),
+                recorded: Arc::default(),
                 modules: Mutex::default(),
                 functions: Mutex::default(),
                 context,
             })
         };
         open().map_err(|e| fail(show(e)))
+    }
+
+    /// Lets this GPU's kernels read and write the memory of another (over NVLink, where there is one).
+    pub fn reach(&self, other: &Cuda) -> Result<(), DeviceError> {
+        self.bind()?;
+        // SAFETY: both contexts live as long as their `Cuda`, and the driver checks that it can be done.
+        let reached = unsafe { sys::cuCtxEnablePeerAccess(other.context.cu_ctx(), 0) }.result();
+        match reached {
+            Err(error) if error.0 != sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Err(
+                failed(&self.name, format!("{} is out of its reach: {}", other.name, show(error))),
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Copies values from another GPU's memory, in order with this GPU's work; the other must have written
+    /// them by then ([`copy::Event`]).
+    ///
+    /// # Panics
+    /// If they are not as many.
+    pub fn copy_from<T: Pod>(
+        &self,
+        other: &Cuda,
+        from: &Dev<T>,
+        to: &Dev<T>,
+    ) -> Result<(), DeviceError> {
+        assert_eq!(from.len(), to.len(), "a copy is as large");
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        let (here, there) = (self.context.cu_ctx(), other.context.cu_ctx());
+        let (bytes, stream) = (from.len() * size_of::<T>(), self.stream.cu_stream());
+        // SAFETY: inside both buffers.
+        unsafe { sys::cuMemcpyPeerAsync(to.at, here, from.at, there, bytes, stream) }
+            .result()
+            .map_err(|e| self.fail(e))
     }
 
     /// Name for people, for example `cuda:0 (NVIDIA H100 80GB HBM3)`.
@@ -296,16 +341,19 @@ impl Cuda {
         Ok(memory)
     }
 
-    /// Room for `len` values that holds anything, from memory that is kept and used again.
+    /// Room for `len` values that holds anything, from memory that is kept and used again; while work is
+    /// recorded, from memory that only recorded work uses, and may use again as soon as this is dropped.
     pub fn scratch<T: Pod>(&self, len: usize) -> Result<Dev<T>, DeviceError> {
         let bytes = len * size_of::<T>();
         if bytes == 0 {
             return Ok(Dev::new(None, len));
         }
         let size = Pool::size(bytes);
-        let block = match self.pool.take(size, &self.context) {
+        let recording = self.recording.load(Ordering::Relaxed);
+        let pool = if recording { &self.recorded } else { &self.pool };
+        let block = match pool.take(size, &self.context) {
             Some(block) => block,
-            None => self.pool.adopt(self.allocate(size)?, size, &self.context),
+            None => pool.adopt(self.allocate(size)?, size, &self.context),
         };
         Ok(Dev::new(Some(block), len))
     }
@@ -313,7 +361,7 @@ impl Cuda {
     /// Values in memory that is kept and used again.
     pub fn lend<T: Pod>(&self, values: &[T]) -> Result<Dev<T>, DeviceError> {
         let memory = self.scratch(values.len())?;
-        self.copy_in(&memory, 0, values)?;
+        self.put(&memory, 0, values)?;
         Ok(memory)
     }
 
@@ -327,7 +375,10 @@ impl Cuda {
 
     /// Writes values from value `from` on, in order with the device's work. The driver has read them
     /// when this returns, for they are not in pinned memory.
-    fn copy_in<T: Pod>(&self, to: &Dev<T>, from: usize, values: &[T]) -> Result<(), DeviceError> {
+    ///
+    /// # Panics
+    /// If there is no room for them.
+    pub fn put<T: Pod>(&self, to: &Dev<T>, from: usize, values: &[T]) -> Result<(), DeviceError> {
         assert!(from + values.len() <= to.len, "values leave the device's buffer");
         if values.is_empty() {
             return Ok(());
@@ -360,7 +411,7 @@ impl Cuda {
     /// # Panics
     /// If there is no room for them.
     pub fn write<T: Pod>(&self, to: &Dev<T>, from: usize, values: &[T]) -> Result<(), DeviceError> {
-        self.copy_in(to, from, values)?;
+        self.put(to, from, values)?;
         self.wait()
     }
 
@@ -411,10 +462,10 @@ impl Cuda {
     /// Records what `work` gives the device instead of doing it, to be done as often as wanted.
     /// What it launches must be loaded already, and it must not wait, allocate or read. An error if
     /// it gave the device nothing: replaying such a graph was seen to damage the process's memory.
-    pub fn capture(
+    pub fn capture<T>(
         &self,
-        work: impl FnOnce() -> Result<(), DeviceError>,
-    ) -> Result<CudaGraph, DeviceError> {
+        work: impl FnOnce() -> Result<T, DeviceError>,
+    ) -> Result<(Graph, T), DeviceError> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         self.stream.begin_capture(mode).map_err(|e| self.fail(e))?;
         self.recording.store(true, Ordering::Relaxed);
@@ -422,7 +473,7 @@ impl Cuda {
         self.recording.store(false, Ordering::Relaxed);
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = self.stream.end_capture(flags).map_err(|e| self.fail(e));
-        worked?;
+        let worked = worked?;
         let nothing = || failed(&self.name, "nothing was recorded: a graph needs some work");
         let graph = graph?.ok_or_else(nothing)?;
         let mut nodes = 0;
@@ -430,24 +481,41 @@ impl Cuda {
         unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut nodes) }
             .result()
             .map_err(|e| self.fail(e))?;
-        if nodes == 0 { Err(nothing()) } else { Ok(graph) }
+        if nodes == 0 { Err(nothing()) } else { Ok((Graph(graph), worked)) }
     }
 
     /// Does what was recorded.
-    pub fn replay(&self, graph: &CudaGraph) -> Result<(), DeviceError> {
-        graph.launch().map_err(|e| self.fail(e))
+    pub fn replay(&self, graph: &Graph) -> Result<(), DeviceError> {
+        graph.0.launch().map_err(|e| self.fail(e))
     }
 
-    /// Compiles and loads a source now, rather than at its first use.
-    pub fn load(&self, source: Source) -> Result<(), DeviceError> {
-        self.module(source).map(drop)
+    /// Compiles and loads sources now, rather than at their first use: several at the same time, for a
+    /// compiler uses one thread.
+    pub fn load(&self, sources: &[Source]) -> Result<(), DeviceError> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<(), DeviceError> {
+            while let Some(&source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.module(source)?;
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let workers: Vec<_> =
+                (0..threads.min(sources.len())).map(|_| scope.spawn(work)).collect();
+            let ended = |worker: std::thread::ScopedJoinHandle<'_, _>| {
+                worker.join().unwrap_or_else(|_| Err(failed(&self.name, "a compiler panicked")))
+            };
+            workers.into_iter().map(ended).fold(Ok(()), Result::and)
+        })
     }
 
     fn module(&self, source: Source) -> Result<Arc<CudaModule>, DeviceError> {
-        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(module) = modules.get(&source) {
+        let modules = || self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = modules().get(&source) {
             return Ok(module.clone());
         }
+        self.bind()?;
         let load = |fresh| -> Result<Result<Arc<CudaModule>, DriverError>, DeviceError> {
             let code = compile::code(source, &self.arch, &self.folders, fresh)
                 .map_err(|reason| failed(&self.name, reason))?;
@@ -458,8 +526,8 @@ impl Cuda {
             // What was kept may be damaged.
             Err(_) => load(true)?.map_err(|e| self.fail(e))?,
         };
-        modules.insert(source, module.clone());
-        Ok(module)
+        // Another thread may have been there first.
+        Ok(modules().entry(source).or_insert(module).clone())
     }
 
     fn function(&self, source: Source, name: &'static str) -> Found {

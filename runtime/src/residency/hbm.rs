@@ -1,10 +1,12 @@
-//! Experts in a GPU's memory: what it computes with, over a store in the host's memory.
+//! Experts in the memory of one GPU or several: what they compute with, over a store in the host's memory.
 //!
 //! What is in the GPU's memory is also below, as long as that holds it: this level only saves copies.
 //! The least recently used goes first.
 //!
 //! Invariants:
-//! - Memory for experts, used and spare, never exceeds the budget.
+//! - Memory for experts, used and spare, never exceeds the budget of any GPU.
+//! - An expert's GPU is a function of its key.
+//! - Memory below is locked only while all of the model's experts stay there ([`ExpertStore::is_complete`]).
 //! - An expert that somebody holds stays where it is. One that nobody holds may still be read by work
 //!   that the device was given: its successor is copied by the same stream, after that.
 
@@ -14,7 +16,7 @@ use std::{
 };
 
 use lite_llm_kernels::{
-    cuda::{Dev, launch::DevMatrix},
+    cuda::{Cuda, Dev, copy::Locked, launch::DevMatrix},
     cuda_device::Gpu,
     device::DeviceError,
     matrix::PackedMatrix,
@@ -40,6 +42,7 @@ struct Held {
     used: u64,
 }
 
+/// One GPU's memory.
 #[derive(Default)]
 struct Inner {
     held: HashMap<ExpertKey, Held>,
@@ -51,6 +54,9 @@ struct Inner {
     bytes: u64,
     /// Bytes of those that are held.
     held_bytes: u64,
+    /// Experts whose memory below is locked, so that copies go at the rate of the bus; nothing for matrices
+    /// where that cannot be done.
+    locked: HashMap<ExpertKey, Vec<Locked>>,
     clock: u64,
     stats: Stats,
 }
@@ -67,10 +73,12 @@ struct Stats {
 pub struct HbmStore {
     gpu: Arc<Gpu>,
     below: Arc<dyn ExpertStore>,
+    /// Of each GPU.
     budget: u64,
     /// Bytes of an expert, by tier.
     expert_bytes: Vec<u64>,
-    inner: Mutex<Inner>,
+    /// By GPU.
+    places: Vec<Mutex<Inner>>,
 }
 
 /// Bytes of an expert's slot, and where its matrices begin.
@@ -110,20 +118,26 @@ impl Inner {
 }
 
 impl HbmStore {
-    /// An empty store of at most `budget` bytes over one in the host's memory,
-    /// whose bytes are given by tier.
+    /// An empty store of at most `budget` bytes in each GPU's memory over one in the host's memory, whose
+    /// bytes are given by tier.
     pub fn new(
         gpu: Arc<Gpu>,
         below: Arc<dyn ExpertStore>,
         budget: u64,
         expert_bytes: Vec<u64>,
     ) -> Self {
-        Self { gpu, below, budget, expert_bytes, inner: Mutex::default() }
+        let places = gpu.cudas().iter().map(|_| Mutex::default()).collect();
+        Self { gpu, below, budget, expert_bytes, places }
     }
 
     /// Bytes that it may hold.
     pub fn budget(&self) -> u64 {
-        self.budget
+        self.budget * self.places.len() as u64
+    }
+
+    /// Which of the GPUs an expert is for.
+    pub(crate) fn place_of(&self, key: ExpertKey) -> usize {
+        (key.group as usize + key.expert as usize) % self.places.len()
     }
 
     /// The GPU.
@@ -138,27 +152,30 @@ impl HbmStore {
 
     /// Whether all experts of a model fit.
     pub fn holds_all(&self, config: &ModelConfig) -> bool {
-        let Some(moe) = &config.moe else { return true };
-        let layers = config.sparse_layers().count() as u64;
-        let slot = |bytes: &u64| bytes + 3 * ALIGN as u64;
-        let tiers = moe.tiers.iter().zip(&self.expert_bytes);
-        let all: u64 = tiers.map(|(tier, bytes)| tier.experts() as u64 * slot(bytes)).sum();
-        all * layers <= self.budget
+        let mut bytes = vec![0; self.places.len()];
+        for key in config.expert_keys() {
+            let expert = self.expert_bytes.get(usize::from(key.tier)).copied().unwrap_or(0);
+            bytes[self.place_of(key)] += expert + 3 * ALIGN as u64;
+        }
+        bytes.iter().all(|&bytes| bytes <= self.budget)
     }
 
     /// What it holds and has done so far.
     pub fn residence(&self) -> ResidenceStats {
-        let inner = self.inner.lock();
-        ResidenceStats {
+        let mut all = ResidenceStats {
             name: "hbm".into(),
-            held: inner.held_bytes,
-            budget: Some(self.budget),
-            hits: inner.stats.hits,
-            misses: inner.stats.misses,
-            evictions: inner.stats.evictions,
-            bytes_read: inner.stats.copied,
+            budget: Some(self.budget()),
             ..ResidenceStats::default()
+        };
+        for inner in &self.places {
+            let inner = inner.lock();
+            all.held += inner.held_bytes;
+            all.hits += inner.stats.hits;
+            all.misses += inner.stats.misses;
+            all.evictions += inner.stats.evictions;
+            all.bytes_read += inner.stats.copied;
         }
+        all
     }
 
     /// Memory for an expert.
@@ -168,7 +185,8 @@ impl HbmStore {
                 return Ok(memory);
             }
             if inner.bytes + bytes as u64 <= self.budget {
-                let memory = self.gpu.cuda().room(bytes).map_err(|error| failed(key, &error))?;
+                let cuda = &self.gpu.cudas()[self.place_of(key)];
+                let memory = cuda.room(bytes).map_err(|error| failed(key, &error))?;
                 inner.bytes += bytes as u64;
                 return Ok(memory);
             }
@@ -187,16 +205,35 @@ impl HbmStore {
         }
     }
 
+    /// Locks an expert's memory below, if that stays where it is and is read more than once.
+    fn lock(&self, inner: &mut Inner, key: ExpertKey, host: &GatedMlp) -> Result<(), DeviceError> {
+        if !self.below.is_complete() {
+            inner.locked.clear();
+            return Ok(());
+        }
+        // What was copied once and has gone will probably be copied again.
+        if inner.stats.evictions == 0 || inner.locked.contains_key(&key) {
+            return Ok(());
+        }
+        let matrices = [&host.gate, &host.up, &host.down].into_iter();
+        let cuda = self.gpu.cuda();
+        let locked = matrices.filter_map(|matrix| cuda.lock(matrix.data()).transpose());
+        inner.locked.insert(key, locked.collect::<Result<_, _>>()?);
+        Ok(())
+    }
+
+    /// Gives the device the copy of an expert. Its memory below stays until the copy has ended: it is
+    /// locked only as long as it stays, and what is not locked has been read when this returns.
     fn copy(
         &self,
+        cuda: &Cuda,
         memory: &Dev<u8>,
         starts: [usize; 3],
         expert: &GatedMlp,
     ) -> Result<GatedMlp<DevMatrix>, DeviceError> {
-        let cuda = self.gpu.cuda();
         let place = |start: usize, matrix: &PackedMatrix| {
             let data = memory.part::<u8>(start, matrix.data().len());
-            cuda.write(&data, 0, matrix.data())?;
+            cuda.put(&data, 0, matrix.data())?;
             Ok(cuda.matrix_at(matrix.dtype(), matrix.n(), matrix.k(), data))
         };
         Ok(GatedMlp {
@@ -213,7 +250,8 @@ fn failed(key: ExpertKey, error: &DeviceError) -> StoreError {
 
 impl ExpertStore<DevMatrix> for HbmStore {
     fn fetch(&self, key: ExpertKey) -> Result<Resident, StoreError> {
-        let mut inner = self.inner.lock();
+        let place = self.place_of(key);
+        let (cuda, mut inner) = (&self.gpu.cudas()[place], self.places[place].lock());
         if let Some(expert) = inner.touch(key) {
             inner.stats.hits += 1;
             return Ok(expert);
@@ -222,13 +260,15 @@ impl ExpertStore<DevMatrix> for HbmStore {
         inner.stats.misses += 1;
         let (starts, bytes) = layout(&host);
         let memory = self.room(&mut inner, key, bytes)?;
-        let expert = match self.copy(&memory, starts, &host) {
+        let copied = self.lock(&mut inner, key, &host);
+        let expert = match copied.and_then(|()| self.copy(cuda, &memory, starts, &host)) {
             Ok(expert) => Arc::new(expert),
             Err(error) => {
                 inner.spare.entry(bytes).or_default().push(memory);
                 return Err(failed(key, &error));
             }
         };
+        self.gpu.ended();
         inner.stats.copied += host.bytes();
         inner.clock += 1;
         let used = inner.clock;

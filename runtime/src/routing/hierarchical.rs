@@ -12,7 +12,8 @@ use std::sync::Arc;
 use lite_llm_kernels::{
     cpu::Cpu,
     device::{Device, DeviceError},
-    matrix::PackedMatrix,
+    dtype::DType,
+    matrix::{PackedMatrix, Source},
     ops::matmul,
     rows::Rows,
 };
@@ -291,9 +292,36 @@ impl<D: Device> Router<D> for HierarchicalRouter {
         Ok(())
     }
 
-    fn flat_gate(&self) -> Option<&PackedMatrix> {
-        let [tier] = &self.tiers[..] else { return None };
-        let [gate] = &tier.experts[..] else { return None };
-        Some(gate)
+    fn gates(&self) -> Option<PackedMatrix> {
+        if let ([TierGates { groups: None, experts }], None) = (&self.tiers[..], &self.tier_gate) {
+            if let [gate] = &experts[..] {
+                return Some(gate.clone());
+            }
+        }
+        let hidden = self.tiers.iter().find_map(|tier| tier.experts.first())?.k();
+        let mut rows = Vec::new();
+        let mut add = |gate: Option<&PackedMatrix>, n: usize| {
+            let from = rows.len();
+            rows.resize(from + n * hidden, 0.0);
+            if let Some(gate) = gate {
+                let own = rows[from..].chunks_exact_mut(hidden).enumerate();
+                own.for_each(|(row, values)| gate.row(row, values));
+            }
+        };
+        if let Some(gate) = &self.tier_gate {
+            add(Some(gate), gate.n());
+        }
+        for (gates, tier) in self.tiers.iter().zip(&self.moe.tiers) {
+            if tier.groups > 1 {
+                add(gates.groups.as_ref(), tier.groups as usize);
+            }
+        }
+        for (gates, tier) in self.tiers.iter().zip(&self.moe.tiers) {
+            for group in 0..tier.groups as usize {
+                add(gates.experts.get(group), tier.experts_per_group as usize);
+            }
+        }
+        let n = rows.len() / hidden;
+        Some(PackedMatrix::pack(DType::F32, n, hidden, Source::F32(&rows)))
     }
 }

@@ -217,8 +217,10 @@ pub trait Router<D: Device>: Send + Sync {
         self.route(device, hidden, tiers, out)
     }
 
-    /// The one gate of a flat mixture, `[experts, hidden]`; of others nothing.
-    fn flat_gate(&self) -> Option<&PackedMatrix> {
+    /// All gates as one matrix `[scores, hidden]` in f32: of tiers, where there are several; tier by tier of
+    /// its groups, where there are several; tier by tier and group by group of experts. Rows of absent
+    /// tiers are zeros. Nothing if it does not choose by gates.
+    fn gates(&self) -> Option<PackedMatrix> {
         None
     }
 }

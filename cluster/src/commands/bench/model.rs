@@ -94,17 +94,24 @@ impl Timeline {
     }
 }
 
-/// Tokens per second of a phase of requests that ran together.
+/// Tokens per second of a phase of requests that ran together. Decode of several counts the time in which
+/// all of them decode, if there is such a time: before it some are still at their prompts.
 fn rate(timelines: &[Timeline], phase: Phase, prompt: usize) -> f64 {
-    let firsts = timelines.iter().filter_map(|t| t.tokens.first().map(|(_, at)| *at));
-    let lasts = timelines.iter().filter_map(|t| t.tokens.last().map(|(_, at)| *at));
+    let firsts = || timelines.iter().filter_map(|t| t.tokens.first().map(|(_, at)| *at));
+    let lasts = || timelines.iter().filter_map(|t| t.tokens.last().map(|(_, at)| *at));
     let (count, from, to) = match phase {
         Phase::Decode => {
-            let count = timelines.iter().map(|t| t.tokens.len().saturating_sub(1)).sum();
-            (count, firsts.min(), lasts.max())
+            let (mut from, mut to) = (firsts().max(), lasts().min());
+            if from >= to {
+                (from, to) = (firsts().min(), lasts().max());
+            }
+            let within = |at: &Instant| Some(*at) > from && Some(*at) <= to;
+            let tokens = timelines.iter().flat_map(|t| &t.tokens);
+            (tokens.filter(|(_, at)| within(at)).count(), from, to)
         }
         Phase::Prefill => {
-            (prompt * timelines.len(), timelines.iter().map(|t| t.submitted).min(), firsts.max())
+            let submitted = timelines.iter().map(|t| t.submitted).min();
+            (prompt * timelines.len(), submitted, firsts().max())
         }
     };
     let (Some(from), Some(to)) = (from, to) else { return 0.0 };
