@@ -23,8 +23,8 @@ use lite_llm_kernels::{kv::KvDType, simd::Simd};
 use lite_llm_runtime::draft::Speculation;
 
 pub use bench::{
-    BenchArgs, BenchCommand, BenchKernelsArgs, BenchLoadArgs, BenchModelArgs, BenchStoreArgs,
-    BenchTransportArgs, BenchTransportPeerArgs, RandomModelArgs,
+    BenchArgs, BenchCommand, BenchHbmArgs, BenchKernelsArgs, BenchLoadArgs, BenchModelArgs,
+    BenchStoreArgs, BenchTransportArgs, BenchTransportPeerArgs, RandomModelArgs,
 };
 pub use choosing::ChoosingArgs;
 pub use http::{HttpArgs, KeyArgs, KeyCommand};

@@ -18,6 +18,7 @@ use lite_llm_runtime::{
     backbone::Backbone,
     checkpoint::Checkpoint,
     engine::{Engine, Event},
+    expert::ExpertStore,
     forward::Carrier,
     gpu::GpuCarrier,
     import::{
@@ -248,4 +249,25 @@ fn tiers_and_groups() {
         let model = model(&whole_leaves(class), dtype, Some("tier_1b:2x2,tier_10b:1x4"));
         compare(&gpus, &model, KvDType::Bf16, &format!("two tiers of {class:?}"));
     }
+}
+
+#[test]
+fn a_long_prompt_leaves_what_decoding_uses() {
+    let gpus = gpus();
+    if gpus.is_empty() {
+        return;
+    }
+    let model = model(&RandomShape::tiny(RandomClass::Olmoe), DType::F32, None);
+    let keys: Vec<_> = model.checkpoint.config().expert_keys().collect();
+    let bytes = model.checkpoint.tier_expert_bytes();
+    let budget = (bytes[0] + 1024) * (keys.len() / 2) as u64;
+    let store = HbmStore::new(gpus[0].clone(), model.store.clone(), budget, bytes);
+    let (hot, cold) = keys.split_at(keys.len() / 4);
+    let decode = || hot.iter().for_each(|key| drop(store.fetch(*key).unwrap()));
+    decode();
+    cold.iter().for_each(|key| drop(store.scan(*key).unwrap()));
+    assert!(store.residence().evictions > 0, "not all of them fit");
+    let misses = store.residence().misses;
+    decode();
+    assert_eq!(store.residence().misses, misses, "what tokens need is still there");
 }

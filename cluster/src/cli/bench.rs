@@ -31,6 +31,8 @@ pub enum BenchCommand {
     TransportPeer(BenchTransportPeerArgs),
     /// Hit rates of the expert cache on recorded routing, policy by policy.
     Store(BenchStoreArgs),
+    /// Decode by a GPU whose memory holds a part of the experts, routed by a recording.
+    Hbm(BenchHbmArgs),
     /// Write a Hugging Face folder with random weights.
     RandomModel(RandomModelArgs),
 }
@@ -85,6 +87,36 @@ pub struct BenchModelArgs {
     #[arg(long, conflicts_with = "cluster_only")]
     pub profile: bool,
     /// Workers.
+    #[command(flatten)]
+    pub local: LocalArgs,
+}
+
+/// `bench hbm`.
+#[derive(Debug, Args)]
+pub struct BenchHbmArgs {
+    /// Checkpoint folder or URL [default: the small model inside this program].
+    #[arg(long, value_name = "DIR|URL")]
+    pub model: Option<PathBuf>,
+    /// A safetensors file with recorded experts, `routes.NAME` u8 [layers, tokens, k]; the model's layers repeat
+    /// the recording's.
+    #[arg(long, value_name = "FILE")]
+    pub routes: PathBuf,
+    /// NAME of what was recorded.
+    #[arg(long, value_name = "NAME", default_value = "prose")]
+    pub domain: String,
+    /// Tokens of each prompt.
+    #[arg(long, value_name = "TOKENS", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt: u32,
+    /// Tokens to generate.
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=65536))]
+    pub generate: u32,
+    /// Runs; the median counts.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub runs: u16,
+    /// Requests at the same time.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub sequences: u16,
+    /// The device, and its memory.
     #[command(flatten)]
     pub local: LocalArgs,
 }

@@ -23,6 +23,9 @@ use crate::{
     forward::{Reached, Tensors},
 };
 
+/// Rows of a pass from which on it reads most experts anyway.
+const SCAN_ROWS: usize = 64;
+
 /// Activations of a pass; shapes as in [`Tensors`].
 pub(super) struct Rows {
     pub(super) x: Dev<f32>,
@@ -255,8 +258,13 @@ impl Shared {
         let k = routing.routes;
         let bad = work.bad.part::<u32>(2 * index * rows * size_of::<u32>(), 2 * rows);
         let Experts { hidden, intermediate, dtype, math, .. } = sparse.places[0][0];
+        let recorded = match &layer.feed_forward {
+            FeedForwardLayer::Sparse(moe) => moe.router.recorded(rows),
+            FeedForwardLayer::Dense(_) => None,
+        };
         if rows == 1
             && *complete
+            && recorded.is_none()
             && shared.is_none()
             && gpu.cudas().len() == 1
             && routing.is_flat()
@@ -283,12 +291,15 @@ impl Shared {
         cuda.matmul(normed, rows, &gates, false)?;
         let (scores, chosen) = ((&work.scores, plan.masks.as_ref()), &work.chosen);
         routing.choose(cuda, index, sparse, scores, (chosen, &bad))?;
+        if let Some(recorded) = recorded {
+            cuda.put(&chosen.index, 0, &recorded)?;
+        }
         if !*complete {
             if cuda.download(&bad)?.iter().any(|&bad| bad != 0) {
                 return Ok(Reached::NotFinite);
             }
             let index_of = cuda.download(&chosen.index)?;
-            if !sparse.have(&self.store, index_of.into_iter())? {
+            if !sparse.have(&self.store, index_of.into_iter(), rows > SCAN_ROWS)? {
                 sparse.release();
                 return Ok(Reached::Experts { layer: index });
             }

@@ -57,6 +57,8 @@ struct State {
     complete: bool,
     /// They can be.
     fits: bool,
+    /// Routes are read from a recording, layer by layer.
+    recorded_routes: bool,
     /// Zeros between two kernels.
     counters: Dev<u32>,
     recorded: Recorded,
@@ -114,6 +116,10 @@ impl GpuCarrier {
             dense: Vec::new(),
             complete: false,
             fits: store.holds_all(config),
+            recorded_routes: backbone.layers.iter().any(|layer| match &layer.feed_forward {
+                FeedForwardLayer::Sparse(moe) => moe.router.recorded(0).is_some(),
+                FeedForwardLayer::Dense(_) => false,
+            }),
             counters: cuda.filled(counters(config, 1), 0)?,
             recorded: Recorded::default(),
         };
@@ -175,7 +181,7 @@ impl State {
         }
         for sparse in self.sparse.iter_mut().flatten() {
             let all = sparse.present(routing);
-            if !sparse.have(store, all.into_iter())? {
+            if !sparse.have(store, all.into_iter(), false)? {
                 self.sparse.iter_mut().flatten().for_each(Sparse::release);
                 return Ok(());
             }
@@ -212,7 +218,10 @@ impl Carrier<Gpu> for GpuCarrier {
         if state.counters.len() < counters(config, rows) {
             state.counters = cuda.filled(counters(config, rows.next_power_of_two()), 0)?;
         }
-        let whole = state.complete && shared.rotary.is_some() && cuda.samples(config.vocab);
+        let whole = state.complete
+            && !state.recorded_routes
+            && shared.rotary.is_some()
+            && cuda.samples(config.vocab);
         let planned = match draws {
             Some(draws) if whole => Planned::Whole(HostPlan::new(chunks, draws, tiers)),
             _ => {

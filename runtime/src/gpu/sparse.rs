@@ -187,11 +187,13 @@ impl Sparse {
         (0u32..).zip(&self.keys).filter(|(_, key)| here(key)).map(|(flat, _)| flat).collect()
     }
 
-    /// Has these experts in the tables; false if one cannot be had now.
+    /// Has these experts in the tables, for a pass that `scans` most of them or for the next tokens; false
+    /// if one cannot be had now.
     pub(super) fn have(
         &mut self,
         store: &HbmStore,
         experts: impl Iterator<Item = u32>,
+        scans: bool,
     ) -> Result<bool, DeviceError> {
         let tiers = self.places.first().map_or(0, Vec::len);
         let mut changed = vec![false; self.places.len() * tiers];
@@ -204,7 +206,8 @@ impl Sparse {
             }
             let key = self.keys[flat];
             // Whoever runs it by itself says why it cannot be had.
-            let Ok(weights) = store.fetch(key) else {
+            let weights = if scans { store.scan(key) } else { store.fetch(key) };
+            let Ok(weights) = weights else {
                 all = false;
                 break;
             };

@@ -1,7 +1,8 @@
 //! Experts in the memory of one GPU or several: what they compute with, over a store in the host's memory.
 //!
 //! What is in the GPU's memory is also below, as long as that holds it: this level only saves copies.
-//! The least recently used goes first.
+//! The least recently used goes first, but for what a long prompt reads ([`HbmStore::scan`]): that goes before
+//! anything else, so that it does not drive out what the next tokens need.
 //!
 //! Invariants:
 //! - Memory for experts, used and spare, never exceeds the budget of any GPU.
@@ -38,8 +39,8 @@ type Resident = Arc<GatedMlp<DevMatrix>>;
 struct Held {
     expert: Resident,
     memory: Dev<u8>,
-    /// When it was last asked for.
-    used: u64,
+    /// When it was last asked for; below 0 for what was only scanned.
+    used: i64,
 }
 
 /// One GPU's memory.
@@ -47,7 +48,7 @@ struct Held {
 struct Inner {
     held: HashMap<ExpertKey, Held>,
     /// By when they were last used.
-    ages: BTreeMap<u64, ExpertKey>,
+    ages: BTreeMap<i64, ExpertKey>,
     /// Memory of experts that have gone, by bytes.
     spare: BTreeMap<usize, Vec<Dev<u8>>>,
     /// Bytes of all of these.
@@ -57,7 +58,7 @@ struct Inner {
     /// Experts whose memory below is locked, so that copies go at the rate of the bus; nothing for matrices
     /// where that cannot be done.
     locked: HashMap<ExpertKey, Vec<Locked>>,
-    clock: u64,
+    clock: i64,
     stats: Stats,
 }
 
@@ -93,13 +94,21 @@ fn layout(expert: &GatedMlp) -> ([usize; 3], usize) {
 }
 
 impl Inner {
-    fn touch(&mut self, key: ExpertKey) -> Option<Resident> {
+    fn touch(&mut self, key: ExpertKey, scans: bool) -> Option<Resident> {
         let held = self.held.get_mut(&key)?;
-        self.clock += 1;
-        self.ages.remove(&held.used);
-        held.used = self.clock;
-        self.ages.insert(held.used, key);
+        if !scans {
+            self.clock += 1;
+            self.ages.remove(&held.used);
+            held.used = self.clock;
+            self.ages.insert(held.used, key);
+        }
         Some(held.expert.clone())
+    }
+
+    /// When something that comes now was last asked for.
+    fn age(&mut self, scans: bool) -> i64 {
+        self.clock += 1;
+        if scans { self.clock - i64::MAX } else { self.clock }
     }
 
     /// Lets the least recently used go that nobody holds, its memory to be used again.
@@ -248,11 +257,17 @@ fn failed(key: ExpertKey, error: &DeviceError) -> StoreError {
     StoreError::Unreadable { key, reason: error.to_string() }
 }
 
-impl ExpertStore<DevMatrix> for HbmStore {
-    fn fetch(&self, key: ExpertKey) -> Result<Resident, StoreError> {
+impl HbmStore {
+    /// As [`ExpertStore::fetch`], for a pass that reads most experts once: what it brings goes first when
+    /// room is needed, and what is here is not used by it.
+    pub fn scan(&self, key: ExpertKey) -> Result<Resident, StoreError> {
+        self.have(key, true)
+    }
+
+    fn have(&self, key: ExpertKey, scans: bool) -> Result<Resident, StoreError> {
         let place = self.place_of(key);
         let (cuda, mut inner) = (&self.gpu.cudas()[place], self.places[place].lock());
-        if let Some(expert) = inner.touch(key) {
+        if let Some(expert) = inner.touch(key, scans) {
             inner.stats.hits += 1;
             return Ok(expert);
         }
@@ -270,12 +285,17 @@ impl ExpertStore<DevMatrix> for HbmStore {
         };
         self.gpu.ended();
         inner.stats.copied += host.bytes();
-        inner.clock += 1;
-        let used = inner.clock;
+        let used = inner.age(scans);
         inner.ages.insert(used, key);
         inner.held.insert(key, Held { expert: expert.clone(), memory, used });
         inner.held_bytes += bytes as u64;
         Ok(expert)
+    }
+}
+
+impl ExpertStore<DevMatrix> for HbmStore {
+    fn fetch(&self, key: ExpertKey) -> Result<Resident, StoreError> {
+        self.have(key, false)
     }
 
     fn want(&self, experts: &[(ExpertKey, u32)]) {

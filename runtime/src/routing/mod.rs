@@ -7,6 +7,7 @@
 //! routes that they would have had without it.
 
 mod hierarchical;
+mod recorded;
 mod select;
 mod trace;
 
@@ -19,6 +20,7 @@ use lite_llm_kernels::{
 
 pub use self::{
     hierarchical::{HierarchicalRouter, TierGates},
+    recorded::{BadRecording, RecordedRouter, RecordedRoutes},
     trace::{Gate, GateTrace},
 };
 use crate::{config::MoeConfig, expert::ExpertKey, tier::TierMask};
@@ -221,6 +223,12 @@ pub trait Router<D: Device>: Send + Sync {
     /// its groups, where there are several; tier by tier and group by group of experts. Rows of absent
     /// tiers are zeros. Nothing if it does not choose by gates.
     fn gates(&self) -> Option<PackedMatrix> {
+        None
+    }
+
+    /// The experts of the next rows, `[rows, k]`, by number in the layer, if these were recorded
+    /// ([`RecordedRouter`]); of no rows, nothing is used up.
+    fn recorded(&self, _rows: usize) -> Option<Vec<u32>> {
         None
     }
 }

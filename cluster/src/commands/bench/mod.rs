@@ -1,5 +1,6 @@
 //! `lite-llm bench`: measurements, each beside something measured in the same run.
 
+mod hbm;
 mod kernels;
 mod model;
 mod processes;
@@ -22,6 +23,7 @@ pub(super) async fn bench(args: BenchArgs, json: bool) -> Result<()> {
         BenchCommand::Transport(args) => transport::measure(args, json).await,
         BenchCommand::TransportPeer(args) => transport::peer(args).await,
         BenchCommand::Store(args) => store::measure(args, json).await,
+        BenchCommand::Hbm(args) => hbm::measure(args, json).await,
         BenchCommand::RandomModel(args) => random_model::write(args, json).await,
     }
 }
