@@ -39,6 +39,7 @@ fn run(folders: Folders, what: &[String]) -> Result<usize, DeviceError> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(8));
     let mut check = Check::new(Cpu::best(threads), &cuda);
     check.narrow = what.iter().any(|w| w == "narrow");
+    check.many = what.iter().any(|w| w == "many");
     if wanted("check") {
         checks::all(&mut check, what)?;
         println!(

@@ -16,12 +16,14 @@ pub(crate) struct Check<'a> {
     pub(crate) worst: f64,
     /// Without the tiles by `wgmma`.
     pub(crate) narrow: bool,
+    /// Nine times as many rows of routes: over a million in all.
+    pub(crate) many: bool,
     state: u64,
 }
 
 impl<'a> Check<'a> {
     pub(crate) fn new(cpu: Cpu, cuda: &'a Cuda) -> Self {
-        Self { cpu, cuda, done: 0, wrong: Vec::new(), worst: 0.0, narrow: false, state: 1 }
+        Self { cpu, cuda, done: 0, wrong: Vec::new(), worst: 0.0, narrow: false, many: false, state: 1 }
     }
 
     pub(crate) fn bits(&mut self) -> u32 {
@@ -86,6 +88,7 @@ impl<'a> Check<'a> {
 
     /// As many rows, fewer where a CPU stands for the GPU.
     pub(crate) fn rows(&self, rows: usize) -> usize {
+        let rows = if self.many { 9 * rows } else { rows };
         if self.cuda.describe().contains("not a GPU") { rows.div_ceil(40) } else { rows }
     }
 
