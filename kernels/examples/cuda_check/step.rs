@@ -272,6 +272,12 @@ fn step(
         norms: Some((&heads_norm, &heads_norm, 1e-5)),
         rotary: Some(&rotary),
     };
+    // What products of the format read: the rows themselves, or their records.
+    let input = |from: &Dev<f32>| match own_rows {
+        _ if quantised => cuda.quantise(from, s.wide(), batch, &wide_records),
+        true => cuda.pair_rows(from, s.wide(), batch, &wide_records),
+        false => Ok(()),
+    };
     // A single row: six kernels a layer.
     let run_one = |only: Option<&str>| -> Done {
         let on = |name: &str| only.is_none_or(|only| only == name);
@@ -295,7 +301,13 @@ fn step(
             }
             if on("qkv, o") {
                 let products = [Linear { weight: &layer.o, bias: None, out: &x }];
-                cuda.linear_one(&attended, None, &products, true)?;
+                if cuda.one_fits(s.wide()) {
+                    cuda.linear_one(&attended, None, &products, true)?;
+                } else {
+                    input(&attended)?;
+                    let rows = if own_rows { &wide_records } else { &attended };
+                    cuda.matmul(rows, 1, &products, true)?;
+                }
             }
             if on("routes") {
                 cuda.route_one(&x, by, &layer.gate, how, &layer.experts, &chosen)?;
@@ -309,12 +321,6 @@ fn step(
             cuda.linear_one(&x, by, &products, false)?;
         }
         Ok(())
-    };
-    // What products of the format read: the rows themselves, or their records.
-    let input = |from: &Dev<f32>| match own_rows {
-        _ if quantised => cuda.quantise(from, s.wide(), batch, &wide_records),
-        true => cuda.pair_rows(from, s.wide(), batch, &wide_records),
-        false => Ok(()),
     };
     let spread = cuda.spread(256)?;
     // Tiles pay for blocks and many outputs; qkv and o of bf16 took 1.8 ms so, and 1.2 otherwise.

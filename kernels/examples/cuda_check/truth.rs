@@ -23,7 +23,16 @@ pub(crate) struct Check<'a> {
 
 impl<'a> Check<'a> {
     pub(crate) fn new(cpu: Cpu, cuda: &'a Cuda) -> Self {
-        Self { cpu, cuda, done: 0, wrong: Vec::new(), worst: 0.0, narrow: false, many: false, state: 1 }
+        Self {
+            cpu,
+            cuda,
+            done: 0,
+            wrong: Vec::new(),
+            worst: 0.0,
+            narrow: false,
+            many: false,
+            state: 1,
+        }
     }
 
     pub(crate) fn bits(&mut self) -> u32 {

@@ -158,7 +158,7 @@ pub struct Locked {
 impl Drop for Locked {
     fn drop(&mut self) {
         // A copy from it may be under way.
-        if self.context.bind_to_thread().is_ok() && self.context.synchronize().is_ok() {
+        if memory::wait_for_all(&self.context) {
             // SAFETY: registered by `Cuda::lock`, and nothing reads it any more.
             let _ = unsafe { sys::cuMemHostUnregister(self.buffer.as_ptr().cast_mut().cast()) };
         }

@@ -8,13 +8,32 @@
 //!   whatever still reads it.
 
 use std::{
+    cell::Cell,
     collections::HashMap,
     ffi::c_void,
     marker::PhantomData,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, PoisonError, RwLock, Weak},
 };
 
 use cudarc::driver::{CudaContext, result};
+
+/// Several of a process share a GPU's context, and none may wait for all of its work while another records
+/// some: who records has this exclusively, who waits has it beside others.
+pub(super) static RECORDING: RwLock<()> = RwLock::new(());
+
+thread_local! {
+    /// Whether this thread records.
+    pub(super) static RECORDS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Waits for all work of a context, unless this thread records. Whether it has.
+pub(super) fn wait_for_all(context: &CudaContext) -> bool {
+    if RECORDS.get() {
+        return false;
+    }
+    let _waits = RECORDING.read().unwrap_or_else(PoisonError::into_inner);
+    context.bind_to_thread().is_ok() && context.synchronize().is_ok()
+}
 
 /// The smallest block of a pool, in bytes.
 const BLOCK_MIN: usize = 512;
@@ -41,7 +60,7 @@ impl Drop for Block {
         }
         // Freeing need not wait for a stream that does not wait for others: kernels would lose
         // their memory (seen as illegal addresses).
-        if self.context.bind_to_thread().is_ok() && self.context.synchronize().is_ok() {
+        if wait_for_all(&self.context) {
             // SAFETY: allocated in this size, and freed once. A device that is lost has nothing to
             // free.
             let _ = unsafe { result::free_sync(self.at) };

@@ -179,7 +179,7 @@ fn is_fatal(error: DriverError) -> bool {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        if self.context.bind_to_thread().is_ok() && self.context.synchronize().is_ok() {
+        if memory::wait_for_all(&self.context) {
             for at in self.pool.drain().into_iter().chain(self.recorded.drain()) {
                 // SAFETY: nobody has them any more, and nothing runs.
                 let _ = unsafe { result::free_sync(at) };
@@ -314,7 +314,7 @@ impl Cuda {
         got.or_else(|error| {
             // What the pool keeps may be in the way.
             let kept = self.pool.drain();
-            if kept.is_empty() || self.context.synchronize().is_err() {
+            if kept.is_empty() || !memory::wait_for_all(&self.context) {
                 return Err(error);
             }
             for at in kept {
@@ -467,9 +467,12 @@ impl Cuda {
         work: impl FnOnce() -> Result<T, DeviceError>,
     ) -> Result<(Graph, T), DeviceError> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        let _alone = memory::RECORDING.write().unwrap_or_else(PoisonError::into_inner);
         self.stream.begin_capture(mode).map_err(|e| self.fail(e))?;
         self.recording.store(true, Ordering::Relaxed);
+        memory::RECORDS.set(true);
         let worked = work();
+        memory::RECORDS.set(false);
         self.recording.store(false, Ordering::Relaxed);
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = self.stream.end_capture(flags).map_err(|e| self.fail(e));

@@ -85,15 +85,16 @@ impl Rows {
 }
 
 impl Work {
+    /// Room for so many rows; `bad` is emptied.
     pub(super) fn new(
         cuda: &Cuda,
         config: &ModelConfig,
         routing: Option<&Routing>,
         rows: usize,
+        bad: Dev<u32>,
     ) -> Result<Self, DeviceError> {
         let widest = config.hidden.max(config.attention.heads * config.attention.head_dim);
         let (scores, routes) = routing.map_or((0, 0), |routing| (routing.scores(), routing.routes));
-        let bad = cuda.scratch(2 * rows * config.layers.len())?;
         cuda.fill(&bad, 0)?;
         Ok(Self {
             records: cuda.scratch(rows * row_words(DType::Int8, Math::Exact, widest))?,
@@ -189,7 +190,7 @@ impl Shared {
         let adds = layer.o.bias.is_none();
         let out = if adds { x } else { &t.delta };
         let o = [Linear { weight: &layer.o.weight, bias: layer.o.bias.as_ref(), out }];
-        if one {
+        if one && cuda.one_fits(layer.o.weight.k()) {
             cuda.linear_one(attended, None, &o, adds)?;
         } else {
             let records = work.records(*rows, layer.o.weight.k());
@@ -208,10 +209,7 @@ impl Shared {
     fn one_row(&self, rows: usize, backbone: &Backbone<Gpu>, layer: &BackboneLayer<Gpu>) -> bool {
         let same = layer.q.weight.dtype() == layer.k.weight.dtype()
             && layer.q.weight.dtype() == layer.v.weight.dtype();
-        rows == 1
-            && same
-            && self.cuda().one_fits(backbone.config.hidden)
-            && self.cuda().one_fits(layer.o.weight.k())
+        rows == 1 && same && self.cuda().one_fits(backbone.config.hidden)
     }
 
     /// `out = norm(x)`, and its records if weights of integers read it.

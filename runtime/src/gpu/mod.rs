@@ -226,7 +226,8 @@ impl Carrier<Gpu> for GpuCarrier {
             Some(draws) if whole => Planned::Whole(HostPlan::new(chunks, draws, tiers)),
             _ => {
                 let plan = HostPlan::new(chunks, &[], tiers).lend(cuda)?;
-                let work = Work::new(cuda, config, shared.routing.as_ref(), rows)?;
+                let bad = cuda.scratch(2 * rows * config.layers.len())?;
+                let work = Work::new(cuda, config, shared.routing.as_ref(), rows, bad)?;
                 Planned::Layers { plan, work }
             }
         };
@@ -255,14 +256,14 @@ impl Shared {
         let results = cuda.scratch::<u32>(layers + rows + 2 * wanted)?;
         let word = size_of::<u32>();
         let t = Rows::new(cuda, config, rows)?;
-        cuda.embed(&backbone.embed, &plan.ids, &t.x)?;
+        let bad = results.part(0, layers);
+        let work = Work::new(cuda, config, self.routing.as_ref(), rows, bad)?;
+        // First, for a step's attention reads it before the kernel before it has ended.
         if let Some(table) = &self.rotary {
             let head = config.attention.head_dim;
             cuda.select_rows(table, &plan.queries.positions, head, &t.rotary)?;
         }
-        let mut work = Work::new(cuda, config, self.routing.as_ref(), rows)?;
-        work.bad = results.part(0, layers);
-        cuda.fill(&work.bad, 0)?;
+        cuda.embed(&backbone.embed, &plan.ids, &t.x)?;
         for index in 0..backbone.layers.len() {
             self.attend(state, backbone, index, plan, &work, &t, kv)?;
             // All experts are here.
