@@ -78,6 +78,11 @@ impl Buffer {
         Self { owner: self.owner.clone(), range: 0..0 }.at(from + range.start..from + range.end)
     }
 
+    /// All of the memory that this is a part of.
+    pub fn whole(&self) -> &[u8] {
+        (*self.owner).as_ref()
+    }
+
     fn at(self, range: Range<usize>) -> Result<Self, Misaligned> {
         let found = (*self.owner).as_ref()[range.clone()].as_ptr() as usize % ALIGN;
         if found != 0 && !range.is_empty() {

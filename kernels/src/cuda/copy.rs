@@ -149,9 +149,18 @@ impl<T> Drop for Arriving<T> {
     }
 }
 
-/// Memory of the host that the device reads by itself as long as this is there.
+/// Bytes of a page of the host's memory.
+const PAGE: usize = 4096;
+
+/// Bytes below which locking does not pay.
+const LOCKED_MIN: usize = 64 << 10;
+
+/// Pages of the host that the device reads by itself as long as this is there.
 pub struct Locked {
-    buffer: Buffer,
+    /// Keeps them.
+    _buffer: Buffer,
+    /// Addresses.
+    pages: Range<usize>,
     context: Arc<CudaContext>,
 }
 
@@ -160,26 +169,44 @@ impl Drop for Locked {
         // A copy from it may be under way.
         if memory::wait_for_all(&self.context) {
             // SAFETY: registered by `Cuda::lock`, and nothing reads it any more.
-            let _ = unsafe { sys::cuMemHostUnregister(self.buffer.as_ptr().cast_mut().cast()) };
+            let _ = unsafe { sys::cuMemHostUnregister(self.pages.start as *mut _) };
         }
     }
 }
 
 impl Cuda {
-    /// Locks a buffer where it is, so that [`Cuda::put`] copies from it at the rate of the bus and returns
-    /// at once: it must stay until the copy has ended. `None` if the driver cannot do that, for example
-    /// because it shares a page with what is locked already.
+    /// Locks the memory that a buffer is a part of where it is, so that [`Cuda::put_from`] copies from it at
+    /// the rate of the bus: its whole pages, which nobody else has a part of. `None` if that does not pay
+    /// or the driver cannot do it.
     pub fn lock(&self, buffer: &Buffer) -> Result<Option<Locked>, DeviceError> {
-        if buffer.is_empty() {
+        let whole = buffer.whole().as_ptr_range();
+        let from = (whole.start as usize).next_multiple_of(PAGE);
+        let to = whole.end as usize / PAGE * PAGE;
+        if to < from + LOCKED_MIN {
             return Ok(None);
         }
         self.context.bind_to_thread().map_err(|e| self.fail(e))?;
-        let at = buffer.as_ptr().cast_mut().cast();
         // SAFETY: memory of this process, which the buffer keeps; the device only reads it.
-        let locked = unsafe { sys::cuMemHostRegister_v2(at, buffer.len(), 0) }.result();
-        let locked =
-            locked.map(|()| Locked { buffer: buffer.clone(), context: self.context.clone() });
-        Ok(locked.ok())
+        let locked = unsafe { sys::cuMemHostRegister_v2(from as *mut _, to - from, 0) }.result();
+        let (context, buffer) = (self.context.clone(), buffer.clone());
+        Ok(locked.ok().map(|()| Locked { _buffer: buffer, pages: from..to, context }))
+    }
+
+    /// As [`Cuda::put`], of a buffer some of whose memory may be locked: that is read when its turn comes, so
+    /// it must stay as it is until then.
+    pub fn put_from(
+        &self,
+        to: &Dev<u8>,
+        buffer: &Buffer,
+        locked: Option<&Locked>,
+    ) -> Result<(), DeviceError> {
+        let begin = buffer.as_ptr() as usize;
+        let pages = locked.map_or(0..0, |locked| locked.pages.clone());
+        // What the driver takes for locked must be so from its first byte to its last.
+        let inside = |address: usize| address.saturating_sub(begin).min(buffer.len());
+        let cuts = [0, inside(pages.start), inside(pages.end), buffer.len()];
+        cuts.windows(2)
+            .try_for_each(|cut| self.put(to, cut[0], &buffer[cut[0]..cut[1].max(cut[0])]))
     }
 
     fn lane(&self, lane: Lane) -> &CudaStream {

@@ -55,9 +55,9 @@ struct Inner {
     bytes: u64,
     /// Bytes of those that are held.
     held_bytes: u64,
-    /// Experts whose memory below is locked, so that copies go at the rate of the bus; nothing for matrices
-    /// where that cannot be done.
-    locked: HashMap<ExpertKey, Vec<Locked>>,
+    /// Memory below that is locked, by its address, so that copies go at the rate of the bus; nothing where
+    /// that cannot be done.
+    locked: HashMap<usize, Option<Locked>>,
     clock: i64,
     stats: Stats,
 }
@@ -91,6 +91,11 @@ fn layout(expert: &GatedMlp) -> ([usize; 3], usize) {
         start
     });
     (starts, end)
+}
+
+/// Where the memory begins in which an expert lies, all of it.
+fn memory_of(expert: &GatedMlp) -> usize {
+    expert.gate.data().whole().as_ptr() as usize
 }
 
 impl Inner {
@@ -215,19 +220,17 @@ impl HbmStore {
     }
 
     /// Locks an expert's memory below, if that stays where it is and is read more than once.
-    fn lock(&self, inner: &mut Inner, key: ExpertKey, host: &GatedMlp) -> Result<(), DeviceError> {
+    fn lock(&self, inner: &mut Inner, host: &GatedMlp) -> Result<(), DeviceError> {
         if !self.below.is_complete() {
             inner.locked.clear();
             return Ok(());
         }
         // What was copied once and has gone will probably be copied again.
-        if inner.stats.evictions == 0 || inner.locked.contains_key(&key) {
+        let at = memory_of(host);
+        if inner.stats.evictions == 0 || inner.locked.contains_key(&at) {
             return Ok(());
         }
-        let matrices = [&host.gate, &host.up, &host.down].into_iter();
-        let cuda = self.gpu.cuda();
-        let locked = matrices.filter_map(|matrix| cuda.lock(matrix.data()).transpose());
-        inner.locked.insert(key, locked.collect::<Result<_, _>>()?);
+        inner.locked.insert(at, self.gpu.cuda().lock(host.gate.data())?);
         Ok(())
     }
 
@@ -239,10 +242,11 @@ impl HbmStore {
         memory: &Dev<u8>,
         starts: [usize; 3],
         expert: &GatedMlp,
+        locked: Option<&Locked>,
     ) -> Result<GatedMlp<DevMatrix>, DeviceError> {
         let place = |start: usize, matrix: &PackedMatrix| {
             let data = memory.part::<u8>(start, matrix.data().len());
-            cuda.put(&data, 0, matrix.data())?;
+            cuda.put_from(&data, matrix.data(), locked)?;
             Ok(cuda.matrix_at(matrix.dtype(), matrix.n(), matrix.k(), data))
         };
         Ok(GatedMlp {
@@ -275,8 +279,11 @@ impl HbmStore {
         inner.stats.misses += 1;
         let (starts, bytes) = layout(&host);
         let memory = self.room(&mut inner, key, bytes)?;
-        let copied = self.lock(&mut inner, key, &host);
-        let expert = match copied.and_then(|()| self.copy(cuda, &memory, starts, &host)) {
+        let copied = self.lock(&mut inner, &host).and_then(|()| {
+            let locked = inner.locked.get(&memory_of(&host)).and_then(Option::as_ref);
+            self.copy(cuda, &memory, starts, &host, locked)
+        });
+        let expert = match copied {
             Ok(expert) => Arc::new(expert),
             Err(error) => {
                 inner.spare.entry(bytes).or_default().push(memory);

@@ -202,12 +202,13 @@ fn run(args: &BenchHbmArgs, json: bool) -> Result<()> {
 fn bus_rate(gpu: &Gpu) -> Result<f64> {
     let host = Buffer::from(AlignedBytes::zeroed(COPY_BYTES));
     let cuda = gpu.cuda();
-    let _locked = cuda.lock(&host)?.context("the driver does not lock the host's memory")?;
+    let locked = cuda.lock(&host)?.context("the driver does not lock the host's memory")?;
     let room = cuda.room(COPY_BYTES)?;
     let mut seconds = Samples::default();
     for _ in 0..5 {
         let from = Instant::now();
-        cuda.write(&room, 0, &host[..])?;
+        cuda.put_from(&room, &host, Some(&locked))?;
+        cuda.wait()?;
         seconds.push(from.elapsed().max(Duration::from_nanos(1)).as_secs_f64());
     }
     Ok(COPY_BYTES as f64 / seconds.median())
