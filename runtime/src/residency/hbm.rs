@@ -93,9 +93,9 @@ fn layout(expert: &GatedMlp) -> ([usize; 3], usize) {
     (starts, end)
 }
 
-/// Where the memory begins in which an expert lies, all of it.
-fn memory_of(expert: &GatedMlp) -> usize {
-    expert.gate.data().whole().as_ptr() as usize
+/// Where the memory begins in which a matrix lies, maybe beside others.
+fn memory_of(matrix: &PackedMatrix) -> usize {
+    matrix.data().whole().as_ptr() as usize
 }
 
 impl Inner {
@@ -225,12 +225,16 @@ impl HbmStore {
             inner.locked.clear();
             return Ok(());
         }
-        // What was copied once and has gone will probably be copied again.
-        let at = memory_of(host);
-        if inner.stats.evictions == 0 || inner.locked.contains_key(&at) {
+        if inner.stats.evictions == 0 {
             return Ok(());
         }
-        inner.locked.insert(at, self.gpu.cuda().lock(host.gate.data())?);
+        // What was copied once and has gone will probably be copied again.
+        for matrix in [&host.gate, &host.up, &host.down] {
+            let at = memory_of(matrix);
+            if !inner.locked.contains_key(&at) {
+                inner.locked.insert(at, self.gpu.cuda().lock(matrix.data())?);
+            }
+        }
         Ok(())
     }
 
@@ -242,10 +246,11 @@ impl HbmStore {
         memory: &Dev<u8>,
         starts: [usize; 3],
         expert: &GatedMlp,
-        locked: Option<&Locked>,
+        locked: &HashMap<usize, Option<Locked>>,
     ) -> Result<GatedMlp<DevMatrix>, DeviceError> {
         let place = |start: usize, matrix: &PackedMatrix| {
             let data = memory.part::<u8>(start, matrix.data().len());
+            let locked = locked.get(&memory_of(matrix)).and_then(Option::as_ref);
             cuda.put_from(&data, matrix.data(), locked)?;
             Ok(cuda.matrix_at(matrix.dtype(), matrix.n(), matrix.k(), data))
         };
@@ -279,10 +284,9 @@ impl HbmStore {
         inner.stats.misses += 1;
         let (starts, bytes) = layout(&host);
         let memory = self.room(&mut inner, key, bytes)?;
-        let copied = self.lock(&mut inner, &host).and_then(|()| {
-            let locked = inner.locked.get(&memory_of(&host)).and_then(Option::as_ref);
-            self.copy(cuda, &memory, starts, &host, locked)
-        });
+        let copied = self
+            .lock(&mut inner, &host)
+            .and_then(|()| self.copy(cuda, &memory, starts, &host, &inner.locked));
         let expert = match copied {
             Ok(expert) => Arc::new(expert),
             Err(error) => {
