@@ -19,14 +19,7 @@ if [ -z "$binary" ]; then
 fi
 cache=${TMPDIR:-/tmp}/lite-llm-cuda
 if [ -n "$host" ]; then
-    libraries=$(mktemp -d)
-    trap 'rm -r "$libraries"' EXIT
-    cp "$here"/host/*.h "$libraries"
-    for name in cuda.so.1:driver nvrtc.so.13:nvrtc; do
-        g++ -std=c++20 -O2 -fPIC -shared "$here/host/${name#*:}.cpp" -o "$libraries/lib${name%:*}" -ldl
-    done
-    LD_LIBRARY_PATH=$libraries "$binary" --sources "$here" --cache "$cache-host" "$@"
-    exit
+    exec "$here/host/run.sh" "$binary" --sources "$here" --cache "$cache-host" "$@"
 fi
 # NVRTC: of the CUDA toolkit, or of the pip package nvidia-cuda-nvrtc.
 for folder in /usr/local/cuda/lib64 $(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib") + "/nvidia/cu13/lib")' 2>/dev/null); do

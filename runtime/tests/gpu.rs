@@ -1,7 +1,7 @@
 //! A GPU has the CPU's bits: logits and tokens of whole requests, whatever part of the experts its
 //! memory holds, whatever meets in a pass. Skipped, with a line that says so, where there is none.
 //!
-//! `kernels/cuda/check.sh --host` says how to run it without one: under the libraries of
+//! `kernels/cuda/host/run.sh cargo test --workspace --test gpu` runs it without one, under the libraries of
 //! `kernels/cuda/host`, which run the kernels on the CPU.
 
 use std::{path::PathBuf, sync::Arc};

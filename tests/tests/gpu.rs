@@ -1,6 +1,6 @@
 //! A worker on a GPU beside one on a CPU: the same bits, and what happens when the GPU is lost in the
 //! middle of a step. Skipped, with a line that says so, where there is no driver;
-//! `kernels/cuda/check.sh` says how to run it without a GPU.
+//! `kernels/cuda/host/run.sh cargo test --workspace --test gpu` runs it without one.
 
 use std::{
     fs,

@@ -187,7 +187,10 @@ impl Cuda {
         }
         self.context.bind_to_thread().map_err(|e| self.fail(e))?;
         // SAFETY: memory of this process, which the buffer keeps; the device only reads it.
-        let locked = unsafe { sys::cuMemHostRegister_v2(from as *mut _, to - from, 0) }.result();
+        let locked = unsafe {
+            sys::cuMemHostRegister_v2(from as *mut _, to - from, sys::CU_MEMHOSTREGISTER_PORTABLE)
+        }
+        .result();
         let (context, buffer) = (self.context.clone(), buffer.clone());
         Ok(locked.ok().map(|()| Locked { _buffer: buffer, pages: from..to, context }))
     }
