@@ -211,6 +211,8 @@ impl Api {
         let tokens = CONTEXTS_MAX * config.context as u64;
         Ok(Arc::new(Self {
             name: model,
+    /// Of files of batches.
+    sizes: Mutex<batches::Sizes>,
             created: unix_time(),
             fingerprint,
             config,
@@ -245,6 +247,7 @@ impl Caller {
     /// Under which name its files and batches are kept. No certificate has such a name.
     fn owner(&self) -> String {
         format!("key:{}", self.key.as_ref().map_or("", |(name, _)| name))
+            sizes: Mutex::default(),
     }
 }
 
