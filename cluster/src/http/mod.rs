@@ -26,6 +26,7 @@ mod otlp;
 mod page;
 mod place;
 mod play;
+mod prompts;
 mod responses;
 mod show;
 mod stall;
