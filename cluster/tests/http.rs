@@ -452,3 +452,106 @@ fn keys_open_the_door_and_bound_what_their_holders_take() {
     api.get("/v1/models").refuses(401, "not known");
     run(&["key", "--state", &state, "revoke", "ci"]).expect(2, &["no key is named ci"]);
 }
+
+/// A coordinator with an API, and its state.
+fn coordinator(state: &std::path::Path) -> (Process, Api) {
+    let (model, state) = (process::demo_model(), state.to_str().unwrap());
+    let args = ["coordinator", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--model"];
+    let args = [&args[..], &[model.to_str().unwrap(), "--state", state]].concat();
+    let mut coordinator = Process::start(&args);
+    let api = Api::of(&mut coordinator);
+    coordinator.says("waiting for workers");
+    (coordinator, api)
+}
+
+/// A job waits while nobody knows how much the workers' caches hold, and no longer.
+#[test]
+fn what_fits_in_no_cache_is_told_and_not_tried_again() {
+    let state = tempfile::tempdir().unwrap();
+    let (mut coordinator, api) = coordinator(state.path());
+    let path = |name: &str| state.path().join(name).to_str().unwrap().to_owned();
+    let token = path("client.token");
+    let submit = ["submit", "--token", &token, "--max-tokens", "900", "ls - list"];
+    let submitted = Process::start(&submit);
+    let asked = thread::spawn(move || (api.post(&long(false)), api));
+    coordinator.says("http on ");
+    thread::sleep(Duration::from_millis(500));
+    let token = path("worker.token");
+    let worker = ["worker", "--token", &token, "--name", "a", "--threads", "1", "--kv", "1MiB"];
+    let _worker = Process::start(&worker);
+    // Without a word from the coordinator it would be offered for a minute.
+    let begun = Instant::now();
+    submitted.ends_within(PATIENCE).expect(1, &["may come to", "a larger --kv"]);
+    let (reply, api) = asked.join().unwrap();
+    reply.refuses(503, "a larger --kv");
+    assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
+    // What is known before it is asked for is the client's mistake, and is not to be sent again.
+    let reply = api.post(&long(false));
+    reply.refuses(400, "a larger --kv");
+    assert_eq!(reply.json()["error"]["code"], "context_length_exceeded");
+    assert_eq!(api.post(&json!({ "prompt": "ls", "max_tokens": 9 })).status, 200);
+}
+
+#[test]
+fn a_disk_that_fails_is_no_mistake_of_the_client() {
+    let state = tempfile::tempdir().unwrap();
+    let (_coordinator, api) = coordinator(state.path());
+    let upload = || {
+        let part = |head: &str, body: &str| {
+            format!("--x\r\nContent-Disposition: form-data; name={head}\r\n\r\n{body}\r\n")
+        };
+        let [purpose, file] =
+            [("purpose", "batch"), ("file; filename=a", "{}")].map(|(h, b)| part(h, b));
+        let body = format!("{purpose}{file}--x--\r\n");
+        let more = format!(
+            "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: {}\r\n",
+            body.len()
+        );
+        api.raw(&api.head("POST", "/v1/files", &more), body.as_bytes())
+    };
+    let kept = upload();
+    assert_eq!(kept.status, 200, "{kept:?}");
+    let content = format!("/v1/files/{}/content", kept.json()["id"].as_str().unwrap());
+    assert!(api.get(&content).body.contains("{}"));
+    std::fs::remove_dir_all(state.path().join("files")).unwrap();
+    for reply in [upload(), api.get(&content)] {
+        reply.refuses(500, "the server's disk fails");
+        assert_eq!(reply.json()["error"]["type"], "server_error");
+        assert!(!reply.body.contains(state.path().to_str().unwrap()), "{reply:?}");
+    }
+}
+
+/// Bodies are bounded by what they become, not by their bytes alone.
+#[test]
+fn bodies_of_a_million_values_take_little_memory() {
+    let mut server = Process::start(&["run", "--http", "127.0.0.1:0"]);
+    let api = Api::of(&mut server);
+    let peak = || -> u64 {
+        let path = format!("/proc/{}/status", server.pid());
+        let status = std::fs::read_to_string(path).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+    };
+    assert_eq!(api.post(&json!({ "prompt": [1, 2], "max_tokens": 1 })).status, 200);
+    let before = peak();
+    let (ids, texts) = (vec![1; 1_000_000], vec!["a"; 1_000_000]);
+    let bodies = [
+        (json!({ "prompt": ids }), "shorten the prompt"),
+        (json!({ "prompt": texts }), "at most 64"),
+        (json!({ "prompt": "a", "stop": texts }), "values"),
+        (
+            json!({ "prompt": "a", "response_format": { "type": "json_schema", "a": ids } }),
+            "values",
+        ),
+        (json!({ "prompt": "a", "seed": ids }), "values"),
+        (json!({ "prompt": "a", "metadata": { "prompt": ids } }), "values"),
+    ];
+    thread::scope(|scope| {
+        for (body, words) in &bodies {
+            scope.spawn(|| (0..3).for_each(|_| api.post(body).refuses(400, words)));
+        }
+    });
+    // Six bodies of 4 MB are held at a time; a tree of one takes sixteen times as much.
+    let grown = peak().saturating_sub(before);
+    assert!(grown < 100, "{grown} MiB");
+}

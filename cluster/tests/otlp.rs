@@ -427,3 +427,29 @@ fn metrics_are_those_of_prometheus() {
         assert!(id.len() == digits && id.bytes().all(|c| c.is_ascii_hexdigit()), "{line}");
     }
 }
+
+/// Whoever names a receiver wants its metrics, whether it has an API or not.
+#[test]
+fn a_coordinator_without_an_api_sends_its_metrics() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let receiver = Receiver::default();
+    let url = runtime.block_on(receiver.listen_for_metrics());
+    let (state, model) = (tempfile::tempdir().unwrap(), process::demo_model());
+    let args = ["coordinator", "--listen", "127.0.0.1:0", "--otlp", &url, "--model"];
+    let more = [model.to_str().unwrap(), "--state", state.path().to_str().unwrap()];
+    let flags = [&args[..], &more].concat();
+    let coordinator =
+        process::Process::start_with_variables(&flags, &[("OTEL_METRIC_EXPORT_INTERVAL", "100")]);
+    let begun = Instant::now();
+    loop {
+        let (process, metrics) = receiver.metrics.lock().unwrap().clone();
+        if value(&metrics, "lite_llm_nodes") == Some(0.0) {
+            assert_eq!(process, "coordinator");
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "the last report: {metrics:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    coordinator.signal("TERM");
+    coordinator.ends_within(PATIENCE).expect(0, &[]);
+}

@@ -205,17 +205,26 @@ fn the_manual_page_renders() {
         let page = pages.join(page);
         assert!(page.is_file(), "{}", page.display());
         let rendered = Command::new("man").args(["-l"]).arg(&page).env("MANWIDTH", "100").output();
-        match rendered {
-            Ok(rendered) if rendered.status.success() => {
-                let text = String::from_utf8_lossy(&rendered.stdout);
-                // Hyphens may be typographic.
-                let text: String = text.replace('\u{2010}', "-");
-                for word in words {
-                    assert!(text.contains(word), "{word} is missing: {text}");
-                }
-                assert!(rendered.stderr.is_empty(), "{rendered:?}");
+        // Only where there is none is nothing to be seen: one that fails is a page that is wrong.
+        let rendered = match rendered {
+            Ok(rendered) => rendered,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                println!("skipped: man is not installed");
+                continue;
             }
-            other => println!("skipped: man does not render here: {other:?}"),
+            Err(error) => panic!("{error}"),
+        };
+        let text = String::from_utf8_lossy(&rendered.stdout);
+        // What minimal images have in its place.
+        if text.contains("has been minimized") {
+            println!("skipped: man renders nothing here: {text}");
+            continue;
+        }
+        assert!(rendered.status.success() && rendered.stderr.is_empty(), "{rendered:?}");
+        // Hyphens may be typographic.
+        let text: String = text.replace('\u{2010}', "-");
+        for word in words {
+            assert!(text.contains(word), "{word} is missing: {text}");
         }
     }
     let one = place.run(&[], &["man"]);

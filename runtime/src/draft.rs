@@ -6,7 +6,7 @@
 //! is generated never depends on them, only its time does.
 //!
 //! A row more is not free: it brings experts of its own. So as many tokens are guessed as were right
-//! before, none for a while after too few were, and for twice as long each time that happens again.
+//! before, none for a while after too few were, and for some times as long each time that happens again.
 //!
 //! Ideas: "prompt lookup decoding" (A. Saxena, 2023), which vLLM and transformers have as `ngram`;
 //! "speculative decoding" (Y. Leviathan and others, 2023) for drafts of a smaller model.
@@ -119,6 +119,10 @@ const COST_LOW: f32 = 0.9;
 const NEWEST: f32 = 0.3;
 /// Tokens without a guess after too many wrong ones, at first and at most.
 const PAUSES: (u32, u32) = (16, 1024);
+/// How many times as long the next pause is, where guesses cost a look into a text, and where they cost
+/// passes of their own.
+const LONGER: u32 = 2;
+const LONGER_MEASURED: u32 = 4;
 
 /// What guesses of one sequence were worth.
 #[derive(Debug)]
@@ -140,7 +144,8 @@ impl Default for Drafter {
 impl Drafter {
     /// One whose first guess comes after a pause that others of its kind have come to need; 0 is none.
     pub(crate) fn paused(pause: u32) -> Self {
-        Self { paused: pause, pause: (2 * pause).clamp(PAUSES.0, PAUSES.1), ..Self::default() }
+        let next = (LONGER_MEASURED * pause).clamp(PAUSES.0, PAUSES.1);
+        Self { paused: pause, pause: next, ..Self::default() }
     }
 
     /// Tokens that the next guess is to have, if there is room for so many.
@@ -151,6 +156,11 @@ impl Drafter {
     /// How long the pause was that began last or, before the first, will be.
     pub(crate) fn last_pause(&self) -> u32 {
         self.paused.max(PAUSES.0)
+    }
+
+    /// Whether guesses that take such a share of the time are no mere luck of the measurement.
+    pub(crate) fn pays_well(cost: Option<f32>) -> bool {
+        cost.is_none_or(|cost| cost <= COST_LOW)
     }
 
     /// Whether it waits for the time of another guess.
@@ -195,7 +205,8 @@ impl Drafter {
             None => (self.right >= RIGHT_MIN, self.right > (1.0 + RIGHT_MIN) / 2.0),
         };
         if !pays {
-            (self.paused, self.pause) = (self.pause, (2 * self.pause).min(PAUSES.1));
+            let longer = if cost.is_some() { LONGER_MEASURED } else { LONGER };
+            (self.paused, self.pause) = (self.pause, (longer * self.pause).min(PAUSES.1));
             // One that is right after the pause keeps it on.
             self.right = RIGHT_MIN;
         } else if pays_well {

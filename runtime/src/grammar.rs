@@ -105,12 +105,21 @@ impl Grammars {
     /// Reads a grammar, or finds it among those that were. This takes its time: it is not for a thread
     /// that others wait for.
     pub fn read(&self, grammar: &Grammar) -> Result<Guide, GrammarError> {
+        self.ready(grammar, Guide::clone)
+    }
+
+    /// The same for whoever only wants to know whether it can be used.
+    pub fn check(&self, grammar: &Grammar) -> Result<(), GrammarError> {
+        self.ready(grammar, |_| ())
+    }
+
+    fn ready<T>(&self, grammar: &Grammar, of: impl Fn(&Guide) -> T) -> Result<T, GrammarError> {
         let bytes = grammar.text().len();
         if bytes > GRAMMAR_BYTES_MAX {
             let message = format!("it has {bytes} bytes; at most {GRAMMAR_BYTES_MAX} are taken");
             return Err(GrammarError(message));
         }
-        if let Some(found) = self.find(grammar) {
+        if let Some(found) = self.find(grammar, &of) {
             return Ok(found);
         }
         let top = match grammar {
@@ -129,22 +138,23 @@ impl Grammars {
         let mut guide = Guide { matcher: Matcher::new(Ok(parser)), ends: self.ends.clone() };
         // What is wrong with it shows when it is first asked.
         guide.mask()?;
-        self.keep(grammar, &guide);
-        Ok(guide)
+        let found = of(&guide);
+        self.keep(grammar, guide);
+        Ok(found)
     }
 
-    fn find(&self, grammar: &Grammar) -> Option<Guide> {
+    fn find<T>(&self, grammar: &Grammar, of: impl Fn(&Guide) -> T) -> Option<T> {
         let mut ready = self.ready.lock();
         let at = ready.iter().position(|(other, _)| other == grammar)?;
         let found = ready.remove(at)?;
-        let guide = found.1.clone();
+        let of_it = of(&found.1);
         ready.push_back(found);
-        Some(guide)
+        Some(of_it)
     }
 
-    fn keep(&self, grammar: &Grammar, guide: &Guide) {
+    fn keep(&self, grammar: &Grammar, guide: Guide) {
         let mut ready = self.ready.lock();
-        ready.push_back((grammar.clone(), guide.clone()));
+        ready.push_back((grammar.clone(), guide));
         let mut bytes: usize = ready.iter().map(|(grammar, _)| grammar.text().len()).sum();
         while ready.len() > READY_MAX || bytes > READY_BYTES_MAX {
             let Some((oldest, _)) = ready.pop_front() else { return };
@@ -172,26 +182,29 @@ impl std::fmt::Debug for Guide {
     }
 }
 
-/// Tokens that may come next.
+/// Tokens that may come next. Where the answer may end, all tokens that end it are among them.
 #[derive(Debug)]
-pub struct Mask {
-    allowed: llguidance::toktrie::SimpleVob,
-    ends: Arc<[u32]>,
-}
+pub struct Mask(llguidance::toktrie::SimpleVob);
 
 impl Mask {
-    /// Whether a token is one of them. Where the answer may end, all tokens that end it are.
+    /// Whether a token is one of them.
     pub fn allows(&self, id: u32) -> bool {
-        let id = if self.ends.contains(&id) { self.ends[0] } else { id };
-        (id as usize) < self.allowed.len() && self.allowed.is_allowed(id)
+        (id as usize) < self.0.len() && self.0.is_allowed(id)
     }
 }
 
 impl Guide {
     /// Which tokens may come next.
     pub fn mask(&mut self) -> Result<Mask, GrammarError> {
-        let allowed = self.matcher.compute_mask_or_eos().map_err(failed)?;
-        Ok(Mask { allowed, ends: self.ends.clone() })
+        let mut allowed = self.matcher.compute_mask_or_eos().map_err(failed)?;
+        // The library knows the first of them only.
+        let (count, ends) = (allowed.len(), self.ends.iter().map(|id| *id as usize));
+        let mut ends = ends.filter(|id| *id < count);
+        if let Some(first) = ends.next() {
+            let over = allowed.get(first);
+            ends.for_each(|id| allowed.set(id, over));
+        }
+        Ok(Mask(allowed))
     }
 
     /// A token came. After one that ends the text nothing is looked at.
@@ -203,12 +216,15 @@ impl Guide {
     }
 
     /// How many of these tokens, from the first, could come.
-    pub fn possible(&mut self, ids: &[u32]) -> usize {
+    ///
+    /// The library looks at them with the fuel that its last mask has left, and one that runs out stays
+    /// in error. So they are looked at aside: a guess neither fails an answer nor saves it.
+    pub fn possible(&self, ids: &[u32]) -> usize {
         // One that ends the text is not worth a guess.
         let words = ids.iter().position(|id| self.ends.contains(id)).unwrap_or(ids.len());
-        match self.matcher.is_stopped() {
+        match words == 0 || self.matcher.is_stopped() {
             true => 0,
-            false => self.matcher.validate_tokens(&ids[..words]).unwrap_or(0),
+            false => self.matcher.deep_clone().validate_tokens(&ids[..words]).unwrap_or(0),
         }
     }
 }
@@ -306,12 +322,53 @@ mod tests {
 
     #[test]
     fn guesses_are_cut_where_the_form_ends_them() {
-        let mut guide = grammars().read(&Grammar::Regex("[ab]{3}".into())).unwrap();
+        let grammars = grammars();
+        let mut guide = grammars.read(&Grammar::Regex("[ab]{3}".into())).unwrap();
         let [a, b, x] = [b'a', b'b', b'x'].map(u32::from);
         assert_eq!(guide.possible(&[a, b, x, a]), 2);
         assert_eq!(guide.possible(&[a, END]), 1);
         assert_eq!(guide.possible(&[x]), 0);
         assert!(guide.take(x).is_err());
+    }
+
+    /// Fuel that lasts for the answer alone lasts for it with guesses, too, whatever those would take.
+    #[test]
+    fn a_guess_does_not_take_the_fuel_of_its_answer() {
+        // What follows the guessed way has states by the thousand.
+        let regex = Grammar::Regex("x(y{9}|[a-c]*[ab][a-c]{14}z)".into());
+        let [x, y, a] = [b'x', b'y', b'a'].map(u32::from);
+        let guess: Vec<u32> = (0..60).map(|at| a + at * at % 3).collect();
+        let answered = |fuel: u64, guessed: bool| -> Result<(), GrammarError> {
+            let mut grammars = grammars();
+            grammars.factory.limits_mut().step_lexer_fuel = fuel;
+            let mut guide = grammars.read(&regex)?;
+            for id in [x, y, y, y] {
+                if guessed {
+                    guide.possible(&guess);
+                }
+                guide.mask()?;
+                guide.take(id)?;
+            }
+            guide.mask().map(drop)
+        };
+        let enough = (4..).map(|power| 1 << power).find(|fuel| answered(*fuel, false).is_ok());
+        assert_eq!(answered(enough.unwrap(), true), Ok(()));
+    }
+
+    #[test]
+    fn every_token_that_ends_a_text_ends_an_answer_of_a_form() {
+        let ends = [END, u32::from(b'#'), 4000];
+        let grammars = Grammars::new(&tokenizer(), 129, &ends).unwrap();
+        let mut guide = grammars.read(&Grammar::Regex("ab?".into())).unwrap();
+        let allowed = |guide: &mut Guide| {
+            let mask = guide.mask().unwrap();
+            ends.map(|id| mask.allows(id))
+        };
+        assert_eq!(allowed(&mut guide), [false; 3]);
+        guide.take(u32::from(b'a')).unwrap();
+        assert_eq!(allowed(&mut guide), [true, true, false], "the last is no token of it");
+        grammars.check(&Grammar::Regex("ab?".into())).unwrap();
+        assert!(grammars.check(&Grammar::Regex("(".into())).is_err());
     }
 
     #[test]

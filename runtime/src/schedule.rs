@@ -495,7 +495,7 @@ impl Schedule {
                     let pause = &mut self.pauses[draft.tier];
                     match drafter.is_paused() {
                         true => *pause = drafter.last_pause(),
-                        false if cost.is_none_or(|cost| cost < 1.0) => *pause = 0,
+                        false if Drafter::pays_well(cost) => *pause = 0,
                         false => {}
                     }
                 }

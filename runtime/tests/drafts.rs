@@ -1,34 +1,28 @@
 //! Drafts of a tier never change an answer: not its tokens, nor how likely each was; whatever is drafted,
 //! taken away or fails. They end where they take longer than they save.
 
+mod serving;
+
 use std::{
-    collections::BTreeMap,
     path::Path,
-    sync::{Arc, OnceLock},
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
-use lite_llm_kernels::{cpu::Cpu, kv::PAGE_TOKENS, simd::Simd};
 use lite_llm_runtime::{
-    backbone::Backbone,
     checkpoint::Checkpoint,
     draft::Speculation,
-    engine::{Engine, Event, ScheduleStats, Step},
+    engine::Step,
     export::{FILE_BYTES, export},
     forward::FailedRoute,
     import::{ImportOptions, import},
-    sampler::{Sampling, Score},
+    sampler::Sampling,
     sequence::Request,
-    store::DramStore,
     tier::{TIER_1B, TIER_10B, TIER_100B, TierSet},
 };
+use serving::{Answer, Model, answers, text};
 
 /// The demo model with its experts cut into two tiers, of which every token uses both.
-struct Model {
-    backbone: Arc<Backbone<Cpu>>,
-    store: DramStore,
-}
-
 fn model() -> &'static Model {
     static MODEL: OnceLock<Model> = OnceLock::new();
     MODEL.get_or_init(|| {
@@ -42,64 +36,8 @@ fn model() -> &'static Model {
             ..ImportOptions::new(hf, &*cut)
         };
         import(&options, &mut |_, _, _| {}).unwrap();
-        let checkpoint = Checkpoint::open(cut).unwrap();
-        let store = DramStore::new(1 << 30);
-        store.load_all(&checkpoint).unwrap();
-        let device = Arc::new(Cpu::new(1, Simd::best()));
-        let backbone = Arc::new(Backbone::load(&checkpoint, device, |_, _| {}).unwrap());
-        Model { backbone, store }
+        Model::open(cut)
     })
-}
-
-/// Tokens, each with its score's bits.
-type Answer = Vec<(u32, Vec<(u32, u32)>)>;
-
-fn bits(score: Option<Score>) -> Vec<(u32, u32)> {
-    let score = score.expect("scores are asked for");
-    let own = std::iter::once((u32::MAX, score.logprob));
-    own.chain(score.top).map(|(id, logprob)| (id, logprob.to_bits())).collect()
-}
-
-impl Model {
-    fn engine(&self, pages: usize) -> Engine<Cpu> {
-        let config = &self.backbone.config;
-        let floats =
-            2 * config.layers.len() * config.attention.kv_heads * config.attention.head_dim;
-        let page = (floats * PAGE_TOKENS * size_of::<f32>()) as u64;
-        Engine::new(self.backbone.clone(), pages as u64 * page).unwrap()
-    }
-
-    fn answers(&self, pages: usize, requests: &[Request]) -> (Vec<Answer>, ScheduleStats) {
-        let mut engine = self.engine(pages);
-        for (id, request) in requests.iter().enumerate() {
-            engine.submit(id as u64, request.clone()).unwrap();
-        }
-        engine.run_local(&self.store);
-        (answers(&mut engine, requests.len()), engine.stats())
-    }
-}
-
-fn answers(engine: &mut Engine<Cpu>, requests: usize) -> Vec<Answer> {
-    let mut all: BTreeMap<u64, Answer> = BTreeMap::new();
-    let mut ended = 0;
-    while let Some(event) = engine.poll_event() {
-        match event {
-            Event::Token { sequence, index, id, score } => {
-                let answer = all.entry(sequence).or_default();
-                assert_eq!(answer.len(), index, "no token twice, none missing");
-                answer.push((id, bits(score)));
-            }
-            Event::Ended { .. } => ended += 1,
-            Event::Failed { reason, .. } => panic!("{reason}"),
-            _ => {}
-        }
-    }
-    assert_eq!(ended, requests);
-    (0..requests as u64).map(|id| all.remove(&id).unwrap_or_default()).collect()
-}
-
-fn text(seed: u32, tokens: usize) -> Vec<u32> {
-    (0..tokens as u32).map(|at| (seed * 7919 + at * 31) % 997).collect()
 }
 
 fn drafted(request: Request) -> Request {

@@ -1,84 +1,29 @@
 //! What the scheduler does changes times only: whatever it shares, takes away, computes again or
 //! guesses, every answer has the tokens that it has alone.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+mod serving;
 
-use lite_llm_kernels::{cpu::Cpu, kv::PAGE_TOKENS, simd::Simd};
+use std::path::Path;
+
+use lite_llm_kernels::kv::PAGE_TOKENS;
 use lite_llm_runtime::{
-    backbone::Backbone,
-    checkpoint::Checkpoint,
     draft::Speculation,
-    engine::{Engine, Event, ScheduleStats, Step},
+    engine::{Event, Step},
     forward::FailedRoute,
     moe_layer::run_all,
     sampler::Sampling,
     sequence::Request,
-    store::DramStore,
 };
+use serving::{Answer, Model, answers, text};
 
-struct Model {
-    backbone: Arc<Backbone<Cpu>>,
-    store: DramStore,
+fn demo() -> Model {
+    Model::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/manpages-moe"))
 }
 
-impl Model {
-    fn demo() -> Self {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/manpages-moe");
-        let checkpoint = Checkpoint::open(folder).unwrap();
-        let store = DramStore::new(1 << 30);
-        store.load_all(&checkpoint).unwrap();
-        let device = Arc::new(Cpu::new(1, Simd::best()));
-        let backbone = Arc::new(Backbone::load(&checkpoint, device, |_, _| {}).unwrap());
-        Self { backbone, store }
-    }
-
-    fn engine(&self, pages: usize) -> Engine<Cpu> {
-        let attention = &self.backbone.config.attention;
-        let floats =
-            2 * self.backbone.config.layers.len() * attention.kv_heads * attention.head_dim;
-        let page = (floats * PAGE_TOKENS * size_of::<f32>()) as u64;
-        let engine = Engine::new(self.backbone.clone(), pages as u64 * page).unwrap();
-        assert_eq!(engine.stats().pages, pages);
-        engine
-    }
-
-    /// Answers by request, and what was scheduled.
-    fn answers(&self, pages: usize, requests: &[Request]) -> (Vec<Vec<u32>>, ScheduleStats) {
-        let mut engine = self.engine(pages);
-        for (id, request) in requests.iter().enumerate() {
-            engine.submit(id as u64, request.clone()).unwrap();
-        }
-        engine.run_local(&self.store);
-        (tokens(&mut engine, requests.len()), engine.stats())
-    }
-
-    fn alone(&self, request: &Request) -> Vec<u32> {
-        let request = Request { speculate: Speculation::Off, ..request.clone() };
-        self.answers(64, &[request]).0.remove(0)
-    }
-}
-
-fn tokens(engine: &mut Engine<Cpu>, requests: usize) -> Vec<Vec<u32>> {
-    let mut all: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
-    let mut ended = 0;
-    while let Some(event) = engine.poll_event() {
-        match event {
-            Event::Token { sequence, index, id, .. } => {
-                let tokens = all.entry(sequence).or_default();
-                assert_eq!(tokens.len(), index, "no token twice, none missing");
-                tokens.push(id);
-            }
-            Event::Ended { .. } => ended += 1,
-            Event::Failed { reason, .. } => panic!("{reason}"),
-            _ => {}
-        }
-    }
-    assert_eq!(ended, requests);
-    (0..requests as u64).map(|id| all.remove(&id).unwrap_or_default()).collect()
-}
-
-fn text(seed: u32, tokens: usize) -> Vec<u32> {
-    (0..tokens as u32).map(|at| (seed * 7919 + at * 31) % 997).collect()
+/// What a request is answered alone, and without guesses.
+fn alone(model: &Model, request: &Request) -> Answer {
+    let request = Request { speculate: Speculation::Off, ..request.clone() };
+    model.answers(64, &[request]).0.remove(0)
 }
 
 /// Greedy, or drawn by a seed.
@@ -95,10 +40,10 @@ fn request(seed: u32, prompt: Vec<u32>, answer: usize) -> Request {
 
 #[test]
 fn every_answer_is_what_it_is_alone_also_if_its_pages_were_taken() {
-    let model = Model::demo();
+    let model = demo();
     let requests: Vec<Request> =
         (0..12u32).map(|seed| request(seed, text(seed, 20 + 9 * seed as usize), 60)).collect();
-    let alone: Vec<Vec<u32>> = requests.iter().map(|request| model.alone(request)).collect();
+    let alone: Vec<Answer> = requests.iter().map(|request| alone(&model, request)).collect();
     let (roomy, stats) = model.answers(64, &requests);
     assert_eq!((roomy, stats.preemptions), (alone.clone(), 0));
     let (narrow, stats) = model.answers(8, &requests);
@@ -108,7 +53,7 @@ fn every_answer_is_what_it_is_alone_also_if_its_pages_were_taken() {
 
 #[test]
 fn an_answer_after_a_prefix_that_another_computed_is_what_it_is_alone() {
-    let model = Model::demo();
+    let model = demo();
     let shared = text(1, 3 * PAGE_TOKENS + 5);
     let mut engine = model.engine(64);
     let mut found = 0;
@@ -117,8 +62,8 @@ fn an_answer_after_a_prefix_that_another_computed_is_what_it_is_alone() {
         let request = request(seed, prompt, 20);
         engine.submit(0, request.clone()).unwrap();
         engine.run_local(&model.store);
-        let answer = tokens(&mut engine, 1).remove(0);
-        assert_eq!(answer, model.alone(&request));
+        let answer = answers(&mut engine, 1).remove(0);
+        assert_eq!(answer, alone(&model, &request));
         found += 3 * PAGE_TOKENS as u64 * u64::from(seed > 0);
         assert!(engine.stats().found >= found, "{:?}", engine.stats());
     }
@@ -126,7 +71,7 @@ fn an_answer_after_a_prefix_that_another_computed_is_what_it_is_alone() {
 
 #[test]
 fn what_is_guessed_never_changes_an_answer() {
-    let model = Model::demo();
+    let model = demo();
     // A text that comes again and again is often gone on with.
     let again: Vec<u32> = text(3, 12).repeat(5);
     let requests: Vec<Request> = (0..8u32)
@@ -135,7 +80,7 @@ fn what_is_guessed_never_changes_an_answer() {
             Request { speculate: Speculation::Ngram, ..request(seed, prompt, 70) }
         })
         .collect();
-    let alone: Vec<Vec<u32>> = requests.iter().map(|request| model.alone(request)).collect();
+    let alone: Vec<Answer> = requests.iter().map(|request| alone(&model, request)).collect();
     for pages in [64, 9] {
         let (answers, stats) = model.answers(pages, &requests);
         assert_eq!(answers, alone);
@@ -146,7 +91,7 @@ fn what_is_guessed_never_changes_an_answer() {
 
 #[test]
 fn what_fails_one_leaves_the_prefix_that_it_shares_to_others() {
-    let model = Model::demo();
+    let model = demo();
     let shared = text(1, 3 * PAGE_TOKENS + 5);
     let [first, second, third] = [3, 4, 5].map(|seed| {
         let prompt = [&shared[..], &text(seed, 9)].concat();
@@ -189,9 +134,12 @@ fn what_fails_one_leaves_the_prefix_that_it_shares_to_others() {
         events.iter().filter_map(token).collect()
     };
     assert!(events.iter().any(|event| matches!(event, Event::Failed { sequence: 1, .. })));
-    assert_eq!(ids(&events, 0), model.alone(&first));
+    let alone = |request: &Request| {
+        alone(&model, request).into_iter().map(|(id, _)| id).collect::<Vec<_>>()
+    };
+    assert_eq!(ids(&events, 0), alone(&first));
     engine.submit(2, third.clone()).unwrap();
     engine.run_local(&model.store);
     let events: Vec<Event> = std::iter::from_fn(|| engine.poll_event()).collect();
-    assert_eq!(ids(&events, 2), model.alone(&third));
+    assert_eq!(ids(&events, 2), alone(&third));
 }

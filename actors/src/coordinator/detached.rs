@@ -41,7 +41,7 @@ impl CoordinatorHandle {
         model: [u8; 32],
     ) -> Result<(), ServeError> {
         let tokenizer = self.prompts.as_ref().map(|prompts| Arc::new(prompts.tokenizer().clone()));
-        let runs_on = RunsOn { coordinator: self.actor.clone(), tokenizer };
+        let runs_on = RunsOn::new(self.actor.clone(), tokenizer);
         let context = self.config.context as u64;
         let jobs = Jobs::open(options, model, context, runs_on).await;
         self.jobs = Some(jobs.map_err(|error| ServeError(error.to_string()))?);
@@ -59,8 +59,8 @@ impl CoordinatorHandle {
     ///
     /// # Errors
     /// Refused: sizes are out of bounds; the model cannot serve one of the jobs, which is named; the
-    /// ledger is full. Unknown or stopping: the batch may have been taken; ask again with the same
-    /// key.
+    /// ledger is full. Busy: this question has not taken it. Unknown or stopping: the batch may have
+    /// been taken; ask again with the same key.
     pub async fn detach(&self, owner: &str, batch: DetachedBatch) -> Result<JobRange, LedgerError> {
         self.detach_for(owner, None, batch).await
     }
@@ -75,7 +75,9 @@ impl CoordinatorHandle {
         let refused = |reason: String| LedgerError::Refused(reason);
         let ledger = self.jobs().ok_or_else(|| refused(NO_LEDGER.into()))?;
         batch.check().map_err(|error| refused(error.to_string()))?;
-        if let Some(jobs) = ledger.known(owner, batch.key).await? {
+        // Nothing was asked for yet.
+        let known = ledger.known(owner, batch.key).await.map_err(LedgerError::before)?;
+        if let Some(jobs) = known {
             return Ok(jobs);
         }
         let count = batch.jobs.len();
@@ -97,7 +99,7 @@ impl CoordinatorHandle {
             let prompt = std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new()));
             let ids = self.encode(prompt).await.map_err(|error| match error {
                 // Later it has its tokens.
-                EncodeError::Busy(reason) => LedgerError::Unknown(reason),
+                EncodeError::Busy(reason) => LedgerError::Busy(reason),
                 EncodeError::Prompt(reason) => named(reason),
             })?;
             request.prompt = Prompt::Tokens(ids);
@@ -115,7 +117,7 @@ impl CoordinatorHandle {
             }
             if let Some(grammar) = &job.choosing.grammar {
                 self.check_grammar(grammar).await.map_err(|error| match error {
-                    FormError::Busy(reason) => LedgerError::Unknown(reason),
+                    FormError::Busy(reason) => LedgerError::Busy(reason),
                     FormError::Form(reason) => named(reason),
                 })?;
             }

@@ -33,7 +33,7 @@ use lite_llm_transport::{
 };
 use ractor::{Actor, ActorRef};
 use tokio::{
-    sync::{Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::timeout,
 };
 use tracing::warn;
@@ -55,6 +55,9 @@ pub const PROMPT_BYTES_MAX: usize = 4 << 20;
 /// Prompts that are tokenised at the same time, and that wait for it.
 const TOKENISED_MAX: usize = 2;
 const TOKENISE_WAITING_MAX: usize = 256;
+/// Bytes of those that are longer than [`SHORT_BYTES_MAX`], together. Others keep no short one out.
+const TOKENISE_BYTES_MAX: usize = 64 << 20;
+const SHORT_BYTES_MAX: usize = 64 << 10;
 /// How long a prompt may wait to be tokenised.
 const TOKENISE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -113,6 +116,9 @@ fn failed(error: impl std::fmt::Display) -> ServeError {
     ServeError(error.to_string())
 }
 
+/// What the prompts of one request take while they wait to be tokenised, until it is dropped.
+pub struct PromptRoom(#[expect(dead_code, reason = "held")] Option<OwnedSemaphorePermit>);
+
 /// A running coordinator.
 #[derive(Clone)]
 pub struct CoordinatorHandle {
@@ -127,6 +133,7 @@ pub struct CoordinatorHandle {
     /// Places at the tokenizer, and in the queue for it.
     tokenizing: Arc<Semaphore>,
     queued: Arc<Semaphore>,
+    queued_bytes: Arc<Semaphore>,
     address: SocketAddr,
     /// Positions that the largest cache of a node holds.
     kv_tokens: Arc<AtomicU64>,
@@ -189,6 +196,7 @@ impl CoordinatorHandle {
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
         let tokenizing = Arc::new(Semaphore::new(TOKENISED_MAX));
         let queued = Arc::new(Semaphore::new(TOKENISE_WAITING_MAX));
+        let queued_bytes = Arc::new(Semaphore::new(TOKENISE_BYTES_MAX));
         let (config, jobs) = (Arc::new(config), None);
         let mut handle = Self {
             actor,
@@ -200,6 +208,7 @@ impl CoordinatorHandle {
             jobs,
             tokenizing,
             queued,
+            queued_bytes,
             address,
             kv_tokens,
             grammars,
@@ -295,7 +304,7 @@ impl CoordinatorHandle {
             events,
         });
         let submit = |reply| CoordinatorMessage::Submit(submission, reply);
-        let job = ractor::call!(self.actor, submit).map_err(failed)?.map_err(ServeError)?;
+        let job = ractor::call!(self.actor, submit).map_err(failed)?.map_err(failed)?;
         Ok((job, receiver))
     }
 
@@ -313,6 +322,16 @@ impl CoordinatorHandle {
 
     /// The tokens of a prompt; not on the actor's task, for a long text takes its time.
     pub async fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, EncodeError> {
+        let room = self.room_for(prompt.text_bytes())?;
+        self.encode_in(&room, prompt).await
+    }
+
+    /// The same, where there is room for it already.
+    pub async fn encode_in(
+        &self,
+        _room: &PromptRoom,
+        prompt: Prompt,
+    ) -> Result<Vec<u32>, EncodeError> {
         let (text, chat) = match prompt {
             Prompt::Tokens(ids) => return Ok(ids),
             Prompt::Text(text) => (text, false),
@@ -349,6 +368,21 @@ impl CoordinatorHandle {
         encoded.map_err(|error: PromptError| unusable(&error))
     }
 
+    /// Room for so many bytes of a request's prompts, which wait to be tokenised.
+    pub fn room_for(&self, bytes: usize) -> Result<PromptRoom, EncodeError> {
+        if bytes <= SHORT_BYTES_MAX {
+            return Ok(PromptRoom(None));
+        }
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let room = self.queued_bytes.clone().try_acquire_many_owned(bytes);
+        room.map(|room| PromptRoom(Some(room))).map_err(|_| {
+            EncodeError::Busy(format!(
+                "prompts of nearly {TOKENISE_BYTES_MAX} bytes wait to be tokenised already; try again \
+                 later"
+            ))
+        })
+    }
+
     /// Positions that prompt and answer of a job can have: those of the model, as far as the cache of
     /// some node holds them.
     pub fn positions_max(&self) -> usize {
@@ -361,7 +395,7 @@ impl CoordinatorHandle {
 
     /// Reads the form of an answer, so that one that cannot be used is known before its job begins.
     pub async fn check_grammar(&self, grammar: &Grammar) -> Result<(), FormError> {
-        self.grammars.read(grammar).await.map(drop)
+        self.grammars.check(grammar).await
     }
 
     /// Ends a job.
@@ -497,7 +531,8 @@ impl CoordinatorHandle {
                         Ok(reply) => ClientReply::Detached(reply),
                         // Its connection ends, too; it asks the next coordinator.
                         Err(LedgerError::Stopping) => return,
-                        Err(LedgerError::Unknown(reason)) => {
+                        // An earlier question of the same key may be under way.
+                        Err(LedgerError::Unknown(reason) | LedgerError::Busy(reason)) => {
                             ClientReply::Detached(DetachedReply::Unknown(reason))
                         }
                         Err(error) => ClientReply::Refused { reason: error.to_string() },

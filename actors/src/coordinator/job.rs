@@ -70,6 +70,17 @@ pub struct Submission {
     pub events: mpsc::Sender<JobEvent>,
 }
 
+/// Why a job was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotSubmitted {
+    /// It cannot be served, or not now.
+    #[error("{0}")]
+    Refused(String),
+    /// All nodes have said how much their caches hold, and none holds it.
+    #[error("{0}")]
+    FitsNowhere(String),
+}
+
 /// A job at the coordinator.
 pub(super) struct Job {
     pub(super) id: u64,
@@ -198,7 +209,8 @@ impl Job {
         let patience = self.patience;
         tokio::select! {
             home = timeout_at(until, asked) => match home {
-                Ok(Ok(ractor::rpc::CallResult::Success(home))) => Where::Home(home),
+                Ok(Ok(ractor::rpc::CallResult::Success(Ok(home)))) => Where::Home(home),
+                Ok(Ok(ractor::rpc::CallResult::Success(Err(reason)))) => Where::Nobody(reason),
                 Ok(_) => Where::Stopped,
                 Err(_) => {
                     let words = CoordinatorMessage::WhyNot;

@@ -39,8 +39,11 @@ use tracing::{info, warn};
 
 pub(crate) use self::{handle::scope, job::CLIENT_EVENTS_MAX};
 pub use self::{
-    handle::{CoordinatorHandle, CoordinatorOptions, EncodeError, PROMPT_BYTES_MAX, ServeError},
-    job::{JobHome, Submission},
+    handle::{
+        CoordinatorHandle, CoordinatorOptions, EncodeError, PROMPT_BYTES_MAX, PromptRoom,
+        ServeError,
+    },
+    job::{JobHome, NotSubmitted, Submission},
 };
 use self::{job::Job, progress::JobProgress};
 use crate::{
@@ -83,7 +86,7 @@ pub enum CoordinatorMessage {
     /// A node answered how it is.
     Status(String, NodeStatus),
     /// Run a job; its events go to the channel.
-    Submit(Box<Submission>, RpcReplyPort<Result<u64, String>>),
+    Submit(Box<Submission>, RpcReplyPort<Result<u64, NotSubmitted>>),
     /// End a job, for whoever submitted it.
     Cancel {
         /// The job.
@@ -97,8 +100,8 @@ pub enum CoordinatorMessage {
         job: u64,
         /// Nodes that did not take it lately.
         refused: Vec<String>,
-        /// Answered as soon as there is one.
-        reply: RpcReplyPort<JobHome>,
+        /// Answered as soon as there is one, or with why there will be none.
+        reply: RpcReplyPort<Result<JobHome, String>>,
     },
     /// Why no node can take a job, for people.
     WhyNot(RpcReplyPort<String>),
@@ -158,7 +161,9 @@ struct RunningJob {
     client: Option<String>,
     cancel: watch::Sender<bool>,
     /// It waits for a node.
-    wants: Option<RpcReplyPort<JobHome>>,
+    wants: Option<RpcReplyPort<Result<JobHome, String>>>,
+    /// Positions that it may come to.
+    positions: u64,
     /// The job's own span.
     _span: tracing::Span,
 }
@@ -262,7 +267,9 @@ impl Actor for Coordinator {
                 }
             }
             CoordinatorMessage::Home { job, refused, reply } => {
-                if let Some(running) = state.jobs.get_mut(&job) {
+                if let Some(reason) = state.fits_nowhere(job) {
+                    let _ = reply.send(Err(reason));
+                } else if let Some(running) = state.jobs.get_mut(&job) {
                     running.wants = Some(reply);
                     state.cluster.handle(now, Event::Wants { job, refused });
                 }
@@ -279,8 +286,10 @@ impl Actor for Coordinator {
             CoordinatorMessage::Describe(reply) => {
                 let _ = reply.send(state.status());
             }
-            CoordinatorMessage::Residences(reply) => state.residences(reply),
-            CoordinatorMessage::View(reply) => state.views(reply),
+            CoordinatorMessage::Residences(reply) => {
+                state.gather(NodeMessage::Residences, reply);
+            }
+            CoordinatorMessage::View(reply) => state.gather(NodeMessage::View, reply),
             CoordinatorMessage::Drain(name, reply) => {
                 let _ = reply.send(state.drain(now, name));
             }
@@ -505,27 +514,6 @@ impl CoordinatorState {
         }
     }
 
-    /// Asks all nodes where their experts are, and answers with what those say who do in time.
-    fn residences(&self, reply: RpcReplyPort<Vec<NodeResidences>>) {
-        let asked = self.nodes.iter().map(|(name, node)| {
-            let (name, actor) = (name.clone(), node.actor.clone());
-            async move {
-                let timeout = liveness::LOST_AFTER.as_millis() as u64;
-                let answer = ractor::call_t!(actor, NodeMessage::Residences, timeout).ok()?;
-                let said = answer.into_inner().ok()?;
-                said.check().ok()?;
-                Some(NodeResidences { name, ..said })
-            }
-        });
-        let asked = futures::future::join_all(asked.collect::<Vec<_>>());
-        tokio::spawn(async move {
-            let mut said: Vec<NodeResidences> = asked.await.into_iter().flatten().collect();
-            said.sort_by(|a, b| a.name.cmp(&b.name));
-            // Whoever asked may be gone.
-            let _ = reply.send(said);
-        });
-    }
-
     fn ask(&self, myself: &ActorRef<CoordinatorMessage>, name: String, incarnation: u64) {
         let Some(node) = self.nodes.get(&name) else { return };
         let (myself, actor) = (myself.clone(), node.actor.clone());
@@ -596,14 +584,14 @@ impl CoordinatorState {
         };
         let (name, leave) = (name.to_owned(), node.leave.subscribe());
         // A job that was cancelled meanwhile has ended, which it reports.
-        let _ = reply.send(JobHome { name, connection: connection.clone(), leave });
+        let _ = reply.send(Ok(JobHome { name, connection: connection.clone(), leave }));
     }
 
     fn submit(
         &mut self,
         myself: &ActorRef<CoordinatorMessage>,
         submission: Submission,
-    ) -> Result<u64, String> {
+    ) -> Result<u64, NotSubmitted> {
         let Submission {
             mut request,
             choosing,
@@ -615,10 +603,12 @@ impl CoordinatorState {
             events,
         } = submission;
         if let State::Failed(reason) = self.cluster.state() {
-            return Err(reason.clone());
+            return Err(NotSubmitted::Refused(reason.clone()));
         }
-        jobs::check_order(&request, &choosing, &generated, &self.arguments.config)?;
-        self.check_room(&request)?;
+        let config = &self.arguments.config;
+        let checked = jobs::check_order(&request, &choosing, &generated, config);
+        checked.map_err(NotSubmitted::Refused)?;
+        let positions = self.check_room(&request)?;
         self.jobs_begun += 1;
         let id = self.numbers.hash_one(self.jobs_begun);
         let span = tracing::debug_span!("job", job = id);
@@ -652,7 +642,8 @@ impl CoordinatorState {
             tokenizer: self.arguments.tokenizer.clone(),
             patience: patience.unwrap_or(self.arguments.patience),
         };
-        self.jobs.insert(id, RunningJob { client, cancel, wants: None, _span: span });
+        let running = RunningJob { client, cancel, wants: None, positions, _span: span };
+        self.jobs.insert(id, running);
         let myself = myself.clone();
         tokio::spawn(async move {
             job.run().await;

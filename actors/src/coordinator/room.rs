@@ -7,7 +7,7 @@ use std::sync::{
 
 use lite_llm_transport::messages::{JobRequest, Prompt};
 
-use super::{CoordinatorState, JOBS_MAX};
+use super::{CoordinatorState, JOBS_MAX, NotSubmitted};
 
 /// Positions that the largest cache of a node holds.
 pub(crate) type Largest = Arc<AtomicU64>;
@@ -22,36 +22,45 @@ impl CoordinatorState {
         self.arguments.kv_tokens.store(self.caches().max().unwrap_or(0), Relaxed);
     }
 
-    /// Whether there is room for a job, now and ever.
-    pub(super) fn check_room(&self, request: &JobRequest) -> Result<(), String> {
+    /// Whether there is room for a job, now and ever; the positions that it may come to.
+    pub(super) fn check_room(&self, request: &JobRequest) -> Result<u64, NotSubmitted> {
         if self.jobs.len() >= JOBS_MAX {
-            return Err(format!("{JOBS_MAX} jobs are running or waiting; try again later"));
+            let reason = format!("{JOBS_MAX} jobs are running or waiting; try again later");
+            return Err(NotSubmitted::Refused(reason));
         }
-        check(self.caches(), request, self.arguments.config.context)
+        let positions = positions(request, self.arguments.config.context);
+        match too_large(self.caches(), positions) {
+            Some(reason) => Err(NotSubmitted::FitsNowhere(reason)),
+            None => Ok(positions),
+        }
+    }
+
+    /// Why no node that is here can take a job that was taken: those that could may have left since.
+    pub(super) fn fits_nowhere(&self, job: u64) -> Option<String> {
+        self.jobs.get(&job).and_then(|job| too_large(self.caches(), job.positions))
     }
 }
 
-/// Whether the cache of some node, of which these hold so many positions, holds as many as a job may
-/// come to. One that has not said how many its cache holds may.
-fn check(
-    caches: impl Iterator<Item = u64>,
-    request: &JobRequest,
-    context: usize,
-) -> Result<(), String> {
-    let (nodes, least, largest) =
-        caches.fold((0, u64::MAX, 0), |(nodes, a, b), held| (nodes + 1, a.min(held), b.max(held)));
+/// Positions that a job may come to.
+fn positions(request: &JobRequest, context: usize) -> u64 {
     let prompt = match &request.prompt {
         Prompt::Tokens(ids) => ids.len() as u64,
         Prompt::Text(_) | Prompt::Chat(_) => 0,
     };
-    let needed = (prompt + u64::from(request.max_new_tokens)).min(context as u64);
-    if nodes == 0 || least == 0 || needed <= largest {
-        return Ok(());
-    }
-    Err(format!(
-        "the job may come to {needed} tokens, and the largest cache of a worker holds {largest}: ask \
-         for fewer tokens, or give a worker a larger --kv"
-    ))
+    (prompt + u64::from(request.max_new_tokens)).min(context as u64)
+}
+
+/// Why no cache, of which these hold so many positions, holds as many as are needed, if that is so. One
+/// that has not said how many it holds may.
+fn too_large(caches: impl Iterator<Item = u64>, needed: u64) -> Option<String> {
+    let (nodes, least, largest) =
+        caches.fold((0, u64::MAX, 0), |(nodes, a, b), held| (nodes + 1, a.min(held), b.max(held)));
+    (nodes > 0 && least > 0 && needed > largest).then(|| {
+        format!(
+            "the job may come to {needed} tokens, and the largest cache of a worker holds {largest}: \
+             ask for fewer tokens, or give a worker a larger --kv"
+        )
+    })
 }
 
 #[cfg(test)]
@@ -61,8 +70,12 @@ mod tests {
     #[test]
     fn the_largest_cache_counts_and_what_is_not_known_may_be_larger() {
         let request = JobRequest::greedy(Prompt::Tokens(vec![1; 100]), 100);
-        let check = |caches: &[u64]| check(caches.iter().copied(), &request, 4096);
-        assert!(check(&[64, 256]).is_ok() && check(&[]).is_ok() && check(&[64, 0]).is_ok());
-        assert!(check(&[64, 192]).unwrap_err().contains("200 tokens"));
+        let needed = positions(&request, 4096);
+        let too_large = |caches: &[u64]| too_large(caches.iter().copied(), needed);
+        for caches in [&[64, 256][..], &[], &[64, 0]] {
+            assert_eq!(too_large(caches), None, "{caches:?}");
+        }
+        assert!(too_large(&[64, 192]).unwrap().contains("200 tokens"));
+        assert_eq!(positions(&request, 150), 150);
     }
 }

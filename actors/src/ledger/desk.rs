@@ -36,12 +36,25 @@ pub enum LedgerError {
     /// The same, for want of room, which there may be later.
     #[error("{0}")]
     Full(String),
+    /// It is not done by this question; one of the same key that was asked before may do it. Ask again.
+    #[error("{0}; ask again")]
+    Busy(String),
     /// Nobody knows whether it is done: the disk fails or is slow. Ask again, with the same key.
     #[error("it is not known whether it was done: {0}; ask again")]
     Unknown(String),
     /// The coordinator stops: nobody knows what became of it. Ask the next one.
     #[error("the coordinator is stopping; ask again when it is back")]
     Stopping,
+}
+
+impl LedgerError {
+    /// The same, where nothing was to be done yet.
+    pub(crate) fn before(self) -> Self {
+        match self {
+            Self::Unknown(reason) => Self::Busy(reason),
+            other => other,
+        }
+    }
 }
 
 /// The ledger of a coordinator. An owner is any name: that of a client's certificate, or of an API
@@ -114,7 +127,7 @@ impl Jobs {
         batch: DetachedBatch,
     ) -> Result<JobRange, LedgerError> {
         let place = timeout(self.patience, self.batches.acquire()).await;
-        let _place = place.map_err(|_| self.slow())?.map_err(|_| gone())?;
+        let _place = place.map_err(|_| self.slow().before())?.map_err(|_| gone())?;
         let owner = owner.to_owned();
         self.ask(|reply| Wish::Accept { owner, batch, reply }).await
     }
@@ -215,15 +228,16 @@ impl Jobs {
 
     async fn ask<T>(&self, wish: impl FnOnce(Reply<T>) -> Wish) -> Result<T, LedgerError> {
         let (reply, answer) = oneshot::channel();
-        let asked = async {
-            self.wishes.send(wish(reply)).await.map_err(|_| gone())?;
-            // Whoever drops a question has failed, or is going.
-            answer.await.map_err(|_| match self.wishes.is_closed() {
-                true => gone(),
-                false => LedgerError::Unknown("the ledger's disk failed".into()),
-            })?
-        };
-        timeout(self.patience, asked).await.map_err(|_| self.slow())?
+        let until = Instant::now() + self.patience;
+        let sent = timeout_at(until, self.wishes.send(wish(reply))).await;
+        // It never heard of it.
+        sent.map_err(|_| self.slow().before())?.map_err(|_| gone())?;
+        let answered = timeout_at(until, answer).await.map_err(|_| self.slow())?;
+        // Whoever drops a question has failed, or is going.
+        answered.map_err(|_| match self.wishes.is_closed() {
+            true => gone(),
+            false => LedgerError::Unknown("the ledger's disk failed".into()),
+        })?
     }
 
     fn slow(&self) -> LedgerError {
@@ -267,6 +281,18 @@ mod tests {
             drop(inbox.recv().await);
         });
         assert!(matches!(asked, Err(LedgerError::Unknown(_))), "a disk that failed: {asked:?}");
+        // What was never asked was not done.
+        let waits = jobs.batches.clone().acquire_owned().await.unwrap();
+        let asked = jobs.accept("anna", batch()).await;
+        assert!(matches!(asked, Err(LedgerError::Busy(_))), "too many wait: {asked:?}");
+        drop(waits);
+        for _ in 0..8 {
+            let (reply, _) = oneshot::channel();
+            let (owner, key) = ("anna".to_owned(), [1; 16]);
+            jobs.wishes.try_send(Wish::Known { owner, key, reply }).unwrap();
+        }
+        let asked = jobs.accept("anna", batch()).await;
+        assert!(matches!(asked, Err(LedgerError::Busy(_))), "the queue is full: {asked:?}");
         drop(inbox);
         let asked = jobs.cancel(None, JobRange { first: 1, last: 1 }).await;
         assert!(matches!(asked, Err(LedgerError::Stopping)), "{asked:?}");

@@ -2,7 +2,8 @@
 //!
 //! Invariants: its ending is a function of the job alone, wherever its answer was broken off before:
 //! text and stop texts are followed from the first token; only an end of the job itself ends it: while
-//! there is no worker, or the coordinator cannot take it, it is submitted again.
+//! there is no worker, or the coordinator cannot take it, it is submitted again, but not for ever where
+//! the workers that are there could never serve it.
 
 use std::{
     sync::Arc,
@@ -25,7 +26,7 @@ use tracing::debug;
 
 use super::keeper::Wish;
 use crate::{
-    coordinator::{CLIENT_EVENTS_MAX, CoordinatorMessage, Submission},
+    coordinator::{CLIENT_EVENTS_MAX, CoordinatorMessage, NotSubmitted, Submission},
     trace::Operation,
 };
 
@@ -34,6 +35,8 @@ const PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Pause before it is submitted again, and the longest one.
 const AGAIN_PAUSE: Duration = Duration::from_millis(250);
 const AGAIN_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// How long a job may fit in no worker's cache: one that is started again may have another.
+const FITS_NOWHERE_MAX: Duration = Duration::from_secs(600);
 /// Failures in a row, none of which brought a token, that end a job.
 const FAILURES_MAX: u32 = 5;
 /// How often the ledger hears of tokens.
@@ -42,8 +45,9 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 /// What runs detached jobs.
 #[derive(Clone)]
 pub(crate) struct RunsOn {
-    pub(crate) coordinator: ActorRef<CoordinatorMessage>,
-    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+    coordinator: ActorRef<CoordinatorMessage>,
+    pub(super) tokenizer: Option<Arc<Tokenizer>>,
+    fits_nowhere_max: Duration,
 }
 
 /// Milliseconds since 1970.
@@ -111,6 +115,8 @@ enum Ended {
     With(DetachedState, String),
     /// It is to be submitted again.
     Broken(String),
+    /// The same, unless it is so for long.
+    FitsNowhere(String),
     /// The same, unless it fails again and again: what failed it may pass (a lost holder of an expert,
     /// a disk that hung).
     Failed(String),
@@ -119,6 +125,13 @@ enum Ended {
 }
 
 impl RunsOn {
+    pub(crate) fn new(
+        coordinator: ActorRef<CoordinatorMessage>,
+        tokenizer: Option<Arc<Tokenizer>>,
+    ) -> Self {
+        Self { coordinator, tokenizer, fits_nowhere_max: FITS_NOWHERE_MAX }
+    }
+
     /// Runs a job to its end, from the tokens that are known, and tells the ledger.
     pub(super) async fn run(
         self,
@@ -130,7 +143,7 @@ impl RunsOn {
         let mut answer = Answer::new(&job, self.tokenizer.as_deref(), &known);
         // Tokens that the ledger knows.
         let mut told = answer.ids.len();
-        let (mut pause, mut failures) = (AGAIN_PAUSE, 0);
+        let (mut pause, mut failures, mut fits_nowhere) = (AGAIN_PAUSE, 0, None);
         let (state, reason) = loop {
             if answer.stop.stopped() {
                 break (DetachedState::Stop, String::new());
@@ -141,6 +154,13 @@ impl RunsOn {
                 Ended::With(state, reason) => break (state, reason),
                 Ended::Gone => return,
                 Ended::Broken(reason) => reason,
+                Ended::FitsNowhere(reason) => {
+                    let since = *fits_nowhere.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= self.fits_nowhere_max {
+                        break (DetachedState::Failed, reason);
+                    }
+                    reason
+                }
                 Ended::Failed(reason) => {
                     failures = if answer.ids.len() > had { 1 } else { failures + 1 };
                     if failures == FAILURES_MAX {
@@ -151,7 +171,7 @@ impl RunsOn {
             };
             debug!(job = number, %reason, "a detached job is submitted again");
             if answer.ids.len() > had {
-                pause = AGAIN_PAUSE;
+                (pause, fits_nowhere) = (AGAIN_PAUSE, None);
             }
             sleep(pause).await;
             pause = (pause * 2).min(AGAIN_PAUSE_MAX);
@@ -186,7 +206,8 @@ impl RunsOn {
         let submit = |reply| CoordinatorMessage::Submit(submission, reply);
         match ractor::call!(self.coordinator, submit) {
             Ok(Ok(_)) => {}
-            Ok(Err(reason)) => return Ended::Broken(reason),
+            Ok(Err(NotSubmitted::FitsNowhere(reason))) => return Ended::FitsNowhere(reason),
+            Ok(Err(NotSubmitted::Refused(reason))) => return Ended::Broken(reason),
             Err(_) => return Ended::Gone,
         }
         let mut last = Instant::now();
@@ -226,5 +247,63 @@ impl RunsOn {
             }
         }
         Ended::Broken("its events broke off".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lite_llm_transport::messages::JobRequest;
+    use ractor::{Actor, ActorProcessingErr};
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// A coordinator whose workers' caches are too small, but for a while at first.
+    struct Small;
+
+    impl Actor for Small {
+        type Msg = CoordinatorMessage;
+        type State = u32;
+        type Arguments = ();
+
+        async fn pre_start(
+            &self,
+            _: ActorRef<Self::Msg>,
+            (): (),
+        ) -> Result<u32, ActorProcessingErr> {
+            Ok(0)
+        }
+
+        async fn handle(
+            &self,
+            _: ActorRef<Self::Msg>,
+            message: Self::Msg,
+            asked: &mut u32,
+        ) -> Result<(), ActorProcessingErr> {
+            if let CoordinatorMessage::Submit(_, reply) = message {
+                *asked += 1;
+                let refused = match *asked {
+                    1 => NotSubmitted::Refused("4096 jobs are running".into()),
+                    _ => NotSubmitted::FitsNowhere("give a worker a larger --kv".into()),
+                };
+                let _ = reply.send(Err(refused));
+            }
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_job_that_no_worker_could_ever_serve_ends() {
+        let (coordinator, _) = Actor::spawn(None, Small, ()).await.unwrap();
+        let fits_nowhere_max = Duration::from_millis(300);
+        let runs_on = RunsOn { fits_nowhere_max, ..RunsOn::new(coordinator.clone(), None) };
+        let (ledger, mut wishes) = mpsc::channel(8);
+        let job = DetachedJob::plain(JobRequest::greedy(Prompt::Tokens(vec![1]), 9));
+        let run = runs_on.run((7, "anna".into()), job, Vec::new(), ledger);
+        timeout(Duration::from_secs(20), run).await.expect("it is submitted for ever");
+        let Some(Wish::Ended { job: 7, ending }) = wishes.recv().await else { panic!("no end") };
+        assert_eq!((ending.state, ending.ids.len()), (DetachedState::Failed, 0));
+        assert!(ending.reason.contains("--kv"), "{}", ending.reason);
+        coordinator.stop(None);
     }
 }

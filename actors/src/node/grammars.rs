@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use lite_llm_runtime::{
     checkpoint::Checkpoint,
-    grammar::{self, Grammars, Guide},
+    grammar::{self, GrammarError, Grammars, Guide},
     tokenizer::Tokenizer,
 };
 use lite_llm_transport::messages::Grammar;
@@ -60,6 +60,19 @@ impl GrammarDesk {
 
     /// Reads a grammar: where an answer of its form begins, or why there is none.
     pub async fn read(&self, grammar: &Grammar) -> Result<Guide, FormError> {
+        self.with(grammar, Grammars::read).await
+    }
+
+    /// The same for whoever only wants to know whether it can be used.
+    pub async fn check(&self, grammar: &Grammar) -> Result<(), FormError> {
+        self.with(grammar, Grammars::check).await
+    }
+
+    async fn with<T: Send + 'static>(
+        &self,
+        grammar: &Grammar,
+        of: fn(&Grammars, &grammar::Grammar) -> Result<T, GrammarError>,
+    ) -> Result<T, FormError> {
         let slow = |_| {
             let reason = format!("a grammar was not read within {READ_TIMEOUT:?}; try again later");
             FormError::Busy(reason)
@@ -76,7 +89,8 @@ impl GrammarDesk {
                 Grammar::Regex(text) => grammar::Grammar::Regex(text),
                 Grammar::Lark(text) => grammar::Grammar::Lark(text),
             };
-            desk.grammars()?.read(&grammar).map_err(|error| FormError::Form(error.to_string()))
+            let grammars = desk.grammars()?;
+            of(&grammars, &grammar).map_err(|error| FormError::Form(error.to_string()))
         });
         timeout(READ_TIMEOUT, read).await.map_err(slow)?.map_err(|error| ended(&error))?
     }

@@ -23,6 +23,7 @@ use lite_llm_transport::{
 use super::{bad_input, default_state, interrupted, open_model, placement};
 use crate::{
     cli::{CoordinatorArgs, KeepJobs},
+    http::Exporter,
     time::Time,
 };
 
@@ -109,6 +110,11 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     let files = (state.join(FILES_FOLDER), keep(args.keep_jobs).time);
     let served = (&*checkpoint, args.kv_dtype, args.context);
     let http = args.http.serve(Some(&model), served, &coordinator, Some(keys), Some(files)).await?;
+    // With an API, that sends them.
+    let exporter = match http {
+        Some(_) => None,
+        None => Exporter::start(&coordinator)?,
+    };
     let watched = coordinator.clone();
     let ledger = coordinator.jobs().cloned();
     let ledger_ended = async {
@@ -135,6 +141,7 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
         () = interrupted() => {}
     }
     say!("stopping");
+    drop(exporter);
     if let Some(http) = http {
         http.stop().await;
     }

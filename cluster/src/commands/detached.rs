@@ -86,7 +86,10 @@ impl Ledger {
             match client.answer_within(ANSWER_TIMEOUT, &request).await {
                 Ok(ClientReply::Detached(DetachedReply::Unknown(reason))) => {
                     if Instant::now() >= deadline {
-                        bail!("it is not known whether it was done: {reason}; ask again");
+                        bail!(
+                            "it is not known whether it was done: {reason}; look before you ask again: \
+                             `lite-llm jobs`"
+                        );
                     }
                     tokio::time::sleep(AGAIN_PAUSE).await;
                 }

@@ -26,10 +26,11 @@ use super::{
     chat,
     error::ApiError,
     form::form,
+    prompts::PromptField,
 };
 
 /// Jobs of one request: its prompts, each `n` times.
-const JOBS_MAX: usize = 64;
+pub(super) const JOBS_MAX: usize = 64;
 /// Most candidates whose log-probabilities are told.
 pub(super) const TOP_LOGPROBS_MAX: u32 = 20;
 /// Longest `deadline_ms`: a day.
@@ -115,15 +116,6 @@ pub(super) struct Body {
     function_call: Option<IgnoredAny>,
     reasoning_effort: Option<IgnoredAny>,
     verbosity: Option<IgnoredAny>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "prompt: a text, token ids, or a list of either is expected")]
-enum PromptField {
-    Text(String),
-    Ids(Vec<u32>),
-    Texts(Vec<String>),
-    Many(Vec<Vec<u32>>),
 }
 
 #[derive(Debug, Deserialize)]
@@ -535,6 +527,11 @@ mod tests {
         refused(Kind::Text, json!({}), "prompt is missing");
         refused(Kind::Text, json!({ "prompt": [["a"]] }), "token ids");
         refused(Kind::Text, json!({ "prompt": [-1] }), "token ids");
+        refused(Kind::Text, json!({ "prompt": [1, "a"] }), "token ids");
+        refused(Kind::Text, json!({ "prompt": [[1], "a"] }), "token ids");
+        refused(Kind::Text, json!({ "prompt": [1, 4294967296_u64] }), "token ids");
+        refused(Kind::Text, json!({ "prompt": { "a": 1 } }), "token ids");
+        refused(Kind::Text, json!({ "prompt": [] }), "empty list");
         refused(Kind::Text, json!({ "prompt": vec![vec![1]; 65] }), "at most 64");
     }
 

@@ -6,7 +6,7 @@
 //! the bits that its request would have alone.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io::{BufRead, BufReader},
     sync::Arc,
 };
@@ -25,7 +25,6 @@ use lite_llm_transport::messages::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use tokio::task::spawn_blocking;
 
 use super::{
     Api, Caller,
@@ -34,7 +33,7 @@ use super::{
     calls::{Calls, Said, ToolUse},
     choice::Finish,
     error::ApiError,
-    files::{NO_FILES, Window, listed, no_file},
+    files::{NO_FILES, Window, listed, no_file, on_disk, opened},
     generate::{Tokenised, with_calls},
     show::{Show, Whole, call_of, usage},
 };
@@ -48,6 +47,8 @@ const METADATA_KEY_MAX: usize = 64;
 const METADATA_TEXT_MAX: usize = 512;
 /// Results that are asked of the ledger at a time.
 const REPORTS_MAX: usize = 64;
+/// Files of batches whose sizes are remembered.
+const SIZES_MAX: usize = 1024;
 
 /// What a batch is asked for with.
 #[derive(Debug, Deserialize)]
@@ -88,7 +89,7 @@ struct Note {
 }
 
 /// The two files of a batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     /// Answers.
     Output,
@@ -134,7 +135,9 @@ impl From<LedgerError> for ApiError {
         match error {
             LedgerError::Refused(reason) => Self::bad(reason),
             LedgerError::Full(reason) => Self::busy(reason, std::time::Duration::from_secs(60)),
-            LedgerError::Unknown(_) | LedgerError::Stopping => Self::unavailable(error.to_string()),
+            LedgerError::Busy(_) | LedgerError::Unknown(_) | LedgerError::Stopping => {
+                Self::unavailable(error.to_string())
+            }
         }
     }
 }
@@ -164,25 +167,27 @@ pub(super) async fn create(
     }
     check_metadata(wanted.metadata.as_ref())?;
     let owner = caller.owner();
-    let key = key_of(&owner, &parts.headers);
+    let given = key_of(&owner, &parts.headers);
     // What would be refused now may have been taken when its answer was lost.
-    if let Some(taken) = api.ledger()?.known(&owner, key).await? {
+    if let Some(key) = given
+        && let Some(taken) = api.ledger()?.known(&owner, key).await?
+    {
         return Ok(Json(describe(&api, &owner, taken.first).await?));
     }
+    let key = given.unwrap_or_else(|| *uuid::Uuid::new_v4().as_bytes());
     let making = api.making.try_acquire().map_err(|_| {
         let message = format!("{MAKING_MAX} batches are being made already");
         ApiError::busy(message, std::time::Duration::from_secs(5))
     })?;
-    let file = api.files()?.read(&owner, &wanted.input_file_id);
-    let file = file.map_err(|error| ApiError::failed(error.to_string()))?;
-    let mut lines = BufReader::new(file.ok_or_else(|| no_file(&wanted.input_file_id))?);
+    let file = opened(&api, owner.clone(), &wanted.input_file_id).await?;
+    let mut lines = BufReader::new(file);
     let (mut jobs, mut names) = (Vec::new(), BTreeSet::new());
     for number in 1.. {
-        let read = spawn_blocking(move || {
+        let read = on_disk(move || {
             let line = read_line(&mut lines);
             (line, lines)
         });
-        let (line, rest) = read.await.map_err(|error| ApiError::failed(error.to_string()))?;
+        let (line, rest) = read.await?;
         lines = rest;
         let named = |error: ApiError| error.in_line(number);
         let Some(line) = line.map_err(named)? else { break };
@@ -217,20 +222,36 @@ pub(super) async fn create(
         let message = format!("metadata takes more than {NOTE_BYTES_MAX} bytes");
         return Err(ApiError::invalid("metadata", message));
     }
-    let taken = api.coordinator.detach(&owner, DetachedBatch { key, note, jobs }).await?;
+    let taken = api.coordinator.detach(&owner, DetachedBatch { key, note, jobs }).await;
     drop(making);
-    Ok(Json(describe(&api, &owner, taken.first).await?))
+    // Clients ask again by themselves after a 503. Under another key that would be another batch.
+    let once = |error: ApiError, remedy: &str| match given {
+        Some(_) => error,
+        None => error.once(remedy),
+    };
+    let taken = taken.map_err(|error| match error {
+        LedgerError::Unknown(_) | LedgerError::Stopping => once(
+            error.into(),
+            "GET /v1/batches tells whether it was taken; with a header Idempotency-Key it may be sent \
+             again without being taken twice",
+        ),
+        refused => refused.into(),
+    })?;
+    let shown = describe(&api, &owner, taken.first).await;
+    let shown = shown.map_err(|error| {
+        once(error, &format!("batch_{} was taken: do not send it again", taken.first))
+    })?;
+    Ok(Json(shown))
 }
 
-/// The key of a batch: what a client says in `Idempotency-Key` takes none twice.
-fn key_of(owner: &str, headers: &HeaderMap) -> [u8; 16] {
-    let given = headers.get("idempotency-key");
-    let Some(given) = given else { return *uuid::Uuid::new_v4().as_bytes() };
+/// The key of a batch, if its client gives it one: what is said in `Idempotency-Key` takes none twice.
+fn key_of(owner: &str, headers: &HeaderMap) -> Option<[u8; 16]> {
+    let given = headers.get("idempotency-key")?;
     let mut hasher = blake3::Hasher::new();
     hasher.update(owner.as_bytes()).update(&[0]).update(given.as_bytes());
     let mut key = [0; 16];
     key.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-    key
+    Some(key)
 }
 
 fn check_metadata(metadata: Option<&Map<String, Value>>) -> Result<(), ApiError> {
@@ -256,7 +277,7 @@ fn read_line(lines: &mut impl BufRead) -> Result<Option<Vec<u8>>, ApiError> {
     let mut line = Vec::new();
     let mut most = std::io::Read::take(lines, BODY_BYTES_MAX as u64 + 1);
     let read = most.read_until(b'\n', &mut line);
-    match read.map_err(|error| ApiError::failed(error.to_string()))? {
+    match read.map_err(|error| ApiError::disk(&error))? {
         0 => Ok(None),
         _ if line.len() > BODY_BYTES_MAX => Err(ApiError::too_large(BODY_BYTES_MAX)),
         _ => {
@@ -430,10 +451,14 @@ pub(super) async fn list(
     Ok(listed(all, most))
 }
 
+/// Bytes of files of batches that have ended, by batch and part.
+pub(super) type Sizes = BTreeMap<(u64, Part), u64>;
+
 /// The lines of one of a batch's files, of which all jobs have ended.
 pub(super) struct Lines {
     api: Arc<Api>,
     owner: String,
+    batch: u64,
     note: Note,
     part: Part,
     kind: Kind,
@@ -461,7 +486,7 @@ impl Lines {
         let mut jobs: Vec<u64> = own.map(|job| job.job).collect();
         // The next one last.
         jobs.reverse();
-        Ok(Self { api: api.clone(), owner, note, part, kind, created, jobs })
+        Ok(Self { api: api.clone(), owner, batch, note, part, kind, created, jobs })
     }
 
     /// When the last of its jobs ended, in seconds since 1970.
@@ -469,12 +494,20 @@ impl Lines {
         self.created
     }
 
-    /// Bytes of all of them.
+    /// Bytes of all of them. They are counted once: results of a batch that has ended do not change.
     pub(super) async fn bytes(mut self) -> Result<u64, ApiError> {
+        let (api, of) = (self.api.clone(), (self.batch, self.part));
+        if let Some(bytes) = api.sizes.lock().get(&of) {
+            return Ok(*bytes);
+        }
         let mut bytes = 0;
         while let Some(lines) = self.next().await? {
             bytes += lines.len() as u64;
         }
+        let mut sizes = api.sizes.lock();
+        // Numbers are not given twice, so what goes are the sizes of the oldest batches.
+        while sizes.len() >= SIZES_MAX && sizes.pop_first().is_some() {}
+        sizes.insert(of, bytes);
         Ok(bytes)
     }
 
@@ -597,7 +630,7 @@ mod tests {
         assert_eq!(key_of("a", &named("x")), key_of("a", &named("x")));
         assert_ne!(key_of("a", &named("x")), key_of("b", &named("x")));
         assert_ne!(key_of("a", &named("x")), key_of("a", &named("y")));
-        assert_ne!(key_of("a", &HeaderMap::new()), key_of("a", &HeaderMap::new()));
+        assert_eq!(key_of("a", &HeaderMap::new()), None);
     }
 
     #[test]

@@ -40,8 +40,10 @@ const STILL: Duration = Duration::from_millis(250);
 const ROOM_TIMEOUT: Duration = Duration::from_secs(1);
 /// Deepest nesting of arrays and objects.
 const DEPTH_MAX: usize = 64;
-/// Most values of a body: a million token ids, and all the rest. Parsed, each takes tens of bytes.
-const VALUES_MAX: usize = (1 << 20) + (1 << 16);
+/// Most token ids of a body's prompts, of which each takes four bytes.
+const PROMPT_VALUES_MAX: usize = 1 << 20;
+/// Most values of all the rest: parsed, each may take some hundred bytes.
+const VALUES_MAX: usize = 1 << 16;
 
 /// Room for the bodies that are read and parsed at a time.
 #[derive(Clone)]
@@ -211,35 +213,49 @@ pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
 
 /// Walks over JSON without keeping anything of it.
 fn check_bounds(bytes: &[u8]) -> Result<(), ApiError> {
-    let (mut depth, mut values, mut text, mut escaped) = (0usize, 1usize, false, false);
-    for &byte in bytes {
-        if text {
+    let (mut depth, mut text, mut escaped) = (0usize, None, false);
+    let (mut values, mut of_prompt) = (1usize, 0usize);
+    // The fields that it is in: of the body, and of the body in a line of a batch's file.
+    let (mut last, mut fields): (&[u8], [&[u8]; 2]) = (b"", [b"", b""]);
+    for (at, &byte) in bytes.iter().enumerate() {
+        if let Some(begin) = text {
             match byte {
                 _ if escaped => escaped = false,
                 b'\\' => escaped = true,
-                b'"' => text = false,
+                b'"' => (last, text) = (&bytes[begin..at], None),
                 _ => {}
             }
             continue;
         }
+        let in_prompt = depth > 1
+            && (fields[0] == b"prompt" || depth > 2 && fields == [&b"body"[..], b"prompt"]);
+        let count = if in_prompt { &mut of_prompt } else { &mut values };
         match byte {
-            b'"' => text = true,
+            b'"' => text = Some(at + 1),
+            b':' if (1..=2).contains(&depth) => fields[depth - 1] = last,
             b'[' | b'{' => {
+                *count += 1;
                 depth += 1;
-                values += 1;
                 if depth > DEPTH_MAX {
                     let message = format!("the body is nested deeper than {DEPTH_MAX}");
                     return Err(ApiError::bad(message));
                 }
+                if depth <= 2 {
+                    fields[depth - 1] = b"";
+                }
             }
             b']' | b'}' => depth = depth.saturating_sub(1),
-            b',' => values += 1,
+            b',' => *count += 1,
             _ => {}
         }
     }
-    if values > VALUES_MAX {
-        let message = format!("the body has {values} values; at most {VALUES_MAX} are taken");
-        return Err(ApiError::bad(message));
+    for (what, found, most) in
+        [("values", values, VALUES_MAX), ("values in its prompts", of_prompt, PROMPT_VALUES_MAX)]
+    {
+        if found > most {
+            let message = format!("the body has {found} {what}; at most {most} are taken");
+            return Err(ApiError::bad(message));
+        }
     }
     Ok(())
 }
@@ -298,6 +314,17 @@ mod tests {
         assert!(parse::<Value>(&text).is_ok());
         let many = format!("[{}0]", "0,".repeat(VALUES_MAX));
         assert!(parse::<Value>(many.as_bytes()).unwrap_err().message.contains("values"));
+        for (body, taken) in [
+            (json!({ "prompt": vec![7; 100_000] }), true),
+            (json!({ "body": { "n": 1, "prompt": [vec![7; 100_000]] } }), true),
+            (json!({ "prompt": [], "stop": vec![7; 100_000] }), false),
+            (json!({ "metadata": { "prompt": vec![7; 100_000] } }), false),
+            (json!({ "messages": [{ "prompt": vec![7; 100_000] }] }), false),
+            (json!({ "prompt": vec![7; PROMPT_VALUES_MAX + 2] }), false),
+        ] {
+            let found = parse::<Value>(&serde_json::to_vec(&body).unwrap());
+            assert_eq!(found.is_ok(), taken, "{:?}", found.err());
+        }
         for bad in ["", "nul", "{\"a\":1,}", "\u{0}", "\"\\"] {
             assert_eq!(parse::<Value>(bad.as_bytes()).unwrap_err().status, 400, "{bad:?}");
         }

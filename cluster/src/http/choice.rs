@@ -35,6 +35,15 @@ pub(super) enum Finish {
 }
 
 impl Finish {
+    /// How an answer ended whose job ended so; nothing if it was cancelled.
+    pub(super) fn of(reason: EndReason) -> Option<Self> {
+        match reason {
+            EndReason::EndOfText => Some(Self::Stop),
+            EndReason::Length | EndReason::Context => Some(Self::Length),
+            EndReason::Cancelled => None,
+        }
+    }
+
     /// The word.
     pub(super) fn as_str(self) -> &'static str {
         match self {
@@ -146,13 +155,7 @@ impl Choice {
                     return Ok(Piece::Text { text, tokens: 0, scored: None });
                 }
                 JobEventBody::Done { reason, .. } => {
-                    let finish = match reason {
-                        EndReason::EndOfText => Finish::Stop,
-                        EndReason::Length | EndReason::Context => Finish::Length,
-                        EndReason::Cancelled => {
-                            return Err(ApiError::failed("the job was cancelled"));
-                        }
-                    };
+                    let finish = Finish::of(reason).ok_or_else(ApiError::cancelled)?;
                     let rest = self.stop.finish();
                     if rest.is_empty() {
                         return Ok(Piece::End(finish));

@@ -4,14 +4,19 @@
 //! Invariant: a message says what was found, what was expected and what to do; it names nothing of
 //! this machine but what the caller sent.
 
-use std::time::Duration;
+use std::{io::ErrorKind, time::Duration};
 
 use axum::{
     body::to_bytes,
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use lite_llm_actors::coordinator::EncodeError;
 use serde_json::{Value, json};
+use tracing::warn;
+
+/// What OpenAI's clients look at before they ask again by themselves.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// Bytes of a refusal of the framework's own.
 const SAID_MAX: usize = 4096;
@@ -25,12 +30,14 @@ pub(super) struct ApiError {
     param: Option<&'static str>,
     pub(super) message: String,
     retry_after: Option<Duration>,
+    /// Clients are not to send the same again by themselves.
+    once: bool,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { status, kind, code: None, param: None, message, retry_after: None }
+        Self { status, kind, code: None, param: None, message, retry_after: None, once: false }
     }
 
     /// The caller's mistake, in this field.
@@ -131,6 +138,39 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
 
+    /// Somebody ended the job.
+    pub(super) fn cancelled() -> Self {
+        Self::failed("the job was cancelled")
+    }
+
+    /// The disk does not do what the request needs. What it says may name paths, so the log has it.
+    pub(super) fn disk(error: &std::io::Error) -> Self {
+        warn!(%error, "a file of the API cannot be read or written");
+        let kind = error.kind();
+        match kind {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+                let message = format!("the server's disk takes no more: {kind}");
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", message)
+            }
+            _ => Self::failed(format!("the server's disk fails: {kind}; its log says more")),
+        }
+    }
+
+    /// A prompt that has no tokens, in this field.
+    pub(super) fn prompt(field: &'static str, error: &EncodeError) -> Self {
+        match error {
+            EncodeError::Busy(_) => Self::busy(error.to_string(), Duration::from_secs(1)),
+            EncodeError::Prompt(_) => Self::invalid(field, error.to_string()),
+        }
+    }
+
+    /// Nobody knows whether it was done, and sent again it would be done again.
+    pub(super) fn once(self, remedy: &str) -> Self {
+        let message = format!("{}: {remedy}", self.message);
+        let code = Some("outcome_unknown");
+        Self { message, code, retry_after: None, once: true, ..self }
+    }
+
     /// The caller's own limit of time has passed.
     pub(super) fn deadline(limit: Duration, tokens: u32) -> Self {
         let message = format!(
@@ -172,6 +212,9 @@ impl IntoResponse for ApiError {
             let seconds = HeaderValue::from(pause.as_secs().max(1));
             response.headers_mut().insert(header::RETRY_AFTER, seconds);
         }
+        if self.once {
+            response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        }
         if self.status == StatusCode::UNAUTHORIZED {
             let bearer = HeaderValue::from_static("Bearer");
             response.headers_mut().insert(header::WWW_AUTHENTICATE, bearer);
@@ -191,4 +234,30 @@ pub(super) async fn shaped(response: Response) -> Response {
     let said = to_bytes(response.into_body(), SAID_MAX).await.unwrap_or_default();
     let said = String::from_utf8_lossy(&said);
     ApiError::new(status, "invalid_request_error", said).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Error;
+
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_told_from_one_that_fails_and_names_no_path() {
+        let full = ApiError::disk(&ErrorKind::StorageFull.into());
+        let broken = ApiError::disk(&Error::other("/secret/place: input/output error"));
+        assert_eq!((full.status.as_u16(), broken.status.as_u16()), (507, 500));
+        assert!(!broken.message.contains("secret"), "{broken:?}");
+    }
+
+    /// OpenAI's clients ask again by themselves after any status of 500 and more, but for this header.
+    #[test]
+    fn what_may_have_been_done_is_not_to_be_sent_again() {
+        let response = ApiError::unavailable("slow").once("look first").into_response();
+        assert_eq!(response.headers()["x-should-retry"], "false");
+        assert!(response.headers().get(header::RETRY_AFTER).is_none());
+        let response = ApiError::unavailable("slow").into_response();
+        assert!(response.headers().get("x-should-retry").is_none());
+        assert_eq!(response.headers()[header::RETRY_AFTER], "5");
+    }
 }

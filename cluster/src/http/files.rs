@@ -3,7 +3,7 @@
 //! Answers are no files: they are written from the ledger whenever somebody reads them, and are there
 //! for as long as its jobs are.
 
-use std::{io::Read, sync::Arc, time::Duration};
+use std::{fs::File, io::Read, sync::Arc, time::Duration};
 
 use axum::{
     Extension, Json,
@@ -27,7 +27,7 @@ use super::{
     batches::{self, Part},
     body::BODY_IDLE_MAX,
     error::ApiError,
-    store::{About, Arriving, Files},
+    store::{About, Arriving, Files, NotKept},
 };
 
 /// How long a file may take to arrive.
@@ -46,6 +46,29 @@ pub(super) const NO_FILES: &str = "this process keeps no files and no batches: o
 impl Api {
     pub(super) fn files(&self) -> Result<&Files, ApiError> {
         self.files.as_ref().ok_or_else(|| ApiError::not_found(NO_FILES))
+    }
+}
+
+/// Does what waits for the disk where it keeps nobody else waiting.
+pub(super) async fn on_disk<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    spawn_blocking(work).await.map_err(|error| ApiError::failed(error.to_string()))
+}
+
+/// An owner's file at the beginning of its content.
+pub(super) async fn opened(api: &Api, owner: String, id: &str) -> Result<File, ApiError> {
+    let (files, asked) = (api.files()?.clone(), id.to_owned());
+    let file = on_disk(move || files.read(&owner, &asked)).await?;
+    file.map_err(|error| ApiError::disk(&error))?.ok_or_else(|| no_file(id))
+}
+
+impl From<NotKept> for ApiError {
+    fn from(error: NotKept) -> Self {
+        match error {
+            NotKept::TooMuch(reason) => Self::invalid("file", reason),
+            NotKept::Disk(error) => Self::disk(&error),
+        }
     }
 }
 
@@ -94,13 +117,10 @@ pub(super) async fn upload(
         match field.name() {
             Some("file") if arrived.is_none() => {
                 let name = field.file_name().unwrap_or("upload.jsonl").to_owned();
-                let mut file = files.begin().map_err(no_room)?;
+                let begun = files.clone();
+                let mut file = on_disk(move || begun.begin()).await??;
                 while let Some(part) = next(&mut field, until).await? {
-                    // A page at a time: the system's cache takes it.
-                    file = spawn_blocking(move || file.push(&part).map(|()| file))
-                        .await
-                        .map_err(|error| ApiError::failed(error.to_string()))?
-                        .map_err(no_room)?;
+                    file = on_disk(move || file.push(&part).map(|()| file)).await??;
                 }
                 arrived = Some((file, name));
             }
@@ -129,14 +149,8 @@ pub(super) async fn upload(
         return Err(ApiError::invalid("file", expected));
     };
     let owner = caller.owner();
-    let kept = spawn_blocking(move || file.finish(&owner, &name)).await;
-    let kept = kept.map_err(|error| ApiError::failed(error.to_string()))?;
-    let (id, about) = kept.map_err(ApiError::unavailable)?;
+    let (id, about) = on_disk(move || file.finish(&owner, &name)).await??;
     Ok(Json(shown(&id, &about)))
-}
-
-fn no_room(reason: String) -> ApiError {
-    ApiError::invalid("file", reason)
 }
 
 /// More of a field that is to be whole until then.
@@ -194,7 +208,8 @@ pub(super) async fn list(
     if window.purpose.is_some_and(|purpose| purpose != PURPOSE) {
         return Ok(listed(Vec::new(), most));
     }
-    let mut all = api.files()?.list(&caller.owner());
+    let (files, owner) = (api.files()?.clone(), caller.owner());
+    let mut all = on_disk(move || files.list(&owner)).await?;
     if window.order.as_deref() == Some("asc") {
         all.reverse();
     }
@@ -217,7 +232,9 @@ pub(super) async fn retrieve(
         let bytes = lines.bytes().await?;
         return Ok(Json(object(&id, &format!("{id}.jsonl"), bytes, created, "batch_output")));
     }
-    let about = api.files()?.about(&caller.owner(), &id).ok_or_else(|| no_file(&id))?;
+    let (files, owner, asked) = (api.files()?.clone(), caller.owner(), id.clone());
+    let about = on_disk(move || files.about(&owner, &asked)).await?;
+    let about = about.ok_or_else(|| no_file(&id))?;
     Ok(Json(shown(&id, &about)))
 }
 
@@ -231,7 +248,8 @@ pub(super) async fn delete(
         let message = "answers of a batch go when their time has come (coordinator --keep-jobs)";
         return Err(ApiError::bad(message));
     }
-    match api.files()?.delete(&caller.owner(), &id) {
+    let (files, owner, asked) = (api.files()?.clone(), caller.owner(), id.clone());
+    match on_disk(move || files.delete(&owner, &asked)).await? {
         true => Ok(Json(json!({ "id": id, "object": "file", "deleted": true }))),
         false => Err(no_file(&id)),
     }
@@ -248,9 +266,7 @@ pub(super) async fn content(
         let lines = batches::Lines::of(&api, &caller, batch, part).await?;
         return Ok((head, Body::from_stream(lines.stream())).into_response());
     }
-    let file = api.files()?.read(&caller.owner(), &id);
-    let file = file.map_err(|error| ApiError::failed(error.to_string()))?;
-    let file = file.ok_or_else(|| no_file(&id))?;
+    let file = opened(&api, caller.owner(), &id).await?;
     let parts = stream::try_unfold(file, |mut file| async move {
         let read = spawn_blocking(move || {
             let mut part = vec![0; PART_BYTES];

@@ -21,7 +21,6 @@ use futures::{
     stream::{self, Peekable},
 };
 use lite_llm_actors::{
-    coordinator::EncodeError,
     node::{grammars::FormError, jobs},
     trace::{self, Operation},
 };
@@ -146,13 +145,14 @@ impl Api {
             })?;
         }
         let (n, positions) = (asked.n, self.coordinator.positions_max());
+        let bytes = asked.prompts.iter().map(Prompt::text_bytes).sum();
+        let room = self.coordinator.room_for(bytes);
+        let room = room.map_err(|error| ApiError::prompt(field, &error))?;
         let mut all =
             Tokenised { jobs: Vec::new(), load: Load { jobs: 0, prompt: 0, answer: 0 }, tokens: 0 };
         for prompt in std::mem::take(&mut asked.prompts) {
-            let ids = self.coordinator.encode(prompt).await.map_err(|error| match error {
-                EncodeError::Busy(_) => ApiError::busy(error.to_string(), Duration::from_secs(1)),
-                EncodeError::Prompt(_) => ApiError::invalid(field, error.to_string()),
-            })?;
+            let ids = self.coordinator.encode_in(&room, prompt).await;
+            let ids = ids.map_err(|error| ApiError::prompt(field, &error))?;
             let count = ids.len() as u64;
             if ids.len() >= self.config.context {
                 let message = format!(
@@ -170,6 +170,16 @@ impl Api {
             }
             jobs::check_order(&request, &asked.choosing, &[], &self.config)
                 .map_err(ApiError::bad)?;
+            // As whoever runs it would say, but so that nobody asks again.
+            let most = (count + u64::from(request.max_new_tokens)).min(self.config.context as u64);
+            if most > positions as u64 {
+                let message = format!(
+                    "prompt and answer may come to {most} tokens, and the largest cache of a worker \
+                     holds {positions}: ask for fewer tokens, or give a worker a larger --kv"
+                );
+                let error = ApiError::invalid("max_tokens", message);
+                return Err(error.coded("context_length_exceeded"));
+            }
             let room = (self.config.context as u64).saturating_sub(count);
             all.load.jobs += n as usize;
             all.load.prompt += count * u64::from(n);

@@ -14,6 +14,7 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
+use lite_llm_actors::coordinator::CoordinatorHandle;
 use lite_llm_transport::messages::{
     ClusterStatus, JobEventBody, JobRequest, NodeResidences, Prompt,
 };
@@ -93,8 +94,10 @@ async fn one_token(api: &Api) -> Result<(), ApiError> {
 }
 
 /// How the cluster is, and where its experts are.
-pub(super) async fn describe(api: &Api) -> Result<(ClusterStatus, Vec<NodeResidences>), ApiError> {
-    let asked = async { tokio::try_join!(api.coordinator.status(), api.coordinator.residences()) };
+pub(super) async fn describe(
+    coordinator: &CoordinatorHandle,
+) -> Result<(ClusterStatus, Vec<NodeResidences>), ApiError> {
+    let asked = async { tokio::try_join!(coordinator.status(), coordinator.residences()) };
     let silent =
         |_| ApiError::unavailable(format!("the cluster said nothing within {STATUS_TIMEOUT:?}"));
     let said = timeout(STATUS_TIMEOUT, asked).await.map_err(silent)?;
@@ -103,7 +106,7 @@ pub(super) async fn describe(api: &Api) -> Result<(ClusterStatus, Vec<NodeReside
 
 /// Metrics for Prometheus.
 pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Result<Response, ApiError> {
-    let (status, residences) = describe(&api).await?;
+    let (status, residences) = describe(&api.coordinator).await?;
     let text = api.metrics.text(&status, &residences);
     let text = text.map_err(|error| ApiError::failed(error.to_string()))?;
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];

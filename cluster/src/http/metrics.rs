@@ -27,7 +27,8 @@ const BETWEEN_TOKENS: &[f64] =
 const WHOLE: &[f64] =
     &[0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 480.0];
 
-/// What is counted as it happens.
+/// What is counted as it happens. Cloning shares it.
+#[derive(Clone)]
 pub(super) struct Metrics {
     registry: Registry,
     answers: IntCounterVec,

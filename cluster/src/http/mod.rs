@@ -26,6 +26,7 @@ mod otlp;
 mod page;
 mod place;
 mod play;
+mod prompts;
 mod responses;
 mod show;
 mod stall;
@@ -138,7 +139,29 @@ pub(crate) struct Server {
     address: SocketAddr,
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
-    exporter: Option<JoinHandle<()>>,
+    exporter: Option<Exporter>,
+}
+
+/// What sends metrics to an OTLP receiver. Dropped, it ends.
+pub(crate) struct Exporter(JoinHandle<()>);
+
+impl Drop for Exporter {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Exporter {
+    /// For a coordinator without an API, of which nothing is counted here.
+    pub(crate) fn start(coordinator: &CoordinatorHandle) -> Result<Option<Self>> {
+        Ok(Self::of(coordinator.clone(), Metrics::new()?))
+    }
+
+    /// Nothing, if the process was started without a receiver.
+    fn of(coordinator: CoordinatorHandle, metrics: Metrics) -> Option<Self> {
+        let to = telemetry::receiver()?;
+        Some(Self(tokio::spawn(otlp::export(coordinator, metrics, to))))
+    }
 }
 
 impl Server {
@@ -151,7 +174,7 @@ impl Server {
         let address = listener.local_addr()?;
         let (stop, stopping) = watch::channel(false);
         let api = Api::new(options)?;
-        let exporter = telemetry::receiver().map(|to| tokio::spawn(otlp::export(api.clone(), to)));
+        let exporter = Exporter::of(api.coordinator.clone(), api.metrics.clone());
         let task = tokio::spawn(accept(listener, tls, router(api), stopping));
         Ok(Self { address, stop, task, exporter })
     }
@@ -164,9 +187,7 @@ impl Server {
     /// Ends it. Answers that flow end early, and their connections with them.
     pub(crate) async fn stop(self) {
         self.stop.send_replace(true);
-        if let Some(exporter) = self.exporter {
-            exporter.abort();
-        }
+        drop(self.exporter);
         // A task that panicked has ended, too.
         let _ = self.task.await;
     }
@@ -190,6 +211,8 @@ struct Api {
     files: Option<Files>,
     /// Batches that are made.
     making: Semaphore,
+    /// Of files of batches.
+    sizes: Mutex<batches::Sizes>,
     expert_bytes: Vec<u64>,
     watched: experts::Watched,
 }
@@ -224,6 +247,7 @@ impl Api {
             requests: Mutex::default(),
             files,
             making: Semaphore::new(batches::MAKING_MAX),
+            sizes: Mutex::default(),
             expert_bytes,
             watched: experts::Watched::default(),
         }))

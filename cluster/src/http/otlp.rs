@@ -3,9 +3,10 @@
 //! Invariants: nothing waits for the receiver but this task; what cannot be sent is left out, for the
 //! next report holds all totals again.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use lite_llm_actors::coordinator::CoordinatorHandle;
 use opentelemetry_proto::tonic::{
     collector::metrics::v1::{
         ExportMetricsServiceRequest, metrics_service_client::MetricsServiceClient,
@@ -22,7 +23,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tonic::transport::{Channel, Endpoint};
 use tracing::warn;
 
-use super::{Api, health::describe};
+use super::{health::describe, metrics::Metrics};
 use crate::{telemetry::Receiver, time::nanos};
 
 /// How often it is sent, unless the environment says.
@@ -33,7 +34,7 @@ const INTERVAL_VARIABLE: &str = "OTEL_METRIC_EXPORT_INTERVAL";
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Sends reports until it is aborted. Says once when they cannot be sent.
-pub(super) async fn export(api: Arc<Api>, to: Receiver) {
+pub(super) async fn export(coordinator: CoordinatorHandle, counted: Metrics, to: Receiver) {
     let said = std::env::var(INTERVAL_VARIABLE).ok().and_then(|text| text.parse().ok());
     let every = said.filter(|ms| *ms > 0).map_or(INTERVAL, Duration::from_millis);
     let channel = match Endpoint::from_shared(to.url.clone()) {
@@ -46,7 +47,8 @@ pub(super) async fn export(api: Arc<Api>, to: Receiver) {
     let mut failing = false;
     loop {
         ticks.tick().await;
-        let sent = timeout(SEND_TIMEOUT, send(&api, &to, channel.clone(), begun)).await;
+        let sent = send(&coordinator, &counted, &to, (channel.clone(), begun));
+        let sent = timeout(SEND_TIMEOUT, sent).await;
         match sent.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {SEND_TIMEOUT:?}"))) {
             Ok(()) => failing = false,
             Err(error) if !failing => {
@@ -58,9 +60,15 @@ pub(super) async fn export(api: Arc<Api>, to: Receiver) {
     }
 }
 
-async fn send(api: &Api, to: &Receiver, channel: Channel, begun: u64) -> Result<()> {
-    let (status, residences) = describe(api).await.map_err(|e| anyhow::anyhow!("{}", e.json()))?;
-    let families = api.metrics.families(&status, &residences)?;
+async fn send(
+    coordinator: &CoordinatorHandle,
+    counted: &Metrics,
+    to: &Receiver,
+    (channel, begun): (Channel, u64),
+) -> Result<()> {
+    let said = describe(coordinator).await;
+    let (status, residences) = said.map_err(|e| anyhow::anyhow!("{}", e.json()))?;
+    let families = counted.families(&status, &residences)?;
     let metrics = families.iter().map(|family| metric(family, begun, nanos())).collect();
     let scope = InstrumentationScope { name: "lite-llm".into(), ..InstrumentationScope::default() };
     let scope_metrics = ScopeMetrics { scope: Some(scope), metrics, ..ScopeMetrics::default() };

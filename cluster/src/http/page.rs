@@ -34,7 +34,7 @@ pub(super) async fn cluster(
     Extension(caller): Extension<Caller>,
 ) -> Result<Json<Value>, ApiError> {
     let asker = caller.key.as_ref().map(|(name, _)| name.as_str());
-    let (status, residences) = describe(&api).await?;
+    let (status, residences) = describe(&api.coordinator).await?;
     let places: BTreeMap<&str, &Vec<_>> =
         residences.iter().map(|node| (node.name.as_str(), &node.residences)).collect();
     let nodes = status.nodes.iter().map(|node| {

@@ -3,7 +3,7 @@
 //! A way of our own beside OpenAI's, for people: events of a stream, each a JSON object. It is let in,
 //! counted and bounded as any other request is.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc};
 
 use axum::{
     extract::{Request, State},
@@ -14,7 +14,6 @@ use axum::{
 };
 use futures::stream;
 use lite_llm_actors::{
-    coordinator::EncodeError,
     node::jobs,
     trace::{self, Operation},
 };
@@ -25,10 +24,16 @@ use lite_llm_transport::messages::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::Instant};
-use tracing::{Instrument, Span, debug, debug_span};
+use tracing::{Instrument, Span, debug};
 
 use super::{
-    Api, Caller, admission::Load, ask::load_of, choice::Finish, error::ApiError, place::Place,
+    Api, Caller,
+    admission::Load,
+    ask::load_of,
+    choice::Finish,
+    error::ApiError,
+    generate::{KEEP_ALIVE, request_span},
+    place::Place,
 };
 use crate::telemetry;
 
@@ -36,8 +41,6 @@ use crate::telemetry;
 const TOKENS_MAX: u32 = 1024;
 /// Candidates of a token that are shown.
 const CANDIDATES: u32 = 3;
-/// How often a stream that has nothing to say shows that it is alive.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// What the page asks.
 #[derive(Debug, Deserialize)]
@@ -57,7 +60,7 @@ pub(super) async fn play(
     State(api): State<Arc<Api>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let span = debug_span!("http", path = request.uri().path());
+    let span = request_span(request.uri().path());
     let playing = begin(&api, request).instrument(span).await?;
     let events = stream::unfold(playing, |mut playing| async move {
         let data = playing.next().await?.to_string();
@@ -88,10 +91,8 @@ async fn begin(api: &Arc<Api>, request: Request) -> Result<Playing, ApiError> {
     let context = api.config.context as u64;
     let load = load_of(&prompt, asked.max_tokens, api.config.context);
     let mut place = api.enter(&caller, arrived.into_std(), load)?;
-    let ids = api.coordinator.encode(prompt).await.map_err(|error| match error {
-        EncodeError::Busy(_) => ApiError::busy(error.to_string(), Duration::from_secs(1)),
-        EncodeError::Prompt(_) => ApiError::invalid("prompt", error.to_string()),
-    })?;
+    let ids = api.coordinator.encode(prompt).await;
+    let ids = ids.map_err(|error| ApiError::prompt("prompt", &error))?;
     let count = ids.len() as u64;
     if count >= context {
         let message =
@@ -177,15 +178,13 @@ impl Playing {
             }
             JobEventBody::Done { reason, generated } => {
                 self.over = true;
-                let (finish, word) = match reason {
-                    EndReason::EndOfText => (Finish::Stop, "the model ended it"),
-                    EndReason::Length => {
-                        (Finish::Length, "it has as many tokens as were asked for")
-                    }
-                    EndReason::Context => (Finish::Length, "the context is full"),
-                    EndReason::Cancelled => {
-                        return Some(ApiError::failed("the job was cancelled").json());
-                    }
+                let Some(finish) = Finish::of(reason) else {
+                    return Some(ApiError::cancelled().json());
+                };
+                let word = match reason {
+                    EndReason::EndOfText => "the model ended it",
+                    EndReason::Context => "the context is full",
+                    _ => "it has as many tokens as were asked for",
                 };
                 self.place.ended(0, finish);
                 Some(json!({ "end": word, "tokens": generated }))

@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{Read, Seek, SeekFrom, Write},
+    io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -45,7 +45,22 @@ pub(super) struct About {
     pub(super) bytes: u64,
 }
 
-/// See the module's text.
+/// Why a file is not kept.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotKept {
+    /// It, or all of them, would be more than is kept.
+    #[error("{0}")]
+    TooMuch(String),
+    /// The disk.
+    #[error("{0}")]
+    Disk(#[from] io::Error),
+}
+
+fn too_much<T>(reason: String) -> Result<T, NotKept> {
+    Err(NotKept::TooMuch(reason))
+}
+
+/// See the module's text. All of it but [`Files::open`] may wait for the disk: it is not for a task.
 #[derive(Clone)]
 pub(super) struct Files {
     folder: PathBuf,
@@ -129,18 +144,14 @@ impl Files {
         }
     }
 
-    /// Begins a file. A sentence if there is no room for another.
-    pub(super) fn begin(&self) -> Result<Arriving, String> {
+    /// Begins a file.
+    pub(super) fn begin(&self) -> Result<Arriving, NotKept> {
         self.forget();
         if self.index.lock().files.len() >= FILES_MAX {
-            return Err(format!("{FILES_MAX} files are kept already: delete some"));
+            return too_much(format!("{FILES_MAX} files are kept already: delete some"));
         }
-        let made = || -> std::io::Result<NamedTempFile> {
-            let mut file = tempfile::Builder::new().suffix(".part").tempfile_in(&self.folder)?;
-            file.write_all(&[b' '; HEAD_BYTES as usize])?;
-            Ok(file)
-        };
-        let file = made().map_err(|error| format!("the server's disk takes no file: {error}"))?;
+        let mut file = tempfile::Builder::new().suffix(".part").tempfile_in(&self.folder)?;
+        file.write_all(&[b' '; HEAD_BYTES as usize])?;
         Ok(Arriving { files: self.clone(), file, bytes: 0 })
     }
 
@@ -161,7 +172,7 @@ impl Files {
     }
 
     /// An owner's file, at the beginning of its content.
-    pub(super) fn read(&self, owner: &str, id: &str) -> std::io::Result<Option<File>> {
+    pub(super) fn read(&self, owner: &str, id: &str) -> io::Result<Option<File>> {
         let Some(_) = self.about(owner, id) else { return Ok(None) };
         let mut file = File::open(self.path(id))?;
         file.seek(SeekFrom::Start(HEAD_BYTES))?;
@@ -191,31 +202,32 @@ fn read_head(path: &Path) -> Result<About> {
 }
 
 impl Arriving {
-    /// More of it. A sentence if that is too much.
-    pub(super) fn push(&mut self, part: &[u8]) -> Result<(), String> {
+    /// More of it.
+    pub(super) fn push(&mut self, part: &[u8]) -> Result<(), NotKept> {
         let more = part.len() as u64;
         if self.bytes + more > FILE_BYTES_MAX {
-            return Err(format!("the file has more than {FILE_BYTES_MAX} bytes: split it"));
+            return too_much(format!("the file has more than {FILE_BYTES_MAX} bytes: split it"));
         }
         let mut index = self.files.index.lock();
         if index.bytes + more > FILES_BYTES_MAX {
-            return Err(format!("files of {FILES_BYTES_MAX} bytes are kept already: delete some"));
+            return too_much(format!(
+                "files of {FILES_BYTES_MAX} bytes are kept already: delete some"
+            ));
         }
         index.bytes += more;
         drop(index);
         self.bytes += more;
-        let written = self.file.write_all(part);
-        written.map_err(|error| format!("the server's disk takes no file: {error}"))
+        Ok(self.file.write_all(part)?)
     }
 
     /// It is whole: syncs it and gives it its name.
-    pub(super) fn finish(mut self, owner: &str, name: &str) -> Result<(String, About), String> {
+    pub(super) fn finish(mut self, owner: &str, name: &str) -> Result<(String, About), NotKept> {
         let name: String = name.chars().take(NAME_CHARS_MAX).collect();
         let (owner, created, bytes) = (owner.to_owned(), unix_time(), self.bytes);
         let about = About { lite_llm_file: 1, owner, name, created, bytes };
         let id = format!("file-{}", uuid::Uuid::new_v4().simple());
         let files = self.files.clone();
-        let mut kept = || -> std::io::Result<()> {
+        let mut kept = || -> io::Result<()> {
             let file = self.file.as_file_mut();
             file.seek(SeekFrom::Start(0))?;
             serde_json::to_writer(&*file, &about)?;
@@ -225,7 +237,11 @@ impl Arriving {
             fs::rename(self.file.path(), files.path(&id))?;
             File::open(&files.folder)?.sync_all()
         };
-        kept().map_err(|error| format!("the server's disk takes no file: {error}"))?;
+        if let Err(error) = kept() {
+            // It may have its name already, and whoever sent it is told that it is not kept.
+            let _ = fs::remove_file(files.path(&id));
+            return Err(error.into());
+        }
         let mut index = files.index.lock();
         // Its bytes are the file's from now on.
         index.files.insert(id.clone(), about.clone());
@@ -281,11 +297,15 @@ mod tests {
         let part = vec![b'x'; 32 << 20];
         file.push(&part).unwrap();
         file.push(&part).unwrap();
-        assert!(file.push(b"x").unwrap_err().contains("split it"));
+        let said = |pushed: Result<(), NotKept>| match pushed {
+            Err(NotKept::TooMuch(said)) => said,
+            other => panic!("{other:?}"),
+        };
+        assert!(said(file.push(b"x")).contains("split it"));
         drop(file);
         assert_eq!(files.index.lock().bytes, 0);
         files.index.lock().bytes = FILES_BYTES_MAX;
-        assert!(files.begin().unwrap().push(b"x").unwrap_err().contains("delete some"));
+        assert!(said(files.begin().unwrap().push(b"x")).contains("delete some"));
         fs::write(folder.path().join("file-1.jsonl"), b"{}").unwrap();
         let error = format!("{:#}", Files::open(folder.path().to_owned(), WEEK).err().unwrap());
         assert!(error.contains("file-1.jsonl") && error.contains("damaged"), "{error}");

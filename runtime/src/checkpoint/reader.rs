@@ -188,6 +188,11 @@ impl Checkpoint {
         }
     }
 
+    /// Whether a tensor of the dense part is a matrix; the others are vectors.
+    pub fn is_dense_matrix(&self, name: &str) -> Result<bool, CheckpointError> {
+        Ok(self.dense_tensor(name)?.2.is_matrix())
+    }
+
     /// Whether the dense part has a tensor of this name.
     pub fn has_dense(&self, name: &str) -> bool {
         self.dense_tensor(name).is_ok()

@@ -178,6 +178,8 @@ impl Pace {
                 self.plains = self.plains.saturating_sub(1);
                 &mut self.plain
             }
+            // Drafts were dear before, and all of this one is wrong: it needs no second look.
+            _ if cold && gained == 1 && self.drafted.is_some() => return Some(f32::INFINITY),
             // It is not known to be dear, nor to be cheap.
             _ if cold => return Some(1.0),
             _ => {
@@ -230,11 +232,17 @@ mod tests {
         assert!(!pace.wants_plain());
         pace.cold = true;
         assert_eq!(pace.came(start + Duration::from_secs(9), 2, 2), Some(1.0));
+        pace.cold = true;
+        assert_eq!(pace.came(start + Duration::from_secs(9), 1, 2), Some(1.0));
         assert_eq!(pace.drafted, None);
         for step in 0..u64::from(PLAIN_AGAIN.0) {
             pace.came(start + Duration::from_secs(9) + Duration::from_millis(step), 2, 2);
         }
         assert!(pace.wants_plain());
+        pace.cold = true;
+        assert_eq!(pace.came(start + Duration::from_secs(10), 2, 2), Some(1.0));
+        pace.cold = true;
+        assert_eq!(pace.came(start + Duration::from_secs(11), 1, 2), Some(f32::INFINITY));
     }
 
     #[test]

@@ -142,8 +142,8 @@ impl Chooser {
     }
 
     /// How many of these tokens, from the first, the form of the answer allows.
-    pub(crate) fn possible(&mut self, ids: &[u32]) -> usize {
-        self.guide.as_mut().map_or(ids.len(), |guide| guide.possible(ids))
+    pub(crate) fn possible(&self, ids: &[u32]) -> usize {
+        self.guide.as_ref().map_or(ids.len(), |guide| guide.possible(ids))
     }
 
     fn take(&mut self, id: u32) {

@@ -30,10 +30,9 @@ impl<'a> Stored<'a> {
             CheckpointError::Absent { location, what }
         };
         if parts.get(2) != Some(&"tiers") {
-            // Whether it is a matrix is the checkpoint's to know.
-            return match self.checkpoint.dense_vector(name) {
-                Ok(values) => Ok(values),
-                Err(_) => Ok(row_major(&self.checkpoint.dense_matrix(name)?)),
+            return match self.checkpoint.is_dense_matrix(name)? {
+                true => Ok(row_major(&self.checkpoint.dense_matrix(name)?)),
+                false => self.checkpoint.dense_vector(name),
             };
         }
         let place = number(1).zip(number(3)).zip(number(5));
@@ -60,5 +59,49 @@ impl<'a> Stored<'a> {
             _ => None,
         });
         Ok(row_major(matrix.ok_or_else(missing)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+
+    /// What is wrong with a parameter is said, not that it is none of another kind.
+    #[test]
+    fn a_damaged_vector_is_named() {
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/manpages-moe");
+        let folder = tempfile::tempdir().unwrap();
+        let (mut folders, mut files) = (vec![demo.clone()], Vec::new());
+        while let Some(from) = folders.pop() {
+            let to = folder.path().join(from.strip_prefix(&demo).unwrap());
+            fs::create_dir_all(&to).unwrap();
+            for entry in fs::read_dir(&from).unwrap() {
+                let entry = entry.unwrap();
+                if entry.path().is_dir() {
+                    folders.push(entry.path());
+                    continue;
+                }
+                let copy = to.join(entry.file_name());
+                fs::copy(entry.path(), &copy).unwrap();
+                files.push(copy);
+            }
+        }
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let norm = Stored::new(&checkpoint).values("norm").unwrap();
+        assert_eq!(norm.len(), checkpoint.config().hidden);
+        let first: Vec<u8> = norm[..16].iter().flat_map(|value| value.to_le_bytes()).collect();
+        for file in files {
+            let mut bytes = fs::read(&file).unwrap();
+            let found = bytes.windows(first.len()).position(|window| window == first);
+            if let Some(at) = found {
+                bytes[at] ^= 1;
+                fs::write(&file, bytes).unwrap();
+            }
+        }
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let error = Stored::new(&checkpoint).values("norm").unwrap_err();
+        assert!(matches!(error, CheckpointError::Damaged { .. }), "{error}");
     }
 }

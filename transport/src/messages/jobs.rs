@@ -21,6 +21,16 @@ pub enum Prompt {
     Chat(String),
 }
 
+impl Prompt {
+    /// Bytes of its text, which is to be tokenised.
+    pub fn text_bytes(&self) -> usize {
+        match self {
+            Self::Text(text) | Self::Chat(text) => text.len(),
+            Self::Tokens(_) => 0,
+        }
+    }
+}
+
 /// Which logits are sent back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Archive, Serialize, Deserialize)]
 pub enum LogitsWanted {
