@@ -31,6 +31,9 @@ use crate::{
 
 type Done = Result<(), DeviceError>;
 
+/// Rows of an expert's item in tiles of fast math (measured on an H100: 64 are slower).
+const FAST_ITEM_ROWS: usize = 128;
+
 /// Rows from which products are done in tiles.
 const TILE_ROWS_MIN: usize = 32;
 
@@ -39,6 +42,7 @@ pub struct Gpu {
     /// At least one: the first computes everything but experts of the others.
     cudas: Vec<Cuda>,
     cpu: Arc<Cpu>,
+    math: Math,
     operations: AtomicU64,
 }
 
@@ -69,7 +73,7 @@ impl GpuTensor {
 impl Gpu {
     /// A GPU whose host's share is computed by `cpu`.
     pub fn new(cuda: Cuda, cpu: Arc<Cpu>) -> Self {
-        Self { cudas: vec![cuda], cpu, operations: AtomicU64::new(0) }
+        Self { cudas: vec![cuda], cpu, math: Math::Exact, operations: AtomicU64::new(0) }
     }
 
     /// The same with another GPU of this host that takes a share of the experts.
@@ -83,6 +87,60 @@ impl Gpu {
         }
         self.cudas.push(other);
         Ok(self)
+    }
+
+    /// The same, whose products are computed so.
+    pub fn by(self, math: Math) -> Self {
+        Self { math, ..self }
+    }
+
+    /// How products are computed: with [`Math::Fast`] all that bf16 weights take part in.
+    pub fn math(&self) -> Math {
+        self.math
+    }
+
+    /// Whether products with weights of a format read records, or pairs of bf16, and not f32 rows.
+    pub fn reads_records(&self, dtype: DType) -> bool {
+        dtype.is_quantised() || self.math.is_fast(dtype)
+    }
+
+    /// Words of a record of `k` values: of integers, or of pairs.
+    pub fn record_words(&self, k: usize) -> usize {
+        match self.math {
+            Math::Exact => row_words(DType::Int8, Math::Exact, k),
+            Math::Fast => row_words(DType::Bf16, Math::Fast, k),
+        }
+    }
+
+    /// Records of `rows` rows of `k` values.
+    pub fn record(&self, x: &Dev<f32>, k: usize, rows: usize, records: &Dev<f32>) -> Done {
+        match self.math {
+            Math::Exact => self.cuda().quantise(x, k, rows, records),
+            Math::Fast => self.cuda().pair_rows(x, k, rows, records),
+        }
+    }
+
+    /// Rows normed as `weight` says, and their records where these are wanted.
+    pub fn norm_rows(
+        &self,
+        x: &Dev<f32>,
+        weight: &Dev<f32>,
+        eps: f32,
+        out: &Dev<f32>,
+        records: Option<&Dev<f32>>,
+    ) -> Done {
+        match (records, self.math) {
+            (Some(pairs), Math::Fast) => self.cuda().norm_pairs(x, weight, eps, Some(out), pairs),
+            _ => self.cuda().norm_rows(x, weight, eps, Some(out), records),
+        }
+    }
+
+    /// Whether products with `k` inputs can be done in tiles.
+    fn tiles_fit(&self, dtype: DType, k: usize) -> bool {
+        match self.math.is_fast(dtype) {
+            true => self.cuda().tensor_fits(k),
+            false => self.cuda().tiles_fit(dtype, k),
+        }
     }
 
     /// The GPU.
@@ -106,7 +164,7 @@ impl Gpu {
     }
 
     /// Products of `m` rows by matrices of any formats, by the kernels that suit so many rows: weights
-    /// of integers read `records`, others the f32 `rows`. With `adds` they are added to the outputs.
+    /// of integers and fast ones read `records`, others the f32 `rows`. With `adds` they are added to the outputs.
     pub fn linears(
         &self,
         rows: &Dev<f32>,
@@ -122,12 +180,12 @@ impl Gpu {
             let (now, later) = rest.split_at(same);
             rest = later;
             let quantised = dtype.is_quantised();
-            let x = if quantised { records } else { rows };
+            let x = if self.reads_records(dtype) { records } else { rows };
             // Of bf16, tiles for 64 rows took half as long again (H100).
             let many = m >= TILE_ROWS_MIN && (quantised || m > 64);
             if m == 1 && self.cuda().one_fits(k) {
                 self.cuda().linear_one(rows, None, now, adds)?;
-            } else if many && self.cuda().tiles_fit(dtype, k) {
+            } else if many && self.tiles_fit(dtype, k) {
                 self.cuda().linear_tiles(x, m, now, adds, None)?;
             } else {
                 self.cuda().matmul(x, m, now, adds)?;
@@ -138,7 +196,8 @@ impl Gpu {
     }
 
     /// The networks of experts over rows, by the kernels that suit so many: route r, whose expert is
-    /// `index[r]`, reads row `r / per_row` of the f32 rows, or of their records where weights are integers.
+    /// `index[r]`, reads row `r / per_row` of the f32 rows, or of their records where weights are
+    /// integers or fast.
     /// Each of `kinds` is a table of all experts, in which those of another shape or format are absent.
     /// Returns `[routes, hidden]`.
     pub fn networks(
@@ -177,7 +236,7 @@ impl Gpu {
                     let from = from.part(0, to.len());
                     other.copy_from(cuda, &from, &to).map(|()| to)
                 };
-                let integers = |kind: &&Experts| kind.dtype.is_quantised();
+                let integers = |kind: &&Experts| self.reads_records(kind.dtype);
                 let rows = here(rows, !kinds.iter().all(integers))?;
                 let records = here(records, kinds.iter().any(integers))?;
                 let own = other.scratch(index.len())?;
@@ -207,7 +266,7 @@ impl Gpu {
         let Some(first) = kinds.first() else { return Ok(()) };
         let (routes, experts) = (index.len(), first.table.len());
         let fits = |kind: &Experts| {
-            cuda.tiles_fit(kind.dtype, kind.hidden) && cuda.tiles_fit(kind.dtype, kind.intermediate)
+            self.tiles_fit(kind.dtype, kind.hidden) && self.tiles_fit(kind.dtype, kind.intermediate)
         };
         let tiles = kinds.iter().all(|kind| fits(kind));
         let item_rows = match routes.div_ceil(experts.max(1)) {
@@ -215,6 +274,7 @@ impl Gpu {
             0 | 1 => 4,
             2..16 => 8,
             16..TILE_ROWS_MIN => 16,
+            _ if tiles && self.math == Math::Fast => FAST_ITEM_ROWS,
             _ if tiles => 64,
             _ => 16,
         };
@@ -223,23 +283,31 @@ impl Gpu {
         for kind in kinds {
             let Experts { dtype, math, intermediate, .. } = **kind;
             let between = cuda.scratch(routes * row_words(dtype, math, intermediate))?;
-            let x = if dtype.is_quantised() { records } else { rows };
+            let x = if self.reads_records(dtype) { records } else { rows };
             match item_rows {
-                64 => cuda.swiglu_tiles(kind, &grouped, per_row, x, &between, parts)?,
+                64 | FAST_ITEM_ROWS => {
+                    cuda.swiglu_tiles(kind, &grouped, per_row, x, &between, parts)?
+                }
                 _ => cuda.swiglu_routes(kind, &grouped, per_row, x, &between, parts)?,
             }
         }
         Ok(())
     }
 
-    /// Records of all rows if weights of some of these formats read them, else nothing.
+    /// Records of all rows, or pairs, if weights of some of these formats read them, else nothing. A
+    /// model that is computed fast has no integers.
     fn records(
         &self,
         x: &GpuTensor,
         mut formats: impl Iterator<Item = DType>,
     ) -> Result<Dev<f32>, DeviceError> {
-        if !formats.any(DType::is_quantised) {
+        let Some(format) = formats.find(|&format| self.reads_records(format)) else {
             return self.cuda().scratch(0);
+        };
+        if self.math.is_fast(format) {
+            let pairs = self.cuda().scratch(x.rows * row_words(format, self.math, x.cols))?;
+            self.cuda().pair_rows(&x.data, x.cols, x.rows, &pairs)?;
+            return Ok(pairs);
         }
         let records = self.cuda().scratch(x.rows * row_words(DType::Int8, Math::Exact, x.cols))?;
         self.cuda().quantise(&x.data, x.cols, x.rows, &records)?;
@@ -263,7 +331,7 @@ impl Gpu {
         x: &GpuTensor,
     ) -> Result<Dev<f32>, DeviceError> {
         let (dtype, intermediate) = (like.gate.dtype(), like.gate.n());
-        let (math, table) = (Math::Exact, self.cuda().lend(table)?);
+        let (math, table) = (self.math, self.cuda().lend(table)?);
         let experts = Experts { dtype, math, hidden: x.cols, intermediate, table };
         let records = self.records(x, std::iter::once(dtype))?;
         self.networks(&[&experts], &self.cuda().lend(of)?, 1, (&x.data, &records))
@@ -293,7 +361,9 @@ impl Device for Gpu {
     }
 
     fn matrix(&self, packed: PackedMatrix) -> Result<DevMatrix, DeviceError> {
-        self.cuda().matrix(&packed)
+        let matrix = self.cuda().matrix(&packed)?.by(self.math);
+        self.ended();
+        Ok(matrix)
     }
 
     fn vector(&self, values: &[f32]) -> Result<Dev<f32>, DeviceError> {
@@ -325,6 +395,10 @@ impl Device for Gpu {
         let first: Vec<u32> = self.cuda().download(&first)?;
         self.ended();
         Ok(first.iter().all(|&column| column == NONE))
+    }
+
+    fn chooses(&self, vocabulary: usize) -> bool {
+        self.cuda().samples(vocabulary)
     }
 
     fn choose(&self, logits: &GpuTensor, draws: &[Draw]) -> Result<Option<Vec<u32>>, DeviceError> {
@@ -448,8 +522,14 @@ impl Device for Gpu {
             positions: self.cuda().lend(&positions)?,
             longest,
         };
-        let parts = self.cuda().attention_parts(q.rows, q.cols / head_dim, head_dim, longest)?;
-        self.cuda().attention(arena, layer, &q.data, &queries, scale, window, &parts, &out.data)?;
+        let (cuda, fast) = (self.cuda(), self.math == Math::Fast);
+        let parts = cuda.attention_parts(q.rows, q.cols / head_dim, head_dim, longest)?;
+        let (heads, q, out) = (q.cols / head_dim, &q.data, &out.data);
+        if fast && cuda.attention_fast_fits(arena, heads) {
+            cuda.attention_fast(arena, layer, q, &queries, scale, window, &parts, out)?;
+        } else {
+            cuda.attention(arena, layer, q, &queries, scale, window, &parts, out)?;
+        }
         self.ended();
         Ok(())
     }

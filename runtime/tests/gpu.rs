@@ -10,8 +10,10 @@ use lite_llm_kernels::{
     cpu::Cpu,
     cuda::{Cuda, compile::Folders, driver_present, find},
     cuda_device::Gpu,
+    device::Device,
     dtype::DType,
     kv::KvDType,
+    math::Math,
     simd::Simd,
 };
 use lite_llm_runtime::{
@@ -36,6 +38,10 @@ const KV_BYTES: u64 = 64 << 20;
 
 /// A GPU and, where there are several, two that share the experts; nothing where there is none.
 fn gpus() -> Vec<Arc<Gpu>> {
+    gpus_by(Math::Exact)
+}
+
+fn gpus_by(math: Math) -> Vec<Arc<Gpu>> {
     if !driver_present() {
         eprintln!("skipped: there is no NVIDIA driver here");
         return Vec::new();
@@ -46,7 +52,7 @@ fn gpus() -> Vec<Arc<Gpu>> {
         let (cache, sources) = (cache.clone(), sources.clone());
         Cuda::open(number, Folders { cache, sources }).unwrap()
     };
-    let first = || Gpu::new(open(0), Arc::new(Cpu::new(2, Simd::best())));
+    let first = || Gpu::new(open(0), Arc::new(Cpu::new(2, Simd::best()))).by(math);
     let mut all = vec![Arc::new(first())];
     match find().unwrap().1.len() {
         0 | 1 => eprintln!("two GPUs are skipped: there is one here"),
@@ -111,9 +117,9 @@ fn requests_of_tokens() -> Vec<Request> {
 }
 
 /// What a model says to requests that are submitted together.
-fn events<D: lite_llm_kernels::device::Device>(
+fn events<D: Device>(
     mut engine: Engine<D>,
-    store: &dyn lite_llm_runtime::expert::ExpertStore<D::Matrix>,
+    store: &dyn ExpertStore<D::Matrix>,
     requests: &[Request],
 ) -> Vec<Event> {
     for (id, request) in (0..).zip(requests) {
@@ -270,4 +276,89 @@ fn a_long_prompt_leaves_what_decoding_uses() {
     let misses = store.residence().misses;
     decode();
     assert_eq!(store.residence().misses, misses, "what tokens need is still there");
+}
+
+/// Logits of each request, in order of position.
+fn logits_of(events: &[Event], requests: usize) -> Vec<Vec<f32>> {
+    let mut all = vec![Vec::new(); requests];
+    for event in events {
+        match event {
+            Event::Logits { sequence, values, .. } => all[*sequence as usize].extend(values),
+            Event::Failed { reason, .. } => panic!("{reason}"),
+            _ => {}
+        }
+    }
+    all
+}
+
+#[test]
+fn fast_has_bits_of_its_own_that_no_batch_and_no_chunk_changes() {
+    for gpu in gpus_by(Math::Fast) {
+        fast_on(&gpu);
+    }
+}
+
+/// The same bits alone and together, in any chunks, carried or layer by layer, and nearly the CPU's.
+fn fast_on(gpu: &Arc<Gpu>) {
+    let model = model(&whole_leaves(RandomClass::Olmoe), DType::Bf16, None);
+    let backbone = Arc::new(Backbone::load(&model.checkpoint, gpu.clone(), |_, _| {}).unwrap());
+    let bytes = model.checkpoint.tier_expert_bytes();
+    for kv in [KvDType::Bf16, KvDType::F32] {
+        let run_by = |requests: &[Request], carried: bool| {
+            let store = HbmStore::new(gpu.clone(), model.store.clone(), 1 << 30, bytes.clone());
+            let store = Arc::new(store);
+            let carrier = GpuCarrier::new(&backbone, store.clone()).unwrap();
+            let carrier = carrier.filter(|_| carried);
+            let carrier = carrier.map(|carrier| Arc::new(carrier) as Arc<dyn Carrier<Gpu>>);
+            let engine = Engine::with_cache(backbone.clone(), KV_BYTES, kv).unwrap();
+            events(engine.carried_by(carrier), &*store, requests)
+        };
+        let run =
+            |requests: &[Request], carried| logits_of(&run_by(requests, carried), requests.len());
+        let tokens = requests_of_tokens();
+        assert_eq!(run_by(&tokens, true), run_by(&tokens, false), "tokens, cache in {kv}");
+        let requests = requests();
+        let together = run(&requests, true);
+        for (request, together) in requests.iter().zip(&together) {
+            for (chunk, carried) in [(request.prefill_chunk, true), (7, true), (7, false)] {
+                let alone = Request { prefill_chunk: chunk, ..request.clone() };
+                let alone = run(&[alone], carried);
+                let bits = |all: &[f32]| all.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&alone[0]), bits(together), "chunks of {chunk}, cache in {kv}");
+            }
+        }
+        // Near the CPU's where no route can have changed much: a prompt of one token.
+        let cpu = Arc::new(Cpu::new(2, Simd::best()));
+        let on_cpu = Arc::new(Backbone::load(&model.checkpoint, cpu, |_, _| {}).unwrap());
+        let engine = Engine::with_cache(on_cpu, KV_BYTES, kv).unwrap();
+        let exact = logits_of(&events(engine, &*model.store, &requests[..1]), 1);
+        let row = model.checkpoint.config().vocab;
+        let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
+        let near = exact[0][..row].iter().zip(&together[0][..row]).map(|(a, b)| a - b);
+        let error =
+            (square(&mut near.into_iter()) / square(&mut exact[0][..row].iter().copied())).sqrt();
+        assert!(error > 0.0 && error < 2e-2, "the error is {error} of the logits");
+    }
+}
+
+#[test]
+fn what_comes_into_the_gpus_memory_counts_as_progress() {
+    let Some(gpu) = gpus().into_iter().next() else { return };
+    let model = model(&RandomShape::tiny(RandomClass::Olmoe), DType::F32, None);
+    let bytes = model.checkpoint.tier_expert_bytes();
+    let store = HbmStore::new(gpu.clone(), model.store.clone(), 1 << 30, bytes);
+    let key = model.checkpoint.config().expert_keys().next().unwrap();
+    let mut before = gpu.progress();
+    let mut moves = |what: &str, expected: bool| {
+        let now = gpu.progress();
+        assert_eq!(std::mem::replace(&mut before, now) != now, expected, "{what}");
+    };
+    store.fetch(key).unwrap();
+    moves("an expert that is copied", true);
+    store.fetch(key).unwrap();
+    moves("an expert that is here", false);
+    let weights = model.store.fetch(key).unwrap();
+    gpu.matrix(weights.gate.clone()).unwrap();
+    moves("weights that stay", true);
+    assert_eq!((store.residence().hits, store.residence().misses), (1, 1));
 }

@@ -6,16 +6,18 @@ use lite_llm_kernels::{
     cpu::Cpu,
     cuda::{
         Cuda,
-        compile::{Folders, Source},
+        compile::{Folders, sources},
+        launch::DevMatrix,
     },
     cuda_device::Gpu,
     device::{Device, DeviceError},
     dtype::DType,
     kv::KvDType,
+    math::Math,
     ops::tree::LEAF,
 };
 use lite_llm_runtime::{
-    backbone::Backbone,
+    backbone::{Backbone, FeedForwardLayer},
     checkpoint::Checkpoint,
     config::ModelConfig,
     engine::{Engine, PASS_TOKENS_MAX},
@@ -91,15 +93,23 @@ impl fmt::Display for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// The device of worker `number` of `workers` in this process, fed by `cpu`. `hbm_bytes` of its
-    /// memory, of each GPU of several, are for experts; by default what is free.
+    /// The device of worker `number` of `workers` in this process, fed by `cpu`, with products computed
+    /// by `math`. `hbm_bytes` of its memory, of each GPU of several, are for experts; by default what is
+    /// free.
     pub fn open(
         &self,
         (number, workers): (usize, usize),
         cpu: Arc<Cpu>,
         hbm_bytes: Option<u64>,
+        math: Math,
     ) -> Result<NodeDevice, DeviceError> {
-        let Self::Cuda(numbers) = self else { return Ok(NodeDevice::Cpu(cpu)) };
+        let Self::Cuda(numbers) = self else {
+            let reason = "a CPU computes exactly: --math fast needs --device cuda".to_owned();
+            return match math {
+                Math::Exact => Ok(NodeDevice::Cpu(cpu)),
+                Math::Fast => Err(DeviceError::Failed { device: cpu.describe(), reason }),
+            };
+        };
         let folders = Folders { cache: kernel_cache(), sources: None };
         let mut own = numbers[number % numbers.len()].iter();
         let first = Cuda::open(own.next().copied().unwrap_or(0), folders.clone())?;
@@ -107,12 +117,12 @@ impl DeviceChoice {
             gpu.beside(Cuda::open(number, folders.clone())?)
         })?;
         let sharers = workers.div_ceil(numbers.len()) as u64;
-        Ok(NodeDevice::Cuda { gpu: Arc::new(gpu), hbm_bytes, sharers })
+        Ok(NodeDevice::Cuda { gpu: Arc::new(gpu.by(math)), hbm_bytes, sharers })
     }
 }
 
 /// Where compiled kernels are kept: `LITE_LLM_CACHE`, or the user's cache folder.
-fn kernel_cache() -> Option<PathBuf> {
+pub fn kernel_cache() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let folder = set("LITE_LLM_CACHE").or_else(|| {
         let caches = set("XDG_CACHE_HOME");
@@ -161,6 +171,16 @@ impl NodeDevice {
         }
     }
 
+    /// With `--math fast`: the architecture, on which alone such bits are equal.
+    pub fn fast(&self) -> Option<String> {
+        match self {
+            Self::Cuda { gpu, .. } if gpu.math() == Math::Fast => {
+                Some(gpu.cuda().arch().to_owned())
+            }
+            _ => None,
+        }
+    }
+
     /// See [`Device::progress`].
     pub fn progress(&self) -> u64 {
         match self {
@@ -168,6 +188,30 @@ impl NodeDevice {
             Self::Cuda { gpu, .. } => gpu.progress(),
         }
     }
+}
+
+/// Formats of a model's weights, those of its gates left out.
+fn formats(checkpoint: &Checkpoint) -> impl Iterator<Item = DType> + '_ {
+    let tiers = checkpoint.config().moe.iter().flat_map(|moe| &moe.tiers);
+    let dtype = checkpoint.dtype();
+    tiers.map(move |tier| tier.dtype.unwrap_or(dtype)).chain([dtype])
+}
+
+/// A model that is not computed so.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{model} has weights in {dtype}: --math fast is for bf16 alone; leave it out, or import the model \
+     with --dtype bf16"
+)]
+pub struct NotFast {
+    model: String,
+    dtype: DType,
+}
+
+/// Whether a model can be computed so.
+pub fn check_math(math: Math, checkpoint: &Checkpoint) -> Result<(), NotFast> {
+    let other = formats(checkpoint).find(|&dtype| math == Math::Fast && !math.is_fast(dtype));
+    other.map_or(Ok(()), |dtype| Err(NotFast { model: checkpoint.location(), dtype }))
 }
 
 /// An engine on a GPU, over a store in the host's memory, and what holds experts in the GPU's.
@@ -185,7 +229,7 @@ pub fn gpu_engine(
 ) -> Result<(Engine<Gpu>, Arc<HbmStore>), DeviceError> {
     let gpu = &backbone.device;
     let (kv_bytes, kv_dtype) = cache;
-    load_kernels(gpu, checkpoint, kv_dtype)?;
+    load_kernels(backbone, checkpoint, kv_dtype)?;
     let engine = Engine::with_cache(backbone.clone(), kv_bytes, kv_dtype)?;
     // After the cache, for what is free is theirs.
     let budget = hbm_budget(gpu, hbm.0, hbm.1)?;
@@ -222,29 +266,25 @@ fn hbm_budget(gpu: &Gpu, asked: Option<u64>, sharers: u64) -> Result<u64, Device
 /// kernel would keep the lane for longer than a node may show no progress. What is loaded already
 /// takes no time.
 pub(super) fn load_kernels(
-    gpu: &Gpu,
+    backbone: &Backbone<Gpu>,
     checkpoint: &Checkpoint,
     kv: KvDType,
 ) -> Result<(), DeviceError> {
-    let tiers = checkpoint.config().moe.iter().flat_map(|moe| &moe.tiers);
-    let dtype = checkpoint.dtype();
-    let weights = tiers.map(|tier| tier.dtype.unwrap_or(dtype)).chain([dtype]);
-    // Sources number formats in the order of these lists.
-    let place = |found: Option<usize>| found.and_then(|at| u8::try_from(at).ok()).unwrap_or(0);
-    let kv = place(KvDType::ALL.iter().position(|other| *other == kv));
-    let mut sources = vec![Source::Elementwise, Source::Norm, Source::Route, Source::Sample];
-    sources.push(Source::Attention(kv));
-    // Gates are in f32.
-    let mut formats: Vec<u8> = std::iter::once(DType::F32)
-        .chain(weights)
-        .map(|dtype| place(DType::ALL.iter().position(|other| *other == dtype)))
-        .collect();
-    formats.sort_unstable();
-    formats.dedup();
-    for format in formats {
-        let of = [Source::Matmul, Source::Swiglu, Source::One, Source::Tile];
-        sources.extend(of.map(|of| of(format)));
+    let gpu = &backbone.device;
+    let mut dense = vec![backbone.head.as_ref().unwrap_or(&backbone.embed).dtype()];
+    let mut networks: Vec<DType> = formats(checkpoint).collect();
+    for layer in &backbone.layers {
+        dense.extend([&layer.q, &layer.k, &layer.v, &layer.o].map(|linear| linear.weight.dtype()));
+        let network = match &layer.feed_forward {
+            FeedForwardLayer::Dense(mlp) => Some(mlp),
+            FeedForwardLayer::Sparse(moe) => moe.shared.as_ref().map(|shared| {
+                dense.extend(shared.gate.as_ref().map(DevMatrix::dtype));
+                &shared.mlp
+            }),
+        };
+        networks.extend(network.into_iter().flat_map(|m| [&m.gate, &m.down]).map(DevMatrix::dtype));
     }
+    let sources = sources(&dense, &networks, kv, gpu.math());
     gpu.cudas().iter().try_for_each(|cuda| cuda.load(&sources))
 }
 

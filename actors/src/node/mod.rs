@@ -43,7 +43,7 @@ use ractor_cluster::RactorClusterMessage;
 use rkyv::{Archive, Deserialize, Serialize};
 use tracing::{error, info};
 
-pub use self::device::{DeviceChoice, NodeDevice};
+pub use self::device::{DeviceChoice, NodeDevice, check_math, kernel_cache};
 use self::{
     grammars::GrammarDesk,
     loader::{Loader, LoaderMessage, LoaderState},
@@ -204,6 +204,7 @@ impl Actor for NodeActor {
             node: cell.clone(),
             model: None,
             lane_of: None,
+            prepared: Mutex::default(),
             shards: BTreeMap::new(),
         };
         let (loader, _) = Actor::spawn_linked(None, Loader, loader, cell).await?;

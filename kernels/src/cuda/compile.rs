@@ -5,12 +5,16 @@
 //! file. A file that is damaged fails to load and is compiled anew.
 
 use std::{
+    collections::HashSet,
     ffi::CString,
     fs,
     path::{Path, PathBuf},
 };
 
 use cudarc::nvrtc::{result, sys};
+
+use super::launch::{format, kv_source};
+use crate::{dtype::DType, kv::KvDType, math::Math};
 
 /// Arithmetic rounds as it is written: the determinism contract depends on these.
 const OPTIONS: [&str; 5] =
@@ -230,4 +234,31 @@ pub fn code(source: Source, arch: &str, folders: &Folders, fresh: bool) -> Resul
         let _ = fs::remove_file(&staged);
     }
     Ok(code)
+}
+
+/// What passes of a model need, whose dense matrices and whose networks (experts, too) are in these formats,
+/// with keys and values in format `kv`. Gates are in f32, of few candidates each.
+pub fn sources(dense: &[DType], networks: &[DType], kv: KvDType, math: Math) -> Vec<Source> {
+    let mut all = vec![Source::Elementwise, Source::Norm, Source::Route, Source::Sample];
+    let gates = format(DType::F32, math);
+    all.extend([kv_source(kv), Source::Matmul(gates), Source::One(gates)]);
+    if math == Math::Fast && kv == KvDType::Bf16 {
+        all.push(Source::AttentionFast);
+    }
+    for (dtypes, of) in [
+        (dense, Source::Matmul as fn(u8) -> Source),
+        (networks, Source::Swiglu as fn(u8) -> Source),
+    ] {
+        for &dtype in dtypes {
+            let number = format(dtype, math);
+            all.extend([of(number), Source::One(number)]);
+            match math.is_fast(dtype) {
+                true => all.extend([Source::Tensor, Source::TensorWide]),
+                false => all.push(Source::Tile(number)),
+            }
+        }
+    }
+    let mut seen = HashSet::new();
+    all.retain(|source| seen.insert(*source));
+    all
 }

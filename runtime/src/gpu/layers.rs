@@ -3,13 +3,12 @@
 use lite_llm_kernels::{
     cuda::{
         Cuda, Dev,
-        fast::Math,
         launch::{DevKv, Experts, Linear, row_words},
         one::{Heads, Norm},
     },
     cuda_device::{Gpu, GpuTensor},
     device::DeviceError,
-    dtype::DType,
+    math::Math,
 };
 
 use super::{
@@ -40,7 +39,7 @@ pub(super) struct Rows {
 
 /// Memory of a pass beside its activations.
 pub(super) struct Work {
-    /// Rows as products of integers read them.
+    /// Rows as products of integers, or fast ones, read them.
     records: Dev<f32>,
     /// `[N, scores]`.
     scores: Dev<f32>,
@@ -87,17 +86,18 @@ impl Rows {
 impl Work {
     /// Room for so many rows; `bad` is emptied.
     pub(super) fn new(
-        cuda: &Cuda,
+        gpu: &Gpu,
         config: &ModelConfig,
         routing: Option<&Routing>,
         rows: usize,
         bad: Dev<u32>,
     ) -> Result<Self, DeviceError> {
+        let cuda = gpu.cuda();
         let widest = config.hidden.max(config.attention.heads * config.attention.head_dim);
         let (scores, routes) = routing.map_or((0, 0), |routing| (routing.scores(), routing.routes));
         cuda.fill(&bad, 0)?;
         Ok(Self {
-            records: cuda.scratch(rows * row_words(DType::Int8, Math::Exact, widest))?,
+            records: cuda.scratch(rows * gpu.record_words(widest))?,
             scores: cuda.scratch(rows * scores)?,
             chosen: Chosen {
                 index: cuda.scratch(rows * routes)?,
@@ -109,8 +109,8 @@ impl Work {
     }
 
     /// Room for the records of rows of k values.
-    fn records(&self, rows: usize, k: usize) -> Dev<f32> {
-        self.records.part(0, rows * row_words(DType::Int8, Math::Exact, k))
+    fn records(&self, gpu: &Gpu, rows: usize, k: usize) -> Dev<f32> {
+        self.records.part(0, rows * gpu.record_words(k))
     }
 }
 
@@ -151,12 +151,13 @@ impl Shared {
         if one {
             cuda.linear_one(x, Some(norm), &qkv, false)?;
         } else {
-            let records = work.records(*rows, config.hidden);
-            let reads = qkv.iter().any(|linear| linear.weight.dtype().is_quantised());
+            let records = work.records(gpu, *rows, config.hidden);
+            let reads = qkv.iter().any(|linear| gpu.reads_records(linear.weight.dtype()));
             self.normed(x, norm, &t.normed, reads.then_some(&records))?;
             gpu.linears(&t.normed, &records, *rows, &qkv, false)?;
         }
-        if one && attention.clip_qkv.is_none() && cuda.attention_step_fits(kv) {
+        let fast = gpu.math() == Math::Fast && cuda.attention_fast_fits(kv, attention.heads);
+        if one && !fast && attention.clip_qkv.is_none() && cuda.attention_step_fits(kv) {
             let counters = &state.counters;
             cuda.attention_step(
                 kv, index, heads, queries, scale, window, &parts, counters, attended,
@@ -180,6 +181,12 @@ impl Shared {
                 }
             }
             match tiles {
+                Some(tiles) if fast => cuda.attention_rows_fast(
+                    kv, index, q, queries, tiles, scale, window, &parts, attended,
+                )?,
+                None if fast => {
+                    cuda.attention_fast(kv, index, q, queries, scale, window, &parts, attended)?
+                }
                 Some(tiles) if cuda.attention_rows_fits(kv) => cuda.attention_rows(
                     kv, index, q, queries, tiles, scale, window, &parts, attended,
                 )?,
@@ -193,9 +200,10 @@ impl Shared {
         if one && cuda.one_fits(layer.o.weight.k()) {
             cuda.linear_one(attended, None, &o, adds)?;
         } else {
-            let records = work.records(*rows, layer.o.weight.k());
-            if layer.o.weight.dtype().is_quantised() {
-                cuda.quantise(attended, layer.o.weight.k(), *rows, &records)?;
+            let k = layer.o.weight.k();
+            let records = work.records(gpu, *rows, k);
+            if gpu.reads_records(layer.o.weight.dtype()) {
+                gpu.record(attended, k, *rows, &records)?;
             }
             gpu.linears(attended, &records, *rows, &o, adds)?;
         }
@@ -220,7 +228,7 @@ impl Shared {
         out: &Dev<f32>,
         records: Option<&Dev<f32>>,
     ) -> Done {
-        self.cuda().norm_rows(x, by.weight, by.eps, Some(out), records)
+        self.store.gpu().norm_rows(x, by.weight, by.eps, out, records)
     }
 
     /// `x +=` what the feed-forward part gives, unless its experts are not all here.
@@ -239,10 +247,10 @@ impl Shared {
         let rows = plan.rows;
         let State { sparse, dense, complete, counters, .. } = state;
         let by = Norm { weight: &layer.ffn_norm, eps: backbone.config.norm_eps };
-        let records = work.records(rows, backbone.config.hidden);
+        let records = work.records(gpu, rows, backbone.config.hidden);
         let (Some(sparse), Some(routing)) = (&mut sparse[index], &self.routing) else {
             if let Some(experts) = &dense[index] {
-                let reads = experts.dtype.is_quantised();
+                let reads = gpu.reads_records(experts.dtype);
                 self.normed(x, by, normed, reads.then_some(&records))?;
                 let parts = gpu.networks(&[experts], &plan.zeros, 1, (normed, &records))?;
                 cuda.add(x, &parts)?;
@@ -281,9 +289,9 @@ impl Shared {
         }
         // The format of experts may not be known yet.
         let reads = !*complete
-            || sparse.reads_records()
-            || dense[index].as_ref().is_some_and(|dense| dense.dtype.is_quantised())
-            || shared.and_then(|s| s.gate.as_ref()).is_some_and(|g| g.dtype().is_quantised());
+            || sparse.formats().any(|dtype| gpu.reads_records(dtype))
+            || dense[index].as_ref().is_some_and(|dense| gpu.reads_records(dense.dtype))
+            || shared.and_then(|s| s.gate.as_ref()).is_some_and(|g| gpu.reads_records(g.dtype()));
         self.normed(x, by, normed, reads.then_some(&records))?;
         let gates = [Linear { weight: &sparse.gates, bias: None, out: &work.scores }];
         cuda.matmul(normed, rows, &gates, false)?;

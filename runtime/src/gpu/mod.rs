@@ -18,13 +18,11 @@ use std::sync::Arc;
 use lite_llm_kernels::{
     cuda::{
         Cuda, Dev,
-        fast::Math,
-        launch::{DevKv, DevMatrix, Experts, Linear, row_words},
+        launch::{DevKv, DevMatrix, Experts, Linear},
         sample::NONE,
     },
     cuda_device::Gpu,
     device::{DeviceError, Draw},
-    dtype::DType,
     ops::rope,
 };
 use parking_lot::Mutex;
@@ -125,12 +123,13 @@ impl GpuCarrier {
         };
         for (index, layer) in backbone.layers.iter().enumerate() {
             let (sparse, dense) = match &layer.feed_forward {
-                FeedForwardLayer::Dense(mlp) => (None, Some(dense(cuda, mlp)?)),
+                FeedForwardLayer::Dense(mlp) => (None, Some(dense(&backbone.device, mlp)?)),
                 FeedForwardLayer::Sparse(layer) => {
                     let (Some(routing), Some(gates)) = (&routing, layer.router.gates()) else {
                         return Ok(None);
                     };
-                    let shared = layer.shared.as_ref().map(|shared| dense(cuda, &shared.mlp));
+                    let shared =
+                        layer.shared.as_ref().map(|shared| dense(&backbone.device, &shared.mlp));
                     let sparse = Sparse::new(&backbone.device, config, routing, index, &gates)?;
                     (Some(sparse), shared.transpose()?)
                 }
@@ -163,13 +162,13 @@ fn counters(config: &ModelConfig, rows: usize) -> usize {
 }
 
 /// One network as a table of one.
-fn dense(cuda: &Cuda, mlp: &GatedMlp<DevMatrix>) -> Result<Experts, DeviceError> {
+fn dense(gpu: &Gpu, mlp: &GatedMlp<DevMatrix>) -> Result<Experts, DeviceError> {
     Ok(Experts {
         dtype: mlp.gate.dtype(),
-        math: Math::Exact,
+        math: gpu.math(),
         hidden: mlp.gate.k(),
         intermediate: mlp.gate.n(),
-        table: cuda.upload(&[HbmStore::addresses(mlp)])?,
+        table: gpu.cuda().upload(&[HbmStore::addresses(mlp)])?,
     })
 }
 
@@ -227,7 +226,7 @@ impl Carrier<Gpu> for GpuCarrier {
             _ => {
                 let plan = HostPlan::new(chunks, &[], tiers).lend(cuda)?;
                 let bad = cuda.scratch(2 * rows * config.layers.len())?;
-                let work = Work::new(cuda, config, shared.routing.as_ref(), rows, bad)?;
+                let work = Work::new(&backbone.device, config, shared.routing.as_ref(), rows, bad)?;
                 Planned::Layers { plan, work }
             }
         };
@@ -257,7 +256,7 @@ impl Shared {
         let word = size_of::<u32>();
         let t = Rows::new(cuda, config, rows)?;
         let bad = results.part(0, layers);
-        let work = Work::new(cuda, config, self.routing.as_ref(), rows, bad)?;
+        let work = Work::new(&backbone.device, config, self.routing.as_ref(), rows, bad)?;
         // First, for a step's attention reads it before the kernel before it has ended.
         if let Some(table) = &self.rotary {
             let head = config.attention.head_dim;
@@ -274,13 +273,12 @@ impl Shared {
             let last = cuda.scratch(wanted * hidden)?;
             cuda.select_rows(&t.x, &plan.wanted, hidden, &last)?;
             let head = backbone.head.as_ref().unwrap_or(&backbone.embed);
-            let reads = head.dtype().is_quantised();
-            let records = cuda.scratch(
-                usize::from(reads) * wanted * row_words(DType::Int8, Math::Exact, hidden),
-            )?;
-            let normed = cuda.scratch(wanted * hidden)?;
-            let eps = config.norm_eps;
-            cuda.norm_rows(&last, &backbone.norm, eps, Some(&normed), reads.then_some(&records))?;
+            let gpu = self.store.gpu();
+            let reads = gpu.reads_records(head.dtype());
+            let words = if reads { gpu.record_words(hidden) } else { 0 };
+            let (records, normed) = (cuda.scratch(wanted * words)?, cuda.scratch(wanted * hidden)?);
+            let (norm, records_of) = (&backbone.norm, reads.then_some(&records));
+            gpu.norm_rows(&last, norm, config.norm_eps, &normed, records_of)?;
             let logits = cuda.scratch(wanted * config.vocab)?;
             let product = [Linear { weight: head, bias: None, out: &logits }];
             self.store.gpu().linears(&normed, &records, wanted, &product, false)?;

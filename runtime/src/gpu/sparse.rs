@@ -9,7 +9,6 @@ use lite_llm_kernels::{
     cuda::{
         Cuda, Dev,
         descend::{Descended, Gates, TierShape},
-        fast::Math,
         launch::{Choose, DevMatrix, Experts},
         one::Routes,
     },
@@ -159,7 +158,7 @@ impl Sparse {
             Ok(Experts {
                 // Known when the first has come.
                 dtype: DType::F32,
-                math: Math::Exact,
+                math: gpu.math(),
                 hidden: config.hidden,
                 intermediate: moe.intermediate(tier),
                 table: cuda.filled(experts, 0)?,
@@ -243,8 +242,8 @@ impl Sparse {
         self.held.iter_mut().for_each(|held| *held = None);
     }
 
-    /// Whether products with some of the experts read records of integers.
-    pub(super) fn reads_records(&self) -> bool {
-        self.places.iter().flatten().any(|tier| tier.dtype.is_quantised())
+    /// Formats of the experts, as far as they are known.
+    pub(super) fn formats(&self) -> impl Iterator<Item = DType> + '_ {
+        self.places.iter().flatten().map(|tier| tier.dtype)
     }
 }

@@ -283,6 +283,11 @@ impl HbmStore {
         let host = self.below.fetch(key)?;
         inner.stats.misses += 1;
         let (starts, bytes) = layout(&host);
+        // Described only if somebody traces.
+        let _span = tracing::debug_span!(
+            "fetch", %key, from = "memory", to = "hbm", bytes, why = "demanded"
+        )
+        .entered();
         let memory = self.room(&mut inner, key, bytes)?;
         let copied = self
             .lock(&mut inner, &host)

@@ -83,7 +83,7 @@ fn run(args: &BenchHbmArgs, json: bool) -> Result<()> {
     let compute = &args.local.compute;
     let cpu = Arc::new(Cpu::new(compute.threads(1), compute.simd()?));
     let hbm = compute.hbm.map(|size| size.0);
-    let device = compute.device.open((0, 1), cpu, hbm).map_err(bad_input)?;
+    let device = compute.device.open((0, 1), cpu, hbm, compute.math).map_err(bad_input)?;
     let NodeDevice::Cuda { gpu, hbm_bytes, .. } = device else {
         return Err(bad_input(anyhow::anyhow!("bench hbm needs --device cuda:0")));
     };
