@@ -235,7 +235,9 @@ impl Cluster {
                             let loaded = membership::Event::Loaded { name, epoch, result };
                             self.membership.handle(now, loaded);
                         }
-                        (true, Ok(())) => {}
+                        (true, Ok(())) => {
+                            self.membership.handle(now, membership::Event::Computes { name });
+                        }
                         // Others do its work until it is tried again.
                         (true, Err(reason)) => {
                             self.membership.handle(now, membership::Event::Unfit { name, reason });

@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Invariants: epochs grow, also past those of an earlier coordinator; a target serves when every
-//! holder has loaded it, and not before; it ends with the life of a holder; whatever is reported
+//! holder has loaded it, and not before; it ends with the life of a holder; nobody is a home, and
+//! nothing ready, before those who hold the experts have said that they compute; whatever is reported
 //! about another epoch, or by an earlier incarnation of a member, changes nothing; what a member
 //! serves and what it is to load fit in its budget together ([`plan`](crate::placement::plan)); no
 //! state is final.
@@ -133,6 +134,11 @@ pub enum Event {
         /// Bytes.
         budget: u64,
     },
+    /// A node was told to serve an epoch and computes by it.
+    Computes {
+        /// Its name.
+        name: String,
+    },
     /// A node was told to serve an epoch and cannot compute by it.
     Unfit {
         /// Its name.
@@ -197,7 +203,7 @@ pub enum Command {
 pub enum State {
     /// For nodes.
     Waiting,
-    /// Nodes load their experts; before that, nothing can be served.
+    /// Nodes load their experts, or begin to compute; before that, nothing can be served.
     Loading,
     /// Requests are served, with all copies.
     Ready,
@@ -221,6 +227,8 @@ struct Member {
     held: Option<Held>,
     /// It was told the serving epoch, and holds its share of it.
     serves: bool,
+    /// It has said since it joined that it computes: from one epoch to the next it goes on.
+    computes: bool,
     /// The target that it was told last.
     told: u64,
     /// The target that it has loaded.
@@ -326,10 +334,12 @@ impl Membership {
             Event::Reachable { name, by } => self.link(now, &name, &by, true),
             Event::Suspect { name, .. } => self.mark(&name, |member| member.suspect = true, false),
             Event::Recovered { name } => self.mark(&name, |member| member.suspect = false, false),
+            Event::Computes { name } => self.mark(&name, |member| member.computes = true, false),
             Event::Unfit { name, reason } => {
                 let until = now + RETRY_DELAY;
                 let unfit = |member: &mut Member| {
                     (member.serves, member.able, member.held) = (false, false, None);
+                    member.computes = false;
                     member.unfit = Some((reason.clone(), until));
                 };
                 self.mark(&name, unfit, true)

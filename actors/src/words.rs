@@ -72,6 +72,9 @@ pub fn waiting_for(missing: &Missing) -> Vec<String> {
     if !loading.is_empty() {
         words.push(format!("{} to load", loading.join(", ")));
     }
+    if !missing.beginning.is_empty() {
+        words.push(format!("{} to begin to compute", missing.beginning.join(", ")));
+    }
     for lost in lost {
         let how = lost.how.as_ref().map_or(String::new(), |how| format!(" ({how})"));
         words.push(format!("{} to come back{how}", lost.name));

@@ -22,6 +22,10 @@ struct Node {
     /// What it says that it has loaded.
     holds: Option<Plan>,
     loads: Option<Plan>,
+    /// It was told to compute and has not said yet that it does.
+    begins: bool,
+    /// It has said so.
+    computes: bool,
     /// Loads fail until then.
     broken_until: u64,
 }
@@ -136,7 +140,7 @@ impl World {
                 assert!(assignment.epoch >= known, "seed {seed}: {name} knows {known}");
                 node.memory.retain(|key| share.contains(key));
                 (node.serves, node.holds) = (Some(assignment.clone()), Some(assignment));
-                node.loads = None;
+                (node.loads, node.begins) = (None, true);
             }
             Command::Dismiss { name, incarnation, .. } => {
                 let node = self.nodes.get_mut(&name).unwrap();
@@ -176,7 +180,7 @@ impl World {
                 .filter(|n| n.serves.as_ref().is_some_and(|plan| plan.epoch == epoch))
                 .collect();
             let held = |key: &ExpertKey| {
-                serving.iter().any(|node| {
+                serving.iter().filter(|node| node.computes).any(|node| {
                     let plan = node.serves.as_ref().unwrap();
                     plan.placement.holds(plan.index, *key) && node.memory.contains(key)
                 })
@@ -187,6 +191,7 @@ impl World {
             let node = &self.nodes[home];
             let told = node.serves.as_ref().is_some_and(|plan| plan.epoch == epoch);
             assert!(complete && node.joined && told, "seed {seed}: {home} is no home");
+            assert!(node.computes, "seed {seed}: {home} does not compute yet");
             assert!(!self.drained.contains_key(home), "seed {seed}: {home} is to go");
         }
         let homeless = self.membership.homes().next().is_none();
@@ -197,8 +202,8 @@ impl World {
         self.incarnations += 1;
         let node = self.nodes.get_mut(name).unwrap();
         (node.joined, node.incarnation) = (true, self.incarnations);
-        node.loads = None;
-        node.serves = None;
+        (node.loads, node.serves) = (None, None);
+        (node.begins, node.computes) = (false, false);
         let holding = node.holds.as_ref().map(|plan| Holding {
             epoch: plan.epoch,
             nodes: plan.nodes.iter().map(|node| node.name.clone()).collect(),
@@ -225,8 +230,13 @@ impl World {
         self.handle(Event::Left { name: name.into(), incarnation, reason: "idle".into() });
     }
 
-    /// A node ends what it loads.
+    /// A node begins to compute if it was told to, and ends what it loads.
     fn load(&mut self, name: &str) {
+        let node = self.nodes.get_mut(name).unwrap();
+        if std::mem::take(&mut node.begins) {
+            node.computes = true;
+            self.handle(Event::Computes { name: name.into() });
+        }
         let node = self.nodes.get_mut(name).unwrap();
         let Some(plan) = node.loads.take() else { return };
         let broken = self.now < node.broken_until;
@@ -240,6 +250,12 @@ impl World {
             node.holds = Some(plan.clone());
         }
         self.handle(Event::Loaded { name: name.into(), epoch: plan.epoch, result });
+    }
+
+    /// All begin to compute who were told to.
+    fn begin(&mut self) {
+        let names: Vec<String> = self.nodes.keys().cloned().collect();
+        names.iter().for_each(|name| self.load(name));
     }
 
     fn restart_coordinator(&mut self) {
@@ -391,6 +407,8 @@ impl Node {
             serves: None,
             holds: None,
             loads: None,
+            begins: false,
+            computes: false,
             broken_until: 0,
         }
     }
@@ -423,7 +441,9 @@ fn random_histories() {
         let before = world.loads;
         world.pass(20_000);
         world.restart_coordinator();
+        world.begin();
         world.pass(20_000);
+        world.begin();
         assert_eq!(world.loads, before, "seed {seed}");
         assert_eq!(
             *world.membership.state(),

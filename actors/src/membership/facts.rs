@@ -23,6 +23,8 @@ pub struct Missing {
     pub workers: usize,
     /// Names of those that load.
     pub loading: Vec<String>,
+    /// Names of those that were told to compute and have not said yet that they do.
+    pub beginning: Vec<String>,
     /// Experts that nobody holds.
     pub experts: u64,
     /// Who is gone, of those that held something.
@@ -101,6 +103,7 @@ impl Membership {
             to_join: if whole { 0 } else { workers.saturating_sub(self.members().count()) },
             workers,
             loading: loading.map(|(_, member)| member.info.name.clone()).collect(),
+            beginning: names(&|member| member.serves && !member.computes),
             experts: serving.map_or(0, |s| s.without_holder(|index| self.serves(index))),
             lost: lost.collect(),
             unfit: unfit.collect(),
@@ -129,6 +132,24 @@ impl Membership {
         slot.and_then(|slot| slot.member.as_ref()).is_some_and(|member| member.serves)
     }
 
+    /// Whether somebody is there in this slot who computes by the epoch.
+    fn computes(&self, index: u16) -> bool {
+        let slot = self.slots.get(usize::from(index));
+        let member = slot.and_then(|slot| slot.member.as_ref());
+        member.is_some_and(|member| member.serves && member.computes)
+    }
+
+    /// Whether those who serve have not all begun to compute, so that some expert is not computed.
+    fn begins(&self) -> bool {
+        let Some(serving) = self.serving.as_ref().filter(|_| self.is_complete()) else {
+            return false;
+        };
+        let some = |of: &dyn Fn(u16) -> bool| (0..self.slots.len() as u16).any(of);
+        // A model without experts is computed by whoever is there.
+        let nobody = some(&|index| self.serves(index)) && !some(&|index| self.computes(index));
+        nobody || serving.placement.missing(|index| self.computes(index))
+    }
+
     /// Whether every expert has a living holder.
     pub(super) fn is_complete(&self) -> bool {
         let whole = |epoch: &Epoch| !epoch.placement.missing(|index| self.serves(index));
@@ -146,7 +167,8 @@ impl Membership {
     }
 
     fn find_homes(&self) -> Vec<String> {
-        let Some(serving) = self.serving.as_ref().filter(|_| self.is_complete()) else {
+        let serves = self.is_complete() && !self.begins();
+        let Some(serving) = self.serving.as_ref().filter(|_| serves) else {
             return Vec::new();
         };
         let reaches_all = |index: u16, member: &Member| {
@@ -159,15 +181,19 @@ impl Membership {
                 })
         };
         let fit = |(index, member): &(u16, &Member)| {
-            let Member { serves, suspect, draining, unfit, .. } = member;
-            *serves && !suspect && !draining && unfit.is_none() && reaches_all(*index, member)
+            let Member { serves, computes, suspect, draining, unfit, .. } = member;
+            let sound = *serves && *computes && !suspect && unfit.is_none();
+            sound && !draining && reaches_all(*index, member)
         };
         self.present().filter(fit).map(|(_, member)| member.info.name.clone()).collect()
     }
 
     fn find_state(&self, homes: &[String]) -> State {
         if let Some(serving) = self.serving.as_ref().filter(|_| self.is_complete()) {
-            let copies = serving.placement.copies(|index| self.serves(index));
+            if self.begins() {
+                return State::Loading;
+            }
+            let copies = serving.placement.copies(|index| self.computes(index));
             // A holder that shows no progress counts, but what only it holds is in doubt.
             let sound = |index: u16| {
                 let member = self.slots.get(usize::from(index)).and_then(|s| s.member.as_ref());

@@ -59,6 +59,7 @@ impl Membership {
             incarnation,
             held,
             serves: false,
+            computes: false,
             told: 0,
             loaded: 0,
             suspect: false,

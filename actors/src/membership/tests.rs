@@ -8,6 +8,8 @@ pub(super) struct Cluster {
     pub(super) membership: Membership,
     pub(super) now: Instant,
     pub(super) commands: Vec<Command>,
+    /// Who does not say that it computes when it is told to.
+    pub(super) slow: Vec<&'static str>,
 }
 
 pub(super) fn info(name: &str, budget_bytes: u64) -> NodeInfo {
@@ -37,7 +39,7 @@ fn cluster(workers: usize, copies: u16) -> Cluster {
         policy: PlacementPolicy::Balanced,
         overcommit: false,
     });
-    Cluster { membership, now: Instant::now(), commands: Vec::new() }
+    Cluster { membership, now: Instant::now(), commands: Vec::new(), slow: Vec::new() }
 }
 
 fn holding(plan: &Plan) -> Holding {
@@ -48,7 +50,14 @@ fn holding(plan: &Plan) -> Holding {
 impl Cluster {
     fn handle(&mut self, event: Event) -> &mut Self {
         self.membership.handle(self.now, event);
-        self.commands.extend(std::iter::from_fn(|| self.membership.poll_command()));
+        while let Some(command) = self.membership.poll_command() {
+            if let Command::Serve { name, .. } = &command
+                && !self.slow.contains(&name.as_str())
+            {
+                self.membership.handle(self.now, Event::Computes { name: name.clone() });
+            }
+            self.commands.push(command);
+        }
         self
     }
 
@@ -174,6 +183,43 @@ fn it_waits_then_loads_then_serves_when_all_have_loaded() {
     assert_eq!(served, told);
     assert_eq!((c.state(), c.homes()), (State::Ready, vec!["a", "b"]));
     assert_eq!(c.membership.missing(), Missing { workers: 2, ..Missing::default() });
+}
+
+#[test]
+fn nothing_is_ready_before_the_holders_have_said_that_they_compute() {
+    let mut c = cluster(2, 1);
+    c.slow = vec!["a", "b", "c"];
+    let computes = |name: &str| Event::Computes { name: name.into() };
+    c.join("a", 1).join("b", 1).load_all();
+    assert_eq!((c.state(), c.homes().len()), (State::Loading, 0));
+    assert_eq!(c.membership.missing().beginning, ["a", "b"]);
+    c.handle(computes("b"));
+    assert_eq!((c.state(), c.homes().len()), (State::Loading, 0), "only a has some experts");
+    assert_eq!(c.membership.missing().beginning, ["a"]);
+    c.take();
+    c.handle(computes("a"));
+    assert_eq!((c.state(), c.homes()), (State::Ready, vec!["a", "b"]));
+    assert_eq!(c.take(), [Command::Changed]);
+    // Who computes already goes on from one epoch to the next; who has joined has yet to begin.
+    c.join("c", 1).load_all();
+    assert_eq!((c.state(), c.membership.missing().beginning), (State::Loading, vec!["c".into()]));
+    c.handle(computes("c"));
+    assert_eq!((c.state(), c.homes()), (State::Ready, vec!["a", "b", "c"]));
+    // Another life begins anew, and who could not compute, too.
+    c.handle(Event::Unfit { name: "c".into(), reason: "no memory".into() }).load_all();
+    assert_eq!(c.homes(), ["a", "b"]);
+    c.wait(RETRY_DELAY).load_all();
+    assert_eq!(c.membership.missing().beginning, ["c"]);
+}
+
+#[test]
+fn copies_that_compute_serve_while_others_begin() {
+    let mut c = cluster(2, 2);
+    c.slow = vec!["b"];
+    c.join("a", 1).join("b", 1).load_all();
+    assert_eq!((c.state(), c.homes()), (State::Degraded { complete: true }, vec!["a"]));
+    c.handle(Event::Computes { name: "b".into() });
+    assert_eq!((c.state(), c.homes()), (State::Ready, vec!["a", "b"]));
 }
 
 #[test]

@@ -94,6 +94,9 @@ struct Assigned {
     wanted: BTreeMap<u16, BTreeSet<ExpertKey>>,
 }
 
+/// A lane that has its memory and begins with an arrangement.
+type Prepared = Box<dyn FnOnce(Arrangement) -> LaneStart + Send>;
+
 /// What fixes a lane's bits, beside its requests: a coordinator that is started anew may want another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct LaneOf {
@@ -115,6 +118,8 @@ pub(super) struct LoaderState {
     pub(super) model: Option<OpenModel>,
     /// What the lane computes with, if there is one.
     pub(super) lane_of: Option<LaneOf>,
+    /// A lane that has its memory already, and what it will compute with.
+    pub(super) prepared: Mutex<Option<(LaneOf, Prepared)>>,
     /// By layer.
     pub(super) shards: BTreeMap<u16, ActorRef<ShardMessage>>,
 }
@@ -146,7 +151,10 @@ impl Actor for Loader {
             return Ok(());
         }
         let result = match serves {
-            false => state.load(&assignment).await.map(drop),
+            false => match state.load(&assignment).await {
+                Ok(Assigned { model, .. }) => state.prepare_lane(&model, &assignment).await,
+                Err(reason) => Err(reason),
+            },
             true => state.serve(*assignment).await,
         };
         if let Err(reason) = &result {
@@ -210,11 +218,7 @@ impl LoaderState {
         let Assigned { model, placement, wanted } = self.load(&assignment).await?;
         let (me, nodes) = (assignment.you, assignment.nodes.clone());
         let arrangement = Arrangement { placement: Arc::new(placement), me, nodes };
-        let lane_of = LaneOf {
-            checkpoint: assignment.checkpoint,
-            kv_dtype: assignment.kv_dtype.clone(),
-            context: assignment.context,
-        };
+        let lane_of = LaneOf::of(&assignment);
         let lane = self.options.inbox.load_full();
         match lane.filter(|_| self.lane_of.as_ref() == Some(&lane_of)) {
             Some(lane) => {
@@ -246,19 +250,55 @@ impl LoaderState {
         Ok(())
     }
 
+    /// Takes memory for the lane, unless there is one: others would wait for it once this node serves.
+    async fn prepare_lane(
+        &mut self,
+        model: &OpenModel,
+        assignment: &Assignment,
+    ) -> Result<(), String> {
+        let lane_of = LaneOf::of(assignment);
+        let here = self.prepared.get_mut().as_ref().is_some_and(|(of, _)| *of == lane_of);
+        if !here && self.options.inbox.load().is_none() {
+            let prepared = self.prepared_lane(model, assignment).await?;
+            *self.prepared.get_mut() = Some((lane_of, prepared));
+        }
+        Ok(())
+    }
+
+    /// A lane that has its memory.
+    async fn prepared_lane(
+        &mut self,
+        model: &OpenModel,
+        assignment: &Assignment,
+    ) -> Result<Prepared, String> {
+        // The memory of another is to be free again.
+        *self.prepared.get_mut() = None;
+        let before = self.doing.lock().clone();
+        *self.doing.lock() = "taking memory for keys and values".into();
+        let kv_dtype = kv_dtype_of(assignment)?;
+        let (model, options) = (model.clone(), self.options.clone());
+        // Taking memory from a GPU blocks.
+        let prepare = move || prepare(&model, &options, kv_dtype);
+        let prepared = tokio::task::spawn_blocking(prepare).await;
+        let prepared = prepared.map_err(|error| error.to_string())?;
+        *self.doing.lock() = before;
+        prepared.map_err(|error| error.to_string())
+    }
+
     /// Starts the lane.
     async fn begin(
-        &self,
+        &mut self,
         model: &OpenModel,
         assignment: &Assignment,
         arrangement: Arrangement,
     ) -> Result<(), String> {
-        let kv_dtype = kv_dtype_of(assignment)?;
-        let (model, options) = (model.clone(), self.options.clone());
-        // Taking memory from a GPU blocks.
-        let start = move || lane_start(&model, &options, kv_dtype, arrangement);
-        let start = tokio::task::spawn_blocking(start).await.map_err(|error| error.to_string())?;
-        let start = start.map_err(|error| error.to_string())?;
+        let lane_of = LaneOf::of(assignment);
+        let prepared = self.prepared.get_mut().take().filter(|(of, _)| *of == lane_of);
+        let prepared = match prepared {
+            Some((_, prepared)) => prepared,
+            None => self.prepared_lane(model, assignment).await?,
+        };
+        let start = prepared(arrangement);
         let begin = |reply| LaneMessage::Begin(start, self.stats.clone(), reply);
         ractor::call!(self.lane, begin)
             .map_err(|error| format!("the lane actor is gone: {error}"))?
@@ -343,6 +383,7 @@ impl LoaderState {
         };
         let (checkpoint, backbone) =
             tokio::task::spawn_blocking(open).await.map_err(|error| error.to_string())??;
+        *self.prepared.get_mut() = None;
         if let Some(old) = &self.model {
             // Of another checkpoint: it is not to keep the disk cache from the next.
             let store = old.store.clone();
@@ -378,19 +419,27 @@ fn kv_dtype_of(assignment: &Assignment) -> Result<KvDType, String> {
     })
 }
 
-/// A lane that computes with a model on a node's device.
-fn lane_start(
+impl LaneOf {
+    fn of(assignment: &Assignment) -> Self {
+        let Assignment { checkpoint, context, .. } = *assignment;
+        Self { checkpoint, kv_dtype: assignment.kv_dtype.clone(), context }
+    }
+}
+
+/// Takes memory for a lane that computes with a model on a node's device.
+fn prepare(
     model: &OpenModel,
     options: &NodeOptions,
     kv_dtype: KvDType,
-    arrangement: Arrangement,
-) -> Result<LaneStart, DeviceError> {
+) -> Result<Prepared, DeviceError> {
     let (buffers, limits, kv_bytes) = (options.buffers.clone(), options.limits, options.kv_bytes);
     match (&model.backbone, &options.device) {
         (OpenBackbone::Cpu(backbone), _) => {
             let engine = Engine::with_cache(backbone.clone(), kv_bytes, kv_dtype)?;
             let store = model.store.clone();
-            Ok(LaneStart::new(LaneParts { engine, store, arrangement, buffers, limits }))
+            Ok(Box::new(move |arrangement| {
+                LaneStart::new(LaneParts { engine, store, arrangement, buffers, limits })
+            }))
         }
         (OpenBackbone::Cuda(backbone), device) => {
             let hbm = match device {
@@ -402,7 +451,9 @@ fn lane_start(
             let (below, cache) = (model.store.clone(), (kv_bytes, kv_dtype));
             let (engine, store) = gpu_engine(backbone, below, &model.checkpoint, cache, hbm)?;
             *options.hbm.lock() = Some(store.clone());
-            Ok(LaneStart::new(LaneParts { engine, store, arrangement, buffers, limits }))
+            Ok(Box::new(move |arrangement| {
+                LaneStart::new(LaneParts { engine, store, arrangement, buffers, limits })
+            }))
         }
     }
 }

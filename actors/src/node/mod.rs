@@ -204,6 +204,7 @@ impl Actor for NodeActor {
             node: cell.clone(),
             model: None,
             lane_of: None,
+            prepared: Mutex::default(),
             shards: BTreeMap::new(),
         };
         let (loader, _) = Actor::spawn_linked(None, Loader, loader, cell).await?;
