@@ -55,6 +55,38 @@ fn a_plan_says_how_experts_are_really_fetched() {
 }
 
 #[test]
+fn a_plan_says_what_gpus_allow() {
+    let sizes = ["plan", "--tokens", "8", "--prompt-tokens", "8", "--kv-dtype", "bf16", "--json"];
+    assert!(report(&[&sizes[..], &["--gpus", "0"]].concat())["gpu"].is_null());
+    let one = report(&[&sizes[..], &["--gpu", "H100"]].concat());
+    let (gpu, dense) = (&one["gpu"], one["dense_bytes"].as_f64().unwrap());
+    assert_eq!((&gpu["gpus"], &gpu["context"]), (&1.into(), &16.into()));
+    assert_eq!(gpu["experts_in_hbm_bytes"], one["experts_bytes"], "all of a small model");
+    let kv = gpu["kv_bytes_per_position"].as_f64().unwrap() * 16.0;
+    for step in gpu["decode"].as_array().unwrap() {
+        let number = |name: &str| step[name].as_f64().unwrap();
+        let (batch, experts) = (number("batch"), number("expert_bytes"));
+        let read = dense + experts + batch * kv;
+        assert!((number("read_bytes") / read - 1.0).abs() < 1e-9, "{step}");
+        let limit = batch * 2.985e12 / read;
+        assert!((number("tokens_per_second_at_most") / limit - 1.0).abs() < 1e-9, "{step}");
+        assert_eq!((&step["bound"], number("copied_bytes")), (&"hbm".into(), 0.0));
+    }
+    // Without room for any, every expert that is touched is copied.
+    let described = ["--gpu-memory", "1GiB", "--hbm", "0", "--hbm-bandwidth", "1TB/s"];
+    let without = [&sizes[..], &described, &["--copy-bandwidth", "1GB/s", "--gpus", "2"]].concat();
+    let without = report(&without);
+    let step = &without["gpu"]["decode"][2];
+    assert_eq!((&without["gpu"]["gpus"], &step["bound"]), (&2.into(), &"copy".into()));
+    let experts = step["expert_bytes"].as_f64().unwrap();
+    let limit = step["tokens_per_second_at_most"].as_f64().unwrap();
+    assert!((limit / (64.0 * 2e9 / experts) - 1.0).abs() < 1e-9, "{step}");
+    let small = ["plan", "--gpu", "h200", "--gpu-memory", "1MiB"];
+    let ended = Process::start(&small).ends_within(Duration::from_secs(60));
+    ended.one_error(2, &["has no room", "dense weights"]);
+}
+
+#[test]
 fn several_requests_run_on_worker_processes_and_their_time_is_accounted_for() {
     let model = demo_model();
     let model = model.to_str().unwrap();

@@ -15,6 +15,8 @@
 //! to the local disk, verification beyond its latency, two passes in flight at a time (only several
 //! streams have those), and what tasks and messages cost (some per cent of a small model's time).
 
+pub mod gpu;
+
 use std::sync::Arc;
 
 use crate::{

@@ -1,9 +1,9 @@
 //! `plan`.
 
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
 
-use clap::Args;
-use lite_llm_kernels::simd::Simd;
+use clap::{Args, ValueEnum};
+use lite_llm_kernels::{kv::KvDType, simd::Simd};
 
 use crate::{
     size::{NvmeArg, Rate, Size},
@@ -59,4 +59,61 @@ pub struct PlanArgs {
     /// Tokens that each of them generates, of which the first quarter is not counted.
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub tokens: u32,
+    /// How keys and values are kept: f32, bf16 (half the memory), int8 (a quarter).
+    #[arg(long, value_name = "FORMAT", default_value_t)]
+    pub kv_dtype: KvDType,
+    /// GPUs.
+    #[command(flatten)]
+    pub gpu: PlanGpuArgs,
+}
+
+/// A card whose figures are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GpuName {
+    /// H100 SXM 80GB.
+    H100,
+    /// H200 SXM.
+    H200,
+}
+
+impl fmt::Display for GpuName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::H100 => "H100",
+            Self::H200 => "H200",
+        })
+    }
+}
+
+/// GPUs of a plan. What no flag says is that of this machine's first GPU, measured, if it has one.
+#[derive(Debug, Args)]
+pub struct PlanGpuArgs {
+    /// A card whose figures are known.
+    #[arg(long, value_name = "CARD", ignore_case = true)]
+    pub gpu: Option<GpuName>,
+    /// GPUs of each worker's machine; 0 for a plan without [default: 1, or those here].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=16))]
+    pub gpus: Option<u16>,
+    /// Memory of a GPU.
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<Size>,
+    /// Its memory for experts [default: what the rest of the model leaves].
+    #[arg(long, value_name = "SIZE")]
+    pub hbm: Option<Size>,
+    /// What a GPU reads from its memory.
+    #[arg(long, value_name = "SIZE/s")]
+    pub hbm_bandwidth: Option<Rate>,
+    /// What a GPU gets from the host's memory.
+    #[arg(long, value_name = "SIZE/s")]
+    pub copy_bandwidth: Option<Rate>,
+}
+
+impl PlanGpuArgs {
+    /// Whether a GPU is asked for.
+    pub fn any(&self) -> bool {
+        let Self { gpu, gpus, gpu_memory, hbm, hbm_bandwidth, copy_bandwidth } = self;
+        let sizes = gpu_memory.is_some() || hbm.is_some();
+        let rates = hbm_bandwidth.is_some() || copy_bandwidth.is_some();
+        gpu.is_some() || gpus.is_some_and(|gpus| gpus > 0) || sizes || rates
+    }
 }

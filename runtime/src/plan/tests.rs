@@ -1,6 +1,9 @@
 //! Plans whose times were computed by hand.
 
-use super::*;
+use super::{
+    gpu::{Below, GpuBound, GpuPlan, Gpus},
+    *,
+};
 use crate::{
     config::{RoutingConfig, Scoring},
     residency::replay::RowTime,
@@ -138,4 +141,87 @@ fn streams_share_what_they_wait_for() {
     near(four.tokens_per_second, 4.0 / (1.0 + 1.0 + 5.0 + 1.0));
     assert!(four.tokens_per_second > 3.0 * alone.tokens_per_second);
     assert_eq!(four.tokens, 48);
+}
+
+/// OLMoE-1B-7B in bf16 on one H100, in round numbers: 16 layers of 64 experts of 12.6 MB of which a token
+/// uses 8, 740 MB of dense weights, keys and values of 131,072 bytes a position.
+fn olmoe_on(gpus: Gpus) -> GpuPlan {
+    GpuPlan {
+        gpus,
+        experts_hbm: None,
+        kv: 4_000_000_000,
+        moe: moe(64, 8),
+        layers: 16,
+        expert_bytes: vec![12_600_000],
+        dense_bytes: 740_000_000,
+        position_bytes: 131_072,
+        context: 0,
+        dram: u64::MAX,
+        nvme: None,
+        source: 1e9,
+    }
+}
+
+const H100: Gpus = Gpus { count: 1, hbm: 80_000_000_000, rate: 2.985e12, copy: 53e9 };
+
+#[test]
+fn a_gpu_that_holds_all_is_bound_by_the_bytes_that_it_reads() {
+    let mut plan = olmoe_on(H100);
+    // (80 − 4 − 0.74) · 11/12 GB have room for all 12.9024.
+    assert_eq!((plan.room(), plan.resident()), (Some(68_988_333_334), 12_902_400_000));
+    // One token: 8 of 64 experts in 16 layers.
+    let one = plan.step(1);
+    near(one.experts, 1_612_800_000.0);
+    near(one.seconds, (0.74e9 + 1.6128e9) / 2.985e12);
+    near(one.tokens_per_second(), 2.985e12 / 2.3528e9);
+    // Eight: 64 · (1 − (7/8)^8) experts of a layer.
+    let touched = 1.0 - 0.875f64.powf(8.0);
+    near(plan.step(8).seconds, (0.74e9 + 12.9024e9 * touched) / 2.985e12);
+    // With keys and values of 512 positions, 64 sequences read 4.3 GB more.
+    plan.context = 512;
+    let many = plan.step(64);
+    assert_eq!(many.kv, 64.0 * 512.0 * 131_072.0);
+    let read = 0.74e9 + 12.9024e9 * (1.0 - 0.875f64.powf(64.0)) + 4_294_967_296.0;
+    near(many.read, read);
+    near(many.tokens_per_second(), 64.0 * 2.985e12 / read);
+    assert_eq!((many.bound, many.copied, many.fetched), (GpuBound::Hbm, 0.0, 0.0));
+}
+
+#[test]
+fn experts_that_hbm_lacks_are_bound_by_the_link_and_those_that_dram_lacks_by_the_disk() {
+    let mut plan = olmoe_on(H100);
+    plan.experts_hbm = Some(12_902_400_000 / 4);
+    // A quarter is here; three quarters of 1.6128 GB are copied at 53 GB/s.
+    let one = plan.step(1);
+    near(one.copied, 1_209_600_000.0);
+    near(one.tokens_per_second(), 53e9 / 1_209_600_000.0);
+    assert_eq!((one.bound, one.fetched), (GpuBound::Copy, 0.0));
+    // DRAM for a half: the rest comes from a source of 1 GB/s.
+    plan.dram = 12_902_400_000 / 2;
+    let one = plan.step(1);
+    near(one.fetched, 806_400_000.0);
+    near(one.seconds, 0.8064);
+    assert_eq!(one.bound, GpuBound::Source);
+    // A disk for three quarters: a quarter of 1.6128 GB from each, the disk half as fast.
+    plan.nvme = Some(Below { holds: 12_902_400_000 / 4 * 3, rate: 0.5e9 });
+    let one = plan.step(1);
+    near(one.seconds, 0.8064);
+    assert_eq!(one.bound, GpuBound::Disk);
+    // More than there is room for, and a GPU without room for the dense part.
+    plan.experts_hbm = Some(76_000_000_000);
+    assert_eq!((plan.room(), plan.resident()), (None, 0));
+    plan.gpus.hbm = 4_000_000_000;
+    assert_eq!(plan.room(), None);
+}
+
+#[test]
+fn two_gpus_share_experts_and_sequences_but_not_the_dense_part() {
+    let one = olmoe_on(H100);
+    let two = GpuPlan { gpus: Gpus { count: 2, ..H100 }, ..one.clone() };
+    let experts = 12.9024e9 * (1.0 - 0.875f64.powf(64.0));
+    near(two.step(64).seconds, (0.74e9 + experts / 2.0) / 2.985e12);
+    // A single sequence has its keys and values on one of them.
+    let long = GpuPlan { context: 1000, ..two };
+    near(long.step(1).seconds, (0.74e9 + 0.8064e9 + 131_072_000.0) / 2.985e12);
+    assert!(long.step(64).tokens_per_second() > one.step(64).tokens_per_second());
 }

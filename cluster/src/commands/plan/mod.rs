@@ -1,5 +1,6 @@
 //! `lite-llm plan`: how fast a model will be here, what bounds it, and what to buy next.
 
+mod gpu;
 mod measure;
 mod show;
 
@@ -7,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::{Result, anyhow};
 use lite_llm_actors::node::DeviceChoice;
-use lite_llm_kernels::{cpu::Cpu, slots::SLOT_ALIGN};
+use lite_llm_kernels::{cpu::Cpu, math::Math, slots::SLOT_ALIGN};
 use lite_llm_runtime::{
     checkpoint::{Checkpoint, inspect::bytes_per_token},
     engine::PASS_TOKENS_MAX,
@@ -16,7 +17,10 @@ use lite_llm_runtime::{
     trace::{self, Trace},
 };
 
-use self::measure::{Kernels, Samples};
+use self::{
+    gpu::GpuReport,
+    measure::{Kernels, Samples},
+};
 use super::{bad_input, open_model};
 use crate::{
     cli::{ComputeArgs, PlanArgs},
@@ -48,6 +52,7 @@ struct Report {
     measured_in: Duration,
     now: Prediction,
     next: Vec<(Purchase, Prediction)>,
+    gpu: Option<GpuReport>,
 }
 
 pub(super) async fn plan(args: PlanArgs, json: bool) -> Result<()> {
@@ -83,6 +88,7 @@ fn report(args: &PlanArgs) -> Result<Report> {
         kv: Some(Size(0)),
         device: DeviceChoice::Cpu,
         hbm: None,
+        math: Math::Exact,
     };
     let dram = compute.dram_bytes(1, checkpoint.dense_bytes());
     if dram < block {
@@ -142,6 +148,7 @@ fn report(args: &PlanArgs) -> Result<Report> {
         routing,
         next: plan.purchases(&now),
         now,
+        gpu: gpu::report(args, config, &plan)?,
         plan,
         memory: found.memory,
         block,

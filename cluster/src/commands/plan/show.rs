@@ -6,18 +6,18 @@ use lite_llm_runtime::{
 };
 use serde_json::{Value, json};
 
-use super::{Report, room};
+use super::{Report, gpu::GpuReport, room};
 use crate::{
     commands::bench::samples::print_table,
     size::{Rate, Size},
 };
 
-fn rate(bytes: f64) -> Rate {
+pub(super) fn rate(bytes: f64) -> Rate {
     Rate(bytes as u64)
 }
 
 /// Seconds, as few digits as say enough.
-fn time(seconds: f64) -> String {
+pub(super) fn time(seconds: f64) -> String {
     match seconds {
         s if s >= 1.0 => format!("{s:.2} s"),
         s if s >= 1e-3 => format!("{:.1} ms", s * 1e3),
@@ -27,18 +27,22 @@ fn time(seconds: f64) -> String {
 
 /// Tokens per second, three digits of them.
 fn speed(prediction: &Prediction) -> String {
-    match prediction.tokens_per_second {
+    speed_of(prediction.tokens_per_second)
+}
+
+pub(super) fn speed_of(tokens_per_second: f64) -> String {
+    match tokens_per_second {
         s if s >= 100.0 => format!("{s:.0}"),
         s if s >= 10.0 => format!("{s:.1}"),
         s => format!("{s:.2}"),
     }
 }
 
-fn share(part: u64, of: u64) -> String {
+pub(super) fn share(part: u64, of: u64) -> String {
     format!("{:.2}", part as f64 / of.max(1) as f64)
 }
 
-fn plural(count: usize, what: &str) -> String {
+pub(super) fn plural(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
@@ -104,6 +108,9 @@ impl Report {
             );
         }
         say!("\nnext            {}", self.advice());
+        if let Some(gpu) = &self.gpu {
+            gpu.print();
+        }
     }
 
     fn print_rates(&self) {
@@ -253,6 +260,7 @@ impl Report {
             "decode_seconds": seconds(&now.decode),
             "prefill_seconds": seconds(&now.prefill),
             "next": next.collect::<Vec<_>>(),
+            "gpu": self.gpu.as_ref().map(GpuReport::json),
         })
     }
 }
