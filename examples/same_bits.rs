@@ -28,6 +28,7 @@ async fn main() -> anyhow::Result<()> {
             nvme: None,
             kv_bytes: 64 << 20,
             kv_dtype: KvDType::F32,
+            math: lite_llm_kernels::math::Math::Exact,
             context: None,
             placement: PlacementPolicy::Balanced,
             replicas: 1,

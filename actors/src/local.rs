@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use lite_llm_kernels::{cpu::Cpu, kv::KvDType, simd::Simd};
+use lite_llm_kernels::{cpu::Cpu, kv::KvDType, math::Math, simd::Simd};
 use lite_llm_runtime::{
     checkpoint::Checkpoint,
     residency::{ExpertCache, NvmeFolder},
@@ -31,6 +31,8 @@ pub struct LocalOptions {
     pub simd: Simd,
     /// What they compute with.
     pub device: DeviceChoice,
+    /// How products are computed.
+    pub math: Math,
     /// Bytes of a GPU's memory for experts, per node; by default what is free.
     pub hbm_bytes: Option<u64>,
     /// Bytes of experts in memory per node.
@@ -76,6 +78,7 @@ impl LocalCluster {
             workers: options.workers,
             placement: options.placement,
             kv_dtype: options.kv_dtype,
+            math: options.math,
             context: options.context,
             remote_workers: false,
             replicas: options.replicas,
@@ -86,10 +89,11 @@ impl LocalCluster {
         .await?;
         // Opening a GPU blocks.
         let open = {
-            let LocalOptions { device, workers, threads, simd, hbm_bytes, .. } = options.clone();
+            let LocalOptions { device, workers, threads, simd, hbm_bytes, math, .. } =
+                options.clone();
             move || {
                 let cpu = || Arc::new(Cpu::new(threads, simd));
-                let open = |number| device.open((number, workers), cpu(), hbm_bytes);
+                let open = |number| device.open((number, workers), cpu(), hbm_bytes, math);
                 (0..workers).map(open).collect::<Result<Vec<_>, _>>()
             }
         };

@@ -179,7 +179,7 @@ impl Worker {
     /// Joins a cluster and shows the node.
     pub async fn start(options: WorkerOptions) -> Result<Self, WorkerError> {
         let WorkerOptions { coordinator, token, name, listen, device, .. } = options;
-        let hello = Hello::new(DETERMINISM_VERSION);
+        let hello = Hello { fast: device.fast(), ..Hello::new(DETERMINISM_VERSION) };
         let identity =
             join(coordinator, &token, Role::Worker, &name, &hello).await.map_err(failed)?;
         let endpoint = Endpoint::bind(listen, &identity, Options::new(hello)).map_err(failed)?;

@@ -19,7 +19,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lite_llm_actors::node::DeviceChoice;
-use lite_llm_kernels::{kv::KvDType, simd::Simd};
+use lite_llm_kernels::{kv::KvDType, math::Math, simd::Simd};
 use lite_llm_runtime::draft::Speculation;
 
 pub use bench::{
@@ -32,7 +32,7 @@ pub use import::{ExportArgs, ImportArgs, ModelPath};
 pub use jobs::{
     CancelArgs, ClientArgs, JobArgs, JobsArgs, KeepJobs, Numbers, OwnerArgs, SubmitArgs,
 };
-pub use plan::PlanArgs;
+pub use plan::{GpuName, PlanArgs, PlanGpuArgs};
 pub use settings::{Setting, Settings, SettingsError, parse};
 pub use tools::{CompletionsArgs, ConfigArgs, ConfigRole, ManArgs};
 pub use train::{
@@ -178,6 +178,11 @@ pub struct ComputeArgs {
     /// A GPU's memory for experts, per worker [default: what is free, shared by its workers].
     #[arg(long, value_name = "SIZE", value_parser = some_bytes)]
     pub hbm: Option<Size>,
+    /// How products are computed: exact (the bits of every CPU and GPU), or fast (bf16 models on GPUs
+    /// alone, by the tensor cores: bits of their own, equal on one kind of card). All of a cluster
+    /// compute alike.
+    #[arg(long, value_name = "MATH", default_value_t)]
+    pub math: Math,
 }
 
 /// How many workers, and what goes where.
@@ -460,6 +465,9 @@ pub struct CoordinatorArgs {
     /// How all workers keep keys and values: f32, bf16 (half the memory), int8 (a quarter).
     #[arg(long, value_name = "FORMAT", default_value_t)]
     pub kv_dtype: KvDType,
+    /// How all workers compute: exact, or fast (`worker --device cuda --math fast`).
+    #[arg(long, value_name = "MATH", default_value_t)]
+    pub math: Math,
     /// Positions with which all workers serve the model, prompt and answer together [default: the
     /// model's own]. Where the model's rope scaling depends on a length, it is this one.
     #[arg(long, value_name = "TOKENS")]

@@ -452,3 +452,26 @@ fn keys_open_the_door_and_bound_what_their_holders_take() {
     api.get("/v1/models").refuses(401, "not known");
     run(&["key", "--state", &state, "revoke", "ci"]).expect(2, &["no key is named ci"]);
 }
+
+#[test]
+fn a_gpus_memory_is_shown_wherever_memory_is() {
+    if !lite_llm_kernels::cuda::driver_present() {
+        eprintln!("skipped: there is no NVIDIA driver here");
+        return;
+    }
+    let asked = ["run", "--device", "cuda:0", "--hbm", "64MiB", "--threads", "1"];
+    let mut process = Process::start(&[&asked[..], &["--http", "127.0.0.1:0"]].concat());
+    let api = Api::of(&mut process);
+    let model = api.get("/v1/models").json()["data"][0]["id"].clone();
+    let reply = api.post(&json!({ "model": model, "prompt": "ls", "max_tokens": 2 }));
+    assert_eq!(reply.status, 200, "{reply:?}");
+    let shown = api.get("/cluster").json();
+    let hbm = &shown["nodes"][0]["residences"][0];
+    assert_eq!((&hbm["name"], &hbm["budget"]), (&json!("hbm"), &json!(64 << 20)));
+    let labels = "{node=\"w1\",residence=\"hbm\"}";
+    let metric = |name: &str| api.metric(&format!("lite_llm_residence_{name}{labels}"));
+    assert_eq!(metric("bytes"), hbm["held"].as_f64().unwrap());
+    // Experts that passes on the GPU wanted are counted as they came.
+    assert!(metric("misses_total") > 0.0 && metric("read_bytes_total") > 0.0);
+    assert_eq!(metric("read_bytes_total"), hbm["bytes"].as_f64().unwrap());
+}

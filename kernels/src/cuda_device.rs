@@ -37,6 +37,7 @@ const TILE_ROWS_MIN: usize = 32;
 pub struct Gpu {
     cuda: Cuda,
     cpu: Arc<Cpu>,
+    math: Math,
     operations: AtomicU64,
 }
 
@@ -67,7 +68,30 @@ impl GpuTensor {
 impl Gpu {
     /// A GPU whose host's share is computed by `cpu`.
     pub fn new(cuda: Cuda, cpu: Arc<Cpu>) -> Self {
-        Self { cuda, cpu, operations: AtomicU64::new(0) }
+        Self { cuda, cpu, math: Math::Exact, operations: AtomicU64::new(0) }
+    }
+
+    /// The same, whose products are computed so.
+    pub fn by(self, math: Math) -> Self {
+        Self { math, ..self }
+    }
+
+    /// How products are computed: with [`Math::Fast`] all that bf16 weights take part in.
+    pub fn math(&self) -> Math {
+        self.math
+    }
+
+    /// Whether products with weights of a format read records, or pairs of bf16, and not f32 rows.
+    pub fn reads_records(&self, dtype: DType) -> bool {
+        dtype.is_quantised() || self.math.is_fast(dtype)
+    }
+
+    /// Whether products with `k` inputs can be done in tiles.
+    fn tiles_fit(&self, dtype: DType, k: usize) -> bool {
+        match self.math.is_fast(dtype) {
+            true => self.cuda.tensor_fits(k),
+            false => self.cuda.tiles_fit(dtype, k),
+        }
     }
 
     /// The GPU.
@@ -80,12 +104,13 @@ impl Gpu {
         &self.cpu
     }
 
-    fn ended(&self) {
+    /// Counts an operation that has ended: see [`Device::progress`].
+    pub fn ended(&self) {
         self.operations.fetch_add(1, Relaxed);
     }
 
     /// Products of `m` rows by matrices of any formats, by the kernels that suit so many rows: weights
-    /// of integers read `records`, others the f32 `rows`. With `adds` they are added to the outputs.
+    /// of integers and fast ones read `records`, others the f32 `rows`. With `adds` they are added to the outputs.
     pub fn linears(
         &self,
         rows: &Dev<f32>,
@@ -101,12 +126,12 @@ impl Gpu {
             let (now, later) = rest.split_at(same);
             rest = later;
             let quantised = dtype.is_quantised();
-            let x = if quantised { records } else { rows };
+            let x = if self.reads_records(dtype) { records } else { rows };
             // Of bf16, tiles for 64 rows took half as long again (H100).
             let many = m >= TILE_ROWS_MIN && (quantised || m > 64);
             if m == 1 && self.cuda.one_fits(k) {
                 self.cuda.linear_one(rows, None, now, adds)?;
-            } else if many && self.cuda.tiles_fit(dtype, k) {
+            } else if many && self.tiles_fit(dtype, k) {
                 self.cuda.linear_tiles(x, m, now, adds, None)?;
             } else {
                 self.cuda.matmul(x, m, now, adds)?;
@@ -118,7 +143,7 @@ impl Gpu {
 
     /// The networks of `experts` over rows, by the kernels that suit so many: route r, whose expert is
     /// `index[r]`, reads row `r / per_row` of the f32 `rows`, or of their `records` where weights are
-    /// integers. Returns `[routes, hidden]`.
+    /// integers or fast. Returns `[routes, hidden]`.
     pub fn networks(
         &self,
         experts: &Experts,
@@ -129,7 +154,7 @@ impl Gpu {
     ) -> Result<Dev<f32>, DeviceError> {
         let Experts { dtype, math, hidden, intermediate, ref table } = *experts;
         let (cuda, routes) = (&self.cuda, index.len());
-        let tiles = cuda.tiles_fit(dtype, hidden) && cuda.tiles_fit(dtype, intermediate);
+        let tiles = self.tiles_fit(dtype, hidden) && self.tiles_fit(dtype, intermediate);
         let item_rows = match routes.div_ceil(table.len().max(1)) {
             _ if routes == per_row => 1,
             0 | 1 => 4,
@@ -142,7 +167,7 @@ impl Gpu {
         cuda.group_routes(index, table.len(), &grouped)?;
         let between = cuda.scratch(routes * row_words(dtype, math, intermediate))?;
         let parts = cuda.scratch(routes * hidden)?;
-        let x = if dtype.is_quantised() { records } else { rows };
+        let x = if self.reads_records(dtype) { records } else { rows };
         match item_rows {
             64 => cuda.swiglu_tiles(experts, &grouped, per_row, x, &between, &parts)?,
             _ => cuda.swiglu_routes(experts, &grouped, per_row, x, &between, &parts)?,
@@ -151,14 +176,20 @@ impl Gpu {
         Ok(parts)
     }
 
-    /// Records of all rows if weights of some of these formats read them, else nothing.
+    /// Records of all rows, or pairs, if weights of some of these formats read them, else nothing. A
+    /// model that is computed fast has no integers.
     fn records(
         &self,
         x: &GpuTensor,
         mut formats: impl Iterator<Item = DType>,
     ) -> Result<Dev<f32>, DeviceError> {
-        if !formats.any(DType::is_quantised) {
+        let Some(format) = formats.find(|&format| self.reads_records(format)) else {
             return self.cuda.scratch(0);
+        };
+        if self.math.is_fast(format) {
+            let pairs = self.cuda.scratch(x.rows * row_words(format, self.math, x.cols))?;
+            self.cuda.pair_rows(&x.data, x.cols, x.rows, &pairs)?;
+            return Ok(pairs);
         }
         let records = self.cuda.scratch(x.rows * row_words(DType::Int8, Math::Exact, x.cols))?;
         self.cuda.quantise(&x.data, x.cols, x.rows, &records)?;
@@ -182,7 +213,7 @@ impl Gpu {
         x: &GpuTensor,
     ) -> Result<Dev<f32>, DeviceError> {
         let (dtype, intermediate) = (like.gate.dtype(), like.gate.n());
-        let (math, table) = (Math::Exact, self.cuda.lend(table)?);
+        let (math, table) = (self.math, self.cuda.lend(table)?);
         let experts = Experts { dtype, math, hidden: x.cols, intermediate, table };
         let records = self.records(x, std::iter::once(dtype))?;
         self.networks(&experts, &self.cuda.lend(of)?, 1, &x.data, &records)
@@ -212,7 +243,9 @@ impl Device for Gpu {
     }
 
     fn matrix(&self, packed: PackedMatrix) -> Result<DevMatrix, DeviceError> {
-        self.cuda.matrix(&packed)
+        let matrix = self.cuda.matrix(&packed)?.by(self.math);
+        self.ended();
+        Ok(matrix)
     }
 
     fn vector(&self, values: &[f32]) -> Result<Dev<f32>, DeviceError> {
@@ -244,6 +277,10 @@ impl Device for Gpu {
         let first: Vec<u32> = self.cuda.download(&first)?;
         self.ended();
         Ok(first.iter().all(|&column| column == NONE))
+    }
+
+    fn chooses(&self, vocabulary: usize) -> bool {
+        self.cuda.samples(vocabulary)
     }
 
     fn choose(&self, logits: &GpuTensor, draws: &[Draw]) -> Result<Option<Vec<u32>>, DeviceError> {
@@ -368,7 +405,14 @@ impl Device for Gpu {
             longest,
         };
         let parts = self.cuda.attention_parts(q.rows, q.cols / head_dim, head_dim, longest)?;
-        self.cuda.attention(arena, layer, &q.data, &queries, scale, window, &parts, &out.data)?;
+        let fast = self.math == Math::Fast;
+        if fast && self.cuda.attention_fast_fits(arena, q.cols / head_dim) {
+            let (q, out) = (&q.data, &out.data);
+            self.cuda.attention_fast(arena, layer, q, &queries, scale, window, &parts, out)?;
+        } else {
+            self.cuda
+                .attention(arena, layer, &q.data, &queries, scale, window, &parts, &out.data)?;
+        }
         self.ended();
         Ok(())
     }

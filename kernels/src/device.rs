@@ -123,6 +123,10 @@ pub trait Device: Send + Sync + 'static {
         // No early exit, so that the loop vectorises.
         Ok(self.read(t)?.iter().fold(true, |all, v| all & v.is_finite()))
     }
+    /// Whether it chooses tokens of so many itself: see [`Device::choose`].
+    fn chooses(&self, _vocabulary: usize) -> bool {
+        false
+    }
     /// Chooses a token of each row of finite `logits`, `[rows, vocabulary]`; `None` if that is left to
     /// the host.
     fn choose(

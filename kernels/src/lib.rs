@@ -16,6 +16,7 @@ pub mod cuda_device;
 pub mod device;
 pub mod dtype;
 pub mod kv;
+pub mod math;
 pub mod matrix;
 pub mod measure;
 pub mod ops;

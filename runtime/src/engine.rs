@@ -430,7 +430,9 @@ impl<D: Device> Engine<D> {
     /// Takes a finished pass apart: tokens, logits, routes, ends.
     fn finish(&mut self, id: PassId) {
         let Some(pass) = self.passes.remove(&id) else { return };
-        let outcome = self.draws(&pass).map_or(Ok(None), |draws| pass.forward.choose(&draws));
+        let chooses = self.backbone.device.chooses(self.backbone.config.vocab);
+        let draws = chooses.then(|| self.draws(&pass)).flatten();
+        let outcome = draws.map_or(Ok(None), |draws| pass.forward.choose(&draws));
         let outcome = outcome.and_then(|chosen| match chosen {
             Some(tokens) => Ok((Some(tokens), Cow::default())),
             None => Ok((None, pass.forward.logits()?)),

@@ -21,7 +21,7 @@ pub struct Prefix([u8; 32]);
 impl Prefix {
     /// Before the first token: keys and values depend on the tiers, and nobody learns from how soon an
     /// answer comes what other tenants have asked. What a whole arena has in common (checkpoint, format
-    /// of the cache, context) is no part of it.
+    /// of the cache, context, how products are computed) is no part of it.
     pub fn root(tenant: &str, tiers: &TierMask) -> Self {
         let mut hash = blake3::Hasher::new_derive_key("lite-llm key/value cache: root of a prefix");
         hash.update(&(tenant.len() as u64).to_le_bytes());

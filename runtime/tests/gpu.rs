@@ -10,14 +10,17 @@ use lite_llm_kernels::{
     cpu::Cpu,
     cuda::{Cuda, compile::Folders, driver_present},
     cuda_device::Gpu,
+    device::Device,
     dtype::DType,
     kv::KvDType,
+    math::Math,
     simd::Simd,
 };
 use lite_llm_runtime::{
     backbone::Backbone,
     checkpoint::Checkpoint,
     engine::{Engine, Event},
+    expert::ExpertStore,
     forward::Carrier,
     gpu::GpuCarrier,
     import::{
@@ -33,6 +36,10 @@ use lite_llm_runtime::{
 const KV_BYTES: u64 = 64 << 20;
 
 fn gpu() -> Option<Arc<Gpu>> {
+    gpu_by(Math::Exact)
+}
+
+fn gpu_by(math: Math) -> Option<Arc<Gpu>> {
     if !driver_present() {
         eprintln!("skipped: there is no NVIDIA driver here");
         return None;
@@ -40,7 +47,7 @@ fn gpu() -> Option<Arc<Gpu>> {
     let cache = std::env::var_os("LITE_LLM_CACHE").map(PathBuf::from);
     let sources = std::env::var_os("LITE_LLM_CUDA_SOURCES").map(PathBuf::from);
     let cuda = Cuda::open(0, Folders { cache, sources }).unwrap();
-    Some(Arc::new(Gpu::new(cuda, Arc::new(Cpu::new(2, Simd::best())))))
+    Some(Arc::new(Gpu::new(cuda, Arc::new(Cpu::new(2, Simd::best()))).by(math)))
 }
 
 struct Model {
@@ -99,9 +106,9 @@ fn requests_of_tokens() -> Vec<Request> {
 }
 
 /// What a model says to requests that are submitted together.
-fn events<D: lite_llm_kernels::device::Device>(
+fn events<D: Device>(
     mut engine: Engine<D>,
-    store: &dyn lite_llm_runtime::expert::ExpertStore<D::Matrix>,
+    store: &dyn ExpertStore<D::Matrix>,
     requests: &[Request],
 ) -> Vec<Event> {
     for (id, request) in (0..).zip(requests) {
@@ -208,4 +215,75 @@ fn tiers_are_routed_on_the_host() {
     let shape = RandomShape::tiny(RandomClass::Olmoe);
     let model = model(&shape, DType::F32, Some("tier_1b:2x2,tier_10b:1x4"));
     compare(&gpu, &model, KvDType::F32, "two tiers");
+}
+
+/// Logits of each request, in order of position.
+fn logits_of(events: &[Event], requests: usize) -> Vec<Vec<f32>> {
+    let mut all = vec![Vec::new(); requests];
+    for event in events {
+        match event {
+            Event::Logits { sequence, values, .. } => all[*sequence as usize].extend(values),
+            Event::Failed { reason, .. } => panic!("{reason}"),
+            _ => {}
+        }
+    }
+    all
+}
+
+#[test]
+fn fast_has_bits_of_its_own_that_no_batch_and_no_chunk_changes() {
+    let Some(gpu) = gpu_by(Math::Fast) else { return };
+    let model = model(&whole_leaves(RandomClass::Olmoe), DType::Bf16, None);
+    let backbone = Arc::new(Backbone::load(&model.checkpoint, gpu.clone(), |_, _| {}).unwrap());
+    let bytes = model.checkpoint.tier_expert_bytes();
+    for kv in [KvDType::Bf16, KvDType::F32] {
+        let run = |requests: &[Request]| {
+            let store = HbmStore::new(gpu.clone(), model.store.clone(), 1 << 30, bytes.clone());
+            let engine = Engine::with_cache(backbone.clone(), KV_BYTES, kv).unwrap();
+            logits_of(&events(engine, &store, requests), requests.len())
+        };
+        let requests = requests();
+        let together = run(&requests);
+        for (request, together) in requests.iter().zip(&together) {
+            for chunk in [request.prefill_chunk, 7] {
+                let alone = Request { prefill_chunk: chunk, ..request.clone() };
+                let alone = run(&[alone]);
+                let bits = |all: &[f32]| all.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&alone[0]), bits(together), "chunks of {chunk}, cache in {kv}");
+            }
+        }
+        // Near the CPU's where no route can have changed much: a prompt of one token.
+        let cpu = Arc::new(Cpu::new(2, Simd::best()));
+        let on_cpu = Arc::new(Backbone::load(&model.checkpoint, cpu, |_, _| {}).unwrap());
+        let engine = Engine::with_cache(on_cpu, KV_BYTES, kv).unwrap();
+        let exact = logits_of(&events(engine, &*model.store, &requests[..1]), 1);
+        let row = model.checkpoint.config().vocab;
+        let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
+        let near = exact[0][..row].iter().zip(&together[0][..row]).map(|(a, b)| a - b);
+        let error =
+            (square(&mut near.into_iter()) / square(&mut exact[0][..row].iter().copied())).sqrt();
+        assert!(error > 0.0 && error < 2e-2, "the error is {error} of the logits");
+    }
+}
+
+#[test]
+fn what_comes_into_the_gpus_memory_counts_as_progress() {
+    let Some(gpu) = gpu() else { return };
+    let model = model(&RandomShape::tiny(RandomClass::Olmoe), DType::F32, None);
+    let bytes = model.checkpoint.tier_expert_bytes();
+    let store = HbmStore::new(gpu.clone(), model.store.clone(), 1 << 30, bytes);
+    let key = model.checkpoint.config().expert_keys().next().unwrap();
+    let mut before = gpu.progress();
+    let mut moves = |what: &str, expected: bool| {
+        let now = gpu.progress();
+        assert_eq!(std::mem::replace(&mut before, now) != now, expected, "{what}");
+    };
+    store.fetch(key).unwrap();
+    moves("an expert that is copied", true);
+    store.fetch(key).unwrap();
+    moves("an expert that is here", false);
+    let weights = model.store.fetch(key).unwrap();
+    gpu.matrix(weights.gate.clone()).unwrap();
+    moves("weights that stay", true);
+    assert_eq!((store.residence().hits, store.residence().misses), (1, 1));
 }

@@ -219,6 +219,7 @@ impl Setup {
             nvme: None,
             kv_bytes: 256 << 20,
             kv_dtype: self.kv_dtype,
+            math: lite_llm_kernels::math::Math::Exact,
             context: self.context,
             placement: self.placement,
             replicas: self.replicas,

@@ -14,13 +14,14 @@ use lite_llm_actors::{
     coordinator::{CoordinatorHandle, CoordinatorOptions},
     node::{Model, NodeDevice},
     placement::PlacementPolicy,
-    worker::{Worker, WorkerOptions},
+    worker::{Worker, WorkerError, WorkerOptions},
 };
 use lite_llm_kernels::{
     cpu::Cpu,
     cuda::{Cuda, compile::Folders, driver_present},
     cuda_device::Gpu,
     kv::KvDType,
+    math::Math,
     simd::Simd,
 };
 use lite_llm_runtime::checkpoint::Checkpoint;
@@ -39,12 +40,16 @@ fn cpu() -> Arc<Cpu> {
 
 /// A GPU whose kernels are read from `sources`, if they are there.
 fn gpu(sources: Option<PathBuf>) -> Option<NodeDevice> {
+    gpu_by(Math::Exact, sources)
+}
+
+fn gpu_by(math: Math, sources: Option<PathBuf>) -> Option<NodeDevice> {
     if !driver_present() {
         eprintln!("skipped: there is no NVIDIA driver here");
         return None;
     }
     let cache = std::env::var_os("LITE_LLM_CACHE").map(PathBuf::from);
-    let gpu = Gpu::new(Cuda::open(0, Folders { cache, sources }).unwrap(), cpu());
+    let gpu = Gpu::new(Cuda::open(0, Folders { cache, sources }).unwrap(), cpu()).by(math);
     Some(NodeDevice::Cuda { gpu: Arc::new(gpu), hbm_bytes: Some(64 << 20), sharers: 1 })
 }
 
@@ -77,41 +82,58 @@ struct Both {
     on_cpu: Worker,
 }
 
-/// A cluster of a worker on a GPU and one on a CPU, each of which holds all experts.
-async fn both(checkpoint: &Arc<Checkpoint>, gpu: NodeDevice) -> Both {
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
+
+/// A coordinator that waits for so many workers, each of which is to hold all experts.
+async fn coordinator(checkpoint: &Arc<Checkpoint>, workers: u16, math: Math) -> CoordinatorHandle {
     let coordinator = CoordinatorHandle::start(CoordinatorOptions {
-        listen: loopback,
+        listen: SocketAddr::from(LOOPBACK),
         authority: Arc::new(ClusterCa::ephemeral().unwrap()),
         checkpoint: checkpoint.clone(),
-        workers: 2,
+        workers: workers.into(),
         placement: PlacementPolicy::default(),
         kv_dtype: KvDType::F32,
+        math,
         context: None,
         remote_workers: false,
-        replicas: 2,
+        replicas: workers,
         patience: PATIENCE,
         ledger: None,
         client_priority: 0,
     });
-    let coordinator = coordinator.await.unwrap();
-    let start = |name: &str, device| {
-        Worker::start(WorkerOptions {
-            coordinator: coordinator.address(),
-            token: coordinator.token().clone(),
-            name: name.to_owned(),
-            listen: loopback,
-            device,
-            dram_bytes: 1 << 30,
-            dram_holds_rest: false,
-            nvme: None,
-            kv_bytes: 64 << 20,
-            model: Model::Open(checkpoint.clone()),
-            remote: false,
-            patience: PATIENCE,
-        })
+    coordinator.await.unwrap()
+}
+
+async fn start(
+    coordinator: &CoordinatorHandle,
+    checkpoint: &Arc<Checkpoint>,
+    name: &str,
+    device: NodeDevice,
+) -> Result<Worker, WorkerError> {
+    let options = WorkerOptions {
+        coordinator: coordinator.address(),
+        token: coordinator.token().clone(),
+        name: name.to_owned(),
+        listen: SocketAddr::from(LOOPBACK),
+        device,
+        dram_bytes: 1 << 30,
+        dram_holds_rest: false,
+        nvme: None,
+        kv_bytes: 64 << 20,
+        model: Model::Open(checkpoint.clone()),
+        remote: false,
+        patience: PATIENCE,
     };
-    let (on_gpu, on_cpu) = tokio::join!(start("gpu", gpu), start("cpu", cpu().into()));
+    Worker::start(options).await
+}
+
+/// A cluster of a worker on a GPU and one on a CPU, each of which holds all experts.
+async fn both(checkpoint: &Arc<Checkpoint>, gpu: NodeDevice) -> Both {
+    let coordinator = coordinator(checkpoint, 2, Math::Exact).await;
+    let (on_gpu, on_cpu) = tokio::join!(
+        start(&coordinator, checkpoint, "gpu", gpu),
+        start(&coordinator, checkpoint, "cpu", cpu().into())
+    );
     coordinator.ready().await.unwrap();
     Both { coordinator, on_gpu: on_gpu.unwrap(), on_cpu: on_cpu.unwrap() }
 }
@@ -139,9 +161,63 @@ async fn a_worker_on_a_gpu_beside_one_on_a_cpu() {
             assert!(found.logits == truth.logits, "logits of {} tokens", prompt.len());
         }
     }
+    // What status, metrics and the page are made of: the GPU's memory first, and what came into it.
+    let places = both.coordinator.residences().await.unwrap();
+    let names = |name: &str| -> Vec<&str> {
+        let node = places.iter().find(|node| node.name == name).unwrap();
+        node.residences.iter().map(|place| place.name.as_str()).collect()
+    };
+    assert_eq!(names("gpu")[0], "hbm");
+    assert!(!names("cpu").contains(&"hbm"), "{:?}", names("cpu"));
+    let hbm = &places.iter().find(|node| node.name == "gpu").unwrap().residences[0];
+    assert_eq!(hbm.budget, Some(64 << 20));
+    // Each expert takes a miss and its bytes, and what is held is what came, in whole pieces.
+    let experts = checkpoint.config().expert_keys().count() as u64;
+    assert_eq!((hbm.misses, hbm.evictions), (experts, 0), "all of them, once");
+    assert!(hbm.bytes > 0 && hbm.held >= hbm.bytes, "{hbm:?}");
     both.coordinator.stop().await;
     both.on_gpu.stop().await;
     both.on_cpu.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fast_worker_serves_its_like_and_is_refused_by_others() {
+    let checkpoint = demo();
+    let fast = coordinator(&checkpoint, 1, Math::Fast).await;
+    let refused = start(&fast, &checkpoint, "exact", cpu().into()).await.err().unwrap();
+    let reason = refused.to_string();
+    assert!(
+        reason.contains("computes with --math fast, this worker with --math exact"),
+        "{reason}"
+    );
+    let Some(device) = gpu_by(Math::Fast, None) else { return fast.stop().await };
+    let exact = coordinator(&checkpoint, 1, Math::Exact).await;
+    let refused = start(&exact, &checkpoint, "fast", device.clone()).await.err().unwrap();
+    let reason = refused.to_string();
+    assert!(
+        reason.contains("computes with --math exact, this worker with --math fast ("),
+        "{reason}"
+    );
+    exact.stop().await;
+    let worker = start(&fast, &checkpoint, "fast", device).await.unwrap();
+    fast.ready().await.unwrap();
+    assert!(fast.status().await.unwrap().model.ends_with("(--math fast)"));
+    // Together as alone, and not as an exact node has it.
+    let prompts = prompts(&checkpoint);
+    let mut alone = Vec::new();
+    for prompt in &prompts {
+        alone.push(run_on(&fast, job(prompt, 6, 7)).await.unwrap());
+    }
+    let run = |at: usize| run_on(&fast, job(&prompts[at], 6, 3));
+    let (first, second, third) = tokio::join!(run(0), run(1), run(2));
+    for (found, alone) in [first, second, third].into_iter().zip(&alone) {
+        let found = found.unwrap();
+        assert!(found.tokens == alone.tokens && found.logits == alone.logits);
+    }
+    let exact = run_alone(&checkpoint, Setup::default(), job(&prompts[0], 6, 7)).await;
+    assert!(exact.logits != alone[0].logits, "fast bits are bits of their own");
+    fast.stop().await;
+    worker.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

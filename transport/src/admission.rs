@@ -262,7 +262,9 @@ impl Admission {
             }
         };
         welcome(&quic, peer.role);
+        let computes = ![self.who.role, peer.role].contains(&Role::Client);
         let session = Session::new(self.who.role, &peer, self.options.hello.clone());
+        let session = session.computing(computes);
         let hello = greet(&quic, false, session).await.map_err(|e| e.to_string())?;
         let (us, pool) = (self.who.clone(), self.options.pool.clone());
         let connection = Connection::new(quic.clone(), us, (peer, certificate), hello, pool);

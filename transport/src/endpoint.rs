@@ -362,7 +362,9 @@ impl Endpoint {
                 return Err(revoked(reason));
             }
             welcome(&quic, found.role);
+            let computes = ![who.role, found.role].contains(&Role::Client);
             let session = Session::new(who.role, &found, options.hello.clone());
+            let session = session.computing(computes);
             let hello = greet(&quic, true, session).await.map_err(|error| {
                 let told = quic.close_reason().and_then(|reason| ended(&reason));
                 told.unwrap_or_else(|| error.into())

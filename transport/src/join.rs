@@ -209,7 +209,8 @@ async fn join_once(
             }
         };
         let peer = format!("the coordinator at {address}");
-        let greeted = greet(&quic, true, Session::new(role, peer, hello.clone())).await;
+        let session = Session::new(role, peer, hello.clone()).computing(role == Role::Worker);
+        let greeted = greet(&quic, true, session).await;
         greeted.map_err(|error| ended().unwrap_or_else(|| error.into()))?;
         let reply = ask(&quic, token, role, name, request).await;
         let refused = |reason| JoinError::Refused { address, name: name.to_owned(), reason };
@@ -271,7 +272,8 @@ pub(crate) async fn hear(
     hello: &Hello,
 ) -> Result<Decision, String> {
     let joiner = format!("the joiner at {}", quic.remote_address());
-    let session = Session::new(Role::Coordinator, &joiner, hello.clone());
+    // Whether it is a client is not known yet; a worker is told when it has joined, too.
+    let session = Session::new(Role::Coordinator, &joiner, hello.clone()).computing(false);
     greet(quic, false, session).await.map_err(|error| error.to_string())?;
     let (send, mut recv) = quic.accept_bi().await.map_err(|e| describe(&e))?;
     let request = recv.read_to_end(JOIN_BYTES_MAX).await.map_err(|e| e.to_string())?;

@@ -22,6 +22,10 @@ pub(crate) const HELLO_HEADER_BYTES: usize = 6;
 
 const MARK: [u8; 4] = *b"LLM\0";
 const RELEASE_BYTES_MAX: usize = 64;
+const ARCH_BYTES_MAX: usize = 32;
+/// Bit of the contract's version on the wire of who computes with `--math fast`: releases that know of
+/// no such thing refuse it as they refuse another contract.
+const FAST: u32 = 1 << 31;
 
 /// What a process runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,13 +38,16 @@ pub struct Hello {
     pub release: String,
     /// Root hash of the checkpoint that it serves, if it serves one.
     pub checkpoint: Option<[u8; 32]>,
+    /// Of who computes with `--math fast`: on which architecture, if that is known, for such bits are
+    /// equal on one alone.
+    pub fast: Option<String>,
 }
 
 impl Hello {
     /// What this build says, with kernels of this determinism contract.
     pub fn new(determinism: u32) -> Self {
         let release = RELEASE.to_owned();
-        Self { protocol: PROTOCOL_VERSION, determinism, release, checkpoint: None }
+        Self { protocol: PROTOCOL_VERSION, determinism, release, checkpoint: None, fast: None }
     }
 
     /// The introduction as bytes.
@@ -48,11 +55,17 @@ impl Hello {
         let release = &self.release[..self.release.floor_char_boundary(RELEASE_BYTES_MAX)];
         let mut fields = Vec::with_capacity(64);
         fields.extend(self.protocol.to_le_bytes());
-        fields.extend(self.determinism.to_le_bytes());
+        let fast = if self.fast.is_some() { FAST } else { 0 };
+        fields.extend((self.determinism | fast).to_le_bytes());
         fields.push(release.len() as u8);
         fields.extend(release.as_bytes());
         fields.push(u8::from(self.checkpoint.is_some()));
         fields.extend(self.checkpoint.unwrap_or_default());
+        if let Some(arch) = &self.fast {
+            let arch = &arch[..arch.floor_char_boundary(ARCH_BYTES_MAX)];
+            fields.push(arch.len() as u8);
+            fields.extend(arch.as_bytes());
+        }
         let mut bytes = Vec::from(MARK);
         bytes.extend((fields.len() as u16).to_le_bytes());
         bytes.extend(fields);
@@ -72,12 +85,20 @@ impl Hello {
         let (len, rest) = rest.split_first()?;
         let (release, rest) = rest.split_at_checked(usize::from(*len))?;
         let (flag, rest) = rest.split_first()?;
-        let (checkpoint, _) = rest.split_first_chunk::<32>()?;
+        let (checkpoint, rest) = rest.split_first_chunk::<32>()?;
+        let determinism = u32::from_le_bytes(*determinism);
+        let fast = match determinism & FAST {
+            0 => None,
+            _ => {
+                let (len, rest) = rest.split_first()?;
+                Some(words(rest.get(..usize::from(*len))?))
+            }
+        };
         Some(Self {
             protocol: u32::from_le_bytes(*protocol),
-            determinism: u32::from_le_bytes(*determinism),
-            // It is shown to people: no control characters.
-            release: String::from_utf8_lossy(release).chars().filter(|c| !c.is_control()).collect(),
+            determinism: determinism & !FAST,
+            release: words(release),
+            fast,
             checkpoint: (*flag != 0).then_some(*checkpoint),
         })
     }
@@ -86,6 +107,20 @@ impl Hello {
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let (header, fields) = bytes.split_first_chunk::<HELLO_HEADER_BYTES>()?;
         Self::from_fields(fields.get(..Self::fields_len(*header)?)?)
+    }
+}
+
+/// What is shown to people: no control characters.
+fn words(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).chars().filter(|c| !c.is_control()).collect()
+}
+
+/// How somebody computes, for people.
+fn math(fast: Option<&String>) -> String {
+    match fast {
+        None => "exact".into(),
+        Some(arch) if arch.is_empty() => "fast".into(),
+        Some(arch) => format!("fast ({arch})"),
     }
 }
 
@@ -125,6 +160,21 @@ pub enum SessionError {
         expected: u32,
         /// Its release.
         theirs: String,
+    },
+    /// Other products: their bits would differ.
+    #[error(
+        "{peer} computes with --math {found}, this {us} with --math {expected}: their bits would \
+         differ, start both alike"
+    )]
+    Math {
+        /// The other side.
+        peer: String,
+        /// This side.
+        us: String,
+        /// How it computes.
+        found: String,
+        /// How we do.
+        expected: String,
     },
     /// Another model.
     #[error("{peer} serves checkpoint {found}, this {us} {expected}: start both with one model")]
@@ -192,6 +242,8 @@ pub struct Session {
     us: String,
     peer: String,
     ours: Hello,
+    /// Both sides compute.
+    computes: bool,
     deadline: Option<Instant>,
     ended: bool,
     commands: VecDeque<Command>,
@@ -201,7 +253,13 @@ impl Session {
     /// A session of `us` (a role) with `peer` (as errors call it).
     pub fn new(us: impl ToString, peer: impl ToString, ours: Hello) -> Self {
         let (us, peer) = (us.to_string(), peer.to_string());
-        Self { us, peer, ours, deadline: None, ended: false, commands: VecDeque::new() }
+        let (deadline, ended, commands) = (None, false, VecDeque::new());
+        Self { us, peer, ours, computes: true, deadline, ended, commands }
+    }
+
+    /// The same with a client, who computes nothing, or with somebody who may be one.
+    pub fn computing(self, computes: bool) -> Self {
+        Self { computes, ..self }
     }
 
     /// Something happened.
@@ -259,6 +317,18 @@ impl Session {
         if hello.determinism != self.ours.determinism {
             let (found, expected) = (hello.determinism, self.ours.determinism);
             return Err(SessionError::Determinism { peer, us, found, expected, theirs });
+        }
+        if self.computes {
+            let unknown = |arch: &String| arch.is_empty();
+            let same = match (&hello.fast, &self.ours.fast) {
+                (None, None) => true,
+                (Some(a), Some(b)) => a == b || unknown(a) || unknown(b),
+                _ => false,
+            };
+            if !same {
+                let (found, expected) = (math(hello.fast.as_ref()), math(self.ours.fast.as_ref()));
+                return Err(SessionError::Math { peer, us, found, expected });
+            }
         }
         match (hello.checkpoint, self.ours.checkpoint) {
             (Some(found), Some(expected)) if found != expected => {
@@ -328,6 +398,38 @@ mod tests {
     }
 
     #[test]
+    fn other_products_fail_unless_one_side_computes_nothing() {
+        let now = Instant::now();
+        let judge = |ours: Option<&str>, theirs: Option<&str>, computes: bool| {
+            let hello = |fast: Option<&str>| Hello { fast: fast.map(Into::into), ..Hello::new(1) };
+            let session = Session::new("coordinator", "worker w1", hello(ours));
+            let mut session = session.computing(computes);
+            let theirs = Hello::from_bytes(&hello(theirs).to_bytes()).unwrap();
+            session.handle(now, Event::Received(theirs));
+            match session.poll_command() {
+                Some(Command::Fail(error)) => Some(error.to_string()),
+                _ => None,
+            }
+        };
+        let (fast, hopper, ampere) = (Some(""), Some("sm_90a"), Some("sm_80"));
+        for (ours, theirs, words) in [
+            (None, hopper, ["worker w1 computes with --math fast (sm_90a)", "--math exact"]),
+            (fast, None, ["worker w1 computes with --math exact", "coordinator with --math fast"]),
+            (ampere, hopper, ["--math fast (sm_90a)", "--math fast (sm_80)"]),
+        ] {
+            let error = judge(ours, theirs, true).expect("they do not fit");
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+            assert_eq!(judge(ours, theirs, false), None);
+        }
+        for (ours, theirs) in [(None, None), (fast, hopper), (hopper, fast), (hopper, hopper)] {
+            assert_eq!(judge(ours, theirs, true), None);
+        }
+        // A release that does not know this sees another contract.
+        let bytes = Hello { fast: Some("sm_90a".into()), ..Hello::new(2) }.to_bytes();
+        assert_eq!(bytes[10..14], 0x8000_0002u32.to_le_bytes());
+    }
+
+    #[test]
     fn silence_ends_at_the_deadline_and_names_the_peer() {
         let now = Instant::now();
         let mut session = opened(now);
@@ -341,22 +443,24 @@ mod tests {
 
     #[test]
     fn a_hello_survives_its_bytes_and_later_fields() {
-        let hello = Hello { checkpoint: Some([9; 32]), ..Hello::new(3) };
-        let bytes = hello.to_bytes();
-        assert_eq!(Hello::from_bytes(&bytes), Some(hello.clone()));
-        for len in 0..bytes.len() {
-            assert_eq!(Hello::from_bytes(&bytes[..len]), None);
+        for fast in [None, Some("sm_90a".into())] {
+            let hello = Hello { checkpoint: Some([9; 32]), fast, ..Hello::new(3) };
+            let bytes = hello.to_bytes();
+            assert_eq!(Hello::from_bytes(&bytes), Some(hello.clone()));
+            for len in 0..bytes.len() {
+                assert_eq!(Hello::from_bytes(&bytes[..len]), None);
+            }
+            let mut later = bytes.clone();
+            later.extend([1, 2, 3]);
+            let len = (bytes.len() - HELLO_HEADER_BYTES + 3) as u16;
+            later[4..6].copy_from_slice(&len.to_le_bytes());
+            assert_eq!(Hello::from_bytes(&later), Some(hello));
         }
-        let mut later = bytes.clone();
-        later.extend([1, 2, 3]);
-        later[4..6].copy_from_slice(&((bytes.len() - HELLO_HEADER_BYTES + 3) as u16).to_le_bytes());
-        assert_eq!(Hello::from_bytes(&later), Some(hello));
     }
 
     #[test]
     fn the_bytes_of_a_hello_never_change() {
-        let hello =
-            Hello { protocol: 1, determinism: 1, release: "0.1.0".into(), checkpoint: None };
+        let hello = Hello { protocol: 1, release: "0.1.0".into(), ..Hello::new(1) };
         let mut expected = b"LLM\0\x2f\0\x01\0\0\0\x01\0\0\0\x050.1.0\0".to_vec();
         expected.extend([0; 32]);
         assert_eq!(hello.to_bytes(), expected);

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use lite_llm_kernels::DETERMINISM_VERSION;
+use lite_llm_kernels::{DETERMINISM_VERSION, math::Math};
 use lite_llm_transport::{
     identity::OPERATOR,
     messages::{DetachedBatch, DetachedReply, DetachedRequest, JobRange, LogitsWanted, Prompt},
@@ -30,6 +30,9 @@ pub(super) fn model_hash(options: &CoordinatorOptions, context: usize) -> [u8; 3
     hasher.update(&options.checkpoint.id());
     hasher.update(&(context as u64).to_le_bytes());
     hasher.update(options.kv_dtype.name().as_bytes());
+    if options.math == Math::Fast {
+        hasher.update(b" fast");
+    }
     hasher.finalize().into()
 }
 

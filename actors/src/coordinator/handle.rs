@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
+use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType, math::Math};
 use lite_llm_runtime::{
     chat::Conversation,
     checkpoint::{Checkpoint, DATA_ALIGN},
@@ -45,7 +45,10 @@ use crate::{
         detached,
     },
     ledger::{Jobs, LedgerError, LedgerOptions},
-    node::grammars::{FormError, GrammarDesk},
+    node::{
+        check_math,
+        grammars::{FormError, GrammarDesk},
+    },
     placement::PlacementPolicy,
     trace::Operation,
 };
@@ -72,6 +75,8 @@ pub struct CoordinatorOptions {
     pub placement: PlacementPolicy,
     /// How all workers keep keys and values: it is part of what fixes a request's bits.
     pub kv_dtype: KvDType,
+    /// How all workers compute: part of that, too.
+    pub math: Math,
     /// Positions with which all workers serve it; by default the model's own. Also part of that.
     pub context: Option<usize>,
     /// Whether workers are other processes; if not, they are actors of this one.
@@ -132,6 +137,7 @@ pub struct CoordinatorHandle {
     kv_tokens: Arc<AtomicU64>,
     grammars: GrammarDesk,
     client_priority: i8,
+    math: Math,
 }
 
 impl CoordinatorHandle {
@@ -139,6 +145,8 @@ impl CoordinatorHandle {
     pub async fn start(mut options: CoordinatorOptions) -> Result<Self, ServeError> {
         let config = options.checkpoint.config().served(options.context).map_err(failed)?;
         let (ledger, client_priority) = (options.ledger.take(), options.client_priority);
+        let math = options.math;
+        check_math(math, &options.checkpoint).map_err(failed)?;
         let model = detached::model_hash(&options, config.context);
         let CoordinatorOptions { listen, authority, checkpoint, workers, placement, .. } = options;
         // In memory they take whole pages.
@@ -147,6 +155,7 @@ impl CoordinatorHandle {
         let identity = authority.identity(Role::Coordinator, "coordinator").map_err(failed)?;
         let mut hello = Hello::new(DETERMINISM_VERSION);
         hello.checkpoint = Some(checkpoint.id());
+        hello.fast = (math == Math::Fast).then(String::new);
         let endpoint =
             Endpoint::bind_coordinator(listen, &identity, authority.clone(), Options::new(hello))
                 .map_err(failed)?;
@@ -204,6 +213,7 @@ impl CoordinatorHandle {
             kv_tokens,
             grammars,
             client_priority,
+            math,
         };
         if let Some(ledger) = ledger {
             handle.open_ledger(ledger, model).await?;
@@ -372,7 +382,13 @@ impl CoordinatorHandle {
 
     /// How the cluster is.
     pub async fn status(&self) -> Result<ClusterStatus, ServeError> {
-        ractor::call!(self.actor, CoordinatorMessage::Describe).map_err(failed)
+        let status = ractor::call!(self.actor, CoordinatorMessage::Describe).map_err(failed)?;
+        Ok(match self.math {
+            Math::Exact => status,
+            Math::Fast => {
+                ClusterStatus { model: format!("{} (--math fast)", status.model), ..status }
+            }
+        })
     }
 
     /// Where the experts of its nodes are.

@@ -12,11 +12,17 @@ use lite_llm_kernels::{
     device::{Device, DeviceError},
     dtype::DType,
     kv::KvDType,
+    math::Math,
 };
 use lite_llm_runtime::{
     backbone::Backbone, checkpoint::Checkpoint, engine::Engine, expert::ExpertStore,
     gpu::GpuCarrier, residency::HbmStore,
 };
+
+/// Number of fast bf16 among the formats of sources.
+const FAST: u8 = 5;
+/// Inputs of a product that is done in tiles wherever these can be used.
+const LEAF: usize = 256;
 
 /// Part of a GPU's free memory that experts leave to activations: a twelfth.
 const ACTIVATIONS_SHARE: u64 = 12;
@@ -66,24 +72,32 @@ impl fmt::Display for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// The device of worker `number` of `workers` in this process, fed by `cpu`. `hbm_bytes` of its
-    /// memory are for experts; by default what is free.
+    /// The device of worker `number` of `workers` in this process, fed by `cpu`, with products computed
+    /// by `math`. `hbm_bytes` of its memory are for experts; by default what is free.
     pub fn open(
         &self,
         (number, workers): (usize, usize),
         cpu: Arc<Cpu>,
         hbm_bytes: Option<u64>,
+        math: Math,
     ) -> Result<NodeDevice, DeviceError> {
-        let Self::Cuda(numbers) = self else { return Ok(NodeDevice::Cpu(cpu)) };
+        let Self::Cuda(numbers) = self else {
+            let reason = "a CPU computes exactly: --math fast needs --device cuda".to_owned();
+            return match math {
+                Math::Exact => Ok(NodeDevice::Cpu(cpu)),
+                Math::Fast => Err(DeviceError::Failed { device: cpu.describe(), reason }),
+            };
+        };
         let folders = Folders { cache: kernel_cache(), sources: None };
         let cuda = Cuda::open(numbers[number % numbers.len()], folders)?;
         let sharers = workers.div_ceil(numbers.len()) as u64;
-        Ok(NodeDevice::Cuda { gpu: Arc::new(Gpu::new(cuda, cpu)), hbm_bytes, sharers })
+        let gpu = Arc::new(Gpu::new(cuda, cpu).by(math));
+        Ok(NodeDevice::Cuda { gpu, hbm_bytes, sharers })
     }
 }
 
 /// Where compiled kernels are kept: `LITE_LLM_CACHE`, or the user's cache folder.
-fn kernel_cache() -> Option<PathBuf> {
+pub fn kernel_cache() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let folder = set("LITE_LLM_CACHE").or_else(|| {
         let caches = set("XDG_CACHE_HOME");
@@ -132,6 +146,16 @@ impl NodeDevice {
         }
     }
 
+    /// With `--math fast`: the architecture, on which alone such bits are equal.
+    pub fn fast(&self) -> Option<String> {
+        match self {
+            Self::Cuda { gpu, .. } if gpu.math() == Math::Fast => {
+                Some(gpu.cuda().arch().to_owned())
+            }
+            _ => None,
+        }
+    }
+
     /// See [`Device::progress`].
     pub fn progress(&self) -> u64 {
         match self {
@@ -139,6 +163,30 @@ impl NodeDevice {
             Self::Cuda { gpu, .. } => gpu.progress(),
         }
     }
+}
+
+/// Formats of a model's weights, those of its gates left out.
+fn formats(checkpoint: &Checkpoint) -> impl Iterator<Item = DType> + '_ {
+    let tiers = checkpoint.config().moe.iter().flat_map(|moe| &moe.tiers);
+    let dtype = checkpoint.dtype();
+    tiers.map(move |tier| tier.dtype.unwrap_or(dtype)).chain([dtype])
+}
+
+/// A model that is not computed so.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{model} has weights in {dtype}: --math fast is for bf16 alone; leave it out, or import the model \
+     with --dtype bf16"
+)]
+pub struct NotFast {
+    model: String,
+    dtype: DType,
+}
+
+/// Whether a model can be computed so.
+pub fn check_math(math: Math, checkpoint: &Checkpoint) -> Result<(), NotFast> {
+    let other = formats(checkpoint).find(|&dtype| math == Math::Fast && !math.is_fast(dtype));
+    other.map_or(Ok(()), |dtype| Err(NotFast { model: checkpoint.location(), dtype }))
 }
 
 /// An engine on a GPU, over a store in the host's memory, and what holds experts in the GPU's.
@@ -162,7 +210,11 @@ pub fn gpu_engine(
     let budget = hbm_budget(gpu, hbm.0, hbm.1)?;
     let bytes = checkpoint.tier_expert_bytes();
     let store = Arc::new(HbmStore::new(gpu.clone(), below, budget, bytes));
-    let carrier = GpuCarrier::new(backbone, store.clone())?;
+    // A fast pass comes back to the host in every layer: nothing carries it yet.
+    let carrier = match gpu.math() {
+        Math::Exact => GpuCarrier::new(backbone, store.clone())?,
+        Math::Fast => None,
+    };
     Ok((engine.carried_by(carrier.map(|carrier| Arc::new(carrier) as _)), store))
 }
 
@@ -185,17 +237,16 @@ pub(super) fn load_kernels(
     checkpoint: &Checkpoint,
     kv: KvDType,
 ) -> Result<(), DeviceError> {
-    let tiers = checkpoint.config().moe.iter().flat_map(|moe| &moe.tiers);
-    let dtype = checkpoint.dtype();
-    let weights = tiers.map(|tier| tier.dtype.unwrap_or(dtype)).chain([dtype]);
     // Sources number formats in the order of these lists.
     let place = |found: Option<usize>| found.and_then(|at| u8::try_from(at).ok()).unwrap_or(0);
+    let fast = gpu.math() == Math::Fast;
+    let pairs = kv == KvDType::Bf16;
     let kv = place(KvDType::ALL.iter().position(|other| *other == kv));
     let mut sources = vec![Source::Elementwise, Source::Norm, Source::Route, Source::Sample];
     sources.push(Source::Attention(kv));
     // Gates are in f32.
     let mut formats: Vec<u8> = std::iter::once(DType::F32)
-        .chain(weights)
+        .chain(formats(checkpoint).filter(|_| !fast))
         .map(|dtype| place(DType::ALL.iter().position(|other| *other == dtype)))
         .collect();
     formats.sort_unstable();
@@ -203,6 +254,14 @@ pub(super) fn load_kernels(
     for format in formats {
         let of = [Source::Matmul, Source::Swiglu, Source::One, Source::Tile];
         sources.extend(of.map(|of| of(format)));
+    }
+    if fast {
+        sources.extend([Source::Matmul(FAST), Source::Swiglu(FAST), Source::One(FAST)]);
+        sources.extend(pairs.then_some(Source::AttentionFast));
+        if gpu.cuda().tensor_fits(LEAF) {
+            let wide = gpu.cuda().is_wide();
+            sources.extend(wide.then_some(Source::TensorWide).or(Some(Source::Tensor)));
+        }
     }
     sources.into_iter().try_for_each(|source| gpu.cuda().load(source))
 }

@@ -43,7 +43,7 @@ use ractor_cluster::RactorClusterMessage;
 use rkyv::{Archive, Deserialize, Serialize};
 use tracing::{error, info};
 
-pub use self::device::{DeviceChoice, NodeDevice};
+pub use self::device::{DeviceChoice, NodeDevice, check_math, kernel_cache};
 use self::{
     grammars::GrammarDesk,
     loader::{Loader, LoaderMessage, LoaderState},

@@ -79,6 +79,7 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
         workers: args.workers.into(),
         placement: placement(args.random_placement),
         kv_dtype: args.kv_dtype,
+        math: args.math,
         context: args.context,
         remote_workers: true,
         replicas: args.replicas,
@@ -107,7 +108,7 @@ pub(super) async fn coordinator(args: CoordinatorArgs) -> Result<()> {
     say!("start a worker:  lite-llm worker --join {address} --token {}", tokens[0]);
     say!("ask it:          lite-llm submit --token {} \"…\"", tokens[1]);
     let files = (state.join(FILES_FOLDER), keep(args.keep_jobs).time);
-    let served = (&*checkpoint, args.kv_dtype, args.context);
+    let served = (&*checkpoint, (args.kv_dtype, args.math), args.context);
     let http = args.http.serve(Some(&model), served, &coordinator, Some(keys), Some(files)).await?;
     let watched = coordinator.clone();
     let ledger = coordinator.jobs().cloned();

@@ -4,6 +4,7 @@ use anyhow::Result;
 use lite_llm_kernels::{
     cpu::Cpu,
     cuda::{self, compile::compiler_present},
+    math::Math,
     measure,
     simd::Simd,
 };
@@ -34,6 +35,7 @@ pub(super) fn doctor(json: bool) -> Result<()> {
             "gpu_driver_cuda": gpus.as_ref().ok().map(|(version, _)| version),
             "gpu_error": gpus.as_ref().err(),
             "gpu_compiler": compiler_present(),
+            "math": maths(gpus.as_ref().is_ok_and(|(_, gpus)| !gpus.is_empty())),
         });
         say!("{line}");
         return Ok(());
@@ -60,6 +62,12 @@ pub(super) fn doctor(json: bool) -> Result<()> {
                 say!("gpu        NVIDIA's driver is here, but no GPU");
             }
             say!("           driver for CUDA {version}");
+            if !gpus.is_empty() {
+                say!(
+                    "           --math exact has the CPU's bits; --math fast computes bf16 models by \
+                     the tensor cores"
+                );
+            }
             match compiler_present() {
                 true => say!("           NVRTC is here: kernels are compiled at their first use"),
                 false => say!(
@@ -70,6 +78,12 @@ pub(super) fn doctor(json: bool) -> Result<()> {
         Err(reason) => say!("gpu        none is used: {}", reason.trim_start_matches("gpu: ")),
     }
     Ok(())
+}
+
+/// How products can be computed here.
+fn maths(gpu: bool) -> Vec<&'static str> {
+    let here = Math::ALL.into_iter().filter(|math| gpu || *math == Math::Exact);
+    here.map(Math::name).collect()
 }
 
 fn gpu(gpu: &cuda::GpuInfo) -> Value {

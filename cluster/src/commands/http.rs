@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Result;
 use lite_llm_actors::coordinator::CoordinatorHandle;
-use lite_llm_kernels::kv::KvDType;
+use lite_llm_kernels::{kv::KvDType, math::Math};
 use lite_llm_runtime::checkpoint::Checkpoint;
 use lite_llm_transport::{
     keys::{KeyRights, Keys},
@@ -58,7 +58,7 @@ impl HttpArgs {
     pub(super) async fn serve(
         &self,
         model: Option<&Path>,
-        (checkpoint, kv_dtype, context): (&Checkpoint, KvDType, Option<usize>),
+        (checkpoint, how, context): (&Checkpoint, (KvDType, Math), Option<usize>),
         coordinator: &CoordinatorHandle,
         keys: Option<Arc<Keys>>,
         files: Option<(PathBuf, Duration)>,
@@ -70,7 +70,7 @@ impl HttpArgs {
         let options = HttpOptions {
             listen,
             model,
-            fingerprint: fingerprint(&checkpoint.id(), kv_dtype, config.context),
+            fingerprint: fingerprint(&checkpoint.id(), how, config.context),
             config,
             coordinator: coordinator.clone(),
             keys,

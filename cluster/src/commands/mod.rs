@@ -309,7 +309,7 @@ impl ComputeArgs {
     /// The device of the only worker of this process.
     fn device(&self) -> Result<NodeDevice> {
         let hbm = self.hbm.map(|size| size.0);
-        self.device.open((0, 1), self.cpu(1)?, hbm).map_err(bad_input)
+        self.device.open((0, 1), self.cpu(1)?, hbm, self.math).map_err(bad_input)
     }
 
     /// Bytes of caches of keys and values of one of `workers` workers on this machine. They are taken
@@ -381,6 +381,7 @@ impl LocalArgs {
             nvme: self.compute.nvme.clone().map(Into::into),
             kv_bytes: self.compute.kv_bytes(workers)?,
             kv_dtype: self.kv_dtype,
+            math: self.compute.math,
             context: self.context,
             placement: placement(self.random_placement),
             replicas: self.replicas,

@@ -84,7 +84,7 @@ async fn serve(args: RunArgs, checkpoint: Arc<Checkpoint>) -> Result<()> {
     let cluster = args.local.cluster(checkpoint.clone()).await?;
     let dram = cluster.stores().iter().map(|store| store.budget()).min().unwrap_or(0);
     describe(&checkpoint, &args, dram, started)?;
-    let served = (&*checkpoint, args.local.kv_dtype, args.local.context);
+    let served = (&*checkpoint, (args.local.kv_dtype, args.local.compute.math), args.local.context);
     let serving = async {
         let model = args.model.as_deref();
         let http = args.http.serve(model, served, cluster.coordinator(), None, None).await?;

@@ -49,7 +49,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use lite_llm_actors::coordinator::CoordinatorHandle;
-use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType};
+use lite_llm_kernels::{DETERMINISM_VERSION, kv::KvDType, math::Math};
 use lite_llm_runtime::config::ModelConfig;
 use lite_llm_transport::keys::{KeyError, Keys};
 use parking_lot::Mutex;
@@ -124,12 +124,19 @@ pub(crate) struct HttpOptions {
 }
 
 /// What answers are known by: requests that are equal in all, seeds included, have answers of equal
-/// bits where this is equal. It covers the model's files, the format of keys and values, the context
-/// and the determinism contract.
-pub(crate) fn fingerprint(checkpoint: &[u8; 32], kv_dtype: KvDType, context: usize) -> String {
+/// bits where this is equal. It covers the model's files, the format of keys and values, the context,
+/// how products are computed, and the determinism contract.
+pub(crate) fn fingerprint(
+    checkpoint: &[u8; 32],
+    (kv_dtype, math): (KvDType, Math),
+    context: usize,
+) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(checkpoint).update(kv_dtype.name().as_bytes());
     hasher.update(&(context as u64).to_le_bytes()).update(&DETERMINISM_VERSION.to_le_bytes());
+    if math == Math::Fast {
+        hasher.update(b" fast");
+    }
     format!("fp_{}", &hasher.finalize().to_hex()[..12])
 }
 

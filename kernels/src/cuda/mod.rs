@@ -227,6 +227,11 @@ impl Cuda {
         &self.name
     }
 
+    /// What kernels are compiled for, for example `sm_90a`.
+    pub fn arch(&self) -> &str {
+        &self.arch
+    }
+
     /// Multiprocessors.
     pub fn processors(&self) -> usize {
         self.processors

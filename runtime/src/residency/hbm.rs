@@ -221,6 +221,11 @@ impl ExpertStore<DevMatrix> for HbmStore {
         let host = self.below.fetch(key)?;
         inner.stats.misses += 1;
         let (starts, bytes) = layout(&host);
+        // Described only if somebody traces.
+        let _span = tracing::debug_span!(
+            "fetch", %key, from = "memory", to = "hbm", bytes, why = "demanded"
+        )
+        .entered();
         let memory = self.room(&mut inner, key, bytes)?;
         let expert = match self.copy(&memory, starts, &host) {
             Ok(expert) => Arc::new(expert),
@@ -229,6 +234,7 @@ impl ExpertStore<DevMatrix> for HbmStore {
                 return Err(failed(key, &error));
             }
         };
+        self.gpu.ended();
         inner.stats.copied += host.bytes();
         inner.clock += 1;
         let used = inner.clock;

@@ -108,6 +108,7 @@ async fn coordinate(folder: &Path, replicas: u16) {
         workers: 1,
         placement: PlacementPolicy::Balanced,
         kv_dtype: KvDType::F32,
+        math: lite_llm_kernels::math::Math::Exact,
         context: None,
         remote_workers: true,
         replicas,

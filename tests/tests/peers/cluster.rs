@@ -45,6 +45,7 @@ pub(crate) async fn head(
         workers,
         placement: PlacementPolicy::Balanced,
         kv_dtype: KvDType::F32,
+        math: lite_llm_kernels::math::Math::Exact,
         context: None,
         remote_workers: false,
         replicas,

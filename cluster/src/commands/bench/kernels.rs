@@ -12,6 +12,7 @@ use lite_llm_kernels::{
     buffer::AlignedBytes,
     cpu::Cpu,
     dtype::DType,
+    math::Math,
     matrix::{PackedMatrix, Source},
     measure::{peak_operations, read_bandwidth},
     ops::matmul::matmul,
@@ -48,6 +49,7 @@ pub(super) async fn measure(args: BenchKernelsArgs, json: bool) -> Result<()> {
         kv: Some(Size(0)),
         device: DeviceChoice::Cpu,
         hbm: None,
+        math: Math::Exact,
     }
     .cpu(1)?;
     let runs = usize::from(runs);

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use lite_llm_actors::node::{NodeDevice, device::gpu_engine};
+use lite_llm_actors::node::{NodeDevice, check_math, device::gpu_engine};
 use lite_llm_kernels::{
     cpu::Cpu, cuda_device::Gpu, device::Device, kv::KvDType, measure::read_bandwidth,
 };
@@ -243,7 +243,8 @@ impl Alone {
         // As many threads as all workers together.
         let cpu = Arc::new(Cpu::new(compute.threads(workers) * workers, compute.simd()?));
         let hbm = compute.hbm.map(|size| size.0);
-        let device = compute.device.open((0, 1), cpu, hbm).map_err(bad_input)?;
+        check_math(compute.math, &checkpoint).map_err(bad_input)?;
+        let device = compute.device.open((0, 1), cpu, hbm, compute.math).map_err(bad_input)?;
         let (orders, inbox) = mpsc::channel::<Order>();
         let (loaded, ready) = oneshot::channel();
         let kv_bytes = compute.kv_bytes(1)?;

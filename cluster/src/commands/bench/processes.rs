@@ -15,6 +15,7 @@ use lite_llm_actors::{
     coordinator::{CoordinatorHandle, CoordinatorOptions},
     local::LocalCluster,
 };
+use lite_llm_kernels::math::Math;
 use lite_llm_runtime::checkpoint::Checkpoint;
 use lite_llm_transport::{
     identity::{ClusterCa, Role},
@@ -99,6 +100,7 @@ impl Processes {
             workers: count,
             placement: placement(local.random_placement),
             kv_dtype: local.kv_dtype,
+            math: local.compute.math,
             context: local.context,
             remote_workers: true,
             replicas: local.replicas,
@@ -111,6 +113,7 @@ impl Processes {
         let token = JoinToken::path_in(folder.path(), Role::Worker);
         authority.join_token(Role::Worker, coordinator.address().to_string())?.write(&token)?;
         if local.compute.device != lite_llm_actors::node::DeviceChoice::Cpu
+            || local.compute.math != Math::Exact
             || local.compute.nvme.is_some()
         {
             return Err(bad_input(anyhow::anyhow!(
