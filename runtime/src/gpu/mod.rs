@@ -78,10 +78,7 @@ pub struct GpuCarrier(Arc<Shared>);
 enum Planned {
     /// Only tokens are wanted, and all experts are in the GPU's memory.
     Whole(HostPlan),
-    Layers {
-        plan: Plan,
-        work: Work,
-    },
+    Layers(Box<(Plan, Work)>),
 }
 
 struct Pass {
@@ -227,7 +224,7 @@ impl Carrier<Gpu> for GpuCarrier {
                 let plan = HostPlan::new(chunks, &[], tiers).lend(cuda)?;
                 let bad = cuda.scratch(2 * rows * config.layers.len())?;
                 let work = Work::new(&backbone.device, config, shared.routing.as_ref(), rows, bad)?;
-                Planned::Layers { plan, work }
+                Planned::Layers(Box::new((plan, work)))
             }
         };
         Ok(Some(Box::new(Pass { shared: shared.clone(), planned })))
@@ -341,7 +338,7 @@ impl Carried<Gpu> for Pass {
         let shared = &self.shared;
         let (plan, work) = match &self.planned {
             Planned::Whole(host) => return shared.carry_whole(backbone, host, arena),
-            Planned::Layers { plan, work } => (plan, work),
+            Planned::Layers(both) => (&both.0, &both.1),
         };
         let t = Rows::of(tensors);
         let mut state = shared.state.lock();

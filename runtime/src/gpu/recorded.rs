@@ -66,7 +66,7 @@ impl Recorded {
         };
         seen.used = clock;
         if seen.graph.is_none() {
-            let memory = cuda.room(plan.words().len() * size_of::<u32>())?;
+            let memory = cuda.room(size_of_val(plan.words()))?;
             let memory: Dev<u32> = memory.part(0, plan.words().len());
             match cuda.capture(|| work(&memory)) {
                 Ok((graph, results)) => {

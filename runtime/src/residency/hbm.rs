@@ -12,7 +12,7 @@
 //!   that the device was given: its successor is copied by the same stream, after that.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     sync::Arc,
 };
 
@@ -230,9 +230,8 @@ impl HbmStore {
         }
         // What was copied once and has gone will probably be copied again.
         for matrix in [&host.gate, &host.up, &host.down] {
-            let at = memory_of(matrix);
-            if !inner.locked.contains_key(&at) {
-                inner.locked.insert(at, self.gpu.cuda().lock(matrix.data())?);
+            if let Entry::Vacant(place) = inner.locked.entry(memory_of(matrix)) {
+                place.insert(self.gpu.cuda().lock(matrix.data())?);
             }
         }
         Ok(())

@@ -293,10 +293,10 @@ impl<D: Device> Router<D> for HierarchicalRouter {
     }
 
     fn gates(&self) -> Option<PackedMatrix> {
-        if let ([TierGates { groups: None, experts }], None) = (&self.tiers[..], &self.tier_gate) {
-            if let [gate] = &experts[..] {
-                return Some(gate.clone());
-            }
+        if let ([TierGates { groups: None, experts }], None) = (&self.tiers[..], &self.tier_gate)
+            && let [gate] = &experts[..]
+        {
+            return Some(gate.clone());
         }
         let hidden = self.tiers.iter().find_map(|tier| tier.experts.first())?.k();
         let mut rows = Vec::new();
