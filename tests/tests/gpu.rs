@@ -153,13 +153,19 @@ async fn a_worker_on_a_gpu_beside_one_on_a_cpu() {
     let Some(device) = gpu(None) else { return };
     let checkpoint = demo();
     let both = both(&checkpoint, device).await;
-    for prompt in prompts(&checkpoint) {
-        for request in [job(&prompt, 6, 7), tokens_of(&prompt)] {
-            let truth = run_alone(&checkpoint, Setup::default(), request.clone()).await;
-            let found = run_on(&both.coordinator, request).await.unwrap();
-            assert_eq!(found.tokens, truth.tokens);
-            assert!(found.logits == truth.logits, "logits of {} tokens", prompt.len());
-        }
+    let requests = prompts(&checkpoint);
+    let requests = requests.iter().flat_map(|prompt| [job(prompt, 6, 7), tokens_of(prompt)]);
+    let requests: Vec<JobRequest> = requests.collect();
+    let mut truths = Vec::new();
+    for request in &requests {
+        truths.push(run_alone(&checkpoint, Setup::default(), request.clone()).await);
+    }
+    // All at once, so that both have some.
+    let found = requests.iter().map(|request| run_on(&both.coordinator, request.clone()));
+    for (found, truth) in futures::future::join_all(found).await.into_iter().zip(truths) {
+        let found = found.unwrap();
+        assert_eq!(found.tokens, truth.tokens);
+        assert!(found.logits == truth.logits, "logits of {:?}", truth.tokens);
     }
     // What status, metrics and the page are made of: the GPU's memory first, and what came into it.
     let places = both.coordinator.residences().await.unwrap();
