@@ -17,7 +17,7 @@ process panicked or ended, memory grew by more than --growth MiB from the first 
 than --ceiling MiB after nonsense, or jobs are left when all is over.
 """
 
-import argparse, asyncio, collections, json, os, random, re, socket, statistics, struct, sys, threading, time
+import argparse, asyncio, collections, json, os, random, re, socket, statistics, struct, sys, threading, time, urllib.parse
 
 import cluster as clusters, picture, wire
 
@@ -504,7 +504,7 @@ class Campaign:
         await asyncio.gather(*(one(path, body, text) for path, body in places for text in texts))
         for path in ("/v1/files", "/v1/batches"):
             for text in texts:
-                request = wire.head("GET", f"{path}?limit={text.replace(' ', '')[:3000]}", key)
+                request = wire.head("GET", f"{path}?limit={urllib.parse.quote(text)[:3000]}", key)
                 await self.expect(f"limit={text[:40]}", request, [200, 400, 414], seen)
         for text in map(str, ends):
             for path in ("/v1/batches/batch_", "/v1/files/file-", "/v1/files/file-batch-"):

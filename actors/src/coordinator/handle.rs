@@ -42,7 +42,7 @@ use crate::{
     control::ControlPlane,
     coordinator::{
         CLIENT_EVENTS_MAX, Coordinator, CoordinatorArguments, CoordinatorMessage, Submission,
-        detached,
+        detached, tokens::Threads,
     },
     ledger::{Jobs, LedgerError, LedgerOptions},
     node::{
@@ -135,7 +135,8 @@ pub struct CoordinatorHandle {
     pub(super) config: Arc<ModelConfig>,
     /// Detached jobs, if they are kept.
     pub(super) jobs: Option<Jobs>,
-    /// Places at the tokenizer, and in the queue for it.
+    /// Where prompts are tokenised; places there, and in the queue for it.
+    tokenizers: Threads,
     tokenizing: Arc<Semaphore>,
     queued: Arc<Semaphore>,
     queued_bytes: Arc<Semaphore>,
@@ -203,6 +204,7 @@ impl CoordinatorHandle {
             control: control.clone(),
         };
         let (actor, _) = Actor::spawn(None, Coordinator, arguments).await.map_err(failed)?;
+        let tokenizers = Threads::start(TOKENISED_MAX).map_err(failed)?;
         let tokenizing = Arc::new(Semaphore::new(TOKENISED_MAX));
         let queued = Arc::new(Semaphore::new(TOKENISE_WAITING_MAX));
         let queued_bytes = Arc::new(Semaphore::new(TOKENISE_BYTES_MAX));
@@ -215,6 +217,7 @@ impl CoordinatorHandle {
             prompts,
             config,
             jobs,
+            tokenizers,
             tokenizing,
             queued,
             queued_bytes,
@@ -372,10 +375,10 @@ impl CoordinatorHandle {
                 false => prompts.encode(&text),
             }
         };
-        let unusable = |error: &dyn std::fmt::Display| EncodeError::Prompt(error.to_string());
-        let encoded =
-            tokio::task::spawn_blocking(encode).await.map_err(|error| unusable(&error))?;
-        encoded.map_err(|error: PromptError| unusable(&error))
+        let encoded = self.tokenizers.run(encode).await;
+        let gave_up = || EncodeError::Prompt("the tokenizer gave up on the prompt".into());
+        let encoded = encoded.ok_or_else(gave_up)?;
+        encoded.map_err(|error: PromptError| EncodeError::Prompt(error.to_string()))
     }
 
     /// Room for so many bytes of a request's prompts, which wait to be tokenised.

@@ -9,6 +9,7 @@ mod handle;
 mod job;
 pub mod progress;
 pub(crate) mod room;
+mod tokens;
 mod view;
 
 use std::{

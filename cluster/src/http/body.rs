@@ -34,6 +34,9 @@ const BODIES_BYTES_MAX: usize = 64 << 20;
 /// How long a body may take to arrive, and how long it may stand still.
 pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) const BODY_IDLE_MAX: Duration = Duration::from_secs(10);
+/// How long the rest of one that is too long is read, and thrown away: who sends it hears why it is refused
+/// only then.
+const REST_TIMEOUT: Duration = Duration::from_secs(2);
 /// One that has stood still for so long makes room for others that need it.
 const STILL: Duration = Duration::from_millis(250);
 /// How long a body waits for room.
@@ -147,6 +150,8 @@ impl Bodies {
                 let part = next(&mut parts, until).await?;
                 let Some(part) = part else { return Ok((bytes, room)) };
                 if bytes.len() + part.len() > BODY_BYTES_MAX {
+                    drop((bytes, room));
+                    rest(&mut parts).await;
                     return Err(ApiError::too_large(BODY_BYTES_MAX));
                 }
                 *arriving.last.lock() = Instant::now();
@@ -198,6 +203,22 @@ where
     let part = part.map_err(|_| ApiError::too_slow(BODY_TIMEOUT))?;
     let part = part.map_err(|_| ApiError::too_slow(BODY_IDLE_MAX))?;
     part.transpose().map_err(|_| ApiError::bad("the body broke off"))
+}
+
+/// Reads as much again as a body may have, and keeps nothing of it.
+async fn rest<S, E>(parts: &mut S)
+where
+    S: StreamExt<Item = Result<Bytes, E>> + Unpin,
+{
+    let read = async {
+        let mut left = BODY_BYTES_MAX;
+        while let Some(Ok(part)) = parts.next().await {
+            let Some(less) = left.checked_sub(part.len()) else { return };
+            left = less;
+        }
+    };
+    // Who goes on after that sees its connection closed.
+    let _ = timeout(REST_TIMEOUT, read).await;
 }
 
 /// What JSON says, if it stays within the bounds.
