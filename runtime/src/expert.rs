@@ -150,6 +150,11 @@ pub trait ExpertStore<M = PackedMatrix>: Send + Sync {
     fn is_complete(&self) -> bool {
         true
     }
+    /// Whether all that it serves is here and stays, though it may still want to be told what is
+    /// computed with: who only fetches may do so.
+    fn is_whole(&self) -> bool {
+        self.is_complete()
+    }
     /// Whether predictions are of use.
     fn wants_predictions(&self) -> bool {
         false

@@ -13,6 +13,7 @@
 #include <elf.h>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <string>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -55,7 +56,8 @@ void** arguments;
 std::map<uint64_t, std::pair<void*, size_t>> memory;
 bool lost;           // a kernel has trapped
 typedef std::vector<std::function<int()>> Graph;
-Graph* captured;  // the graph that is being recorded
+thread_local Graph* captured;  // the graph that this thread records
+std::mutex one;                // one thread at a time runs kernels, or takes memory
 
 void pause(Wait wait, unsigned seen) {
   Lane* lane = runtime.lane;
@@ -221,6 +223,7 @@ int cuGetErrorName(int, const char** s) { *s = "HOST"; return 0; }
 int cuGetErrorString(int, const char** s) { *s = "the host that stands for a GPU cannot do this"; return 0; }
 int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
   ALIVE;
+  std::lock_guard<std::mutex> alone(one);
   size_t room = (bytes + PAGE - 1) / PAGE * PAGE;
   char* base = (char*)mmap(nullptr, room + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) return 2;
@@ -230,6 +233,7 @@ int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
   return 0;
 }
 int cuMemFree_v2(uint64_t at) {
+  std::lock_guard<std::mutex> alone(one);
   auto found = memory.find(at);
   if (found == memory.end()) return 1;
   munmap(found->second.first, found->second.second);
@@ -265,6 +269,7 @@ int cuMemcpyPeerAsync(uint64_t at, void*, uint64_t from, void*, size_t bytes, vo
 }
 
 int cuModuleLoadData(Module** to, const void* data) {
+  std::lock_guard<std::mutex> alone(one);
   const Elf64_Ehdr* head = (const Elf64_Ehdr*)data;
   if (std::memcmp(head->e_ident, ELFMAG, SELFMAG) != 0 || head->e_machine != EM_X86_64) return 200;
   size_t bytes = head->e_shoff + (size_t)head->e_shnum * head->e_shentsize;
@@ -291,6 +296,7 @@ int cuFuncSetAttribute(const Entry*, int, int) GOOD
 struct Config { unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared; };
 int launch(const Config* c, const Entry* f, void** args) {
   ALIVE;
+  std::lock_guard<std::mutex> alone(one);
   if (!stacks) {
     stacks = (char*)mmap(nullptr, STACK * THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     // A page that cannot be read follows it, too; addresses differ in their lowest eighteen bits alone.

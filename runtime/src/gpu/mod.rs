@@ -198,7 +198,7 @@ impl Carrier<Gpu> for GpuCarrier {
         let tiers = shared.routing.as_ref().map_or(0, Routing::tiers);
         // What is not in the host's memory is waited for by whoever keeps count of it.
         if shared.routing.is_some()
-            && (!shared.store.is_complete()
+            && (!shared.store.is_whole()
                 || tiers == 1 && chunks.iter().any(|chunk| !chunk.tiers.allows(0)))
         {
             return Ok(None);

@@ -59,6 +59,8 @@ pub struct ExpertCache {
     share: RwLock<Arc<BTreeSet<ExpertKey>>>,
     /// All of the share has room and is here.
     complete: AtomicBool,
+    /// See [`ExpertStore::is_whole`].
+    whole: AtomicBool,
     resident: AtomicU64,
     pool: Arc<SlotPool>,
     /// Bytes of an expert, by tier; the machine counts those of its slot.
@@ -96,6 +98,7 @@ impl ExpertCache {
             inner: Mutex::new(Inner { residency, loads, refused, deferred }),
             share: RwLock::default(),
             complete: AtomicBool::new(false),
+            whole: AtomicBool::new(false),
             resident: AtomicU64::new(0),
             pool: SlotPool::new(budget),
             expert_bytes,
@@ -153,6 +156,7 @@ impl ExpertCache {
         let mut inner = self.inner.lock();
         *self.share.write() = Arc::new(keys.clone());
         self.complete.store(false, Relaxed);
+        self.whole.store(false, Relaxed);
         inner.residency.handle(Event::Keep(keys));
         self.carry_out(inner);
     }
@@ -267,6 +271,7 @@ impl ExpertCache {
         }
         let all = self.here.read().len() == self.share.read().len();
         self.complete.store(all && inner.residency.is_settled(), Relaxed);
+        self.whole.store(all && inner.residency.is_whole(), Relaxed);
         drop(guard);
         for (load, result) in told {
             load(result);
@@ -429,6 +434,10 @@ impl ExpertStore for ExpertCache {
 
     fn is_complete(&self) -> bool {
         self.complete.load(Relaxed)
+    }
+
+    fn is_whole(&self) -> bool {
+        self.whole.load(Relaxed)
     }
 
     fn predict(&self, experts: &[ExpertKey]) {

@@ -7,7 +7,7 @@
 //! Invariants:
 //! - Memory for experts, used and spare, never exceeds the budget of any GPU.
 //! - An expert's GPU is a function of its key.
-//! - Memory below is locked only while all of the model's experts stay there ([`ExpertStore::is_complete`]).
+//! - Memory below is locked only while all of the model's experts stay there ([`ExpertStore::is_whole`]).
 //! - An expert that somebody holds stays where it is. One that nobody holds may still be read by work
 //!   that the device was given: its successor is copied by the same stream, after that.
 
@@ -221,7 +221,7 @@ impl HbmStore {
 
     /// Locks an expert's memory below, if that stays where it is and is read more than once.
     fn lock(&self, inner: &mut Inner, host: &GatedMlp) -> Result<(), DeviceError> {
-        if !self.below.is_complete() {
+        if !self.below.is_whole() {
             inner.locked.clear();
             return Ok(());
         }
@@ -339,6 +339,10 @@ impl ExpertStore<DevMatrix> for HbmStore {
 
     fn is_complete(&self) -> bool {
         self.below.is_complete()
+    }
+
+    fn is_whole(&self) -> bool {
+        self.below.is_whole()
     }
 
     fn wants_predictions(&self) -> bool {
