@@ -347,11 +347,6 @@ impl Residency {
         self.whole && !self.entries.values().any(|entry| entry.pinned)
     }
 
-    /// Whether all that is served has room: what has come stays.
-    pub fn is_whole(&self) -> bool {
-        self.whole
-    }
-
     /// Whether somebody is told when it comes, or that it cannot.
     pub fn awaits(&self, key: ExpertKey) -> bool {
         self.entries.get(&key).is_some_and(|entry| entry.pinned)
