@@ -156,9 +156,13 @@ async fn a_worker_on_a_gpu_beside_one_on_a_cpu() {
     for prompt in prompts(&checkpoint) {
         for request in [job(&prompt, 6, 7), tokens_of(&prompt)] {
             let truth = run_alone(&checkpoint, Setup::default(), request.clone()).await;
-            let found = run_on(&both.coordinator, request).await.unwrap();
-            assert_eq!(found.tokens, truth.tokens);
-            assert!(found.logits == truth.logits, "logits of {} tokens", prompt.len());
+            // Two at a time, so that one is at home on each.
+            let run = || run_on(&both.coordinator, request.clone());
+            let (one, other) = tokio::join!(run(), run());
+            for found in [one.unwrap(), other.unwrap()] {
+                assert_eq!(found.tokens, truth.tokens);
+                assert!(found.logits == truth.logits, "logits of {} tokens", prompt.len());
+            }
         }
     }
     // What status, metrics and the page are made of: the GPU's memory first, and what came into it.

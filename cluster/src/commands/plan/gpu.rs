@@ -18,7 +18,7 @@ use lite_llm_runtime::{
 };
 use serde_json::{Value, json};
 
-use super::show::{plural, rate, share, speed_of, time};
+use super::show::{rate, share, speed_of, time};
 use crate::{
     cli::{GpuName, PlanArgs},
     commands::{bad_input, bench::samples::print_table},
@@ -54,7 +54,10 @@ fn found() -> Result<Option<(String, usize, Gpus)>> {
     let Some(first) = gpus.first() else { return Ok(None) };
     let (rate, copy) = measured(first.free)?;
     let hbm = first.free;
-    Ok(Some((first.name.clone(), gpus.len(), Gpus { count: 1, hbm, rate, copy })))
+    // Of `cuda:0 (NVIDIA H100 80GB HBM3)` what it is.
+    let name = first.name.split_once('(').map_or(&*first.name, |(_, name)| name);
+    let name = name.trim_end_matches(')').to_owned();
+    Ok(Some((name, gpus.len(), Gpus { count: 1, hbm, rate, copy })))
 }
 
 /// Bytes per second that the first GPU reads from its memory, and that it gets from the host's as
@@ -175,8 +178,9 @@ impl GpuReport {
         let GpuPlan { gpus, .. } = self.plan;
         let (all, here) = (self.plan.experts(), self.plan.resident());
         say!(
-            "\nwith {} ({}): {} of memory each, read at {}, filled from the host at {}",
-            plural(gpus.count, &self.what),
+            "\nwith {} × {} ({}): {} of memory each, read at {}, filled from the host at {}",
+            gpus.count,
+            self.what,
             self.from,
             Size(gpus.hbm),
             rate(gpus.rate),

@@ -42,7 +42,7 @@ pub(super) fn share(part: u64, of: u64) -> String {
     format!("{:.2}", part as f64 / of.max(1) as f64)
 }
 
-pub(super) fn plural(count: usize, what: &str) -> String {
+fn plural(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
