@@ -2,7 +2,7 @@
 //!
 //! Where all experts are in the GPU's memory and only tokens are wanted, a pass goes from its tokens to
 //! the next ones: what it needs goes to the device once, and what comes back is a few words a row. Steps of
-//! decoding are recorded as graphs ([`recorded`]). Where experts are missing each layer's routes are read
+//! decoding are recorded as graphs. Where experts are missing each layer's routes are read
 //! back, and what is missing is copied from the host's memory, or the pass stops there.
 //!
 //! Shapes: `N` rows, `H` hidden, `C` = N · k routes, `L` rows whose logits are wanted, `V` vocabulary,
