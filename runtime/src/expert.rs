@@ -122,6 +122,9 @@ pub enum StoreError {
 /// Called when experts have come.
 pub type Waker = Box<dyn Fn() + Send + Sync>;
 
+/// Called before experts go; false once nobody listens any more.
+pub type Leaving = Box<dyn Fn() -> bool + Send + Sync>;
+
 /// Where experts come from. While a caller holds the [`Arc`], the expert stays where it is.
 ///
 /// A store that holds less than it serves is asked in this order: [`ExpertStore::want`] once for
@@ -141,6 +144,9 @@ pub trait ExpertStore<M = PackedMatrix>: Send + Sync {
     /// Calls this, from any thread, whenever something that was wanted has come, or cannot. Whoever
     /// was to be called before is not any more.
     fn on_arrival(&self, _wake: Waker) {}
+    /// Calls this whenever [`ExpertStore::is_whole`] has ended, before anything goes: for whoever keeps
+    /// the memory of experts, which nobody else gets meanwhile. It must not ask the store for anything else.
+    fn on_leaving(&self, _tell: Leaving) {}
     /// A pass routes these rows in a layer; said before [`ExpertStore::want`], unless
     /// [`ExpertStore::is_complete`].
     fn routed(&self, _layer: u16, _rows: Vec<RoutedRow>) {}

@@ -4,9 +4,10 @@
 //! `kernels/cuda/host/run.sh cargo test --workspace --test gpu` runs it without one, under the libraries of
 //! `kernels/cuda/host`, which run the kernels on the CPU.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use lite_llm_kernels::{
+    buffer::Buffer,
     cpu::Cpu,
     cuda::{Cuda, compile::Folders, driver_present, find},
     cuda_device::Gpu,
@@ -14,20 +15,25 @@ use lite_llm_kernels::{
     dtype::DType,
     kv::KvDType,
     math::Math,
+    matrix::PackedMatrix,
     simd::Simd,
+    slots::{SLOT_ALIGN, Slot},
 };
 use lite_llm_runtime::{
     backbone::Backbone,
     checkpoint::Checkpoint,
     engine::{Engine, Event},
-    expert::ExpertStore,
+    expert::{ExpertKey, ExpertStore, GatedMlp},
     forward::Carrier,
     gpu::GpuCarrier,
     import::{
         ImportOptions, import,
         random::{RandomClass, RandomShape, write_random_hf},
     },
-    residency::HbmStore,
+    residency::{
+        CacheOptions, Done, ExpertCache, Fetched, Fetcher, HbmStore, Urgency,
+        policy::{Lru, Shape},
+    },
     sampler::Sampling,
     sequence::Request,
     store::DramStore,
@@ -361,4 +367,76 @@ fn what_comes_into_the_gpus_memory_counts_as_progress() {
     gpu.matrix(weights.gate.clone()).unwrap();
     moves("weights that stay", true);
     assert_eq!((store.residence().hits, store.residence().misses), (1, 1));
+}
+
+/// Brings experts from a store that has all of them, on a thread of its own.
+struct FromStore(Arc<DramStore>);
+
+impl std::fmt::Debug for FromStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FromStore")
+    }
+}
+
+impl Fetcher for FromStore {
+    fn fetch(&self, key: ExpertKey, mut slot: Slot, _: Urgency, done: Done) {
+        let from = self.0.fetch(key).unwrap();
+        std::thread::spawn(move || {
+            let matrices = [&from.gate, &from.up, &from.down];
+            let bytes: Vec<u8> = matrices.iter().flat_map(|m| m.data().to_vec()).collect();
+            slot[..bytes.len()].copy_from_slice(&bytes);
+            let (all, mut end) = (Buffer::from_owner(slot).unwrap(), 0);
+            let [gate, up, down] = matrices.map(|m| {
+                let begin = end;
+                end += m.data().len();
+                PackedMatrix::new(m.dtype(), m.n(), m.k(), all.slice(begin..end).unwrap()).unwrap()
+            });
+            done(Fetched::Here(GatedMlp { gate, up, down }));
+        });
+    }
+
+    fn promote(&self, _: ExpertKey) {}
+    fn cancel(&self, _: ExpertKey) {}
+    fn describe(&self) -> String {
+        "a test".into()
+    }
+}
+
+#[test]
+fn memory_that_is_locked_for_copies_is_given_to_the_experts_of_the_next_placement() {
+    let gpus = gpus();
+    if gpus.is_empty() {
+        return;
+    }
+    let model = model(&whole_leaves(RandomClass::Olmoe), DType::F32, None);
+    let (config, bytes) = (model.checkpoint.config(), model.checkpoint.tier_expert_bytes());
+    let moe = config.moe.clone().unwrap();
+    let layers: Vec<usize> = config.sparse_layers().collect();
+    let share = |layer: usize| -> BTreeSet<ExpertKey> {
+        config.expert_keys().filter(|key| usize::from(key.layer) == layer).collect()
+    };
+    let cache = ExpertCache::new(CacheOptions {
+        policy: Box::new(Lru::new(Shape::new(config.layers.len(), &moe))),
+        budget: share(layers[0]).len() as u64 * bytes[0].next_multiple_of(SLOT_ALIGN as u64),
+        expert_bytes: bytes.clone(),
+        moe: Arc::new(moe),
+        prefetch: true,
+        fetcher: Arc::new(FromStore(model.store.clone())),
+    });
+    let store = HbmStore::new(gpus[0].clone(), cache.clone(), 2 * (bytes[0] + 1024), bytes);
+    // There is room for one share at a time, and none for what is kept locked.
+    for layer in [layers[0], layers[1], layers[0]] {
+        cache.keep(share(layer));
+        for key in share(layer) {
+            let (told, loaded) = std::sync::mpsc::channel();
+            cache.load(key, move |result| told.send(result.map(drop)).unwrap());
+            let result = loaded.recv_timeout(Duration::from_secs(20));
+            result.expect("memory is kept from it").expect("it can be read");
+        }
+        assert!(cache.is_whole());
+        for key in share(layer).into_iter().chain(share(layer)) {
+            store.fetch(key).unwrap();
+        }
+        assert!(store.residence().evictions > 0, "what is copied twice is locked");
+    }
 }

@@ -13,7 +13,10 @@ use std::{
     fmt,
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
 };
 
@@ -27,7 +30,7 @@ use super::{
     policy::Policy,
 };
 use crate::config::MoeConfig;
-use crate::expert::{ExpertKey, ExpertStore, GatedMlp, StoreError, Waker};
+use crate::expert::{ExpertKey, ExpertStore, GatedMlp, Leaving, StoreError, Waker};
 
 /// Told the bytes of an expert that was to be loaded; 0 if it had no room.
 type Loaded = Box<dyn FnOnce(Result<u64, StoreError>) + Send>;
@@ -61,6 +64,7 @@ pub struct ExpertCache {
     complete: AtomicBool,
     /// See [`ExpertStore::is_whole`].
     whole: AtomicBool,
+    leaving: Mutex<Vec<Leaving>>,
     resident: AtomicU64,
     pool: Arc<SlotPool>,
     /// Bytes of an expert, by tier; the machine counts those of its slot.
@@ -99,6 +103,7 @@ impl ExpertCache {
             share: RwLock::default(),
             complete: AtomicBool::new(false),
             whole: AtomicBool::new(false),
+            leaving: Mutex::default(),
             resident: AtomicU64::new(0),
             pool: SlotPool::new(budget),
             expert_bytes,
@@ -156,7 +161,6 @@ impl ExpertCache {
         let mut inner = self.inner.lock();
         *self.share.write() = Arc::new(keys.clone());
         self.complete.store(false, Relaxed);
-        self.whole.store(false, Relaxed);
         inner.residency.handle(Event::Keep(keys));
         self.carry_out(inner);
     }
@@ -249,6 +253,9 @@ impl ExpertCache {
                     }
                 }
                 Command::Evict(key) => {
+                    if self.whole.swap(false, SeqCst) {
+                        self.leaving.lock().retain(|tell| tell());
+                    }
                     if let Some(expert) = self.here.write().remove(&key) {
                         self.resident.fetch_sub(expert.bytes(), Relaxed);
                     }
@@ -271,7 +278,7 @@ impl ExpertCache {
         }
         let all = self.here.read().len() == self.share.read().len();
         self.complete.store(all && inner.residency.is_settled(), Relaxed);
-        self.whole.store(all && inner.residency.is_whole(), Relaxed);
+        self.whole.store(all && inner.residency.is_whole(), SeqCst);
         drop(guard);
         for (load, result) in told {
             load(result);
@@ -437,7 +444,11 @@ impl ExpertStore for ExpertCache {
     }
 
     fn is_whole(&self) -> bool {
-        self.whole.load(Relaxed)
+        self.whole.load(SeqCst)
+    }
+
+    fn on_leaving(&self, tell: Leaving) {
+        self.leaving.lock().push(tell);
     }
 
     fn predict(&self, experts: &[ExpertKey]) {

@@ -7,7 +7,8 @@
 //! Invariants:
 //! - Memory for experts, used and spare, never exceeds the budget of any GPU.
 //! - An expert's GPU is a function of its key.
-//! - Memory below is locked only while all of the model's experts stay there ([`ExpertStore::is_whole`]).
+//! - Memory below is locked only while all that it serves stays there ([`ExpertStore::is_whole`]), and let go
+//!   before the first of it goes.
 //! - An expert that somebody holds stays where it is. One that nobody holds may still be read by work
 //!   that the device was given: its successor is copied by the same stream, after that.
 
@@ -55,9 +56,6 @@ struct Inner {
     bytes: u64,
     /// Bytes of those that are held.
     held_bytes: u64,
-    /// Memory below that is locked, by its address, so that copies go at the rate of the bus; nothing where
-    /// that cannot be done.
-    locked: HashMap<usize, Option<Locked>>,
     clock: i64,
     stats: Stats,
 }
@@ -70,6 +68,10 @@ struct Stats {
     copied: u64,
 }
 
+/// Memory below that is locked, by its address, so that copies go at the rate of the bus; nothing where that
+/// cannot be done.
+type LockedMemory = HashMap<usize, Option<Locked>>;
+
 /// See the module's text.
 pub struct HbmStore {
     gpu: Arc<Gpu>,
@@ -80,6 +82,7 @@ pub struct HbmStore {
     expert_bytes: Vec<u64>,
     /// By GPU.
     places: Vec<Mutex<Inner>>,
+    locked: Arc<Mutex<LockedMemory>>,
 }
 
 /// Bytes of an expert's slot, and where its matrices begin.
@@ -141,7 +144,14 @@ impl HbmStore {
         expert_bytes: Vec<u64>,
     ) -> Self {
         let places = gpu.cudas().iter().map(|_| Mutex::default()).collect();
-        Self { gpu, below, budget, expert_bytes, places }
+        let locked: Arc<Mutex<LockedMemory>> = Arc::default();
+        let weak = Arc::downgrade(&locked);
+        // Who keeps memory locked keeps it from those that are to come.
+        below.on_leaving(Box::new(move || {
+            let locked = weak.upgrade();
+            locked.inspect(|locked| locked.lock().clear()).is_some()
+        }));
+        Self { gpu, below, budget, expert_bytes, places, locked }
     }
 
     /// Bytes that it may hold.
@@ -220,17 +230,12 @@ impl HbmStore {
     }
 
     /// Locks an expert's memory below, if that stays where it is and is read more than once.
-    fn lock(&self, inner: &mut Inner, host: &GatedMlp) -> Result<(), DeviceError> {
+    fn lock(&self, locked: &mut LockedMemory, host: &GatedMlp) -> Result<(), DeviceError> {
         if !self.below.is_whole() {
-            inner.locked.clear();
             return Ok(());
         }
-        if inner.stats.evictions == 0 {
-            return Ok(());
-        }
-        // What was copied once and has gone will probably be copied again.
         for matrix in [&host.gate, &host.up, &host.down] {
-            if let Entry::Vacant(place) = inner.locked.entry(memory_of(matrix)) {
+            if let Entry::Vacant(place) = locked.entry(memory_of(matrix)) {
                 place.insert(self.gpu.cuda().lock(matrix.data())?);
             }
         }
@@ -245,7 +250,7 @@ impl HbmStore {
         memory: &Dev<u8>,
         starts: [usize; 3],
         expert: &GatedMlp,
-        locked: &HashMap<usize, Option<Locked>>,
+        locked: &LockedMemory,
     ) -> Result<GatedMlp<DevMatrix>, DeviceError> {
         let place = |start: usize, matrix: &PackedMatrix| {
             let data = memory.part::<u8>(start, matrix.data().len());
@@ -288,10 +293,15 @@ impl HbmStore {
         )
         .entered();
         let memory = self.room(&mut inner, key, bytes)?;
-        let copied = self
-            .lock(&mut inner, &host)
-            .and_then(|()| self.copy(cuda, &memory, starts, &host, &inner.locked));
-        let expert = match copied {
+        let copy = || {
+            let mut locked = self.locked.lock();
+            // What was copied once and has gone will probably be copied again.
+            if inner.stats.evictions > 0 {
+                self.lock(&mut locked, &host)?;
+            }
+            self.copy(cuda, &memory, starts, &host, &locked)
+        };
+        let expert = match copy() {
             Ok(expert) => Arc::new(expert),
             Err(error) => {
                 inner.spare.entry(bytes).or_default().push(memory);
