@@ -153,19 +153,17 @@ async fn a_worker_on_a_gpu_beside_one_on_a_cpu() {
     let Some(device) = gpu(None) else { return };
     let checkpoint = demo();
     let both = both(&checkpoint, device).await;
-    let requests = prompts(&checkpoint);
-    let requests = requests.iter().flat_map(|prompt| [job(prompt, 6, 7), tokens_of(prompt)]);
-    let requests: Vec<JobRequest> = requests.collect();
-    let mut truths = Vec::new();
-    for request in &requests {
-        truths.push(run_alone(&checkpoint, Setup::default(), request.clone()).await);
-    }
-    // All at once, so that both have some.
-    let found = requests.iter().map(|request| run_on(&both.coordinator, request.clone()));
-    for (found, truth) in futures::future::join_all(found).await.into_iter().zip(truths) {
-        let found = found.unwrap();
-        assert_eq!(found.tokens, truth.tokens);
-        assert!(found.logits == truth.logits, "logits of {:?}", truth.tokens);
+    for prompt in prompts(&checkpoint) {
+        for request in [job(&prompt, 6, 7), tokens_of(&prompt)] {
+            let truth = run_alone(&checkpoint, Setup::default(), request.clone()).await;
+            // Two at a time, so that one is at home on each.
+            let run = || run_on(&both.coordinator, request.clone());
+            let (one, other) = tokio::join!(run(), run());
+            for found in [one.unwrap(), other.unwrap()] {
+                assert_eq!(found.tokens, truth.tokens);
+                assert!(found.logits == truth.logits, "logits of {} tokens", prompt.len());
+            }
+        }
     }
     // What status, metrics and the page are made of: the GPU's memory first, and what came into it.
     let places = both.coordinator.residences().await.unwrap();
