@@ -197,26 +197,12 @@ impl Gpu {
 
     /// The networks of experts over rows, by the kernels that suit so many: route r, whose expert is
     /// `index[r]`, reads row `r / per_row` of the f32 rows, or of their records where weights are
-    /// integers or fast.
-    /// Each of `kinds` is a table of all experts, in which those of another shape or format are absent.
-    /// Returns `[routes, hidden]`.
+    /// integers or fast. Returns `[routes, hidden]`.
+    ///
+    /// `kinds` is a list for each GPU that holds some of the experts, the first one's first; an entry is a table
+    /// of all experts, in which those of another shape or format, and those elsewhere, are absent. Each GPU
+    /// computes what its experts are asked for and writes it into the first one's memory.
     pub fn networks(
-        &self,
-        kinds: &[&Experts],
-        index: &Dev<u32>,
-        per_row: usize,
-        of: (&Dev<f32>, &Dev<f32>),
-    ) -> Result<Dev<f32>, DeviceError> {
-        let hidden = kinds.first().map_or(0, |kind| kind.hidden);
-        let parts = self.cuda().scratch(index.len() * hidden)?;
-        self.networks_on(self.cuda(), kinds, index, per_row, of, &parts)?;
-        self.ended();
-        Ok(parts)
-    }
-
-    /// The same over experts that several GPUs hold: `kinds` is a list for each of them. Each computes what
-    /// its experts are asked for and writes it into the first one's memory.
-    pub fn networks_spread(
         &self,
         kinds: &[Vec<&Experts>],
         index: &Dev<u32>,
@@ -227,7 +213,7 @@ impl Gpu {
         let hidden = kinds.iter().flatten().map(|kind| kind.hidden).max().unwrap_or(0);
         let parts = cuda.scratch(index.len() * hidden)?;
         let mut ends = Vec::new();
-        if self.cudas.len() > 1 {
+        if kinds.len() > 1 {
             let ready = cuda.record(Lane::Compute)?;
             for (other, kinds) in self.cudas.iter().zip(kinds).skip(1) {
                 other.stream_wait(Lane::Compute, &ready)?;
@@ -334,7 +320,7 @@ impl Gpu {
         let (math, table) = (self.math, self.cuda().lend(table)?);
         let experts = Experts { dtype, math, hidden: x.cols, intermediate, table };
         let records = self.records(x, std::iter::once(dtype))?;
-        self.networks(&[&experts], &self.cuda().lend(of)?, 1, (&x.data, &records))
+        self.networks(&[vec![&experts]], &self.cuda().lend(of)?, 1, (&x.data, &records))
     }
 }
 

@@ -438,9 +438,7 @@ impl<D: Device> Engine<D> {
     /// Takes a finished pass apart: tokens, logits, routes, ends.
     fn finish(&mut self, id: PassId) {
         let Some(pass) = self.passes.remove(&id) else { return };
-        let chooses = self.backbone.device.chooses(self.backbone.config.vocab);
-        let draws = chooses.then(|| self.draws(&pass.forward, &pass.sequences)).flatten();
-        let outcome = draws.map_or(Ok(None), |draws| pass.forward.choose(&draws));
+        let outcome = pass.forward.choose(|| self.draws(&pass.forward, &pass.sequences));
         let outcome = outcome.and_then(|chosen| match chosen {
             Some(tokens) => Ok((Some(tokens), Cow::default())),
             None => Ok((None, pass.forward.logits()?)),

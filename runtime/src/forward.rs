@@ -574,12 +574,18 @@ impl<D: Device> ForwardPass<D> {
     }
 
     /// A token of each row of [`ForwardPass::logits`], if a carrier has chosen them or the device does:
-    /// see [`Device::choose`].
-    pub fn choose(&self, draws: &[Draw]) -> Result<Option<Vec<u32>>, DeviceError> {
+    /// see [`Device::choose`]. `draws` says how, if nothing but a token of each row is wanted.
+    pub fn choose(
+        &self,
+        draws: impl FnOnce() -> Option<Vec<Draw>>,
+    ) -> Result<Option<Vec<u32>>, DeviceError> {
+        let device = &self.backbone.device;
         if let Some(chosen) = &self.chosen {
             return Ok(Some(chosen.clone()));
         }
-        self.backbone.device.choose(&self.tensors.logits, draws)
+        let chooses = device.chooses(self.backbone.config.vocab);
+        let draws = chooses.then(draws).flatten();
+        draws.map_or(Ok(None), |draws| device.choose(&self.tensors.logits, &draws))
     }
 
     /// The routes of every sparse layer, if they were to be recorded.

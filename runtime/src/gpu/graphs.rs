@@ -32,7 +32,7 @@ struct Recording {
 
 /// See the module's text.
 #[derive(Default)]
-pub(super) struct Recorded {
+pub(super) struct Graphs {
     /// By the plan's layout and the address of the cache.
     seen: HashMap<(Layout, u64), Seen>,
     clock: u64,
@@ -41,7 +41,7 @@ pub(super) struct Recorded {
     refused: bool,
 }
 
-impl Recorded {
+impl Graphs {
     /// Does a pass by its graph, which is recorded when a shape comes for the second time: by then its
     /// kernels are loaded. `work` gives the device the pass for a plan that lies at some memory and
     /// returns where its results will be; `kept` is held as long as the graph. `None` if the pass is to

@@ -252,7 +252,7 @@ impl Shared {
             if let Some(experts) = &dense[index] {
                 let reads = gpu.reads_records(experts.dtype);
                 self.normed(x, by, normed, reads.then_some(&records))?;
-                let parts = gpu.networks(&[experts], &plan.zeros, 1, (normed, &records))?;
+                let parts = gpu.networks(&[vec![experts]], &plan.zeros, 1, (normed, &records))?;
                 cuda.add(x, &parts)?;
             }
             return Ok(Reached::End);
@@ -313,7 +313,7 @@ impl Shared {
         let both = (normed, &records);
         let places: Vec<Vec<&Experts>> =
             sparse.places.iter().map(|tiers| tiers.iter().collect()).collect();
-        let parts = gpu.networks_spread(&places, &chosen.index, k, both)?;
+        let parts = gpu.networks(&places, &chosen.index, k, both)?;
         if !*complete {
             sparse.release();
         }
@@ -321,7 +321,7 @@ impl Shared {
         let counts = (!routing.is_flat()).then_some(&chosen.count);
         cuda.weighted_sum_of(&parts, &chosen.weight, counts, k, adds, out)?;
         if let (Some(shared), Some(experts)) = (shared, &dense[index]) {
-            let extra = gpu.networks(&[experts], &plan.zeros, 1, both)?;
+            let extra = gpu.networks(&[vec![experts]], &plan.zeros, 1, both)?;
             if let Some(gate) = &shared.gate {
                 let logits = cuda.scratch(rows)?;
                 let product = [Linear { weight: gate, bias: None, out: &logits }];

@@ -8,9 +8,9 @@
 //! Shapes: `N` rows, `H` hidden, `C` = N · k routes, `L` rows whose logits are wanted, `V` vocabulary,
 //! as in [`crate::forward`].
 
+mod graphs;
 mod layers;
 mod plan;
-mod recorded;
 mod sparse;
 
 use std::sync::Arc;
@@ -28,9 +28,9 @@ use lite_llm_kernels::{
 use parking_lot::Mutex;
 
 use self::{
+    graphs::Graphs,
     layers::{Rows, Work},
     plan::{HostPlan, Plan},
-    recorded::Recorded,
     sparse::{Routing, Sparse},
 };
 use crate::{
@@ -59,7 +59,7 @@ struct State {
     recorded_routes: bool,
     /// Zeros between two kernels.
     counters: Dev<u32>,
-    recorded: Recorded,
+    graphs: Graphs,
 }
 
 /// What passes share.
@@ -116,7 +116,7 @@ impl GpuCarrier {
                 FeedForwardLayer::Dense(_) => false,
             }),
             counters: cuda.filled(counters(config, 1), 0)?,
-            recorded: Recorded::default(),
+            graphs: Graphs::default(),
         };
         for (index, layer) in backbone.layers.iter().enumerate() {
             let (sparse, dense) = match &layer.feed_forward {
@@ -296,15 +296,15 @@ impl Shared {
         let mut state = self.state.lock();
         let state = &mut *state;
         let layout = host.layout();
-        let mut recorded = std::mem::take(&mut state.recorded);
+        let mut graphs = std::mem::take(&mut state.graphs);
         let kept = state.counters.part(0, state.counters.len());
         if self.store.gpu().cudas().len() > 1 {
-            recorded.refuse();
+            graphs.refuse();
         }
-        let replayed = recorded.run(self.cuda(), host, kv.address(), &kept, |memory| {
+        let replayed = graphs.run(self.cuda(), host, kv.address(), &kept, |memory| {
             self.whole(state, backbone, kv, &layout.views(memory))
         });
-        state.recorded = recorded;
+        state.graphs = graphs;
         let results = match replayed? {
             Some(results) => results,
             None => self.whole(state, backbone, kv, &host.lend(self.cuda())?)?,

@@ -12,7 +12,13 @@ use lite_llm_kernels::{
 };
 
 use super::{Router, Routes};
-use crate::{config::MoeConfig, expert::ExpertKey, tier::TierMask};
+use crate::{
+    backbone::{Backbone, BackboneLayer, FeedForwardLayer},
+    config::MoeConfig,
+    expert::ExpertKey,
+    moe_layer::MoELayer,
+    tier::TierMask,
+};
 
 /// Rows of a pass that are sequences of their own, at most: more are a prompt.
 const STEP_ROWS_MAX: usize = 64;
@@ -74,14 +80,24 @@ pub struct RecordedRouter<D: Device> {
 }
 
 impl<D: Device> RecordedRouter<D> {
-    /// Weights, and what is not finite, are still what `inner` says.
-    pub fn new(
-        inner: Box<dyn Router<D>>,
-        routes: Arc<RecordedRoutes>,
-        moe: Arc<MoeConfig>,
-        layer: usize,
-    ) -> Self {
-        Self { inner, routes, moe, layer, used: AtomicUsize::new(0) }
+    /// Has every sparse layer of a model routed so. Weights, and what is not finite, are still what the
+    /// model's own routers say.
+    pub fn install(backbone: &mut Backbone<D>, routes: &Arc<RecordedRoutes>, moe: &Arc<MoeConfig>) {
+        let router = |inner, layer| -> Box<dyn Router<D>> {
+            let (routes, moe) = (routes.clone(), moe.clone());
+            Box::new(Self { inner, routes, moe, layer, used: AtomicUsize::new(0) })
+        };
+        let layers = std::mem::take(&mut backbone.layers).into_iter().enumerate();
+        let layers = layers.map(|(index, layer)| {
+            let feed_forward = match layer.feed_forward {
+                FeedForwardLayer::Sparse(MoELayer { router: inner, shared }) => {
+                    FeedForwardLayer::Sparse(MoELayer { router: router(inner, index), shared })
+                }
+                dense => dense,
+            };
+            BackboneLayer { feed_forward, ..layer }
+        });
+        backbone.layers = layers.collect();
     }
 }
 

@@ -16,11 +16,11 @@ use lite_llm_kernels::{
     cuda_device::Gpu,
 };
 use lite_llm_runtime::{
-    backbone::{Backbone, FeedForwardLayer},
+    backbone::Backbone,
     engine::{Event, Step},
     random::{Purpose, random_u64},
     residency::ResidenceStats,
-    routing::{RecordedRouter, RecordedRoutes, Router},
+    routing::{RecordedRouter, RecordedRoutes},
     sequence::Request,
     store::DramStore,
 };
@@ -91,14 +91,7 @@ fn run(args: &BenchHbmArgs, json: bool) -> Result<()> {
     below.load_all(&checkpoint)?;
     let context = args.local.context;
     let mut backbone = Backbone::load_served(&checkpoint, context, gpu.clone(), |_, _| {})?;
-    for (index, layer) in backbone.layers.iter_mut().enumerate() {
-        if let FeedForwardLayer::Sparse(sparse) = &mut layer.feed_forward {
-            let nothing: Box<dyn Router<Gpu>> = Box::new(Nothing);
-            let inner = std::mem::replace(&mut sparse.router, nothing);
-            let router = RecordedRouter::new(inner, routes.clone(), moe.clone(), index);
-            sparse.router = Box::new(router);
-        }
-    }
+    RecordedRouter::install(&mut backbone, &routes, &moe);
     let cache = (compute.kv_bytes(1)?, args.local.kv_dtype);
     let backbone = Arc::new(backbone);
     let (mut engine, store) =
@@ -212,19 +205,4 @@ fn bus_rate(gpu: &Gpu) -> Result<f64> {
         seconds.push(from.elapsed().max(Duration::from_nanos(1)).as_secs_f64());
     }
     Ok(COPY_BYTES as f64 / seconds.median())
-}
-
-/// Stands where a router is taken from.
-struct Nothing;
-
-impl Router<Gpu> for Nothing {
-    fn route(
-        &self,
-        _: &Gpu,
-        _: &<Gpu as lite_llm_kernels::device::Device>::Tensor,
-        _: &[&lite_llm_runtime::tier::TierMask],
-        _: &mut lite_llm_runtime::routing::Routes,
-    ) -> Result<(), lite_llm_kernels::device::DeviceError> {
-        Ok(())
-    }
 }
