@@ -1,9 +1,9 @@
 //! Steps that several workers compute have the bits of one process, also when workers are lost.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use lite_llm_actors::training::{
-    Hub,
+    Hub, Patience,
     worker::{TrainWorkerOptions, serve},
 };
 use lite_llm_kernels::{DETERMINISM_VERSION, cpu::Cpu};
@@ -24,7 +24,8 @@ use lite_llm_transport::{
 };
 use tokio::{runtime::Handle, task::JoinHandle};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Patience =
+    Patience { alone: Duration::from_secs(60), regroup: Duration::from_millis(800) };
 
 fn config(out: &str) -> TrainConfig {
     let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/manpages-moe");
@@ -59,25 +60,31 @@ fn write_text(dir: &Path) {
 }
 
 /// Losses of all steps, and the model's hash.
-type Bits = (Vec<u64>, Hash);
+type Bits = (BTreeMap<u64, u64>, Hash);
 
-/// Trains to the end; `between` is called after each step.
-fn finish(mut run: Run, mut between: impl FnMut(u64)) -> Result<Bits, String> {
-    let mut losses = Vec::new();
+/// Trains to the end; `between` is called after each step. Says how often it went on from a checkpoint, too.
+fn finish(mut run: Run, mut between: impl FnMut(u64)) -> Result<(Bits, usize), String> {
+    let (mut losses, mut resumed) = (BTreeMap::new(), 0);
     loop {
         let events = run.advance().map_err(|error| error.to_string())?;
         if events.is_empty() {
             break;
         }
         for event in events {
-            if let Happened::Step(record) = event {
-                losses.push(record.total.to_bits());
-                between(record.step);
+            match event {
+                Happened::Step(record) => {
+                    let bits = record.total.to_bits();
+                    let before = losses.insert(record.step, bits);
+                    assert!(before.is_none_or(|before| before == bits), "step {}", record.step);
+                    between(record.step);
+                }
+                Happened::Resumed { .. } => resumed += 1,
+                _ => {}
             }
         }
     }
     let model = Checkpoint::open(run.out().join(state::MODEL)).unwrap();
-    Ok((losses, Hash(model.id())))
+    Ok(((losses, Hash(model.id())), resumed))
 }
 
 fn worker(hub: &Hub, number: usize) -> JoinHandle<()> {
@@ -92,7 +99,7 @@ fn worker(hub: &Hub, number: usize) -> JoinHandle<()> {
     })
 }
 
-/// A worker that leaves when it has been given something to compute.
+/// A worker that leaves with the first thing that it is told.
 fn quits(hub: &Hub) -> JoinHandle<()> {
     let (address, token) = (hub.address(), hub.token().clone());
     tokio::spawn(async move {
@@ -102,11 +109,11 @@ fn quits(hub: &Hub) -> JoinHandle<()> {
         let connection = endpoint.connect(address, &Expect::coordinator()).await.unwrap();
         let (_to, mut from) = connection.accept_stream().await.unwrap().into_frames();
         while let Ok(Some(frame)) = from.recv().await {
-            if matches!(frame.decode::<TrainMessage>(), Ok(TrainMessage::Work { .. })) {
+            if matches!(frame.decode::<TrainMessage>(), Ok(TrainMessage::Order { .. })) {
                 break;
             }
         }
-        connection.close("gone with its node");
+        connection.close("gone with its order");
     })
 }
 
@@ -114,18 +121,17 @@ async fn shared(
     dir: &Path,
     out: &'static str,
     count: usize,
-    patience: Duration,
+    patience: Patience,
     start: impl Fn(&Hub, usize) -> JoinHandle<()>,
     mut between: impl FnMut(u64, &mut Vec<JoinHandle<()>>) + Send + 'static,
-) -> Result<Bits, String> {
+) -> Result<(Bits, usize), String> {
     let loopback = "127.0.0.1:0".parse().unwrap();
     let hub = Hub::start(loopback, count, patience).await.unwrap();
     let mut workers: Vec<_> = (1..=count).map(|number| start(&hub, number)).collect();
-    hub.ready().await.unwrap();
-    let (dir, remote) = (dir.to_owned(), hub.workers(Handle::current()));
+    let (dir, ranks) = (dir.to_owned(), hub.ranks(Handle::current()));
     let bits = tokio::task::spawn_blocking(move || {
         let mut run = Run::open(config(out), &dir, Arc::new(Cpu::best(1)), false).unwrap();
-        run.share(remote);
+        run.share(ranks).map_err(|error| error.to_string())?;
         finish(run, |step| between(step, &mut workers))
     });
     let bits = bits.await.unwrap();
@@ -133,37 +139,50 @@ async fn shared(
     bits
 }
 
+fn alone(dir: &Path) -> Bits {
+    let run = Run::open(config("alone"), dir, Arc::new(Cpu::best(2)), false).unwrap();
+    let (expected, resumed) = finish(run, |_| {}).unwrap();
+    assert_eq!((expected.0.len(), resumed), (6, 0));
+    expected
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_number_of_workers_has_the_bits_of_one_process() {
     let dir = tempfile::tempdir().unwrap();
     write_text(dir.path());
-    let run = Run::open(config("alone"), dir.path(), Arc::new(Cpu::best(2)), false).unwrap();
-    let expected = finish(run, |_| {}).unwrap();
-    assert_eq!(expected.0.len(), 6);
+    let expected = alone(dir.path());
     for (out, count) in [("one", 1), ("two", 2), ("three", 3)] {
         let found = shared(dir.path(), out, count, PATIENCE, worker, |_, _| {}).await.unwrap();
-        assert_eq!(found, expected, "{count} workers");
+        assert_eq!(found, (expected.clone(), 0), "{count} workers");
     }
-    // One is lost after the second step, another after the fourth: the last computes alone.
-    let found = shared(dir.path(), "lost", 3, PATIENCE, worker, |step, workers| {
-        if step == 2 || step == 4 {
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_loses_workers_goes_on_from_its_checkpoint_with_equal_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let expected = alone(dir.path());
+    // One is lost after the second step, another after the fifth: the last computes alone. Each time once: the steps
+    // behind the checkpoint are done again.
+    let mut lost = [2, 5].into_iter().peekable();
+    let found = shared(dir.path(), "lost", 3, PATIENCE, worker, move |step, workers| {
+        if lost.next_if_eq(&step).is_some() {
             workers.pop().unwrap().abort();
         }
     });
-    assert_eq!(found.await.unwrap(), expected, "with two workers lost");
-    // One leaves with the first node that it was given.
+    assert_eq!(found.await.unwrap(), (expected.clone(), 2), "with two workers lost");
+    // One leaves with the first thing that it is told.
     let start = |hub: &Hub, number| if number == 3 { quits(hub) } else { worker(hub, number) };
     let found = shared(dir.path(), "left", 3, PATIENCE, start, |_, _| {});
-    assert_eq!(found.await.unwrap(), expected, "with a worker that left with its node");
+    assert_eq!(found.await.unwrap().0, expected, "with a worker that left at once");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_run_without_workers_says_so_and_goes_on_from_its_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     write_text(dir.path());
-    let run = Run::open(config("alone"), dir.path(), Arc::new(Cpu::best(2)), false).unwrap();
-    let expected = finish(run, |_| {}).unwrap();
-    let patience = Duration::from_secs(5);
+    let expected = alone(dir.path());
+    let patience = Patience { alone: Duration::from_secs(4), ..PATIENCE };
     let found = shared(dir.path(), "broken", 1, patience, worker, |step, workers| {
         if step == 4 {
             workers.pop().unwrap().abort();
@@ -172,5 +191,5 @@ async fn a_run_without_workers_says_so_and_goes_on_from_its_checkpoint() {
     let error = found.await.unwrap_err();
     assert!(error.contains("no worker is left") && error.contains("--resume"), "{error}");
     let run = Run::open(config("broken"), dir.path(), Arc::new(Cpu::best(1)), true).unwrap();
-    assert_eq!(finish(run, |_| {}).unwrap().1, expected.1);
+    assert_eq!(finish(run, |_| {}).unwrap().0.1, expected.1);
 }

@@ -76,7 +76,7 @@ pub enum StreamKind {
     Client = 4,
     /// Requests for experts' weights, and those.
     Weights = 5,
-    /// Nodes of a training step, and what they give.
+    /// What ranks of a training are told, and what they ask of each other.
     Train = 6,
 }
 
@@ -102,7 +102,7 @@ impl StreamKind {
             (self, opener, acceptor),
             (StreamKind::Control, Coordinator, Worker | Coordinator)
                 | (StreamKind::Control, Worker, Coordinator)
-                | (StreamKind::Experts | StreamKind::Weights, Worker, Worker)
+                | (StreamKind::Experts | StreamKind::Weights | StreamKind::Train, Worker, Worker)
                 | (StreamKind::Job | StreamKind::Train, Coordinator, Worker)
                 | (StreamKind::Client, Client, Coordinator)
         )

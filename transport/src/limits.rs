@@ -8,7 +8,7 @@
 //! | job | 20 MiB and a bit: the start, with all token ids | 64 MiB: events |
 //! | client | 8 MiB and a bit: a request, with prompt and answer so far | 64 MiB: events |
 //! | weights | 1 KiB: a request | 1 MiB: a part of an expert |
-//! | training | 1 MiB: a part of work or parameters | 1 MiB: a part of gradients |
+//! | training | 1 MiB: a part of an order, of rows or of parameters | 1 MiB: a part of what is given |
 //! | control | no frames of ours: `actors::control` bounds its messages | |
 //!
 //! By connection, for what the peer is:

@@ -168,16 +168,18 @@ fn frames_of_experts_are_written_and_read_as_they_were() {
 
 #[test]
 fn messages_of_training_are_written_and_read_as_they_were() {
-    use lite_llm_transport::messages::TrainMessage::{Computed, Failed, Model, Values, Work};
+    use lite_llm_transport::messages::TrainMessage::{Call, Failed, Given, Order, Rank, Ranks};
+    let trace = TraceContext { trace_id: [1; 16], span_id: [2; 8], flags: 1 };
     let all = [
-        Model { bytes: 7 },
-        Values { bytes: 8 },
-        Work { number: 1, bytes: 9 },
-        Computed { number: 2, bytes: 10 },
-        Failed { number: 3, bytes: 11 },
+        Ranks { rank: 1, epoch: 2, bytes: 7 },
+        Order { trace, bytes: 8 },
+        Rank { rank: 3, epoch: 4 },
+        Call { trace, bytes: 9 },
+        Given { bytes: 10 },
+        Failed { bytes: 11 },
     ];
     for (i, head) in all.iter().enumerate() {
-        message(&format!("train_message_{i}.v3"), head);
+        message(&format!("train_message_{i}.v4"), head);
     }
 }
 

@@ -1,15 +1,16 @@
-//! The actor that gives nodes to workers, and takes what they give.
+//! The actor that knows the workers of a training: who they are, what each was told, and what it gives.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use lite_llm_runtime::{checkpoint::index::Hash, train::shared::values_to_bytes};
+use lite_llm_runtime::train::TrainError;
 use lite_llm_transport::{
     connection::{Connection, StreamKind},
-    messages::TrainMessage,
+    messages::{TraceContext, TrainMessage},
     pool::BufferPool,
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
@@ -19,60 +20,48 @@ use tracing::{info, warn};
 
 use super::stream::TrainStream;
 
-/// How long a worker may take for a node; one that takes longer is taken for lost.
-pub const NODE_TIMEOUT: Duration = Duration::from_secs(1800);
-/// Bytes of parameters in one message, unless one parameter has more.
-const VALUES_BYTES: usize = 64 << 20;
-/// What a node may give beside a gradient of every parameter: what its gates say.
-const SUMS_BYTES_MAX: u64 = 1 << 30;
+/// How long a worker may take for an order; one that takes longer is taken for lost.
+pub const ORDER_TIMEOUT: Duration = Duration::from_secs(1800);
+const TICK: Duration = Duration::from_millis(200);
+/// Longest thing that is given: values of one parameter and its states.
+const GIVEN_BYTES_MAX: u64 = 64 << 30;
+/// Orders on their way to one worker.
+const ORDERS_MAX: usize = 4;
 
-/// The parameters at one step.
-#[derive(Debug)]
-pub struct Snapshot {
-    /// Configuration of the model.
-    pub(super) model: Arc<Vec<u8>>,
-    /// Of each parameter.
-    pub(super) values: Vec<(Hash, Arc<Vec<f32>>)>,
-}
-
-/// Why a step has no result.
-#[derive(Debug)]
-pub enum Refused {
-    /// A worker's reason, as bytes of a `TrainError`: any other would have it, too.
-    Work(Vec<u8>),
-    /// There is no worker.
-    Nobody(String),
-}
-
-/// What a node gave: bytes, or those of the reason why not.
-type Found = Result<Vec<u8>, Vec<u8>>;
+/// What ranks gave, or why they did not.
+type Told = Result<Vec<Vec<u8>>, TrainError>;
 
 /// What the hub is told.
 #[derive(RactorMessage)]
 pub enum HubMessage {
     /// A worker has come.
     Joined(Connection),
-    /// Says when so many workers are there.
-    Ready(usize, RpcReplyPort<()>),
-    /// Gives nodes to workers.
-    Compute {
-        /// Parameters.
-        snapshot: Arc<Snapshot>,
-        /// Nodes.
-        work: Vec<Arc<Vec<u8>>>,
-        /// What they give, in their order.
-        reply: RpcReplyPort<Result<Vec<Vec<u8>>, Refused>>,
+    /// Gathers workers for a new beginning, as many as wanted if they come: their number.
+    Gather {
+        /// How many are wanted.
+        wanted: usize,
+        /// Says how many there are.
+        reply: RpcReplyPort<Result<usize, TrainError>>,
+    },
+    /// Looks whether those who are waited for are there.
+    Tick,
+    /// Tells each rank something.
+    Tell {
+        /// By rank.
+        orders: Vec<Arc<Vec<u8>>>,
+        /// The span that it belongs to.
+        trace: TraceContext,
+        /// What they gave, by rank.
+        reply: RpcReplyPort<Told>,
     },
     /// A worker gave something.
     Done {
         /// Which worker.
         worker: u64,
-        /// Of which step.
-        step: u64,
-        /// Which node.
-        number: usize,
+        /// For which order.
+        order: u64,
         /// What.
-        found: Found,
+        given: Result<Vec<u8>, TrainError>,
     },
     /// A worker is gone.
     Lost {
@@ -81,13 +70,21 @@ pub enum HubMessage {
         /// Why.
         reason: String,
     },
-    /// The time to wait for a worker is over.
-    Waited {
-        /// In which step.
-        step: u64,
-        /// How many had joined when it began.
-        joined: u64,
-    },
+}
+
+/// How long workers are waited for.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// One, when none is there.
+    pub alone: Duration,
+    /// As many as are wanted, when some are there.
+    pub regroup: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { alone: Duration::from_secs(60), regroup: Duration::from_secs(15) }
+    }
 }
 
 /// See the module's text.
@@ -95,90 +92,133 @@ pub struct HubActor;
 
 /// What the hub knows.
 pub struct Hub {
-    patience: Duration,
+    patience: Patience,
     workers: BTreeMap<u64, Member>,
     /// Workers so far.
     count: u64,
-    /// Steps so far.
-    steps: u64,
-    ready: Vec<(usize, RpcReplyPort<()>)>,
+    last_came: Instant,
+    gathering: Option<Gathering>,
+    /// Beginnings so far.
+    epoch: u64,
+    /// Workers by their rank.
+    ranks: Vec<u64>,
+    /// Orders so far.
+    orders: u64,
     current: Option<Current>,
 }
 
 struct Member {
     name: String,
-    orders: mpsc::Sender<Order>,
-    /// The node that it computes.
-    busy: Option<usize>,
+    address: SocketAddr,
+    orders: mpsc::Sender<Sent>,
+}
+
+struct Gathering {
+    wanted: usize,
+    since: Instant,
+    reply: RpcReplyPort<Result<usize, TrainError>>,
 }
 
 struct Current {
-    step: u64,
-    snapshot: Arc<Snapshot>,
-    work: Vec<Arc<Vec<u8>>>,
-    waiting: VecDeque<usize>,
-    found: Vec<Option<Vec<u8>>>,
-    reply: RpcReplyPort<Result<Vec<Vec<u8>>, Refused>>,
+    order: u64,
+    given: HashMap<u64, Result<Vec<u8>, TrainError>>,
+    reply: RpcReplyPort<Told>,
 }
 
-struct Order {
-    step: u64,
-    number: usize,
-    snapshot: Arc<Snapshot>,
-    work: Arc<Vec<u8>>,
+enum Sent {
+    Ranks { rank: u32, epoch: u64, list: Arc<Vec<u8>> },
+    Order { order: u64, trace: TraceContext, bytes: Arc<Vec<u8>> },
 }
 
 impl Hub {
-    /// Gives what waits to who is idle.
-    fn give(&mut self, myself: &ActorRef<HubMessage>) {
-        let Some(current) = &mut self.current else { return };
-        let idle = self.workers.values_mut().filter(|member| member.busy.is_none());
-        for member in idle {
-            let Some(number) = current.waiting.pop_front() else { break };
-            let (step, snapshot) = (current.step, current.snapshot.clone());
-            let order = Order { step, number, snapshot, work: current.work[number].clone() };
-            // One whose task has ended will be reported as lost, and the node waits again.
-            let _ = member.orders.try_send(order);
-            member.busy = Some(number);
-        }
-        if self.workers.is_empty() {
-            let (step, joined) = (current.step, self.count);
-            myself.send_after(self.patience, move || HubMessage::Waited { step, joined });
-        }
-    }
-
-    fn tell_ready(&mut self) {
-        let here = self.workers.len();
-        for (wanted, reply) in std::mem::take(&mut self.ready) {
+    /// Begins anew with those that are there, if nobody else is waited for.
+    fn look(&mut self) {
+        let Some(Gathering { wanted, since, .. }) = &self.gathering else { return };
+        let (here, waited) = (self.workers.len(), since.elapsed());
+        let Patience { alone, regroup } = self.patience;
+        // A newcomer is likely to have company.
+        let few = waited >= regroup && self.last_came.elapsed() >= regroup / 4;
+        let result = match here {
+            0 if waited < alone => return,
+            0 => Err(TrainError::Workers(format!("no worker is left, and none came in {alone:?}"))),
+            _ if here >= *wanted || few => Ok(here),
+            _ => return,
+        };
+        let Some(Gathering { wanted, reply, .. }) = self.gathering.take() else { return };
+        if let Ok(here) = result {
             if here < wanted {
-                self.ready.push((wanted, reply));
-            } else {
-                // Who has given up waiting is not told.
-                let _ = reply.send(());
+                warn!(here, wanted, "the training goes on with fewer workers");
+            }
+            self.epoch += 1;
+            self.ranks = self.workers.keys().copied().collect();
+            let line = |member: &Member| format!("{} {}\n", member.address, member.name);
+            let list: String = self.workers.values().map(line).collect();
+            let list = Arc::new(list.into_bytes());
+            for (rank, member) in (0u32..).zip(self.workers.values()) {
+                // One whose task has ended will be reported as lost.
+                let sent = Sent::Ranks { rank, epoch: self.epoch, list: list.clone() };
+                let _ = member.orders.try_send(sent);
             }
         }
+        // A run that was given up is not told.
+        let _ = reply.send(result);
     }
 
-    fn end(&mut self, result: impl FnOnce(Vec<Option<Vec<u8>>>) -> Result<Vec<Vec<u8>>, Refused>) {
-        if let Some(Current { reply, found, .. }) = self.current.take() {
-            // A run that was given up is not told.
-            let _ = reply.send(result(found));
+    /// Answers when all ranks have.
+    fn answer(&mut self) {
+        let all = |current: &&mut Current| {
+            self.ranks.iter().all(|worker| current.given.contains_key(worker))
+        };
+        if self.current.as_mut().filter(all).is_none() {
+            return;
         }
+        let Some(Current { mut given, reply, .. }) = self.current.take() else { return };
+        let mut all = Vec::with_capacity(self.ranks.len());
+        let mut error = None;
+        for worker in &self.ranks {
+            match given.remove(worker) {
+                Some(Ok(bytes)) => all.push(bytes),
+                // What is wrong with the training itself goes before who was lost with it.
+                Some(Err(TrainError::Lost(reason))) => {
+                    error.get_or_insert(TrainError::Lost(reason));
+                }
+                Some(Err(other)) => error = Some(other),
+                None => {}
+            }
+        }
+        // A run that was given up is not told.
+        let _ = reply.send(error.map_or(Ok(all), Err));
+    }
+
+    fn give(&mut self, worker: u64, given: Result<Vec<u8>, TrainError>) {
+        if let Some(current) = &mut self.current {
+            current.given.entry(worker).or_insert(given);
+        }
+        self.answer();
     }
 }
 
 impl Actor for HubActor {
     type Msg = HubMessage;
     type State = Hub;
-    type Arguments = Duration;
+    type Arguments = Patience;
 
     async fn pre_start(
         &self,
         _: ActorRef<Self::Msg>,
-        patience: Duration,
+        patience: Patience,
     ) -> Result<Hub, ActorProcessingErr> {
-        let (workers, ready) = (BTreeMap::new(), Vec::new());
-        Ok(Hub { patience, workers, count: 0, steps: 0, ready, current: None })
+        Ok(Hub {
+            patience,
+            workers: BTreeMap::new(),
+            count: 0,
+            last_came: Instant::now(),
+            gathering: None,
+            epoch: 0,
+            ranks: Vec::new(),
+            orders: 0,
+            current: None,
+        })
     }
 
     async fn handle(
@@ -190,63 +230,58 @@ impl Actor for HubActor {
         match message {
             HubMessage::Joined(connection) => {
                 hub.count += 1;
-                let (id, name) = (hub.count, connection.peer().to_string());
+                hub.last_came = Instant::now();
+                let (id, name) = (hub.count, connection.peer().name.clone());
                 info!(worker = name, "joined the training");
-                let (orders, taken) = mpsc::channel(1);
+                let address = connection.address();
+                let (orders, taken) = mpsc::channel(ORDERS_MAX);
                 tokio::spawn(attend(id, connection, taken, myself.clone()));
-                hub.workers.insert(id, Member { name, orders, busy: None });
-                hub.tell_ready();
-                hub.give(&myself);
+                hub.workers.insert(id, Member { name, address, orders });
+                hub.look();
             }
-            HubMessage::Ready(wanted, reply) => {
-                hub.ready.push((wanted, reply));
-                hub.tell_ready();
-            }
-            HubMessage::Compute { snapshot, work, reply } => {
-                hub.end(|_| Err(Refused::Nobody("another step was begun".into())));
-                hub.steps += 1;
-                let (waiting, found) = ((0..work.len()).collect(), vec![None; work.len()]);
-                let step = hub.steps;
-                hub.current = Some(Current { step, snapshot, work, waiting, found, reply });
-                hub.give(&myself);
-            }
-            HubMessage::Done { worker, step, number, found } => {
-                if let Some(member) = hub.workers.get_mut(&worker) {
-                    member.busy = None;
+            HubMessage::Gather { wanted, reply } => {
+                hub.gathering = Some(Gathering { wanted, since: Instant::now(), reply });
+                hub.look();
+                if hub.gathering.is_some() {
+                    myself.send_after(TICK, || HubMessage::Tick);
                 }
-                if let Some(current) = hub.current.as_mut().filter(|current| current.step == step) {
-                    match found {
-                        Ok(bytes) => {
-                            current.found[number] = Some(bytes);
-                            if current.found.iter().all(Option::is_some) {
-                                hub.end(|found| Ok(found.into_iter().flatten().collect()));
-                            }
-                        }
-                        Err(error) => hub.end(|_| Err(Refused::Work(error))),
+            }
+            HubMessage::Tick => {
+                hub.look();
+                if hub.gathering.is_some() {
+                    myself.send_after(TICK, || HubMessage::Tick);
+                }
+            }
+            HubMessage::Tell { orders, trace, reply } => {
+                if orders.len() != hub.ranks.len() {
+                    let error = TrainError::Workers("orders for other ranks".into());
+                    let _ = reply.send(Err(error));
+                    return Ok(());
+                }
+                hub.orders += 1;
+                let order = hub.orders;
+                hub.current = Some(Current { order, given: HashMap::new(), reply });
+                for (worker, bytes) in hub.ranks.clone().into_iter().zip(orders) {
+                    let sent = hub
+                        .workers
+                        .get(&worker)
+                        .map(|member| member.orders.try_send(Sent::Order { order, trace, bytes }));
+                    if !matches!(sent, Some(Ok(()))) {
+                        hub.give(worker, Err(TrainError::Lost("a worker is gone".into())));
                     }
                 }
-                hub.give(&myself);
+            }
+            HubMessage::Done { worker, order, given } => {
+                if hub.current.as_ref().is_some_and(|current| current.order == order) {
+                    hub.give(worker, given);
+                }
             }
             HubMessage::Lost { worker, reason } => {
                 let Some(member) = hub.workers.remove(&worker) else { return Ok(()) };
-                warn!(worker = member.name, reason, "lost; others compute what it had");
-                if let (Some(number), Some(current)) = (member.busy, &mut hub.current)
-                    && current.found.get(number).is_some_and(Option::is_none)
-                    && !current.waiting.contains(&number)
-                {
-                    current.waiting.push_front(number);
-                }
-                hub.give(&myself);
-            }
-            HubMessage::Waited { step, joined } => {
-                let here = hub.current.as_ref().is_some_and(|current| current.step == step);
-                if here && hub.count == joined && hub.workers.is_empty() {
-                    let patience = hub.patience;
-                    hub.end(|_| {
-                        Err(Refused::Nobody(format!(
-                            "no worker is left, and none came in {patience:?}"
-                        )))
-                    });
+                warn!(worker = member.name, reason, "lost");
+                let reason = format!("worker {} is lost: {reason}", member.name);
+                if hub.ranks.contains(&worker) {
+                    hub.give(worker, Err(TrainError::Lost(reason)));
                 }
             }
         }
@@ -254,30 +289,33 @@ impl Actor for HubActor {
     }
 }
 
-/// What a worker was told so far.
-#[derive(Default)]
-struct Told {
-    model: Option<Arc<Vec<u8>>>,
-    values: Vec<Option<Hash>>,
-}
-
 /// Carries orders to one worker, until it is lost.
 async fn attend(
     worker: u64,
     connection: Connection,
-    mut orders: mpsc::Receiver<Order>,
+    mut orders: mpsc::Receiver<Sent>,
     hub: ActorRef<HubMessage>,
 ) {
     let lost = async {
         let frames = connection.open_stream(StreamKind::Train).await.map_err(|e| e.to_string())?;
         let mut stream = TrainStream::new(frames, &connection, BufferPool::default());
-        let mut told = Told::default();
-        while let Some(order) = orders.recv().await {
-            let (step, number) = (order.step, order.number);
-            let carried = timeout(NODE_TIMEOUT, carry(&mut stream, &mut told, order)).await;
-            let found = carried.map_err(|_| format!("it gave nothing for {NODE_TIMEOUT:?}"))??;
-            if hub.cast(HubMessage::Done { worker, step, number, found }).is_err() {
-                break;
+        while let Some(sent) = orders.recv().await {
+            match sent {
+                Sent::Ranks { rank, epoch, list } => {
+                    let bytes = list.len() as u64;
+                    stream.send(TrainMessage::Ranks { rank, epoch, bytes }, &list).await?;
+                }
+                Sent::Order { order, trace, bytes } => {
+                    let head = TrainMessage::Order { trace, bytes: bytes.len() as u64 };
+                    stream.send(head, &bytes).await?;
+                    drop(bytes);
+                    let given = timeout(ORDER_TIMEOUT, stream.given(GIVEN_BYTES_MAX)).await;
+                    let given =
+                        given.map_err(|_| format!("it gave nothing for {ORDER_TIMEOUT:?}"))??;
+                    if hub.cast(HubMessage::Done { worker, order, given }).is_err() {
+                        break;
+                    }
+                }
             }
         }
         Ok::<(), String>(())
@@ -292,48 +330,4 @@ async fn attend(
     connection.close(&reason);
     // The hub that has ended needs no word.
     let _ = hub.cast(HubMessage::Lost { worker, reason });
-}
-
-/// Tells a worker what has changed, gives it a node, and waits for what that gives.
-async fn carry(stream: &mut TrainStream, told: &mut Told, order: Order) -> Result<Found, String> {
-    let Order { number, snapshot, work, .. } = order;
-    if told.model.as_ref() != Some(&snapshot.model) {
-        let bytes = snapshot.model.len() as u64;
-        stream.send(TrainMessage::Model { bytes }, &snapshot.model).await?;
-        told.model = Some(snapshot.model.clone());
-        told.values = vec![None; snapshot.values.len()];
-    }
-    let news: Vec<usize> = (0..snapshot.values.len())
-        .filter(|id| told.values[*id] != Some(snapshot.values[*id].0))
-        .collect();
-    let mut news = &news[..];
-    while !news.is_empty() {
-        let (mut bytes, mut count) = (0, 0);
-        while count < news.len() && (count == 0 || bytes < VALUES_BYTES) {
-            bytes += 4 * snapshot.values[news[count]].1.len();
-            count += 1;
-        }
-        let (now, later) = news.split_at(count);
-        let values = values_to_bytes(now.iter().map(|id| (*id, &snapshot.values[*id].1[..])));
-        let bytes = values.len() as u64;
-        stream.send(TrainMessage::Values { bytes }, &values).await?;
-        now.iter().for_each(|id| told.values[*id] = Some(snapshot.values[*id].0));
-        news = later;
-    }
-    let bytes = work.len() as u64;
-    stream.send(TrainMessage::Work { number: number as u64, bytes }, &work).await?;
-    let gradients: u64 =
-        snapshot.values.iter().map(|(_, values)| 4 * values.len() as u64 + 32).sum();
-    // The embedding has two where it is the output projection, too.
-    let limit = 2 * gradients + SUMS_BYTES_MAX;
-    let head = stream.head().await?.ok_or("it closed its stream")?;
-    match head {
-        TrainMessage::Computed { number: of, .. } if of == number as u64 => {
-            Ok(Ok(stream.bytes(head, limit).await?))
-        }
-        TrainMessage::Failed { number: of, .. } if of == number as u64 => {
-            Ok(Err(stream.bytes(head, limit).await?))
-        }
-        other => Err(format!("it answers {other:?} to work {number}")),
-    }
 }

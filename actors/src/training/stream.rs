@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use lite_llm_runtime::train::TrainError;
 use lite_llm_transport::{
     connection::Connection,
     frame::{FrameReceiver, FrameSender},
@@ -48,6 +49,33 @@ impl TrainStream {
             sent.map_err(|_| self.lost(slow()))?.map_err(|error| self.lost(error))?;
         }
         Ok(())
+    }
+
+    /// What an order or a call gave, or why it gave nothing; an error if the peer is lost.
+    pub(super) async fn given(
+        &mut self,
+        limit: u64,
+    ) -> Result<Result<Vec<u8>, TrainError>, String> {
+        let head = self.head().await?.ok_or_else(|| self.lost("it closed its stream"))?;
+        let bytes = self.bytes(head, limit).await?;
+        match head {
+            TrainMessage::Given { .. } => Ok(Ok(bytes)),
+            TrainMessage::Failed { .. } => {
+                Ok(Err(TrainError::from_bytes(&bytes).map_err(|error| self.lost(error))?))
+            }
+            other => Err(self.lost(format!("it answers {other:?}"))),
+        }
+    }
+
+    /// Sends what an order or a call gave.
+    pub(super) async fn give(&mut self, given: Result<Vec<u8>, TrainError>) -> Result<(), String> {
+        match given {
+            Ok(given) => self.send(TrainMessage::Given { bytes: given.len() as u64 }, &given).await,
+            Err(error) => {
+                let error = TrainError::to_bytes(&error);
+                self.send(TrainMessage::Failed { bytes: error.len() as u64 }, &error).await
+            }
+        }
     }
 
     /// The next message; `None` if there are no more.

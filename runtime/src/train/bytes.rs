@@ -1,5 +1,7 @@
 //! Numbers as bytes, little-endian, every bit kept; and back, with every length checked before memory is used.
 
+use std::ops::Range;
+
 /// Bytes that are not what they should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("bytes of training that have no valid layout; the peer sends damaged data")]
@@ -16,6 +18,11 @@ impl Writer {
 
     pub(super) fn number(&mut self, n: usize) {
         self.0.extend((n as u64).to_le_bytes());
+    }
+
+    pub(super) fn range(&mut self, range: &Range<usize>) {
+        self.number(range.start);
+        self.number(range.end);
     }
 
     pub(super) fn f32(&mut self, x: f32) {
@@ -78,6 +85,10 @@ impl<'a> Reader<'a> {
 
     pub(super) fn number(&mut self) -> Result<usize, Damaged> {
         usize::try_from(u64::from_le_bytes(self.array()?)).map_err(|_| Damaged)
+    }
+
+    pub(super) fn range(&mut self) -> Result<Range<usize>, Damaged> {
+        Ok(self.number()?..self.number()?)
     }
 
     /// How many things follow that take so many bytes each at least.

@@ -176,13 +176,15 @@ pub enum Precision {
 pub struct CheckpointConfig {
     /// Steps between two; 0: at the end of a phase only.
     pub every: u64,
+    /// Minutes between two, beside `every`; 0: however long it takes.
+    pub minutes: u64,
     /// How many are kept.
     pub keep: usize,
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: 100, keep: 2 }
+        Self { every: 100, minutes: 0, keep: 2 }
     }
 }
 

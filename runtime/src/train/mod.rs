@@ -17,16 +17,21 @@ pub mod batch;
 mod bytes;
 pub mod config;
 pub mod data;
+mod engine;
+pub mod exchange;
 pub mod gradients;
 pub mod grow;
+mod happened;
 mod moe;
 pub mod optimizer;
+pub mod orders;
 pub mod params;
 mod pass;
 mod phase;
+pub mod rank;
 pub mod run;
 pub mod schedule;
-pub mod shared;
+pub mod spread;
 pub mod starvation;
 pub mod state;
 pub mod step;
@@ -83,6 +88,9 @@ pub enum TrainError {
         /// What it is.
         norm: f32,
     },
+    /// A rank is lost: the run goes on from its last checkpoint when there are others.
+    #[error("{0}")]
+    Lost(String),
     /// Those who compute are gone, or say what cannot be.
     #[error("{0}; what is saved is as it was: go on with --resume")]
     Workers(String),

@@ -30,6 +30,7 @@ use super::{
     TrainError,
     balance::{BalanceWeights, Sums, log_sum_exp},
     batch::Flat,
+    exchange::Others,
     gradients::Gradients,
     params::{FeedForwardIds, MlpIds, ParamId, Params, TierIds},
 };
@@ -41,12 +42,14 @@ use crate::{
 
 /// One expert's part of a layer.
 pub(super) struct ExpertTape {
-    key: ExpertKey,
+    pub(super) key: ExpertKey,
     ids: MlpIds,
-    /// Rows of the batch that came, upwards.
-    rows: Vec<u32>,
+    /// The rank that has it, if it is another one: what its backward pass needs is there, but for the output.
+    pub(super) owner: Option<usize>,
+    /// Rows of the pass that came, upwards.
+    pub(super) rows: Vec<u32>,
     /// Which routes they are.
-    routes: Vec<u32>,
+    pub(super) routes: Vec<u32>,
     tape: GatedTape,
 }
 
@@ -60,7 +63,7 @@ pub(super) struct MoeTape {
 }
 
 /// Runs `f` for every item, on all threads.
-fn each<T: Send>(cpu: &Cpu, items: Vec<T>, f: impl Fn(&mut T) + Sync) -> Vec<T> {
+pub(super) fn each<T: Send>(cpu: &Cpu, items: Vec<T>, f: impl Fn(&mut T) + Sync) -> Vec<T> {
     let cells: Vec<Mutex<T>> = items.into_iter().map(Mutex::new).collect();
     cpu.pool().run(cells.len(), &|i| f(&mut cells[i].lock()));
     cells.into_iter().map(Mutex::into_inner).collect()
@@ -92,6 +95,15 @@ fn router(params: &Params, layer: usize, gate: ParamId, tiers: &[TierIds]) -> Hi
     HierarchicalRouter::new(layer, moe.into(), tier_gate, gates.collect())
 }
 
+/// Ranks that have some of the experts, and what they are told of this pass.
+pub(super) struct Elsewhere<'a> {
+    pub(super) others: &'a Others<'a>,
+    pub(super) pass: u64,
+    pub(super) flat: &'a Flat,
+    /// Whether a backward pass is to come.
+    pub(super) keep: bool,
+}
+
 /// The layer's output `[N, H]` for normalised states `hidden`, and its tape.
 pub(super) fn forward(
     cpu: &Cpu,
@@ -99,6 +111,7 @@ pub(super) fn forward(
     layer: usize,
     mask: &TierMask,
     hidden: &Tensor,
+    elsewhere: Option<Elsewhere<'_>>,
 ) -> Result<(Vec<f32>, MoeTape), TrainError> {
     let FeedForwardIds::Sparse { tiers_gate, tiers, shared } =
         &params.ids().layers[layer].feed_forward
@@ -118,20 +131,35 @@ pub(super) fn forward(
     for (c, (row, route)) in (0u32..).zip(routes.with_rows()) {
         let key = route.key;
         let ids = || tiers[key.tier as usize].each[key.group as usize].experts[key.expert as usize];
-        let expert = by_expert.entry(key).or_insert_with(|| ExpertTape {
-            key,
-            ids: ids(),
-            rows: Vec::new(),
-            routes: Vec::new(),
-            tape: GatedTape::default(),
+        let expert = by_expert.entry(key).or_insert_with(|| {
+            let ids = ids();
+            ExpertTape {
+                key,
+                ids,
+                owner: elsewhere.as_ref().and_then(|elsewhere| elsewhere.others.owner(ids.gate)),
+                rows: Vec::new(),
+                routes: Vec::new(),
+                tape: GatedTape::default(),
+            }
         });
         expert.rows.push(row as u32);
         expert.routes.push(c);
     }
-    let experts = each(cpu, by_expert.into_values().collect(), |expert| {
+    let experts: Vec<ExpertTape> = by_expert.into_values().collect();
+    // Others compute beside this rank.
+    let waiting = elsewhere.and_then(|Elsewhere { others, pass, flat, keep }| {
+        others.forward((pass, layer, keep), flat, hidden, &experts)
+    });
+    let mut experts = each(cpu, experts, |expert| {
+        if expert.owner.is_some() {
+            return;
+        }
         let rows: Vec<&[f32]> = expert.rows.iter().map(|&row| hidden.row(row as usize)).collect();
         expert.tape = gated::forward(cpu, Rows::List(&rows), packed_of(params, expert.ids));
     });
+    for (place, y) in waiting.map_or_else(|| Ok(Vec::new()), |w| w.outputs(&experts, width))? {
+        experts[place].tape.y = y;
+    }
     let mut parts: Vec<&[f32]> = vec![&[]; routes.all().len()];
     for expert in &experts {
         for (&c, y) in expert.routes.iter().zip(expert.tape.y.chunks_exact(width)) {
@@ -168,6 +196,8 @@ pub(super) struct Context<'a> {
     /// Sums over the whole global batch.
     pub(super) sums: &'a Sums,
     pub(super) balance: &'a BalanceWeights,
+    /// Ranks that have some of the experts, and the number of the pass.
+    pub(super) others: Option<(&'a Others<'a>, u64)>,
 }
 
 impl Context<'_> {
@@ -175,6 +205,39 @@ impl Context<'_> {
     fn plan(&self, rows: &[u32]) -> LeafPlan {
         let places: Vec<_> = rows.iter().map(|&row| self.flat.places[row as usize]).collect();
         LeafPlan::of_tokens(&places, self.flat.rows.clone())
+    }
+}
+
+/// What an expert's backward pass begins with: of each row that came, in the order of their places.
+pub(super) struct ExpertPart<'a> {
+    /// What came `[rows, H]`.
+    pub(super) x: Vec<&'a [f32]>,
+    pub(super) tape: &'a GatedTape,
+    /// By which outputs were multiplied.
+    pub(super) weights: Vec<f32>,
+    /// Of the layer's output `[rows, H]`.
+    pub(super) dout: Vec<&'a [f32]>,
+    pub(super) plan: LeafPlan,
+}
+
+impl ExpertPart<'_> {
+    /// Gradients of the routes' weights, and of the network.
+    pub(super) fn backward(
+        &self,
+        cpu: &Cpu,
+        params: &Params,
+        ids: MlpIds,
+        wanted: &[bool],
+    ) -> (Vec<f32>, gated::GatedGradients) {
+        let Self { x, tape, weights, dout, plan } = self;
+        let width = tape.y.len() / x.len().max(1);
+        let (mut dy, mut dw) = (Vec::with_capacity(tape.y.len()), Vec::with_capacity(x.len()));
+        for ((dout, weight), y) in dout.iter().zip(weights).zip(tape.y.chunks_exact(width)) {
+            dw.push(dot(cpu.simd(), dout, y));
+            dy.extend(dout.iter().map(|d| d * weight));
+        }
+        let (of, wanted) = (weights_of(params, ids), any_wanted(wanted, ids));
+        (dw, gated::backward(cpu, Rows::List(x), tape, of, &dy, plan, wanted))
     }
 }
 
@@ -187,7 +250,7 @@ pub(super) fn backward(
     hidden: &Tensor,
     dout: &[f32],
     gradients: &mut Gradients,
-) -> Vec<f32> {
+) -> Result<Vec<f32>, TrainError> {
     let Context { cpu, params, wanted, .. } = *of;
     let FeedForwardIds::Sparse { tiers_gate, tiers, shared } =
         &params.ids().layers[layer].feed_forward
@@ -199,26 +262,34 @@ pub(super) fn backward(
     let routes = &tape.routes;
     // Gradients of the routes' weights, and of what went into the experts.
     type OfExpert = Option<(Vec<f32>, gated::GatedGradients)>;
-    let experts: Vec<(ExpertTape, OfExpert)> =
-        std::mem::take(&mut tape.experts).into_iter().map(|expert| (expert, None)).collect();
-    let experts = each(cpu, experts, |(expert, done)| {
-        let (mut dy, mut dw) = (Vec::with_capacity(expert.tape.y.len()), Vec::new());
-        let rows: Vec<&[f32]> = expert.rows.iter().map(|&row| hidden.row(row as usize)).collect();
-        let each = expert.rows.iter().zip(&expert.routes).zip(expert.tape.y.chunks_exact(width));
-        for ((&row, &c), y) in each {
-            let dout = &dout[row as usize * width..][..width];
-            let weight = routes.all()[c as usize].weight;
-            dw.push(dot(cpu.simd(), dout, y));
-            dy.extend(dout.iter().map(|d| d * weight));
-        }
-        let weights = weights_of(params, expert.ids);
-        let plan = of.plan(&expert.rows);
-        let wanted = any_wanted(wanted, expert.ids);
-        let rows = Rows::List(&rows);
-        *done = Some((dw, gated::backward(cpu, rows, &expert.tape, weights, &dy, &plan, wanted)));
+    let experts = std::mem::take(&mut tape.experts);
+    let waiting = of.others.and_then(|(others, pass)| {
+        let weight = |route: u32| routes.all()[route as usize].weight;
+        others.backward((pass, layer), dout, width, &experts, weight)
     });
-    let experts: Vec<_> =
-        experts.into_iter().filter_map(|(e, done)| done.map(|(dw, g)| (e, dw, g))).collect();
+    let experts: Vec<(ExpertTape, OfExpert)> =
+        experts.into_iter().map(|expert| (expert, None)).collect();
+    let experts = each(cpu, experts, |(expert, done)| {
+        if expert.owner.is_some() {
+            return;
+        }
+        let part = ExpertPart {
+            x: expert.rows.iter().map(|&row| hidden.row(row as usize)).collect(),
+            tape: &expert.tape,
+            weights: expert.routes.iter().map(|&c| routes.all()[c as usize].weight).collect(),
+            dout: expert.rows.iter().map(|&row| &dout[row as usize * width..][..width]).collect(),
+            plan: of.plan(&expert.rows),
+        };
+        *done = Some(part.backward(cpu, params, expert.ids, wanted));
+    });
+    let (experts, mut done): (Vec<ExpertTape>, Vec<OfExpert>) = experts.into_iter().unzip();
+    for (place, (dw, x)) in
+        waiting.map_or_else(|| Ok(Vec::new()), |w| w.gradients(&experts, width))?
+    {
+        done[place] = Some((dw, gated::GatedGradients { x, weights: None }));
+    }
+    let experts = experts.into_iter().zip(done);
+    let experts: Vec<_> = experts.filter_map(|(e, done)| done.map(|(dw, g)| (e, dw, g))).collect();
     let mut dw = vec![0.0; routes.all().len()];
     let mut parts: Vec<&[f32]> = vec![&[]; routes.all().len()];
     for (expert, of_weights, of_input) in &experts {
@@ -288,7 +359,7 @@ pub(super) fn backward(
         }
         mlp_backward(of, *ids, tape, hidden, &dy, &mut dx, gradients);
     }
-    dx
+    Ok(dx)
 }
 
 /// Whether the gradient of one of a network's matrices is wanted.

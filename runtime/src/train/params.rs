@@ -5,6 +5,8 @@
 //! `layers.L.tiers.T.groups.G.router.experts`, `layers.L.tiers.T.groups.G.experts.E.{gate,up,down}`.
 //! T and G are indices. The order of parameters, everywhere, is that of their sorted names.
 //!
+//! A rank of several ([`super::spread`]) has the values of the experts that it owns, and of all else.
+//!
 //! Invariant: a packed form, made when a product first asks for it, is that of the values: who
 //! changes values drops it.
 
@@ -51,6 +53,32 @@ impl Param {
     /// Values of one row; of a vector each is a row.
     pub fn row_len(&self) -> usize {
         self.shape.get(1).copied().unwrap_or(1)
+    }
+
+    /// Elements that it has by its shape.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no elements by its shape.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Takes the values out: they are with somebody else.
+    pub(super) fn take_values(&mut self) -> Vec<f32> {
+        self.packed = OnceLock::new();
+        std::mem::take(&mut self.values)
+    }
+
+    /// Puts values in; says whether their number is that of the shape.
+    pub(super) fn put_values(&mut self, values: Vec<f32>) -> bool {
+        self.packed = OnceLock::new();
+        let fits = values.len() == self.len();
+        if fits {
+            self.values = values;
+        }
+        fits
     }
 
     /// The values, to be changed.
@@ -216,6 +244,15 @@ impl Params {
         }
         let ids = Arc::new(find_ids(&config, &list));
         Ok(Self { config: Arc::new(config), list, ids })
+    }
+
+    /// The parameters of a checked configuration, without their values.
+    pub(super) fn hollow(config: ModelConfig) -> Self {
+        let param =
+            |(name, shape)| Param { name, shape, values: Vec::new(), packed: OnceLock::new() };
+        let list: Vec<Param> = shapes(&config).into_iter().map(param).collect();
+        let ids = Arc::new(find_ids(&config, &list));
+        Self { config: Arc::new(config), list, ids }
     }
 
     /// Random parameters: norms are 1, biases 0, all else is nearly normal with a standard deviation of

@@ -33,8 +33,9 @@ use super::{
     Recompute, TrainError,
     balance::{BalanceWeights, Sums, layer_sums},
     batch::Flat,
+    exchange::Others,
     gradients::Gradients,
-    moe::{self, Context, MoeTape},
+    moe::{self, Context, Elsewhere, MoeTape},
     params::{FeedForwardIds, LayerIds, LinearIds, ParamId, Params},
 };
 use crate::{config::AttentionConfig, rope::Rotary, routing::Routes, tier::TierMask};
@@ -53,6 +54,8 @@ pub(super) struct Pass<'a> {
     /// See [`LOGITS_MAX`].
     logits_max: usize,
     flat: Flat,
+    /// Ranks that have some of the experts, and the number of this pass.
+    others: Option<(&'a Others<'a>, u64)>,
     tokens: LeafPlan,
     /// Rotary table `[N, head_dim]`.
     table: Vec<f32>,
@@ -112,6 +115,7 @@ impl<'a> Pass<'a> {
         recompute: Recompute,
         with_z: bool,
         flat: Flat,
+        others: Option<&'a Others<'a>>,
     ) -> Self {
         let config = params.config();
         let Rotary { inv_freq, scale } = Rotary::new(&config.attention, config.context);
@@ -119,7 +123,8 @@ impl<'a> Pass<'a> {
         rotary_table(cpu, &flat.positions, &inv_freq, scale, &mut table);
         let tokens = LeafPlan::of_tokens(&flat.places, flat.rows.clone());
         let logits_max = LOGITS_MAX;
-        Self { cpu, params, mask, recompute, with_z, logits_max, flat, tokens, table }
+        let others = others.map(|others| (others, others.next_pass()));
+        Self { cpu, params, mask, recompute, with_z, logits_max, flat, others, tokens, table }
     }
 
     fn rows(&self) -> usize {
@@ -137,8 +142,8 @@ impl<'a> Pass<'a> {
         AttentionShape { heads, kv_heads, head_dim, scale, window }
     }
 
-    /// Through all layers.
-    pub(super) fn forward(&self) -> Result<Tape, TrainError> {
+    /// Through all layers. `backward`: the backward pass is to come.
+    pub(super) fn forward(&self, backward: bool) -> Result<Tape, TrainError> {
         let config = self.params.config();
         let mut x = Tensor::zeros(self.rows(), config.hidden);
         let table = self.params.matrix(self.params.ids().embed);
@@ -149,9 +154,10 @@ impl<'a> Pass<'a> {
             sums: Sums::default(),
             routes: Vec::new(),
         };
+        let keep = backward && self.recompute == Recompute::None;
         for layer in 0..config.layers.len() {
             let before = tensor(self.rows(), x.as_slice());
-            let kept = self.layer(layer, &mut x)?;
+            let kept = self.layer(layer, &mut x, keep)?;
             if let FeedForwardTape::Sparse(moe) = &kept.feed_forward {
                 let MoeTape { traces, routes, .. } = moe;
                 let (places, rows) = (&self.flat.places, self.flat.rows.clone());
@@ -159,15 +165,15 @@ impl<'a> Pass<'a> {
                 tape.sums.layers.push(sums);
                 tape.routes.push(routes.clone());
             }
-            let kept = (self.recompute == Recompute::None).then_some(kept);
+            let kept = keep.then_some(kept);
             tape.layers.push(LayerTape { x: before, kept });
         }
         tape.last = x;
         Ok(tape)
     }
 
-    /// One layer: x is replaced by what comes out.
-    fn layer(&self, layer: usize, x: &mut Tensor) -> Result<Kept, TrainError> {
+    /// One layer: x is replaced by what comes out. `keep`: its backward pass is next to come.
+    fn layer(&self, layer: usize, x: &mut Tensor, keep: bool) -> Result<Kept, TrainError> {
         let Self { cpu, params, .. } = *self;
         let (config, rows) = (params.config(), self.rows());
         let ids = &params.ids().layers[layer];
@@ -227,8 +233,15 @@ impl<'a> Pass<'a> {
                 FeedForwardTape::Dense(tape)
             }
             FeedForwardIds::Sparse { .. } => {
-                let (out, tape) = moe::forward(cpu, params, layer, self.mask, &ffn_normed)
-                    .map_err(|error| error.at(&self.flat))?;
+                let elsewhere = self.others.map(|(others, pass)| Elsewhere {
+                    others,
+                    pass,
+                    flat: &self.flat,
+                    keep,
+                });
+                let (out, tape) =
+                    moe::forward(cpu, params, layer, self.mask, &ffn_normed, elsewhere)
+                        .map_err(|error| error.at(&self.flat))?;
                 elementwise::add(cpu, x.as_mut_slice(), &out);
                 FeedForwardTape::Sparse(tape)
             }
@@ -342,6 +355,7 @@ impl<'a> Pass<'a> {
             tokens: &self.tokens,
             sums,
             balance,
+            others: self.others,
         };
         let normed = self.normed(&tape);
         let (loss, dnormed) = self.head_backward(&normed, scale, wanted, gradients)?;
@@ -352,11 +366,11 @@ impl<'a> Pass<'a> {
         for (layer, of_layer) in tape.layers.into_iter().enumerate().rev() {
             let kept = match of_layer.kept {
                 Some(kept) => kept,
-                None => self.layer(layer, &mut tensor(self.rows(), of_layer.x.as_slice()))?,
+                None => self.layer(layer, &mut tensor(self.rows(), of_layer.x.as_slice()), true)?,
             };
             let is_sparse = matches!(kept.feed_forward, FeedForwardTape::Sparse(_));
             sparse -= usize::from(is_sparse);
-            self.layer_backward(&context, (layer, sparse), kept, &of_layer.x, &mut dx, gradients);
+            self.layer_backward(&context, (layer, sparse), kept, &of_layer.x, &mut dx, gradients)?;
         }
         if wanted[ids.embed] {
             gradients.set(ids.embed, self.embed_gradient(&dx));
@@ -502,7 +516,7 @@ impl<'a> Pass<'a> {
         x: &Tensor,
         dx: &mut [f32],
         gradients: &mut Gradients,
-    ) {
+    ) -> Result<(), TrainError> {
         let (cpu, wanted) = (self.cpu, of.wanted);
         let ids: &LayerIds = &self.params.ids().layers[layer];
         let hidden = &kept.ffn_normed;
@@ -513,7 +527,7 @@ impl<'a> Pass<'a> {
                 dnormed
             }
             (_, FeedForwardTape::Sparse(tape)) => {
-                moe::backward(of, layer, sparse, tape, hidden, dx, gradients)
+                moe::backward(of, layer, sparse, tape, hidden, dx, gradients)?
             }
             _ => unreachable!("a layer has the tape of its kind"),
         };
@@ -559,6 +573,7 @@ impl<'a> Pass<'a> {
             gradients,
         );
         elementwise::add(cpu, dx, &more);
+        Ok(())
     }
 
     /// The gradient of the embedding as a table of inputs: per token id the sum over its places, by
@@ -609,9 +624,9 @@ mod tests {
         let mask = TierMask::new(vec![true]);
         let cpu = Cpu::best(2);
         let flat = Flat::new(&batch, 0..3);
-        let mut pass = Pass::new(&cpu, &params, &mask, Recompute::None, false, flat.clone());
+        let mut pass = Pass::new(&cpu, &params, &mask, Recompute::None, false, flat.clone(), None);
         pass.logits_max = logits_max;
-        let tape = pass.forward().unwrap();
+        let tape = pass.forward(true).unwrap();
         let normed = pass.normed(&tape);
         let wanted = vec![true; params.list().len()];
         let mut gradients = Gradients::new(wanted.len() + 1);

@@ -9,21 +9,20 @@ use std::{
     sync::Arc,
 };
 
-use lite_llm_kernels::cpu::Cpu;
-use serde::Serialize;
-
+pub use super::happened::{Happened, StepRecord, TierRecord};
 use super::{
     TrainError,
     balance::BalanceLosses,
     config::{PhaseConfig, TrainConfig},
     data::{DataError, Dataset},
+    engine::{Engine, Saving},
     grow::GrowError,
     params::{Params, shapes},
     phase::{Begun, begin, check_all},
-    shared::Workers,
+    spread::{Ranks, Spread},
     starvation,
     state::{self, Progress, RunLock, StateError},
-    step::{Objective, StepOptions, evaluate},
+    step::{Objective, StepOptions},
     trainer::{StepReport, Trainer},
 };
 use crate::{
@@ -33,6 +32,10 @@ use crate::{
     tier::{TierMask, TierSetError},
     tokenizer::{Tokenizer, TokenizerError},
 };
+use lite_llm_kernels::cpu::Cpu;
+
+/// How often in a row ranks may be lost before a step is done.
+const LOSSES_MAX: usize = 20;
 
 /// Why a run does not begin or go on.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +109,14 @@ pub enum RunError {
         /// What is wrong.
         source: TrainError,
     },
+    /// Ranks that compute together.
+    #[error("after step {step}: {source}")]
+    Ranks {
+        /// Step of the run.
+        step: u64,
+        /// What is wrong.
+        source: TrainError,
+    },
     /// A step left a number that is NaN or infinite.
     #[error(
         "step {step} (phase {phase}): {tensor} holds {value} after it; the run diverges: lower the learning \
@@ -129,96 +140,6 @@ pub enum RunError {
     Exists(String),
 }
 
-/// What a step of a run left for people and files.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case", tag = "event")]
-pub enum Happened {
-    /// A phase begins.
-    Phase {
-        /// Its name.
-        name: String,
-        /// Steps at most.
-        steps: u64,
-        /// Parameters that are trained, and all.
-        trained: u64,
-        /// See `trained`.
-        parameters: u64,
-        /// What may starve.
-        warnings: Vec<String>,
-    },
-    /// A step.
-    Step(Box<StepRecord>),
-    /// A look at what is held out.
-    Evaluated {
-        /// Step of the run.
-        step: u64,
-        /// Name of the phase.
-        phase: String,
-        /// Mean cross-entropy held out, in nats.
-        held_out: f64,
-    },
-    /// A checkpoint was written.
-    Saved {
-        /// Step of the run.
-        step: u64,
-        /// Its folder.
-        path: String,
-    },
-    /// All phases are over.
-    Done {
-        /// The model.
-        model: String,
-    },
-}
-
-/// One step.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct StepRecord {
-    /// Step of the run, from 1.
-    pub step: u64,
-    /// Name of the phase.
-    pub phase: String,
-    /// Cross-entropy before the step, in nats.
-    pub ce: f64,
-    /// KL of the gates' means from even, per level, and the others, none times its weight.
-    pub kl_tier: f64,
-    /// See `kl_tier`.
-    pub kl_group: f64,
-    /// See `kl_tier`.
-    pub kl_expert: f64,
-    /// The flat classes' own loss.
-    pub aux: f64,
-    /// Router z-loss.
-    pub z: f64,
-    /// λ/2 · |p − p₀|² of what is pulled.
-    pub pull: f64,
-    /// What was minimised.
-    pub total: f64,
-    /// Norm of the gradient before clipping.
-    pub grad_norm: f64,
-    /// Learning rate.
-    pub lr: f64,
-    /// Tokens of the step.
-    pub tokens: usize,
-    /// Forward passes over the batch: 2 where statistics had to be known first.
-    pub forward_passes: u32,
-    /// By tier of the set.
-    pub tiers: Vec<TierRecord>,
-}
-
-/// A tier in one step.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct TierRecord {
-    /// Its name.
-    pub tier: String,
-    /// Assignments to its experts, over all layers.
-    pub assignments: u64,
-    /// Experts without a token in the window.
-    pub starved: usize,
-    /// e^(−window · A_t / M_t) by what was counted: the bound on an expert's chance to starve.
-    pub bound: f64,
-}
-
 /// See the module's text.
 pub struct Run {
     cpu: Arc<Cpu>,
@@ -228,15 +149,30 @@ pub struct Run {
     fixed: serde_json::Value,
     text: Text,
     data: Dataset,
-    trainer: Trainer,
+    base: PathBuf,
+    engine: Engine,
     mask: TierMask,
     progress: Progress,
     pending: Vec<Happened>,
     done: bool,
     /// Others who compute, if there are any.
-    workers: Option<Box<dyn Workers>>,
+    ranks: Option<Arc<dyn Ranks>>,
+    /// A checkpoint that is being written.
+    saving: Option<Saving>,
     /// Keeps other trainers out of the folder.
     _lock: RunLock,
+}
+
+impl RunError {
+    /// Whether others are to be found, and the run goes on.
+    fn is_loss(&self) -> bool {
+        let (Self::Step { source, .. } | Self::HeldOut { source, .. } | Self::Ranks { source, .. }) =
+            self
+        else {
+            return false;
+        };
+        matches!(source, TrainError::Lost(_))
+    }
 }
 
 /// The text files of a checkpoint.
@@ -265,41 +201,16 @@ impl Run {
         if !resume && !saved.is_empty() || saved.is_empty() && model.exists() {
             return Err(RunError::Exists(out.display().to_string()));
         }
-        let named =
-            config.model.from.as_ref().or(config.model.new.as_ref().map(|new| &new.tokenizer));
-        let source = Checkpoint::open(base.join(named.map_or("", String::as_str)))?;
+        let source = source_of(&config, base)?;
         let text = text_of(&source)?;
         let end = source.config().eos_tokens.first().copied();
         let tokenizer = Tokenizer::from_json(&text.tokenizer_json)?;
         let settings = (config.data.sequence, config.data.held_out, config.seed);
         let data = Dataset::read(base, &config.data.files, &tokenizer, end, settings)?;
         let fixed = fixed(&config, &data, &source);
-        let loaded = match saved.last() {
-            Some((_, dir)) => {
-                Some(state::load(dir, |progress| config_hash(&fixed, &config.phase, progress))?)
-            }
-            None => None,
-        };
-        let (params, progress, tensors) = match loaded {
-            Some(state::Loaded { params, progress, tensors }) => (params, progress, tensors),
-            None => {
-                let params = match &config.model.new {
-                    Some(new) => Params::random(new.config(source.config())?, config.seed),
-                    None => Params::load(&source)?,
-                };
-                let progress = Progress {
-                    step: 0,
-                    phase: 0,
-                    step_in_phase: 0,
-                    samples: 0,
-                    best: None,
-                    since_best: 0,
-                    last_used: Vec::new(),
-                };
-                (params, progress, Default::default())
-            }
-        };
-        let longest = params.config().context;
+        let opened = open_or_begin(&config, &out, (&fixed, &source), &cpu)?;
+        let Opened { trainer, mask, progress, pending } = opened;
+        let longest = trainer.params().config().context;
         if config.data.sequence > longest {
             return Err(RunError::Config(ConfigError {
                 field: "data.sequence".into(),
@@ -308,22 +219,6 @@ impl Run {
             }));
         }
         let done = progress.phase >= config.phase.len();
-        let index = progress.phase.min(config.phase.len() - 1);
-        let fresh = progress.step_in_phase == 0 && !done;
-        if !done {
-            check_all(&config, index, params.config(), fresh)?;
-        }
-        let begun = begin(&config, index, params, &cpu, fresh)?;
-        let Begun { mut trainer, mask, event } = begun;
-        if progress.step_in_phase > 0 {
-            let missing =
-                trainer.restore(progress.step_in_phase, |name| tensors.get(name).cloned());
-            missing.map_err(|name| StateError::Bad {
-                path: out.display().to_string(),
-                reason: format!("the checkpoint's state lacks {name}; remove its folder to go on from the one before"),
-            })?;
-        }
-        let pending = if done { Vec::new() } else { vec![event] };
         let mut run = Self {
             cpu,
             config,
@@ -331,12 +226,14 @@ impl Run {
             fixed,
             text,
             data,
-            trainer,
+            base: base.to_owned(),
+            engine: Engine::Here(Box::new(trainer)),
             mask,
             progress,
             pending,
             done,
-            workers: None,
+            ranks: None,
+            saving: None,
             _lock: lock,
         };
         if done {
@@ -352,14 +249,25 @@ impl Run {
         Ok(run)
     }
 
-    /// Lets others compute gradients from now on; no bit depends on it.
-    pub fn share(&mut self, workers: Box<dyn Workers>) {
-        self.workers = Some(workers);
+    /// Trains with these ranks from now on; no bit depends on it. When some of them are lost, the run goes
+    /// on from its last checkpoint with those that are there.
+    pub fn share(&mut self, ranks: Arc<dyn Ranks>) -> Result<(), RunError> {
+        self.ranks = Some(ranks);
+        let trainer = self.engine.take().map_err(|source| self.ranks_error(source))?;
+        match self.spread(trainer) {
+            Err(error) if error.is_loss() => self.again(&error.to_string()),
+            other => other,
+        }
     }
 
     /// The run's folder.
     pub fn out(&self) -> &Path {
         &self.out
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &TrainConfig {
+        &self.config
     }
 
     /// Steps done, and steps of all phases at most.
@@ -372,17 +280,41 @@ impl Run {
         &self.data
     }
 
-    /// The parameters as they are.
-    pub fn params(&self) -> &Params {
-        self.trainer.params()
-    }
-
     /// One step, with what comes before and after it; nothing once [`Happened::Done`] was said.
     pub fn advance(&mut self) -> Result<Vec<Happened>, RunError> {
         let mut events = std::mem::take(&mut self.pending);
+        if let Some(saving) = self.saving.take_if(|saving| saving.is_over()) {
+            events.push(saving.wait()?);
+        }
         if self.done {
             return Ok(events);
         }
+        match self.next(&mut events) {
+            Err(error) if error.is_loss() => {
+                self.again(&error.to_string())?;
+                events.append(&mut self.pending);
+                Ok(events)
+            }
+            Err(error) => Err(error),
+            Ok(()) => Ok(events),
+        }
+    }
+
+    /// Writes a checkpoint after this step, whatever the configuration says, unless one is being written.
+    pub fn checkpoint(&mut self) -> Result<(), RunError> {
+        if self.done || self.progress.step_in_phase == 0 || self.saving.is_some() {
+            return Ok(());
+        }
+        let mut events = Vec::new();
+        let begun = self.save(&mut events);
+        self.pending.append(&mut events);
+        match begun {
+            Err(error) if error.is_loss() => self.again(&error.to_string()),
+            other => other,
+        }
+    }
+
+    fn next(&mut self, events: &mut Vec<Happened>) -> Result<(), RunError> {
         let phase = self.config.phase[self.progress.phase].clone();
         events.push(Happened::Step(Box::new(self.step(&phase)?)));
         let look = self.config.data.evaluate_every;
@@ -403,20 +335,71 @@ impl Run {
             self.progress.phase += 1;
             self.progress.step_in_phase = 0;
             (self.progress.best, self.progress.since_best) = (None, 0);
-            events.push(self.save(&phase)?);
+            self.save(events)?;
+            // What comes next begins with what is on the disk.
+            events.extend(self.saved()?);
             if self.progress.phase >= self.config.phase.len() {
-                self.done = true;
                 events.push(Happened::Done { model: self.finish()? });
+                self.done = true;
             } else {
-                let params = self.trainer.params().clone();
+                let params = self.whole()?.into_params();
                 let begun = begin(&self.config, self.progress.phase, params, &self.cpu, true)?;
-                (self.trainer, self.mask) = (begun.trainer, begun.mask);
+                self.mask = begun.mask;
                 self.pending.push(begun.event);
+                self.spread(begun.trainer)?;
             }
         } else if every > 0 && self.progress.step.is_multiple_of(every) {
-            events.push(self.save(&phase)?);
+            self.save(events)?;
         }
-        Ok(events)
+        Ok(())
+    }
+
+    fn ranks_error(&self, source: TrainError) -> RunError {
+        RunError::Ranks { step: self.progress.step, source }
+    }
+
+    /// Trains with this from now on: with the ranks, if there are any.
+    fn spread(&mut self, trainer: Trainer) -> Result<(), RunError> {
+        let phase = self.progress.phase.min(self.config.phase.len() - 1);
+        let optimizer = self.config.phase[phase].optimizer;
+        self.engine = match &self.ranks {
+            Some(ranks) => Spread::begin(ranks.clone(), trainer, optimizer)
+                .map(|spread| Engine::Spread(Box::new(spread)))
+                .map_err(|source| self.ranks_error(source))?,
+            None => Engine::Here(Box::new(trainer)),
+        };
+        Ok(())
+    }
+
+    /// The trainer with all values and states.
+    fn whole(&mut self) -> Result<Trainer, RunError> {
+        let whole = self.engine.whole();
+        whole.map_err(|source| self.ranks_error(source))
+    }
+
+    /// Goes on from the last checkpoint with the ranks that are there.
+    fn again(&mut self, reason: &str) -> Result<(), RunError> {
+        let mut reason = reason.to_owned();
+        for _ in 0..LOSSES_MAX {
+            let saved = self.saved()?;
+            self.pending.extend(saved);
+            let source = source_of(&self.config, &self.base)?;
+            let from = (&self.fixed, &source);
+            let opened = open_or_begin(&self.config, &self.out, from, &self.cpu)?;
+            (self.mask, self.progress) = (opened.mask, opened.progress);
+            let step = self.progress.step;
+            match self.spread(opened.trainer) {
+                Err(error) if error.is_loss() => reason = error.to_string(),
+                Err(error) => return Err(error),
+                Ok(()) => {
+                    self.pending.push(Happened::Resumed { step, reason });
+                    self.pending.extend(opened.pending);
+                    return Ok(());
+                }
+            }
+        }
+        let source = TrainError::Workers(format!("{reason}, {LOSSES_MAX} times in a row"));
+        Err(self.ranks_error(source))
     }
 
     fn options(&self, phase: &PhaseConfig) -> StepOptions<'_> {
@@ -436,8 +419,7 @@ impl Run {
         let lr = phase.schedule().at(self.progress.step_in_phase + 1);
         let mask = self.mask.clone();
         let options = StepOptions { mask: &mask, ..self.options(phase) };
-        let workers = self.workers.as_mut().map(|workers| &mut **workers as &mut dyn Workers);
-        let report = self.trainer.step_by(workers, &batch, &options, lr);
+        let report = self.engine.step(&batch, &options, lr);
         let report = report.map_err(|source| RunError::Step {
             step: self.progress.step + 1,
             phase: phase.name.clone(),
@@ -448,7 +430,7 @@ impl Run {
         self.progress.step += 1;
         self.progress.step_in_phase += 1;
         self.progress.samples += rows as u64;
-        let (params, sums) = (self.trainer.params(), &report.losses.sums);
+        let (params, sums) = (self.engine.params(), &report.losses.sums);
         let step = self.progress.step;
         starvation::mark(params, &self.mask, sums, step, &mut self.progress.last_used);
         Ok(self.record(phase, report))
@@ -457,7 +439,7 @@ impl Run {
     fn record(&self, phase: &PhaseConfig, report: StepReport) -> StepRecord {
         let StepReport { losses, grad_norm, lr, pull } = report;
         let BalanceLosses { tier, group, expert, aux, z } = losses.balance;
-        let params = self.trainer.params();
+        let params = self.engine.params();
         let tiers = params.config().moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
         let window = self.config.starvation.window;
         let of_tier = |(index, config): (usize, &crate::tier::TierConfig)| {
@@ -501,40 +483,47 @@ impl Run {
     }
 
     /// Mean cross-entropy of what is held out; `None` if nothing is.
-    fn held_out(&self, phase: &PhaseConfig) -> Result<Option<f64>, RunError> {
+    fn held_out(&mut self, phase: &PhaseConfig) -> Result<Option<f64>, RunError> {
         let (mut nats, mut predictions) = (0.0, 0);
-        let options = self.options(phase);
+        let mask = self.mask.clone();
+        let options = StepOptions { mask: &mask, ..self.options(phase) };
         let mut end = 0;
         for batch in self.data.held_out(self.config.data.batch) {
             let first = end;
             end += batch.rows.len();
-            let losses =
-                evaluate(&self.cpu, self.trainer.params(), &batch, &options).map_err(|source| {
-                    let (step, phase) = (self.progress.step, phase.name.clone());
-                    RunError::HeldOut { step, phase, first, end, source }
-                })?;
+            let losses = self.engine.evaluate(&batch, &options).map_err(|source| {
+                let (step, phase) = (self.progress.step, phase.name.clone());
+                RunError::HeldOut { step, phase, first, end, source }
+            })?;
             nats += losses.ce * losses.predictions as f64;
             predictions += losses.predictions;
         }
         Ok((predictions > 0).then(|| nats / predictions as f64))
     }
 
-    fn save(&self, phase: &PhaseConfig) -> Result<Happened, RunError> {
-        if let Some((tensor, value)) = self.trainer.not_finite() {
-            let (step, phase) = (self.progress.step, phase.name.clone());
+    /// Begins to write a checkpoint, beside the steps that follow, when the one before is written.
+    fn save(&mut self, events: &mut Vec<Happened>) -> Result<(), RunError> {
+        events.extend(self.saved()?);
+        let trainer = self.whole()?;
+        if let Some((tensor, value)) = trainer.not_finite() {
+            let last = self.progress.phase - usize::from(self.progress.step_in_phase == 0);
+            let (step, phase) = (self.progress.step, self.config.phase[last].name.clone());
             return Err(RunError::Diverged { step, phase, tensor, value });
         }
-        let keep = self.config.checkpoint.keep;
-        // A phase that has not begun remembers nothing.
-        let states = self.trainer.states().filter(|_| self.progress.step_in_phase > 0);
         let hash = config_hash(&self.fixed, &self.config.phase, &self.progress);
-        let (params, to) = (self.trainer.params(), (hash, keep));
-        let path = state::save(&self.out, params, &self.text, &self.progress, states, to)?;
-        Ok(Happened::Saved { step: self.progress.step, path: path.display().to_string() })
+        let keep = self.config.checkpoint.keep;
+        let (out, text) = (self.out.clone(), self.text.clone());
+        self.saving = Some(Saving::begin(out, trainer, text, self.progress.clone(), (hash, keep))?);
+        Ok(())
+    }
+
+    /// Waits for the checkpoint that is being written, if one is.
+    fn saved(&mut self) -> Result<Option<Happened>, RunError> {
+        self.saving.take().map(Saving::wait).transpose()
     }
 
     /// Writes the model beside the checkpoints.
-    fn finish(&self) -> Result<String, RunError> {
+    fn finish(&mut self) -> Result<String, RunError> {
         let path = self.out.join(state::MODEL);
         let io = |action| {
             let path = path.display().to_string();
@@ -543,9 +532,75 @@ impl Run {
         if path.exists() {
             std::fs::remove_dir_all(&path).map_err(io("remove"))?;
         }
-        state::write_model(&path, self.trainer.params(), &self.text)?;
+        state::write_model(&path, self.whole()?.params(), &self.text)?;
         Ok(path.display().to_string())
     }
+}
+
+impl Drop for Run {
+    /// What is being written is not lost with a step that failed.
+    fn drop(&mut self) {
+        if let Some(saving) = self.saving.take() {
+            // It has nobody to tell; the checkpoints before are as they were.
+            let _ = saving.wait();
+        }
+    }
+}
+
+/// The checkpoint that a run begins with, or that has its tokenizer.
+fn source_of(config: &TrainConfig, base: &Path) -> Result<Checkpoint, CheckpointError> {
+    let new = || config.model.new.as_ref().map(|new| &new.tokenizer);
+    let named = config.model.from.as_ref().or_else(new);
+    Checkpoint::open(base.join(named.map_or("", String::as_str)))
+}
+
+/// A run where it is.
+struct Opened {
+    trainer: Trainer,
+    mask: TierMask,
+    progress: Progress,
+    pending: Vec<Happened>,
+}
+
+/// Goes on from the last checkpoint of a run, or begins it.
+fn open_or_begin(
+    config: &TrainConfig,
+    out: &Path,
+    (fixed, source): (&serde_json::Value, &Checkpoint),
+    cpu: &Arc<Cpu>,
+) -> Result<Opened, RunError> {
+    let (params, progress, tensors) = match state::list(out)?.last() {
+        Some((_, dir)) => {
+            let hash = |progress: &Progress| config_hash(fixed, &config.phase, progress);
+            let state::Loaded { params, progress, tensors } = state::load(dir, hash)?;
+            (params, progress, tensors)
+        }
+        None => {
+            let params = match &config.model.new {
+                Some(new) => Params::random(new.config(source.config())?, config.seed),
+                None => Params::load(source)?,
+            };
+            (params, Progress::default(), Default::default())
+        }
+    };
+    let done = progress.phase >= config.phase.len();
+    let index = progress.phase.min(config.phase.len() - 1);
+    let fresh = progress.step_in_phase == 0 && !done;
+    if !done {
+        check_all(config, index, params.config(), fresh)?;
+    }
+    let Begun { mut trainer, mask, event } = begin(config, index, params, cpu, fresh)?;
+    if progress.step_in_phase > 0 {
+        let missing = trainer.restore(progress.step_in_phase, |name| tensors.get(name).cloned());
+        missing.map_err(|name| StateError::Bad {
+            path: out.display().to_string(),
+            reason: format!(
+                "the checkpoint's state lacks {name}; remove its folder to go on from the one before"
+            ),
+        })?;
+    }
+    let pending = if done { Vec::new() } else { vec![event] };
+    Ok(Opened { trainer, mask, progress, pending })
 }
 
 /// Names all that decides the bits of a run.

@@ -37,7 +37,7 @@ const LOCK: &str = "run.lock";
 pub const MODEL: &str = "model";
 
 /// Where a run is.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Progress {
     /// Steps of the whole run.

@@ -6,19 +6,16 @@
 
 use std::ops::Range;
 
-use lite_llm_kernels::{
-    cpu::Cpu,
-    ops::leaves::{nodes, sides},
-};
+use lite_llm_kernels::{cpu::Cpu, ops::leaves::sides};
 
 use super::{
     Recompute, TrainError,
     balance::{BalanceLosses, BalanceWeights, Sums},
     batch::{Batch, Flat},
+    exchange::Others,
     gradients::Gradients,
     params::Params,
     pass::Pass,
-    shared::{Computed, Wanted, Work, Workers},
 };
 use crate::{routing::Routes, tier::TierMask};
 
@@ -73,7 +70,7 @@ pub struct Outputs {
 }
 
 /// Runs the nodes of a tree over rows, none with more than `most` rows, and lets their results meet.
-fn fold<T>(
+pub(super) fn fold<T>(
     node: Range<usize>,
     most: usize,
     run: &mut impl FnMut(Range<usize>) -> Result<T, TrainError>,
@@ -125,7 +122,7 @@ pub(super) fn check(params: &Params, batch: &Batch, rows: Range<usize>) -> Resul
 
 /// Forward passes over a batch of so many rows that is cut in so many nodes: sums for the balance
 /// losses come first, unless one micro-batch has all rows.
-fn forward_passes(options: &StepOptions<'_>, rows: usize, nodes: usize) -> u32 {
+pub(super) fn forward_passes(options: &StepOptions<'_>, rows: usize, nodes: usize) -> u32 {
     let balanced = options.objective.balance != BalanceWeights::default();
     1 + u32::from(balanced && (nodes > 1 || rows > options.micro_rows.max(1)))
 }
@@ -142,124 +139,90 @@ pub fn gradients(
     let scale = scale(options, batch);
     let whole = 0..batch.rows.len();
     let forward_passes = forward_passes(options, whole.len(), 1);
-    let (loss, sums, mut gradients) =
-        node(cpu, params, batch, options, wanted, scale, whole, None)?;
+    let of = Node { cpu, params, batch, options, others: None };
+    let (loss, sums, mut gradients) = of.gradients(whole, wanted, scale, None)?;
     gradients.fold_into(cpu, params.list().len(), params.ids().embed);
     let losses = losses(batch, loss, sums, options, forward_passes);
     Ok((losses, gradients))
 }
 
 /// What the loss of each prediction is multiplied by.
-fn scale(options: &StepOptions<'_>, batch: &Batch) -> f32 {
+pub(super) fn scale(options: &StepOptions<'_>, batch: &Batch) -> f32 {
     (options.objective.cross_entropy / batch.predictions().max(1) as f64) as f32
 }
 
-/// What the gates say over a node.
-pub(super) fn sums(
-    cpu: &Cpu,
-    params: &Params,
-    batch: &Batch,
-    options: &StepOptions<'_>,
-    node: Range<usize>,
-) -> Result<Sums, TrainError> {
-    let mut sums = |rows| {
-        let pass = new_pass(cpu, params, batch, options, rows);
-        pass.forward().map(|tape| tape.sums)
-    };
-    fold(node, options.micro_rows.max(1), &mut sums, &mut Sums::meet)
+/// What a node of a batch is computed with.
+#[derive(Clone, Copy)]
+pub(super) struct Node<'a> {
+    pub(super) cpu: &'a Cpu,
+    pub(super) params: &'a Params,
+    pub(super) batch: &'a Batch,
+    pub(super) options: &'a StepOptions<'a>,
+    /// Ranks that have some of the experts.
+    pub(super) others: Option<&'a Others<'a>>,
 }
 
-/// Loss, sums and gradients of a node; those of the embedding as a table of inputs are behind the
-/// parameters'. `known` are the sums over the whole batch; if they are not, the node is the whole batch.
-#[allow(clippy::too_many_arguments)]
-pub(super) fn node(
-    cpu: &Cpu,
-    params: &Params,
-    batch: &Batch,
-    options: &StepOptions<'_>,
-    wanted: &[bool],
-    scale: f32,
-    node: Range<usize>,
-    known: Option<&Sums>,
-) -> Result<(f32, Sums, Gradients), TrainError> {
-    let most = options.micro_rows.max(1);
-    let balance = options.objective.balance;
-    let before = if known.is_some() || node.len() <= most || balance == BalanceWeights::default() {
-        None
-    } else {
-        Some(sums(cpu, params, batch, options, node.clone())?)
-    };
-    let known = known.or(before.as_ref());
-    let mut run = |rows: Range<usize>| {
-        let pass = new_pass(cpu, params, batch, options, rows);
-        let tape = pass.forward()?;
-        let mut gradients = Gradients::new(params.list().len() + 1);
-        let own = tape.sums.clone();
-        let sums = known.unwrap_or(&own);
-        let loss = pass.backward(tape, scale, wanted, sums, &balance, &mut gradients)?;
-        Ok((loss, own, gradients))
-    };
-    fold(node, most, &mut run, &mut |a, b| meet(cpu, a, b))
+impl<'a> Node<'a> {
+    fn pass(&self, rows: Range<usize>) -> Pass<'a> {
+        let Self { cpu, params, batch, options, others } = *self;
+        let with_z = options.objective.balance.z != 0.0;
+        let flat = Flat::new(batch, rows);
+        Pass::new(cpu, params, options.mask, options.recompute, with_z, flat, others)
+    }
+
+    fn most(&self) -> usize {
+        self.options.micro_rows.max(1)
+    }
+
+    /// What the gates say.
+    pub(super) fn sums(&self, node: Range<usize>) -> Result<Sums, TrainError> {
+        let mut sums = |rows| self.pass(rows).forward(false).map(|tape| tape.sums);
+        fold(node, self.most(), &mut sums, &mut Sums::meet)
+    }
+
+    /// The sum of the predictions' losses, and what the gates say.
+    pub(super) fn losses(&self, node: Range<usize>) -> Result<(f32, Sums), TrainError> {
+        let mut run = |rows: Range<usize>| {
+            let pass = self.pass(rows);
+            let tape = pass.forward(false)?;
+            Ok((pass.loss(&tape)?, tape.sums))
+        };
+        fold(node, self.most(), &mut run, &mut meet_losses)
+    }
+
+    /// Loss, sums and gradients; those of the embedding as a table of outputs are behind the
+    /// parameters'. `known` are the sums over the whole batch; if they are not, the node is the whole batch.
+    pub(super) fn gradients(
+        &self,
+        node: Range<usize>,
+        wanted: &[bool],
+        scale: f32,
+        known: Option<&Sums>,
+    ) -> Result<(f32, Sums, Gradients), TrainError> {
+        let balance = self.options.objective.balance;
+        let all = node.len() <= self.most() || balance == BalanceWeights::default();
+        let before = if known.is_some() || all { None } else { Some(self.sums(node.clone())?) };
+        let known = known.or(before.as_ref());
+        let mut run = |rows: Range<usize>| {
+            let pass = self.pass(rows);
+            let tape = pass.forward(true)?;
+            let mut gradients = Gradients::new(self.params.list().len() + 1);
+            let own = tape.sums.clone();
+            let sums = known.unwrap_or(&own);
+            let loss = pass.backward(tape, scale, wanted, sums, &balance, &mut gradients)?;
+            Ok((loss, own, gradients))
+        };
+        let cpu = self.cpu;
+        let mut meet = |a: OfNode, b: OfNode| (a.0 + b.0, a.1.meet(b.1), a.2.meet(cpu, b.2));
+        fold(node, self.most(), &mut run, &mut meet)
+    }
 }
 
 type OfNode = (f32, Sums, Gradients);
 
-fn meet(cpu: &Cpu, a: OfNode, b: OfNode) -> OfNode {
-    (a.0 + b.0, a.1.meet(b.1), a.2.meet(cpu, b.2))
-}
-
-/// [`gradients`], computed by others: the batch is cut in nodes of the tree, and they meet here.
-pub fn gradients_by(
-    workers: &mut dyn Workers,
-    cpu: &Cpu,
-    params: &Params,
-    batch: &Batch,
-    options: &StepOptions<'_>,
-    wanted: &[bool],
-) -> Result<(StepLosses, Gradients), TrainError> {
-    check(params, batch, 0..batch.rows.len())?;
-    let whole = 0..batch.rows.len();
-    let most = whole.len().div_ceil(workers.count().max(1));
-    let cut = nodes(whole.len(), most);
-    let tiers = params.config().moe.as_ref().map_or(0, |moe| moe.tiers.len());
-    let balance = options.objective.balance;
-    let work = |node: &Range<usize>, wanted: Wanted| Work {
-        node: node.clone(),
-        rows: batch.rows[node.clone()].to_vec(),
-        tiers: (0..tiers).map(|tier| options.mask.allows(tier)).collect(),
-        balance,
-        recompute: options.recompute,
-        micro_rows: options.micro_rows,
-        wanted,
-    };
-    let other = || TrainError::Workers("a worker gave what it was not asked for".into());
-    let mut ask = |wanted: &Wanted| -> Result<_, TrainError> {
-        let asked = cut.iter().map(|node| work(node, wanted.clone())).collect();
-        let found = workers.compute(params, asked)?;
-        if found.len() == cut.len() { Ok(found.into_iter()) } else { Err(other()) }
-    };
-    let balanced = balance != BalanceWeights::default();
-    let known = if balanced && cut.len() > 1 {
-        let mut found = ask(&Wanted::Sums)?;
-        let mut next = |_| match found.next() {
-            Some(Computed::Sums(sums)) => Ok(sums),
-            _ => Err(other()),
-        };
-        Some(fold(whole.clone(), most, &mut next, &mut Sums::meet)?)
-    } else {
-        None
-    };
-    let passes = forward_passes(options, whole.len(), cut.len());
-    let scale = scale(options, batch);
-    let mut found = ask(&Wanted::Gradients { of: wanted.to_vec(), scale, known })?;
-    // Nodes come in their order, as the tree is walked.
-    let mut next = |_| match found.next() {
-        Some(Computed::Gradients { loss, sums, gradients }) => Ok((loss, sums, gradients)),
-        _ => Err(other()),
-    };
-    let (loss, sums, mut gradients) = fold(whole, most, &mut next, &mut |a, b| meet(cpu, a, b))?;
-    gradients.fold_into(cpu, params.list().len(), params.ids().embed);
-    Ok((losses(batch, loss, sums, options, passes), gradients))
+/// The sides of a node.
+pub(super) fn meet_losses(a: (f32, Sums), b: (f32, Sums)) -> (f32, Sums) {
+    (a.0 + b.0, a.1.meet(b.1))
 }
 
 /// Losses of a batch, without gradients.
@@ -270,14 +233,8 @@ pub fn evaluate(
     options: &StepOptions<'_>,
 ) -> Result<StepLosses, TrainError> {
     check(params, batch, 0..batch.rows.len())?;
-    let mut run = |rows: Range<usize>| {
-        let pass = new_pass(cpu, params, batch, options, rows);
-        let tape = pass.forward()?;
-        Ok((pass.loss(&tape)?, tape.sums))
-    };
-    let mut meet = |a: (f32, Sums), b: (f32, Sums)| (a.0 + b.0, a.1.meet(b.1));
-    let whole = 0..batch.rows.len();
-    let (loss, sums) = fold(whole, options.micro_rows.max(1), &mut run, &mut meet)?;
+    let of = Node { cpu, params, batch, options, others: None };
+    let (loss, sums) = of.losses(0..batch.rows.len())?;
     Ok(losses(batch, loss, sums, options, 1))
 }
 
@@ -289,24 +246,12 @@ pub fn outputs(
     options: &StepOptions<'_>,
 ) -> Result<Outputs, TrainError> {
     check(params, batch, 0..batch.rows.len())?;
-    let pass = new_pass(cpu, params, batch, options, 0..batch.rows.len());
-    let tape = pass.forward()?;
+    let pass = Node { cpu, params, batch, options, others: None }.pass(0..batch.rows.len());
+    let tape = pass.forward(false)?;
     Ok(Outputs { logits: pass.logits(&tape), routes: tape.routes })
 }
 
-fn new_pass<'a>(
-    cpu: &'a Cpu,
-    params: &'a Params,
-    batch: &Batch,
-    options: &StepOptions<'a>,
-    rows: Range<usize>,
-) -> Pass<'a> {
-    let with_z = options.objective.balance.z != 0.0;
-    let flat = Flat::new(batch, rows);
-    Pass::new(cpu, params, options.mask, options.recompute, with_z, flat)
-}
-
-fn losses(
+pub(super) fn losses(
     batch: &Batch,
     loss: f32,
     sums: Sums,

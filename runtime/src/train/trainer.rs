@@ -3,6 +3,8 @@
 //! A step: losses and gradients of the batch; the norm of all trained gradients (per tensor by rule 3,
 //! tensors by sorted name in rule 1's tree); clipping; then each trained tensor by itself. Of a tensor of which
 //! only rows are trained, these rows are the tensor: nothing else of it is stepped, decayed or counted.
+//!
+//! Of several ranks each has a trainer of its own, of what it owns; [`super::spread`] does the step.
 
 use std::sync::Arc;
 
@@ -17,17 +19,18 @@ use super::{
     batch::Batch,
     gradients::Gradients,
     optimizer::{Optimizer, StepAt},
-    params::{Param, Params},
-    shared::Workers,
+    orders::{Kind, Prepared, Tensor},
+    params::{Param, ParamId, Params},
     step::{self, StepLosses, StepOptions},
     trained::Trained,
 };
 
 /// See the module's text.
+#[derive(Clone)]
 pub struct Trainer {
     cpu: Arc<Cpu>,
     params: Params,
-    optimizer: Box<dyn Optimizer>,
+    optimizer: Arc<dyn Optimizer>,
     trained: Vec<Trained>,
     decays: Vec<bool>,
     /// States of each trained parameter's optimizer.
@@ -51,6 +54,38 @@ impl Pull {
     pub fn toward(params: &Params, strength: f64, which: impl Fn(&str) -> bool) -> Self {
         let now = |param: &Param| which(&param.name).then(|| param.values().to_vec());
         Self { strength, toward: params.list().iter().map(now).collect() }
+    }
+
+    /// Toward what is still to come, for so many parameters.
+    pub(super) fn hollow(strength: f64, parameters: usize) -> Self {
+        Self { strength, toward: vec![None; parameters] }
+    }
+}
+
+/// Gradients that are ready to be applied.
+pub(super) struct Ready {
+    /// Of each parameter, in the shape of what is stepped of it.
+    pub(super) each: Vec<Option<Vec<f32>>>,
+    /// Of what is trained, in the order of parameters.
+    pub(super) prepared: Vec<Prepared>,
+}
+
+/// The norm of all gradients, and the pull's loss; of all that is trained, in the order of parameters.
+pub(super) fn norm_and_pull(
+    all: impl Iterator<Item = Prepared>,
+    name: impl Fn(ParamId) -> String,
+) -> Result<(f64, f64), TrainError> {
+    let (mut squares, mut pull) = (Vec::new(), 0.0);
+    for of in all {
+        if !of.squares.is_finite() {
+            return Err(TrainError::Gradient { parameter: name(of.id) });
+        }
+        squares.push(of.squares);
+        pull += of.pull;
+    }
+    match tree::fold(squares.into_iter()) {
+        sum if sum.is_finite() => Ok((f64::from(sum).sqrt(), pull)),
+        norm => Err(TrainError::Norm { norm }),
     }
 }
 
@@ -94,6 +129,7 @@ impl Trainer {
                 None => Vec::new(),
             })
             .collect();
+        let optimizer = Arc::from(optimizer);
         Self { cpu, params, optimizer, trained, decays, states, clip, pull: None, steps: 0 }
     }
 
@@ -110,6 +146,63 @@ impl Trainer {
     /// The parameters, taken out.
     pub fn into_params(self) -> Params {
         self.params
+    }
+
+    /// The threads that it computes with.
+    pub(super) fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    /// What of each parameter is trained, which of them weight decay concerns, and the strength of the pull.
+    pub(super) fn settings(&self) -> (&[Trained], &[bool], Option<f64>) {
+        (&self.trained, &self.decays, self.pull.as_ref().map(|pull| pull.strength))
+    }
+
+    /// Values and states of a parameter, as they are.
+    pub(super) fn tensors(&self, id: ParamId) -> Vec<Tensor> {
+        let mut all =
+            vec![Tensor { id, kind: Kind::Values, values: self.params.values(id).to_vec() }];
+        for (n, state) in self.states[id].iter().enumerate() {
+            all.push(Tensor { id, kind: Kind::State(n), values: state.clone() });
+        }
+        let toward = self.pull.as_ref().and_then(|pull| pull.toward[id].clone());
+        all.extend(toward.map(|values| Tensor { id, kind: Kind::Toward, values }));
+        all
+    }
+
+    /// Takes a parameter's values or state; says whether they fit it.
+    pub(super) fn put(&mut self, Tensor { id, kind, values }: Tensor) -> bool {
+        let Some(param) = self.params.list_mut().get_mut(id) else { return false };
+        match kind {
+            Kind::Values => param.put_values(values),
+            Kind::State(n) => match self.states[id].get_mut(n) {
+                Some(state) if state.len() == values.len() || state.is_empty() => {
+                    *state = values;
+                    true
+                }
+                _ => false,
+            },
+            Kind::Toward => match &mut self.pull {
+                Some(pull) if values.len() == param.len() => {
+                    pull.toward[id] = Some(values);
+                    true
+                }
+                _ => false,
+            },
+        }
+    }
+
+    /// Drops values and states, which are with others from now on.
+    pub(super) fn hollow(&mut self) {
+        self.params.list_mut().iter_mut().for_each(|param| drop(param.take_values()));
+        self.states.iter_mut().flatten().for_each(|state| *state = Vec::new());
+        let toward = self.pull.iter_mut().flat_map(|pull| pull.toward.iter_mut().flatten());
+        toward.for_each(|values| *values = Vec::new());
+    }
+
+    /// Begins behind so many steps.
+    pub(super) fn begin_at(&mut self, steps: u64) {
+        self.steps = steps;
     }
 
     /// Steps so far.
@@ -163,34 +256,39 @@ impl Trainer {
         options: &StepOptions<'_>,
         lr: f64,
     ) -> Result<StepReport, TrainError> {
-        self.step_by(None, batch, options, lr)
+        let (losses, gradients) = self.gradients(batch, options)?;
+        let Ready { each, prepared } = self.prepare(gradients);
+        let names = |id: ParamId| self.params.list()[id].name.clone();
+        let (grad_norm, pull) = norm_and_pull(prepared.into_iter(), names)?;
+        let at = self.next(lr, grad_norm);
+        self.apply(at, each);
+        Ok(StepReport { losses, grad_norm, lr, pull })
     }
 
-    /// One step on a batch whose gradients others compute, if there are others; with the same bits.
-    pub fn step_by(
-        &mut self,
-        workers: Option<&mut dyn Workers>,
-        batch: &Batch,
-        options: &StepOptions<'_>,
-        lr: f64,
-    ) -> Result<StepReport, TrainError> {
-        let wanted: Vec<bool> = self.trained.iter().map(|t| *t != Trained::Nothing).collect();
-        let (cpu, params) = (&self.cpu, &self.params);
-        let (losses, mut gradients) = match workers {
-            Some(workers) => step::gradients_by(workers, cpu, params, batch, options, &wanted)?,
-            None => step::gradients(cpu, params, batch, options, &wanted)?,
-        };
-        let mut each: Vec<Option<Vec<f32>>> = Vec::with_capacity(wanted.len());
+    /// The next step, for a gradient of this norm.
+    pub(super) fn next(&self, lr: f64, grad_norm: f64) -> StepAt {
+        let clip = self.clip.map_or(1.0, |most| (most / (grad_norm + 1e-6)).min(1.0)) as f32;
+        StepAt { t: self.steps + 1, lr, clip }
+    }
+
+    /// Gradients as they are applied: of what is trained, with the pull.
+    pub(super) fn prepare(&self, mut gradients: Gradients) -> Ready {
+        let mut each: Vec<Option<Vec<f32>>> = Vec::with_capacity(self.trained.len());
         for (id, trained) in self.trained.iter().enumerate() {
             let rows = self.params.list()[id].row_len();
-            each.push(gradients.take(id).filter(|_| wanted[id]).map(|g| stepped(g, rows, trained)));
+            let gradient = gradients.take(id).filter(|_| *trained != Trained::Nothing);
+            each.push(gradient.map(|gradient| stepped(gradient, rows, trained)));
         }
-        let pull = self.add_pull(&mut each);
-        let grad_norm = self.norm(&each)?;
-        let clip = self.clip.map_or(1.0, |most| (most / (grad_norm + 1e-6)).min(1.0)) as f32;
-        self.steps += 1;
-        self.apply(StepAt { t: self.steps, lr, clip }, each);
-        Ok(StepReport { losses, grad_norm, lr, pull })
+        let mut prepared = Vec::new();
+        for (id, gradient) in each.iter_mut().enumerate() {
+            if self.trained[id] == Trained::Nothing {
+                continue;
+            }
+            let pull = self.add_pull(id, gradient);
+            let squares = gradient.as_ref().map_or(0.0, |g| sum_of_squares(g));
+            prepared.push(Prepared { id, squares, pull });
+        }
+        Ready { each, prepared }
     }
 
     /// The gradients of a batch, with nothing stepped.
@@ -203,40 +301,19 @@ impl Trainer {
         step::gradients(&self.cpu, &self.params, batch, options, &wanted)
     }
 
-    /// Adds the pull's gradients, λ (p − p₀), and gives its loss.
-    fn add_pull(&self, gradients: &mut [Option<Vec<f32>>]) -> f64 {
-        let Some(Pull { strength, toward }) = &self.pull else { return 0.0 };
-        let of_each = gradients.iter_mut().zip(toward).zip(self.params.list()).zip(&self.trained);
-        let mut loss = 0.0;
-        for (((gradient, toward), param), trained) in of_each {
-            let (Some(toward), true) = (toward, *trained == Trained::All) else { continue };
-            let away: Vec<f32> = param.values().iter().zip(toward).map(|(p, p0)| p - p0).collect();
-            loss += 0.5 * strength * f64::from(sum_of_squares(&away));
-            let gradient = gradient.get_or_insert_with(|| vec![0.0; away.len()]);
-            for (gradient, away) in gradient.iter_mut().zip(&away) {
-                *gradient = (*strength as f32).mul_add(*away, *gradient);
-            }
+    /// Adds the pull's gradient of a parameter, λ (p − p₀), and gives its loss.
+    fn add_pull(&self, id: ParamId, gradient: &mut Option<Vec<f32>>) -> f64 {
+        let pull = self.pull.as_ref().and_then(|p| Some((p.strength, p.toward[id].as_ref()?)));
+        let Some((strength, toward)) = pull.filter(|_| self.trained[id] == Trained::All) else {
+            return 0.0;
+        };
+        let values = self.params.values(id);
+        let away: Vec<f32> = values.iter().zip(toward).map(|(p, p0)| p - p0).collect();
+        let gradient = gradient.get_or_insert_with(|| vec![0.0; away.len()]);
+        for (gradient, away) in gradient.iter_mut().zip(&away) {
+            *gradient = (strength as f32).mul_add(*away, *gradient);
         }
-        loss
-    }
-
-    fn norm(&self, gradients: &[Option<Vec<f32>>]) -> Result<f64, TrainError> {
-        let trained = self.trained.iter().zip(gradients).zip(self.params.list());
-        let mut squares = Vec::with_capacity(gradients.len());
-        for ((trained, gradient), param) in trained {
-            if *trained == Trained::Nothing {
-                continue;
-            }
-            let sum = gradient.as_ref().map_or(0.0, |g| sum_of_squares(g));
-            if !sum.is_finite() {
-                return Err(TrainError::Gradient { parameter: param.name.clone() });
-            }
-            squares.push(sum);
-        }
-        match tree::fold(squares.into_iter()) {
-            sum if sum.is_finite() => Ok(f64::from(sum).sqrt()),
-            norm => Err(TrainError::Norm { norm }),
-        }
+        0.5 * strength * f64::from(sum_of_squares(&away))
     }
 
     /// The first value of a parameter or of an optimizer's state that is NaN or infinite, and of what.
@@ -251,7 +328,8 @@ impl Trainer {
     }
 
     /// Steps every trained tensor, on all threads.
-    fn apply(&mut self, at: StepAt, gradients: Vec<Option<Vec<f32>>>) {
+    pub(super) fn apply(&mut self, at: StepAt, gradients: Vec<Option<Vec<f32>>>) {
+        self.steps = at.t;
         let Self { cpu, params, optimizer, trained, decays, states, .. } = self;
         let tensors = params.list_mut().iter_mut().zip(states).zip(gradients);
         let tasks: Vec<_> = tensors
@@ -317,15 +395,19 @@ mod tests {
         config.layers.push(crate::config::LayerConfig { window: None, feed_forward: layer });
         let params = Params::random(config, 1);
         let count = params.list().len();
-        let mut gradients: Vec<Option<Vec<f32>>> = vec![None; count];
         let (trained, decays) = (vec![Trained::All; count], vec![false; count]);
         let cpu = Arc::new(Cpu::best(1));
         let trainer = Trainer::new(cpu, params, Box::new(Sgd::default()), trained, decays, None);
-        gradients[0] = Some(vec![1.5e19]);
-        let alone = trainer.norm(&gradients).unwrap();
+        let norm = |gradients: &[(ParamId, f32)]| {
+            let mut all = Gradients::new(count);
+            gradients.iter().for_each(|(id, g)| all.set(*id, vec![*g]));
+            let prepared = trainer.prepare(all).prepared;
+            assert_eq!(prepared.len(), count);
+            norm_and_pull(prepared.into_iter(), |id| id.to_string())
+        };
+        let (alone, _) = norm(&[(0, 1.5e19)]).unwrap();
         assert!((alone - 1.5e19).abs() < 1e13, "{alone}");
-        gradients[1] = Some(vec![1.5e19]);
-        let error = trainer.norm(&gradients).unwrap_err();
+        let error = norm(&[(0, 1.5e19), (1, 1.5e19)]).unwrap_err();
         assert!(matches!(error, TrainError::Norm { .. }), "{error}");
     }
 }

@@ -6,15 +6,21 @@ mod plot;
 mod share;
 mod tier;
 
-use std::{fs, path::Path, sync::Arc, time::Instant};
+use std::{
+    fs,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, anyhow};
 use lite_llm_kernels::{cpu::Cpu, simd::Simd};
 use lite_llm_runtime::train::{
     config::TrainConfig,
     run::{Happened, Run, StepRecord},
-    shared::Workers,
+    spread::Ranks,
 };
+use tracing::debug_span;
 
 use self::metrics::Metrics;
 pub(super) use self::{grad::grad, tier::tier};
@@ -50,16 +56,16 @@ pub(super) async fn train(args: TrainArgs, json: bool) -> Result<()> {
         Some(count) => Some(share::Shared::start(&run, count).await?),
         None => None,
     };
-    let workers = shared.as_ref().map(share::Shared::workers);
+    let ranks = shared.as_ref().map(share::Shared::ranks);
     // Steps block; the command's thread is to hear an interruption.
-    let ended = tokio::task::spawn_blocking(move || perform(&run, workers, json)).await;
+    let ended = tokio::task::spawn_blocking(move || perform(&run, ranks, json)).await;
     if let Some(shared) = shared {
         shared.stop().await;
     }
     ended?
 }
 
-fn perform(args: &RunTrainArgs, workers: Option<Box<dyn Workers>>, json: bool) -> Result<()> {
+fn perform(args: &RunTrainArgs, ranks: Option<Arc<dyn Ranks>>, json: bool) -> Result<()> {
     let config =
         args.config.as_ref().ok_or_else(|| bad_input(anyhow!("CONFIG.toml is missing")))?;
     let path = config.display();
@@ -71,8 +77,8 @@ fn perform(args: &RunTrainArgs, workers: Option<Box<dyn Workers>>, json: bool) -
         toml::from_str(&text).map_err(|error| bad_input(anyhow!("{path}: {error}")))?;
     let mut run = Run::open(config, &base, args.compute.cpu()?, args.resume)
         .map_err(|error| bad_input(anyhow!("{path}: {error}")))?;
-    if let Some(workers) = workers {
-        run.share(workers);
+    if let Some(ranks) = ranks {
+        run.share(ranks)?;
     }
     let (done, steps) = run.steps();
     let mut metrics = Metrics::open(run.out(), done)?;
@@ -84,8 +90,16 @@ fn perform(args: &RunTrainArgs, workers: Option<Box<dyn Workers>>, json: bool) -
         );
     }
     let mut pace = Pace::new(done, steps);
+    let minutes = run.config().checkpoint.minutes;
+    let mut saved = Instant::now();
     loop {
-        let events = run.advance()?;
+        let (done, _) = run.steps();
+        let events = debug_span!("step", otel.name = "training step", step = done + 1)
+            .in_scope(|| run.advance())?;
+        if minutes > 0 && saved.elapsed() >= Duration::from_secs(60 * minutes) {
+            run.checkpoint()?;
+            saved = Instant::now();
+        }
         if events.is_empty() {
             return Ok(());
         }
@@ -151,6 +165,9 @@ fn show(event: &Happened, pace: &mut Pace, json: bool) {
             say!("step {step} ({phase}): held out {held_out:.4} nats");
         }
         Happened::Saved { path, .. } => say!("saved {path}"),
+        Happened::Resumed { step, reason } => {
+            remark!("warning: {reason}; going on from step {step}");
+        }
         Happened::Done { model } => {
             say!("done: {model}; try it with `lite-llm run --model {model} \"…\"`");
         }

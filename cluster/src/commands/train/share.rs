@@ -4,10 +4,10 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use lite_llm_actors::training::{
-    Hub,
+    Hub, Patience,
     worker::{TrainWorkerOptions, serve},
 };
-use lite_llm_runtime::train::shared::Workers;
+use lite_llm_runtime::train::spread::Ranks;
 use lite_llm_transport::{identity::Role, token::JoinToken};
 use tokio::{process::Command, runtime::Handle, task::JoinSet, time::sleep};
 
@@ -17,8 +17,6 @@ use crate::{
     machine,
 };
 
-/// How long a step waits for a worker when none is left, and the run for its first.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// How often a worker that ends is started again.
 const RESTARTS_MAX: usize = 20;
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
@@ -43,9 +41,10 @@ struct Child {
 }
 
 impl Shared {
-    /// Starts worker processes, and waits until they are there.
+    /// Starts worker processes.
     pub(super) async fn start(args: &RunTrainArgs, count: u16) -> Result<Self> {
-        let hub = Hub::start(args.listen, count.into(), PATIENCE).await.map_err(bad_input)?;
+        let hub =
+            Hub::start(args.listen, count.into(), Patience::default()).await.map_err(bad_input)?;
         let folder = tempfile::tempdir().context("a folder for the workers' token")?;
         let token = folder.path().join("worker.token");
         hub.token().write(&token)?;
@@ -61,7 +60,6 @@ impl Shared {
         for number in 1..=count {
             children.spawn(keep(child.clone(), format!("w{number}")));
         }
-        hub.ready().await?;
         let Child { threads, hub: at, token, .. } = &child;
         let token = token.display();
         remark!(
@@ -70,8 +68,8 @@ impl Shared {
         Ok(Self { hub, children, _folder: folder })
     }
 
-    pub(super) fn workers(&self) -> Box<dyn Workers> {
-        self.hub.workers(Handle::current())
+    pub(super) fn ranks(&self) -> Arc<dyn Ranks> {
+        self.hub.ranks(Handle::current())
     }
 
     pub(super) async fn stop(mut self) {
@@ -96,7 +94,7 @@ async fn keep(child: Child, name: String) {
         };
         let ended = ended.unwrap_or_else(|error| error.to_string());
         remark!(
-            "warning: worker {name} ended ({ended}); its part is computed by others, and it is started again"
+            "warning: worker {name} ended ({ended}); it is started again, and the run goes on from its last checkpoint"
         );
         sleep(RESTART_PAUSE).await;
     }
