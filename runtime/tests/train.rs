@@ -19,7 +19,7 @@ use lite_llm_runtime::{
         Recompute,
         balance::BalanceWeights,
         batch::{Batch, Row},
-        config::{NewTier, TrainConfig},
+        config::{NewTier, OptimizerConfig, TrainConfig},
         grow::{Init, add_tier, drop_tier, with_tier},
         optimizer::{Adafactor, AdamW, Optimizer, Sgd},
         params::Params,
@@ -308,6 +308,55 @@ fn what_a_phase_freezes_keeps_its_bits_and_an_unused_tier_its_logits() {
             }
         }
         assert_eq!(logits(trainer.params()), before.1, "{name}: the TierSet without the new tier");
+    }
+}
+
+/// A parameter without gradients is left alone until it is looked at, and then is what it would have been.
+#[test]
+fn steps_that_are_put_off_have_the_bits_of_steps_at_once() {
+    let optimizers: [OptimizerConfig; 3] = [
+        OptimizerConfig::Adamw(AdamW::default()),
+        OptimizerConfig::Adafactor(Adafactor { weight_decay: 0.1, ..Adafactor::default() }),
+        OptimizerConfig::Sgd(Sgd { weight_decay: 0.1, ..Sgd::default() }),
+    ];
+    for optimizer in optimizers {
+        let run = |looks: bool| {
+            let params = params();
+            let count = params.list().len();
+            let (trained, decays) = (vec![Trained::All; count], vec![true; count]);
+            let cpu = Arc::new(Cpu::best(2));
+            let mask = mask(&params);
+            let mut trainer =
+                Trainer::new(cpu, params, optimizer.build(), trained, decays, Some(1.0));
+            let options = StepOptions {
+                mask: &mask,
+                objective: objective(),
+                recompute: Recompute::None,
+                micro_rows: usize::MAX,
+            };
+            let (mut behind, mut losses) = (Vec::new(), Vec::new());
+            for step in 0..8 {
+                // A few tokens: most experts get none.
+                let rows = vec![Row::whole(tokens(3, step * 7))];
+                let report = trainer.step(&Batch { rows }, &options, 0.02).unwrap();
+                losses.push(report.losses.total.to_bits());
+                behind.push(trainer.behind());
+                if looks {
+                    trainer.states().for_each(drop);
+                }
+            }
+            let values: Vec<_> = trainer.params().list().iter().map(|p| bits(p.values())).collect();
+            let states: Vec<_> = trainer.states().map(|(_, values)| bits(values)).collect();
+            assert_eq!(trainer.behind(), 0, "all were looked at");
+            (behind, (losses, values, states))
+        };
+        let (behind, found) = run(false);
+        let (seen, expected) = run(true);
+        assert!(found == expected, "{optimizer:?}");
+        assert!(
+            behind.iter().all(|n| *n > 0) && seen.iter().all(|n| *n > 0),
+            "{behind:?} {seen:?}"
+        );
     }
 }
 

@@ -22,6 +22,7 @@ pub mod exchange;
 pub mod gradients;
 pub mod grow;
 mod happened;
+mod idle;
 mod moe;
 pub mod optimizer;
 pub mod orders;

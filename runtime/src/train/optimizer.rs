@@ -40,7 +40,25 @@ pub trait Optimizer: Send + Sync {
         gradient: Option<&[f32]>,
         state: &mut [Vec<f32>],
     );
+
+    /// Steps one tensor several times, none of which has a gradient.
+    fn idle(
+        &self,
+        cpu: &Cpu,
+        steps: &[StepAt],
+        decay: bool,
+        shape: &[usize],
+        values: &mut [f32],
+        state: &mut [Vec<f32>],
+    ) {
+        for &at in steps {
+            self.step(cpu, at, decay, shape, values, None, state);
+        }
+    }
 }
+
+/// Elements that go through all steps while they are in a core's cache.
+const BLOCK: usize = 2048;
 
 /// AdamW.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -59,6 +77,22 @@ pub struct AdamW {
 impl Default for AdamW {
     fn default() -> Self {
         Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 }
+    }
+}
+
+impl AdamW {
+    fn at(&self, at: StepAt, decay: bool) -> AdamWStep {
+        let correction = |beta: f64| (1.0 - libm::pow(beta, at.t as f64)) as f32;
+        AdamWStep {
+            lr: at.lr as f32,
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            correction1: correction(self.beta1),
+            correction2: correction(self.beta2),
+            eps: self.eps as f32,
+            decay: if decay { self.weight_decay as f32 } else { 0.0 },
+            clip: at.clip,
+        }
     }
 }
 
@@ -82,19 +116,27 @@ impl Optimizer for AdamW {
         gradient: Option<&[f32]>,
         state: &mut [Vec<f32>],
     ) {
-        let correction = |beta: f64| (1.0 - libm::pow(beta, at.t as f64)) as f32;
-        let step = AdamWStep {
-            lr: at.lr as f32,
-            beta1: self.beta1 as f32,
-            beta2: self.beta2 as f32,
-            correction1: correction(self.beta1),
-            correction2: correction(self.beta2),
-            eps: self.eps as f32,
-            decay: if decay { self.weight_decay as f32 } else { 0.0 },
-            clip: at.clip,
-        };
         let [m, v] = state else { unreachable!("the state is as this optimizer made it") };
-        optimize::adamw(cpu.simd(), step, values, gradient, m, v);
+        optimize::adamw(cpu.simd(), self.at(at, decay), values, gradient, m, v);
+    }
+
+    fn idle(
+        &self,
+        cpu: &Cpu,
+        steps: &[StepAt],
+        decay: bool,
+        _shape: &[usize],
+        values: &mut [f32],
+        state: &mut [Vec<f32>],
+    ) {
+        let steps: Vec<AdamWStep> = steps.iter().map(|at| self.at(*at, decay)).collect();
+        let [m, v] = state else { unreachable!("the state is as this optimizer made it") };
+        let blocks = values.chunks_mut(BLOCK).zip(m.chunks_mut(BLOCK)).zip(v.chunks_mut(BLOCK));
+        for ((values, m), v) in blocks {
+            for &step in &steps {
+                optimize::adamw(cpu.simd(), step, values, None, m, v);
+            }
+        }
     }
 }
 

@@ -20,6 +20,7 @@ use lite_llm_kernels::{
     matrix::{PackedMatrix, Source},
 };
 
+use super::idle::Behind;
 use crate::{
     checkpoint::{
         Checkpoint, CheckpointError,
@@ -41,13 +42,48 @@ pub struct Param {
     /// `[n]` or `[outputs, inputs]`.
     pub shape: Vec<usize>,
     values: Vec<f32>,
+    /// Steps that were put off.
+    behind: Option<Box<Behind>>,
     packed: OnceLock<PackedMatrix>,
 }
 
 impl Param {
+    /// A parameter, whose values may be with somebody else.
+    fn new(name: String, shape: Vec<usize>, values: Vec<f32>) -> Self {
+        Self { name, shape, values, behind: None, packed: OnceLock::new() }
+    }
+
     /// The values, row-major.
     pub fn values(&self) -> &[f32] {
-        &self.values
+        match &self.behind {
+            Some(behind) => &behind.now(&self.shape, &self.values).0,
+            None => &self.values,
+        }
+    }
+
+    /// States of its optimizer, if steps were put off.
+    pub(super) fn states_behind(&self) -> Option<&[Vec<f32>]> {
+        let behind = self.behind.as_ref()?;
+        Some(&behind.now(&self.shape, &self.values).1)
+    }
+
+    /// Whether steps were put off, and nobody has looked since.
+    pub(super) fn is_behind(&self) -> bool {
+        self.behind.as_ref().is_some_and(|behind| !behind.is_seen())
+    }
+
+    /// Puts steps off from now on.
+    pub(super) fn put_off(&mut self, behind: Behind) {
+        debug_assert!(self.behind.is_none(), "what is behind is caught up first");
+        self.packed = OnceLock::new();
+        self.behind = Some(Box::new(behind));
+    }
+
+    /// Catches up for good, and gives the states of its optimizer back, if steps were put off.
+    pub(super) fn catch_up(&mut self) -> Option<Vec<Vec<f32>>> {
+        let (values, states) = self.behind.take()?.settle(&self.shape, &self.values);
+        self.values = values;
+        Some(states)
     }
 
     /// Values of one row; of a vector each is a row.
@@ -68,6 +104,7 @@ impl Param {
     /// Takes the values out: they are with somebody else.
     pub(super) fn take_values(&mut self) -> Vec<f32> {
         self.packed = OnceLock::new();
+        self.behind = None;
         std::mem::take(&mut self.values)
     }
 
@@ -76,6 +113,7 @@ impl Param {
         self.packed = OnceLock::new();
         let fits = values.len() == self.len();
         if fits {
+            self.behind = None;
             self.values = values;
         }
         fits
@@ -83,6 +121,7 @@ impl Param {
 
     /// The values, to be changed.
     pub fn values_mut(&mut self) -> &mut [f32] {
+        debug_assert!(self.behind.is_none(), "what is behind is caught up first");
         self.packed = OnceLock::new();
         &mut self.values
     }
@@ -240,7 +279,7 @@ impl Params {
             if values.len() != size {
                 return Err(error(format!("{} values", values.len())));
             }
-            list.push(Param { name, shape, values, packed: OnceLock::new() });
+            list.push(Param::new(name, shape, values));
         }
         let ids = Arc::new(find_ids(&config, &list));
         Ok(Self { config: Arc::new(config), list, ids })
@@ -248,8 +287,7 @@ impl Params {
 
     /// The parameters of a checked configuration, without their values.
     pub(super) fn hollow(config: ModelConfig) -> Self {
-        let param =
-            |(name, shape)| Param { name, shape, values: Vec::new(), packed: OnceLock::new() };
+        let param = |(name, shape)| Param::new(name, shape, Vec::new());
         let list: Vec<Param> = shapes(&config).into_iter().map(param).collect();
         let ids = Arc::new(find_ids(&config, &list));
         Self { config: Arc::new(config), list, ids }
@@ -315,13 +353,14 @@ impl Params {
 
     /// The values of a parameter.
     pub fn values(&self, id: ParamId) -> &[f32] {
-        &self.list[id].values
+        self.list[id].values()
     }
 
     /// A matrix as forward products read it.
     pub fn matrix(&self, id: ParamId) -> &PackedMatrix {
-        let Param { shape, values, packed, .. } = &self.list[id];
+        let param @ Param { shape, packed, .. } = &self.list[id];
         packed.get_or_init(|| {
+            let values = param.values();
             let (n, k) = (shape[0], shape.get(1).copied().unwrap_or(1));
             PackedMatrix::pack(DType::F32, n, k, Source::F32(values))
         })

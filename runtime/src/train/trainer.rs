@@ -4,6 +4,8 @@
 //! tensors by sorted name in rule 1's tree); clipping; then each trained tensor by itself. Of a tensor of which
 //! only rows are trained, these rows are the tensor: nothing else of it is stepped, decayed or counted.
 //!
+//! A parameter without a gradient costs nothing: its step is put off until somebody looks at it ([`super::idle`]).
+//!
 //! Of several ranks each has a trainer of its own, of what it owns; [`super::spread`] does the step.
 
 use std::sync::Arc;
@@ -18,6 +20,7 @@ use super::{
     TrainError,
     batch::Batch,
     gradients::Gradients,
+    idle::{Behind, History},
     optimizer::{Optimizer, StepAt},
     orders::{Kind, Prepared, Tensor},
     params::{Param, ParamId, Params},
@@ -26,15 +29,16 @@ use super::{
 };
 
 /// See the module's text.
-#[derive(Clone)]
 pub struct Trainer {
     cpu: Arc<Cpu>,
     params: Params,
     optimizer: Arc<dyn Optimizer>,
     trained: Vec<Trained>,
     decays: Vec<bool>,
-    /// States of each trained parameter's optimizer.
+    /// States of each trained parameter's optimizer; those of one that is behind are with it.
     states: Vec<Vec<Vec<f32>>>,
+    /// Steps that may have been put off.
+    history: Arc<History>,
     /// Largest norm of the gradient.
     clip: Option<f64>,
     pull: Option<Pull>,
@@ -102,6 +106,25 @@ pub struct StepReport {
     pub pull: f64,
 }
 
+impl Clone for Trainer {
+    /// A copy that is caught up: what is put off from now on is not the copy's.
+    fn clone(&self) -> Self {
+        self.catch_up();
+        Self {
+            cpu: self.cpu.clone(),
+            params: self.params.clone(),
+            optimizer: self.optimizer.clone(),
+            trained: self.trained.clone(),
+            decays: self.decays.clone(),
+            states: self.states.clone(),
+            history: self.history.clone(),
+            clip: self.clip,
+            pull: self.pull.clone(),
+            steps: self.steps,
+        }
+    }
+}
+
 impl Trainer {
     /// A trainer whose optimizer has seen nothing yet. `trained` has one entry per parameter, and
     /// `decays` says which of them weight decay concerns.
@@ -110,12 +133,14 @@ impl Trainer {
     /// If there is not one entry per parameter.
     pub fn new(
         cpu: Arc<Cpu>,
-        params: Params,
+        mut params: Params,
         optimizer: Box<dyn Optimizer>,
         trained: Vec<Trained>,
         decays: Vec<bool>,
         clip: Option<f64>,
     ) -> Self {
+        // Another trainer may have put steps off.
+        params.list_mut().iter_mut().for_each(|param| drop(param.catch_up()));
         let count = params.list().len();
         assert!(trained.len() == count && decays.len() == count, "one entry per parameter");
         let states = params
@@ -130,7 +155,19 @@ impl Trainer {
             })
             .collect();
         let optimizer = Arc::from(optimizer);
-        Self { cpu, params, optimizer, trained, decays, states, clip, pull: None, steps: 0 }
+        let history = Arc::default();
+        Self {
+            cpu,
+            params,
+            optimizer,
+            trained,
+            decays,
+            states,
+            history,
+            clip,
+            pull: None,
+            steps: 0,
+        }
     }
 
     /// Pulls parameters from now on, or no longer.
@@ -158,11 +195,28 @@ impl Trainer {
         (&self.trained, &self.decays, self.pull.as_ref().map(|pull| pull.strength))
     }
 
+    fn states_of(&self, id: ParamId) -> &[Vec<f32>] {
+        self.params.list()[id].states_behind().unwrap_or(&self.states[id])
+    }
+
+    /// Looks at all that is behind, on all threads.
+    fn catch_up(&self) {
+        let behind: Vec<&Param> = self.params.list().iter().filter(|p| p.is_behind()).collect();
+        self.cpu.pool().run(behind.len(), &|i| {
+            behind[i].values();
+        });
+    }
+
+    /// How many parameters are behind: steps without a gradient were put off, and nobody has looked at them since.
+    pub fn behind(&self) -> usize {
+        self.params.list().iter().filter(|param| param.is_behind()).count()
+    }
+
     /// Values and states of a parameter, as they are.
     pub(super) fn tensors(&self, id: ParamId) -> Vec<Tensor> {
         let mut all =
             vec![Tensor { id, kind: Kind::Values, values: self.params.values(id).to_vec() }];
-        for (n, state) in self.states[id].iter().enumerate() {
+        for (n, state) in self.states_of(id).iter().enumerate() {
             all.push(Tensor { id, kind: Kind::State(n), values: state.clone() });
         }
         let toward = self.pull.as_ref().and_then(|pull| pull.toward[id].clone());
@@ -212,8 +266,9 @@ impl Trainer {
 
     /// Names and values of the optimizer's states, by parameter.
     pub fn states(&self) -> impl Iterator<Item = (String, &[f32])> {
-        let names = self.params.list().iter().zip(&self.trained).zip(&self.states);
-        let states = names.flat_map(|((param, trained), states)| {
+        let names = self.params.list().iter().zip(&self.trained).enumerate();
+        let states = names.flat_map(|(id, (param, trained))| {
+            let states = self.states_of(id);
             let shape = stepped_shape(&param.shape, trained);
             let kinds = shape.map_or_else(Vec::new, |shape| self.optimizer.state(&shape));
             kinds
@@ -330,7 +385,8 @@ impl Trainer {
     /// Steps every trained tensor, on all threads.
     pub(super) fn apply(&mut self, at: StepAt, gradients: Vec<Option<Vec<f32>>>) {
         self.steps = at.t;
-        let Self { cpu, params, optimizer, trained, decays, states, .. } = self;
+        let Self { cpu, params, optimizer, trained, decays, states, history, .. } = self;
+        let step = history.read().len();
         let tensors = params.list_mut().iter_mut().zip(states).zip(gradients);
         let tasks: Vec<_> = tensors
             .zip(trained.iter().zip(decays.iter()))
@@ -342,6 +398,18 @@ impl Trainer {
         cpu.pool().run(tasks.len(), &|i| {
             let (param, state, gradient, trained, decay) = &mut *tasks[i].lock();
             let Some(shape) = stepped_shape(&param.shape, trained) else { return };
+            if gradient.is_none() && param.is_behind() {
+                return;
+            }
+            if let Some(now) = param.catch_up() {
+                **state = now;
+            }
+            if gradient.is_none() && **trained == Trained::All {
+                let states = std::mem::take(&mut **state);
+                let with = (&*cpu, &*optimizer);
+                param.put_off(Behind::new(with, (&*history, step), *decay, states));
+                return;
+            }
             let gradient = gradient.as_deref();
             let row_len = param.row_len();
             let values = param.values_mut();
@@ -356,6 +424,8 @@ impl Trainer {
                 _ => optimizer.step(cpu, at, *decay, &shape, values, gradient, state),
             }
         });
+        // After all have caught up with the steps before.
+        history.write().push(at);
     }
 }
 
