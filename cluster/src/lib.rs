@@ -14,6 +14,7 @@ mod commands;
 mod demo;
 mod http;
 mod machine;
+mod otlp;
 mod progress;
 mod size;
 pub mod telemetry;

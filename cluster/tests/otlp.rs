@@ -56,7 +56,10 @@ fn process_of(resource: Option<Resource>) -> String {
     );
     let instance = of("service.instance.id");
     // Commands are told apart by the number of their process.
-    instance.trim_end_matches(|c: char| c.is_ascii_digit() || c == ' ').to_owned()
+    match instance.rsplit_once(' ') {
+        Some((role, number)) if number.bytes().all(|c| c.is_ascii_digit()) => role.to_owned(),
+        _ => instance,
+    }
 }
 
 #[tonic::async_trait]
@@ -452,4 +455,67 @@ fn a_coordinator_without_an_api_sends_its_metrics() {
     }
     coordinator.signal("TERM");
     coordinator.ends_within(PATIENCE).expect(0, &[]);
+}
+
+/// A step of a training is one trace over the run and its workers, which call each other; its numbers are metrics.
+#[test]
+fn a_step_of_training_is_one_trace_over_its_workers() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let receiver = Receiver::default();
+    let url = runtime.block_on(receiver.listen());
+    let dir = tempfile::tempdir().unwrap();
+    let text: String =
+        (0..300).map(|i| format!("Line {i} of a text about {}. ", i * i % 17)).collect();
+    std::fs::write(dir.path().join("text.txt"), text).unwrap();
+    let config = format!(
+        r#"out = "run"
+        [model.new]
+        tokenizer = {:?}
+        hidden = 16
+        layers = 2
+        heads = 2
+        kv_heads = 1
+        head_dim = 8
+        context = 32
+        intermediate = 8
+        routes = [1, 1, 2]
+        tiers = [{{ name = "tier_1b", groups = 1, experts = 4 }}]
+        [data]
+        files = ["text.txt"]
+        sequence = 16
+        batch = 4
+        held_out = 0.1
+        [[phase]]
+        name = "0"
+        train = {{ backbone = true, tiers = ["all"] }}
+        steps = 2
+        lr = 1e-3
+        "#,
+        process::demo_model()
+    );
+    let path = dir.path().join("run.toml");
+    std::fs::write(&path, config).unwrap();
+    let args = ["--otlp", &url, "train", path.to_str().unwrap(), "--workers", "2"];
+    process::Process::start(&args).ends_within(PATIENCE).expect(0, &[]);
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    let spans = std::mem::take(&mut *receiver.spans.lock().unwrap());
+    let steps: Vec<&Received> = spans.iter().filter(|(_, s)| s.name == "training step").collect();
+    assert!(steps.len() >= 2, "{:?}", count(&spans));
+    let mut whole = 0;
+    for (_, step) in steps {
+        let of = |name: &str| -> HashSet<&str> {
+            let here = spans.iter().filter(|(_, s)| s.trace_id == step.trace_id && s.name == name);
+            here.map(|(process, _)| process.as_str()).collect()
+        };
+        // The last has no step: the run is over.
+        if of("gradients").is_empty() {
+            continue;
+        }
+        whole += 1;
+        let workers = HashSet::from(["train worker w1", "train worker w2"]);
+        for name in ["gradients", "serve", "prepare", "apply"] {
+            assert_eq!(of(name), workers, "{name}");
+        }
+    }
+    assert_eq!(whole, 2);
 }

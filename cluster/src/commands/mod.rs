@@ -240,6 +240,7 @@ fn role(command: &Command) -> String {
         Command::Coordinator(_) => "coordinator".into(),
         Command::Worker(args) => format!("worker {}", worker::name(args)),
         Command::Submit(_) => format!("submit {}", std::process::id()),
+        Command::Train(args) => train::role(args),
         _ => format!("command {}", std::process::id()),
     }
 }

@@ -22,7 +22,6 @@ mod form;
 mod generate;
 mod health;
 mod metrics;
-mod otlp;
 mod page;
 mod place;
 mod play;
@@ -70,13 +69,13 @@ use self::{
     admission::{Admission, KeyLimits, Limits},
     body::Bodies,
     error::ApiError,
-    health::Readiness,
+    health::{Readiness, describe},
     metrics::Metrics,
     place::Requests,
     stall::Stalling,
     store::Files,
 };
-use crate::{commands::unix_time, telemetry};
+use crate::{commands::unix_time, otlp::Reports, telemetry};
 
 /// Connections at a time; more wait to be accepted.
 const CONNECTIONS_MAX: usize = 1024;
@@ -167,7 +166,16 @@ impl Exporter {
     /// Nothing, if the process was started without a receiver.
     fn of(coordinator: CoordinatorHandle, metrics: Metrics) -> Option<Self> {
         let to = telemetry::receiver()?;
-        Some(Self(tokio::spawn(otlp::export(coordinator, metrics, to))))
+        let gather = move || {
+            let (coordinator, metrics) = (coordinator.clone(), metrics.clone());
+            async move {
+                let said = describe(&coordinator).await;
+                let (status, residences) = said.map_err(|e| anyhow::anyhow!("{}", e.json()))?;
+                metrics.families(&status, &residences)
+            }
+        };
+        let reports = Reports::new(to)?;
+        Some(Self(tokio::spawn(async move { reports.export(gather).await })))
     }
 }
 

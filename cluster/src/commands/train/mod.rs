@@ -1,5 +1,6 @@
 //! `lite-llm train`, and beside it `grad` and `tier`.
 
+mod gauges;
 mod grad;
 mod metrics;
 mod plot;
@@ -22,12 +23,14 @@ use lite_llm_runtime::train::{
 };
 use tracing::debug_span;
 
-use self::metrics::Metrics;
+use self::{gauges::Gauges, metrics::Metrics};
 pub(super) use self::{grad::grad, tier::tier};
 use super::bad_input;
 use crate::{
     cli::{RunTrainArgs, TrainArgs, TrainCommand, TrainComputeArgs},
     machine,
+    otlp::Reports,
+    telemetry,
 };
 
 impl TrainComputeArgs {
@@ -45,6 +48,14 @@ impl TrainComputeArgs {
     }
 }
 
+/// What this process is called in traces.
+pub(super) fn role(args: &TrainArgs) -> String {
+    match &args.what {
+        Some(TrainCommand::Worker(args)) => format!("train worker {}", share::name(args)),
+        _ => format!("train {}", std::process::id()),
+    }
+}
+
 pub(super) async fn train(args: TrainArgs, json: bool) -> Result<()> {
     match args.what {
         Some(TrainCommand::Plot(args)) => return plot::plot(&args, json),
@@ -57,15 +68,33 @@ pub(super) async fn train(args: TrainArgs, json: bool) -> Result<()> {
         None => None,
     };
     let ranks = shared.as_ref().map(share::Shared::ranks);
+    let gauges = Gauges::new()?;
+    let reports = telemetry::receiver().and_then(Reports::new).map(Arc::new);
+    let (shown, sender) = (gauges.clone(), reports.clone());
+    let exporting = reports.clone().map(|reports| {
+        let gauges = gauges.clone();
+        let gather = move || std::future::ready(Ok(gauges.families()));
+        tokio::spawn(async move { reports.export(gather).await })
+    });
     // Steps block; the command's thread is to hear an interruption.
-    let ended = tokio::task::spawn_blocking(move || perform(&run, ranks, json)).await;
+    let ended = tokio::task::spawn_blocking(move || perform(&run, ranks, &shown, json)).await;
+    exporting.inspect(|task| task.abort());
+    if let Some(last) = sender {
+        // A receiver that does not take it has been complained of.
+        let _ = last.send(&gauges.families()).await;
+    }
     if let Some(shared) = shared {
         shared.stop().await;
     }
     ended?
 }
 
-fn perform(args: &RunTrainArgs, ranks: Option<Arc<dyn Ranks>>, json: bool) -> Result<()> {
+fn perform(
+    args: &RunTrainArgs,
+    ranks: Option<Arc<dyn Ranks>>,
+    gauges: &Gauges,
+    json: bool,
+) -> Result<()> {
     let config =
         args.config.as_ref().ok_or_else(|| bad_input(anyhow!("CONFIG.toml is missing")))?;
     let path = config.display();
@@ -106,6 +135,7 @@ fn perform(args: &RunTrainArgs, ranks: Option<Arc<dyn Ranks>>, json: bool) -> Re
         let mut over = false;
         for event in events {
             metrics.write(&event, pace.seconds())?;
+            gauges.observe(&event, pace.estimate(done).0);
             over |= matches!(event, Happened::Done { .. });
             show(&event, &mut pace, json);
         }

@@ -1,4 +1,4 @@
-//! What `/metrics` shows, sent to an OTLP receiver: the same names, labels and values.
+//! Metrics of Prometheus, sent to an OTLP receiver: the same names, labels and values.
 //!
 //! Invariants: nothing waits for the receiver but this task; what cannot be sent is left out, for the
 //! next report holds all totals again.
@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use lite_llm_actors::coordinator::CoordinatorHandle;
 use opentelemetry_proto::tonic::{
     collector::metrics::v1::{
         ExportMetricsServiceRequest, metrics_service_client::MetricsServiceClient,
@@ -23,7 +22,6 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tonic::transport::{Channel, Endpoint};
 use tracing::warn;
 
-use super::{health::describe, metrics::Metrics};
 use crate::{telemetry::Receiver, time::nanos};
 
 /// How often it is sent, unless the environment says.
@@ -33,54 +31,69 @@ const INTERVAL_VARIABLE: &str = "OTEL_METRIC_EXPORT_INTERVAL";
 /// How long a report may take.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Sends reports until it is aborted. Says once when they cannot be sent.
-pub(super) async fn export(coordinator: CoordinatorHandle, counted: Metrics, to: Receiver) {
-    let said = std::env::var(INTERVAL_VARIABLE).ok().and_then(|text| text.parse().ok());
-    let every = said.filter(|ms| *ms > 0).map_or(INTERVAL, Duration::from_millis);
-    let channel = match Endpoint::from_shared(to.url.clone()) {
-        Ok(endpoint) => endpoint.connect_timeout(SEND_TIMEOUT).connect_lazy(),
-        Err(error) => return warn!(%error, "metrics are not sent to {}", to.url),
-    };
-    let begun = nanos();
-    let mut ticks = interval(every);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut failing = false;
-    loop {
-        ticks.tick().await;
-        let sent = send(&coordinator, &counted, &to, (channel.clone(), begun));
-        let sent = timeout(SEND_TIMEOUT, sent).await;
-        match sent.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer within {SEND_TIMEOUT:?}"))) {
-            Ok(()) => failing = false,
-            Err(error) if !failing => {
-                failing = true;
-                warn!("metrics are not taken by {}: {error:#}", to.url);
-            }
-            Err(_) => {}
-        }
-    }
+/// Where reports go.
+pub(crate) struct Reports {
+    channel: Channel,
+    to: Receiver,
+    /// When the sums began, in nanoseconds.
+    begun: u64,
 }
 
-async fn send(
-    coordinator: &CoordinatorHandle,
-    counted: &Metrics,
-    to: &Receiver,
-    (channel, begun): (Channel, u64),
-) -> Result<()> {
-    let said = describe(coordinator).await;
-    let (status, residences) = said.map_err(|e| anyhow::anyhow!("{}", e.json()))?;
-    let families = counted.families(&status, &residences)?;
-    let metrics = families.iter().map(|family| metric(family, begun, nanos())).collect();
-    let scope = InstrumentationScope { name: "lite-llm".into(), ..InstrumentationScope::default() };
-    let scope_metrics = ScopeMetrics { scope: Some(scope), metrics, ..ScopeMetrics::default() };
-    let attributes = to.resource.iter().map(|(key, value)| text(key, value)).collect();
-    let report = ResourceMetrics {
-        resource: Some(Resource { attributes, ..Resource::default() }),
-        scope_metrics: vec![scope_metrics],
-        ..ResourceMetrics::default()
-    };
-    let request = ExportMetricsServiceRequest { resource_metrics: vec![report] };
-    MetricsServiceClient::new(channel).export(request).await.context("the receiver refuses")?;
-    Ok(())
+impl Reports {
+    /// Connects when the first report is sent; nothing, with a word in the log, if that cannot be an address.
+    pub(crate) fn new(to: Receiver) -> Option<Self> {
+        let channel = match Endpoint::from_shared(to.url.clone()) {
+            Ok(endpoint) => endpoint.connect_timeout(SEND_TIMEOUT).connect_lazy(),
+            Err(error) => {
+                warn!(%error, "metrics are not sent to {}", to.url);
+                return None;
+            }
+        };
+        Some(Self { channel, to, begun: nanos() })
+    }
+
+    /// Sends what is gathered now and then until it is aborted. Says once when that fails.
+    pub(crate) async fn export<G>(&self, gather: impl Fn() -> G)
+    where
+        G: Future<Output = Result<Vec<MetricFamily>>>,
+    {
+        let said = std::env::var(INTERVAL_VARIABLE).ok().and_then(|text| text.parse().ok());
+        let every = said.filter(|ms| *ms > 0).map_or(INTERVAL, Duration::from_millis);
+        let mut ticks = interval(every);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut failing = false;
+        loop {
+            ticks.tick().await;
+            let sent = timeout(SEND_TIMEOUT, async { self.send(&gather().await?).await }).await;
+            let slow = |_| Err(anyhow::anyhow!("no answer within {SEND_TIMEOUT:?}"));
+            match sent.unwrap_or_else(slow) {
+                Ok(()) => failing = false,
+                Err(error) if !failing => {
+                    failing = true;
+                    warn!("metrics are not taken by {}: {error:#}", self.to.url);
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Sends one report.
+    pub(crate) async fn send(&self, families: &[MetricFamily]) -> Result<()> {
+        let metrics = families.iter().map(|family| metric(family, self.begun, nanos())).collect();
+        let scope =
+            InstrumentationScope { name: "lite-llm".into(), ..InstrumentationScope::default() };
+        let scope_metrics = ScopeMetrics { scope: Some(scope), metrics, ..ScopeMetrics::default() };
+        let attributes = self.to.resource.iter().map(|(key, value)| text(key, value)).collect();
+        let report = ResourceMetrics {
+            resource: Some(Resource { attributes, ..Resource::default() }),
+            scope_metrics: vec![scope_metrics],
+            ..ResourceMetrics::default()
+        };
+        let request = ExportMetricsServiceRequest { resource_metrics: vec![report] };
+        let mut client = MetricsServiceClient::new(self.channel.clone());
+        client.export(request).await.context("the receiver refuses")?;
+        Ok(())
+    }
 }
 
 fn text(key: &str, value: &str) -> KeyValue {
