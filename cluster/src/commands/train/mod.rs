@@ -1,10 +1,12 @@
-//! `lite-llm train`, and beside it `grad` and `tier`.
+//! `lite-llm train`, and beside it `grad`, `tier` and `tokenizer`.
 
 mod grad;
+mod heat;
 mod metrics;
 mod plot;
 mod share;
 mod tier;
+mod tokenizer;
 
 use std::{fs, path::Path, sync::Arc, time::Instant};
 
@@ -17,7 +19,7 @@ use lite_llm_runtime::train::{
 };
 
 use self::metrics::Metrics;
-pub(super) use self::{grad::grad, tier::tier};
+pub(super) use self::{grad::grad, tier::tier, tokenizer::tokenizer};
 use super::bad_input;
 use crate::{
     cli::{RunTrainArgs, TrainArgs, TrainCommand, TrainComputeArgs},
