@@ -17,14 +17,13 @@ import json, os, re, sys
 from pathlib import Path
 
 CRATES = """
-aho-corasick arc-swap aws-lc-rs axum base64 bytemuck bytes cc chrono clap clap_builder compact_str criterion
-crossbeam-channel crossbeam-epoch crossbeam-utils cudarc data-encoding der-parser encoding_rs fancy-regex futures-util h2
-half hashbrown http hyper hyper-util icu_collections icu_locale_core icu_properties indexmap indicatif itertools libloading
-lock_api log memchr memmap2 minijinja mio nix nom num-traits object_store opentelemetry opentelemetry_sdk petgraph
-portable-atomic prometheus proptest prost-types quick-xml quinn quinn-proto ractor rand raw-cpuid rayon rayon-core rcgen
-redb regex regex-automata regex-syntax reqwest rkyv rustix rustls safetensors serde serde_json sharded-slab socket2 spin syn
-tempfile time tinyvec tokenizers tokio tokio-stream tokio-util toml_edit tonic tower tower-http tracing tracing-core
-tracing-subscriber url uuid winnow x509-parser yoke zerocopy zerovec zstd
+aho-corasick arc-swap axum base64 bytemuck bytes cc chrono clap clap_builder compact_str criterion crossbeam-channel
+crossbeam-epoch crossbeam-utils data-encoding fancy-regex futures-util h2 half hashbrown http hyper hyper-util
+indexmap indicatif itertools libloading lock_api log memchr memmap2 minijinja mio nom num-traits object_store
+opentelemetry opentelemetry_sdk petgraph prometheus proptest quinn quinn-proto ractor rand rayon rayon-core rcgen redb
+regex regex-automata regex-syntax reqwest rkyv rustls safetensors serde serde_json socket2 spin syn tempfile time
+tokenizers tokio tokio-stream tokio-util toml_edit tonic tower tower-http tracing tracing-core tracing-subscriber url
+winnow zerocopy zstd
 """.split()
 COMMENT = re.compile(r"\s*//[/!](?!/) ?(.*)")
 SHORTEST = 200
