@@ -39,6 +39,9 @@ impl Tier {
     }
 }
 
+/// A step, and what was counted in it.
+type Counted = (u64, Vec<Tier>);
+
 /// The heat maps of a phase.
 #[derive(Debug)]
 pub(super) struct Row {
@@ -68,7 +71,7 @@ impl Row {
 
 /// One row for each phase: the sum of what was counted in the later half of it.
 pub(super) fn rows(loads: &BTreeMap<u64, Value>) -> Vec<Row> {
-    let mut phases: Vec<(&str, Vec<(u64, Vec<Tier>)>)> = Vec::new();
+    let mut phases: Vec<(&str, Vec<Counted>)> = Vec::new();
     for (step, value) in loads {
         let Ok(tiers) = Vec::<Tier>::deserialize(&value["tiers"]) else { continue };
         let name = value["phase"].as_str().unwrap_or_default();
@@ -77,7 +80,7 @@ pub(super) fn rows(loads: &BTreeMap<u64, Value>) -> Vec<Row> {
         }
         phases.iter_mut().last().into_iter().for_each(|phase| phase.1.push((*step, tiers.clone())));
     }
-    let row = |(name, mut counted): (&str, Vec<(u64, Vec<Tier>)>)| {
+    let row = |(name, mut counted): (&str, Vec<Counted>)| {
         let later = counted.split_off(counted.len() / 2);
         let [first, last] = [later.first(), later.last()].map(|of| of.map_or(0, |(step, _)| *step));
         let mut all = later.into_iter().map(|(_, tiers)| tiers);
