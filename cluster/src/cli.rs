@@ -36,8 +36,8 @@ pub use plan::{GpuName, PlanArgs, PlanGpuArgs};
 pub use settings::{Setting, Settings, SettingsError, parse};
 pub use tools::{CompletionsArgs, ConfigArgs, ConfigRole, ManArgs};
 pub use train::{
-    GradArgs, RunTrainArgs, TierAddArgs, TierCommand, TierDropArgs, TrainArgs, TrainCommand,
-    TrainComputeArgs, TrainPlotArgs, TrainWorkerArgs,
+    GradArgs, RunTrainArgs, TierAddArgs, TierCommand, TierDropArgs, TokenizerCommand,
+    TokenizerTrainArgs, TrainArgs, TrainCommand, TrainComputeArgs, TrainPlotArgs, TrainWorkerArgs,
 };
 
 use crate::{
@@ -111,6 +111,9 @@ pub enum Command {
     Worker(WorkerArgs),
     /// Show what a text becomes: its tokens and, with --chat, the prompt that a model sees.
     Tokenize(TokenizeArgs),
+    /// Make tokenizers.
+    #[command(subcommand)]
+    Tokenizer(TokenizerCommand),
     /// Send a prompt, or a file of prompts, to a coordinator.
     Submit(SubmitArgs),
     /// List the jobs that were left with a coordinator.

@@ -5,6 +5,8 @@
 //! of the prompt are the text of all ids decoded at once (unless these are no UTF-8: what was
 //! handed out cannot be taken back).
 
+mod learn;
+
 use std::{
     cell::Cell,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -12,6 +14,8 @@ use std::{
 };
 
 use tokenizers::{DecoderWrapper, ModelWrapper};
+
+pub use self::learn::{VOCAB_MAX, VOCAB_MIN, learn};
 
 /// A tokenizer that could not be loaded or used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

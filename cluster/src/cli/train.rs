@@ -1,4 +1,4 @@
-//! `train`, `grad` and `tier`.
+//! `train`, `grad`, `tier` and `tokenizer`.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -177,4 +177,29 @@ fn placement(text: &str) -> Result<lite_llm_runtime::tier::Residence, String> {
         "archive" => Ok(Residence::Archive),
         _ => Err("hbm, dram, nvme or archive is expected".into()),
     }
+}
+
+/// What to do about tokenizers.
+#[derive(Debug, Subcommand)]
+pub enum TokenizerCommand {
+    /// Learn a byte-level BPE tokenizer from text.
+    Train(TokenizerTrainArgs),
+}
+
+/// `tokenizer train`.
+#[derive(Debug, Args)]
+pub struct TokenizerTrainArgs {
+    /// Files of text or JSONL (a "text" on each line), plain or compressed with zstd (.zst); the last
+    /// part of a name may have a *.
+    #[arg(value_name = "FILE", required = true)]
+    pub files: Vec<String>,
+    /// Entries of the vocabulary: 256 bytes, the end token, and what is learned.
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    pub vocab: usize,
+    /// How the token is spelled that ends a text; it becomes entry 0.
+    #[arg(long, value_name = "TOKEN", default_value = "<|endoftext|>")]
+    pub end: String,
+    /// File to write.
+    #[arg(long, value_name = "FILE", default_value = "tokenizer.json")]
+    pub out: PathBuf,
 }

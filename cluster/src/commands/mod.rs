@@ -225,6 +225,7 @@ async fn perform(command: Command, settings: Option<PathBuf>, json: bool) -> Res
         Command::Train(args) => train::train(args, json).await,
         Command::Grad(args) => train::grad(args, json),
         Command::Tier(command) => train::tier(command, json),
+        Command::Tokenizer(command) => train::tokenizer(command, json),
         Command::Bench(args) => bench::bench(args, json).await,
         Command::Doctor => doctor::doctor(json),
         Command::Config(args) => tools::config(args, settings, json),

@@ -403,6 +403,8 @@ impl TrainConfig {
         require(one, "model", "both or neither", expected)?;
         require(!self.out.is_empty(), "out", "empty", "a folder is expected")?;
         require(!self.data.files.is_empty(), "data.files", "empty", "files of text are expected")?;
+        let named = self.data.files.iter().all(|file| !file.is_empty());
+        require(named, "data.files", "an empty name", "files of text are expected")?;
         require(count(self.data.sequence), "data.sequence", self.data.sequence, COUNT)?;
         require(count(self.data.batch), "data.batch", self.data.batch, COUNT)?;
         let share = (0.0..1.0).contains(&self.data.held_out);
@@ -435,8 +437,20 @@ impl TrainConfig {
                 require(n.is_finite() && n >= 0.0, &at(key), n, "0 or more is expected")?;
             }
             phase.optimizer.check(&at("optimizer"))?;
+            if let Decay::Cosine { floor } | Decay::Linear { floor } | Decay::Wsd { floor, .. } =
+                phase.decay
+            {
+                let part = (0.0..=1.0).contains(&floor);
+                let expected = "a part of the learning rate, 0 to 1, is expected";
+                require(part, &at("decay.floor"), floor, expected)?;
+            }
             let warmup = phase.warmup <= phase.steps;
             require(warmup, &at("warmup"), phase.warmup, "no more than steps is expected")?;
+            if let Decay::Wsd { steps, .. } = phase.decay {
+                let fits = steps <= phase.steps - phase.warmup;
+                let expected = "no more than the phase's steps behind warm-up is expected";
+                require(fits, &at("decay.steps"), steps, expected)?;
+            }
             let evaluated = phase.patience == 0 || self.data.evaluate_every > 0;
             let expected = "data.evaluate_every is expected with it";
             require(evaluated, &at("patience"), phase.patience, expected)?;
@@ -513,5 +527,38 @@ impl NewModel {
     /// Format that it is stored in.
     pub fn dtype(&self) -> DType {
         super::grow::TRAINED_DTYPE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_schedule_that_would_not_reach_its_learning_rate_is_refused() {
+        let said = |decay: &str| {
+            let config: TrainConfig = serde_json::from_str(&format!(
+                r#"{{
+                    "out": "run", "model": {{ "from": "model" }},
+                    "data": {{ "files": ["text"], "sequence": 8, "batch": 1 }},
+                    "phase": [{{
+                        "name": "0", "train": {{ "backbone": true }}, "steps": 10, "warmup": 4, "lr": 0.1,
+                        "decay": {decay}
+                    }}]
+                }}"#
+            ))
+            .unwrap();
+            config.check().err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert_eq!(said(r#"{ "kind": "wsd", "steps": 6, "floor": 0.1 }"#), "");
+        let error = said(r#"{ "kind": "wsd", "steps": 7 }"#);
+        assert!(
+            error.contains("phase[0].decay.steps is 7") && error.contains("warm-up"),
+            "{error}"
+        );
+        for kind in ["cosine", "linear"] {
+            let error = said(&format!(r#"{{ "kind": "{kind}", "floor": 7.0 }}"#));
+            assert!(error.contains("phase[0].decay.floor is 7; a part"), "{error}");
+        }
     }
 }

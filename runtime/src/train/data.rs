@@ -1,6 +1,7 @@
 //! Training text: files become one stream of tokens, the stream becomes rows, rows become batches.
 //!
-//! A text file is one document; a line of a JSONL file is one, its `text`. Every document ends with the
+//! A text file is one document; a line of a JSONL file is one, its `text`; either may be compressed with zstd
+//! (`.zst`). Every document ends with the
 //! model's end token, where it has one. Documents stand one behind the other and are cut in rows of
 //! equal length; a row knows where documents begin, and predicts nothing across such a place. Which row
 //! comes when is a function of (seed, epoch) and its index: rule 7 of the determinism contract.
@@ -40,12 +41,20 @@ fn error(path: &Path, found: impl Into<String>, expected: impl Into<String>) -> 
 fn documents(path: &Path) -> Result<Vec<String>, DataError> {
     const READABLE: &str =
         "a readable file of text, or of JSON lines with a \"text\" each, is expected";
-    let bytes = fs::read(path).map_err(|e| error(path, format!("cannot read: {e}"), READABLE))?;
+    let mut bytes =
+        fs::read(path).map_err(|e| error(path, format!("cannot read: {e}"), READABLE))?;
+    let mut named = path.to_path_buf();
+    if path.extension().is_some_and(|e| e == "zst") {
+        bytes = zstd::decode_all(&bytes[..]).map_err(|e| {
+            error(path, format!("cannot decompress: {e}"), "a whole file of zstd is expected")
+        })?;
+        named.set_extension("");
+    }
     let text = String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         error(path, format!("not UTF-8: byte {at} begins no character"), "convert it to UTF-8")
     })?;
-    if path.extension().is_none_or(|e| e != "jsonl") {
+    if named.extension().is_none_or(|e| e != "jsonl") {
         return Ok(if text.trim().is_empty() { Vec::new() } else { vec![text] });
     }
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
@@ -71,7 +80,9 @@ fn files(base: &Path, pattern: &str) -> Result<Vec<PathBuf>, DataError> {
     let path = base.join(pattern);
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let Some((before, after)) = name.split_once('*') else { return Ok(vec![path]) };
-    let folder = path.parent().unwrap_or(base);
+    // A bare name is one of the folder that we are in.
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new("."));
     let found = fs::read_dir(folder).map_err(|e| {
         error(folder, format!("cannot list: {e}"), "an existing folder is expected")
     })?;
@@ -89,6 +100,20 @@ fn files(base: &Path, pattern: &str) -> Result<Vec<PathBuf>, DataError> {
     match list.is_empty() {
         true => Err(error(&path, "no file has such a name", "name files that exist")),
         false => Ok(list),
+    }
+}
+
+/// The documents of files, whose patterns are relative to `base`.
+pub fn texts(base: &Path, patterns: &[String]) -> Result<Vec<String>, DataError> {
+    let mut all = Vec::new();
+    for pattern in patterns {
+        for path in files(base, pattern)? {
+            all.extend(documents(&path)?);
+        }
+    }
+    match all.is_empty() {
+        true => Err(error(Path::new(&patterns.join(", ")), "no text", "give files with some text")),
+        false => Ok(all),
     }
 }
 
@@ -269,6 +294,31 @@ mod tests {
         let mut all = [one, data.held_out(3).flat_map(|b| first(&b)).collect()].concat();
         all.sort_unstable();
         assert_eq!(all, (0..10).map(|i| i * 4).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_bare_pattern_is_one_of_this_folder() {
+        let here = files(Path::new(""), "Cargo.t*").unwrap();
+        assert_eq!(here, [Path::new("./Cargo.toml")]);
+        let error = files(Path::new(""), "no such*").unwrap_err().to_string();
+        assert!(error.starts_with("no such*: no file has such a name"), "{error}");
+    }
+
+    #[test]
+    fn compressed_files_are_read_as_what_they_hold() {
+        let dir = tempfile::tempdir().unwrap();
+        let lines = "{\"text\": \"one\"}\n{\"text\": \"two\"}\n";
+        for name in ["a.jsonl.zst", "a.txt.zst"] {
+            let path = dir.path().join(name);
+            let whole = zstd::encode_all(lines.as_bytes(), 3).unwrap();
+            fs::write(&path, &whole).unwrap();
+            let found = documents(&path).unwrap();
+            let expected = if name.contains("jsonl") { vec!["one", "two"] } else { vec![lines] };
+            assert_eq!(found, expected);
+            fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+            let error = documents(&path).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("cannot decompress"), "{error}");
+        }
     }
 
     #[test]

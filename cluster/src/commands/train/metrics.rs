@@ -64,25 +64,27 @@ impl Metrics {
     }
 }
 
-/// What a run's metrics say of each step, by its number: steps, and looks at what is held out.
-pub(super) fn read(run: &Path) -> Result<[BTreeMap<u64, Value>; 2]> {
+/// What a run's metrics say of each step, by its number: steps, looks at what is held out, and loads of experts.
+pub(super) fn read(run: &Path) -> Result<[BTreeMap<u64, Value>; 3]> {
     let path = run.join(METRICS);
     let bytes = fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
-    let [mut steps, mut looks] = [BTreeMap::new(), BTreeMap::new()];
+    let [mut steps, mut looks, mut loads] = [const { BTreeMap::new() }; 3];
     for line in bytes.split(|byte| *byte == b'\n') {
         let Ok(value) = serde_json::from_slice::<Value>(line) else { continue };
         let Some(step) = value["step"].as_u64() else { continue };
         match value["event"].as_str() {
             Some("step") => drop(steps.insert(step, value)),
             Some("evaluated") => drop(looks.insert(step, value)),
+            Some("load") => drop(loads.insert(step, value)),
             Some("resumed") => {
-                steps.split_off(&(step + 1));
-                looks.split_off(&(step + 1));
+                for of in [&mut steps, &mut looks, &mut loads] {
+                    of.split_off(&(step + 1));
+                }
             }
             _ => {}
         }
     }
-    Ok([steps, looks])
+    Ok([steps, looks, loads])
 }
 
 #[cfg(test)]
@@ -108,14 +110,14 @@ mod tests {
         metrics.write(&look(3, 3.0), 0.0).unwrap();
         drop(metrics);
         assert!(fs::read(&path).unwrap().starts_with(&before), "the file was written anew");
-        let [_, looks] = read(dir.path()).unwrap();
+        let [_, looks, _] = read(dir.path()).unwrap();
         let found: Vec<(u64, f64)> =
             looks.iter().map(|(step, v)| (*step, v["held_out"].as_f64().unwrap())).collect();
         assert_eq!(found, [(1, 4.0), (2, 4.0), (3, 3.0)]);
         // It begins anew: what no checkpoint has counts no more.
         let mut metrics = Metrics::open(dir.path(), 0).unwrap();
         metrics.write(&look(1, 5.0), 0.0).unwrap();
-        let [_, looks] = read(dir.path()).unwrap();
+        let [_, looks, _] = read(dir.path()).unwrap();
         let found: Vec<u64> = looks.keys().copied().collect();
         assert_eq!(found, [1]);
     }

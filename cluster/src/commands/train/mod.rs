@@ -1,11 +1,13 @@
-//! `lite-llm train`, and beside it `grad` and `tier`.
+//! `lite-llm train`, and beside it `grad`, `tier` and `tokenizer`.
 
 mod gauges;
 mod grad;
+mod heat;
 mod metrics;
 mod plot;
 mod share;
 mod tier;
+mod tokenizer;
 
 use std::{
     fs,
@@ -24,7 +26,7 @@ use lite_llm_runtime::train::{
 use tracing::debug_span;
 
 use self::{gauges::Gauges, metrics::Metrics};
-pub(super) use self::{grad::grad, tier::tier};
+pub(super) use self::{grad::grad, tier::tier, tokenizer::tokenizer};
 use super::bad_input;
 use crate::{
     cli::{RunTrainArgs, TrainArgs, TrainCommand, TrainComputeArgs},

@@ -1,4 +1,4 @@
-//! `lite-llm train plot`: a run's losses, balance and load as SVG.
+//! `lite-llm train plot`: a run's losses, balance, load by tier and load of every expert as SVG.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,11 +9,13 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
 
-use super::metrics;
+use super::{heat, metrics};
 use crate::{cli::TrainPlotArgs, commands::bad_input};
 
-const PLOT: (f64, f64) = (760.0, 190.0);
-const MARGIN: (f64, f64) = (70.0, 46.0);
+/// Width and height of a panel.
+pub(super) const PLOT: (f64, f64) = (760.0, 190.0);
+/// Beside and below it.
+pub(super) const MARGIN: (f64, f64) = (70.0, 46.0);
 /// Okabe and Ito's, which people who see few colours tell apart; dashes differ as well.
 const COLOURS: [&str; 6] = ["#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#000000"];
 const DASHES: [&str; 3] = ["none", "7 3", "2 3"];
@@ -28,14 +30,14 @@ struct Panel {
 }
 
 pub(super) fn plot(args: &TrainPlotArgs, json: bool) -> Result<()> {
-    let [steps, looks] = metrics::read(&args.run).map_err(bad_input)?;
+    let [steps, looks, loads] = metrics::read(&args.run).map_err(bad_input)?;
     if steps.is_empty() {
         let run = args.run.display();
         return Err(bad_input(anyhow!("{run}: its metrics.jsonl has no step yet")));
     }
     let out = args.out.clone().unwrap_or_else(|| args.run.join("plot.svg"));
     let heading = format!("{}: {} steps", args.run.display(), steps.len());
-    let svg = draw(&heading, &steps, &panels(&steps, &looks));
+    let svg = draw(&heading, &steps, &panels(&steps, &looks), &heat::rows(&loads));
     fs::write(&out, svg).with_context(|| format!("{}: cannot write", out.display()))?;
     if json {
         say!("{}", json!({ "out": out, "steps": steps.len() }));
@@ -85,7 +87,7 @@ fn panels(steps: &BTreeMap<u64, Value>, looks: &BTreeMap<u64, Value>) -> Vec<Pan
     ]
 }
 
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
@@ -101,9 +103,14 @@ fn phases(steps: &BTreeMap<u64, Value>) -> Vec<(f64, String)> {
     all
 }
 
-fn draw(heading: &str, steps: &BTreeMap<u64, Value>, panels: &[Panel]) -> String {
-    let (width, height) =
-        (PLOT.0 + 2.0 * MARGIN.0, 60.0 + panels.len() as f64 * (PLOT.1 + MARGIN.1 + 30.0));
+fn draw(
+    heading: &str,
+    steps: &BTreeMap<u64, Value>,
+    panels: &[Panel],
+    heat: &[heat::Row],
+) -> String {
+    let below = 60.0 + panels.len() as f64 * (PLOT.1 + MARGIN.1 + 30.0);
+    let (width, height) = (PLOT.0 + 2.0 * MARGIN.0, below + heat::height(heat));
     let mut svg = String::new();
     // Writing to a string cannot fail.
     let mut add = |element: std::fmt::Arguments<'_>| {
@@ -160,7 +167,8 @@ fn draw(heading: &str, steps: &BTreeMap<u64, Value>, panels: &[Panel]) -> String
             ));
         }
     }
-    add(format_args!("</svg>"));
+    heat::draw(&mut svg, heat, below);
+    svg.push_str("</svg>\n");
     svg
 }
 
@@ -184,7 +192,7 @@ mod tests {
         let panels = panels(&steps, &looks);
         assert_eq!(panels[2].lines[0].0, "tier_10b");
         assert_eq!(panels[2].lines[0].1[0], (1.0, 0.25));
-        let svg = draw("a & b", &steps, &panels);
+        let svg = draw("a & b", &steps, &panels, &[]);
         assert_eq!(svg.matches("<polyline").count(), 2 + 3 + 2 + 2);
         assert!(svg.contains("a &amp; b") && svg.contains("step 5: c"));
         assert!(svg.contains("a &lt; b") && svg.ends_with("</svg>\n"));
