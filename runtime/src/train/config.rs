@@ -59,7 +59,7 @@ pub struct ModelSource {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewModel {
-    /// A checkpoint whose tokenizer, vocabulary and end tokens it has.
+    /// A checkpoint whose tokenizer, vocabulary and end tokens it has, or a `tokenizer.json`.
     pub tokenizer: String,
     /// Elements of a hidden state.
     pub hidden: usize,

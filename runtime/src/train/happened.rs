@@ -1,6 +1,15 @@
 //! What a run says of itself, for people and files.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
+
+use super::balance::{GateSums, Sums};
+use crate::{
+    config::ModelConfig,
+    routing::Gate,
+    tier::{TierConfig, TierMask},
+};
 
 /// What a step of a run left for people and files.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -29,6 +38,15 @@ pub enum Happened {
         phase: String,
         /// Mean cross-entropy held out, in nats.
         held_out: f64,
+    },
+    /// Load of every expert in one step, at each look.
+    Load {
+        /// Step of the run.
+        step: u64,
+        /// Name of the phase.
+        phase: String,
+        /// By tier of the set.
+        tiers: Vec<TierLoad>,
     },
     /// A checkpoint was written.
     Saved {
@@ -97,4 +115,33 @@ pub struct TierRecord {
     pub starved: usize,
     /// e^(−window · A_t / M_t) by what was counted: the bound on an expert's chance to starve.
     pub bound: f64,
+}
+
+/// Load of a tier's experts in one step.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TierLoad {
+    /// Its name.
+    pub tier: String,
+    /// Groups in a layer.
+    pub groups: u32,
+    /// Assignments by layer and expert, group after group.
+    pub layers: Vec<Vec<u64>>,
+}
+
+/// The load of every expert, by tier of a set.
+pub(super) fn loads(model: &ModelConfig, mask: &TierMask, sums: &Sums) -> Vec<TierLoad> {
+    let tiers = model.moe.as_ref().map_or(&[][..], |moe| &moe.tiers);
+    let of_tier = |(tier, config): (usize, &TierConfig)| {
+        let of_layer = |gates: &BTreeMap<Gate, GateSums>| {
+            let of_group = |group| match gates.get(&Gate::Experts { tier, group }) {
+                Some(sums) => sums.routes.clone(),
+                None => vec![0; config.experts_per_group as usize],
+            };
+            (0..config.groups as usize).flat_map(of_group).collect()
+        };
+        let layers = sums.layers.iter().map(of_layer).collect();
+        TierLoad { tier: config.id.to_string(), groups: config.groups, layers }
+    };
+    let allowed = tiers.iter().enumerate().filter(|(tier, _)| mask.allows(*tier));
+    allowed.map(of_tier).collect()
 }

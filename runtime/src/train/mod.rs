@@ -32,6 +32,7 @@ mod phase;
 pub mod rank;
 pub mod run;
 pub mod schedule;
+pub mod source;
 pub mod spread;
 pub mod starvation;
 pub mod state;

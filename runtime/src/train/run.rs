@@ -9,7 +9,8 @@ use std::{
     sync::Arc,
 };
 
-pub use super::happened::{Happened, StepRecord, TierRecord};
+use super::happened::loads;
+pub use super::happened::{Happened, StepRecord, TierLoad, TierRecord};
 use super::{
     TrainError,
     balance::BalanceLosses,
@@ -19,6 +20,7 @@ use super::{
     grow::GrowError,
     params::{Params, shapes},
     phase::{Begun, begin, check_all},
+    source::{Source, SourceError},
     spread::{Ranks, Spread},
     starvation,
     state::{self, Progress, RunLock, StateError},
@@ -65,7 +67,10 @@ pub enum RunError {
     /// The tokenizer of the model.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// The model to begin with.
+    /// The model or tokenizer to begin with.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The model.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// A checkpoint of the run.
@@ -201,8 +206,8 @@ impl Run {
         if !resume && !saved.is_empty() || saved.is_empty() && model.exists() {
             return Err(RunError::Exists(out.display().to_string()));
         }
-        let source = source_of(&config, base)?;
-        let text = text_of(&source)?;
+        let source = Source::open(&config.model, base)?;
+        let text = source.text().clone();
         let end = source.config().eos_tokens.first().copied();
         let tokenizer = Tokenizer::from_json(&text.tokenizer_json)?;
         let settings = (config.data.sequence, config.data.held_out, config.seed);
@@ -316,10 +321,15 @@ impl Run {
 
     fn next(&mut self, events: &mut Vec<Happened>) -> Result<(), RunError> {
         let phase = self.config.phase[self.progress.phase].clone();
-        events.push(Happened::Step(Box::new(self.step(&phase)?)));
+        let (record, load) = self.step(&phase)?;
+        events.push(Happened::Step(Box::new(record)));
         let look = self.config.data.evaluate_every;
         let mut over = self.progress.step_in_phase >= phase.steps;
         let looks = over || (look > 0 && self.progress.step.is_multiple_of(look));
+        if looks {
+            let (step, phase) = (self.progress.step, phase.name.clone());
+            events.push(Happened::Load { step, phase, tiers: load });
+        }
         if looks && let Some(held_out) = self.held_out(&phase)? {
             let (step, name) = (self.progress.step, phase.name.clone());
             events.push(Happened::Evaluated { step, phase: name, held_out });
@@ -383,7 +393,7 @@ impl Run {
         for _ in 0..LOSSES_MAX {
             let saved = self.saved()?;
             self.pending.extend(saved);
-            let source = source_of(&self.config, &self.base)?;
+            let source = Source::open(&self.config.model, &self.base)?;
             let from = (&self.fixed, &source);
             let opened = open_or_begin(&self.config, &self.out, from, &self.cpu)?;
             (self.mask, self.progress) = (opened.mask, opened.progress);
@@ -412,7 +422,7 @@ impl Run {
         }
     }
 
-    fn step(&mut self, phase: &PhaseConfig) -> Result<StepRecord, RunError> {
+    fn step(&mut self, phase: &PhaseConfig) -> Result<(StepRecord, Vec<TierLoad>), RunError> {
         let rows = self.config.data.batch;
         let first = self.progress.samples;
         let batch = self.data.batch(first, rows);
@@ -433,7 +443,8 @@ impl Run {
         let (params, sums) = (self.engine.params(), &report.losses.sums);
         let step = self.progress.step;
         starvation::mark(params, &self.mask, sums, step, &mut self.progress.last_used);
-        Ok(self.record(phase, report))
+        let load = loads(params.config(), &self.mask, sums);
+        Ok((self.record(phase, report), load))
     }
 
     fn record(&self, phase: &PhaseConfig, report: StepReport) -> StepRecord {
@@ -547,13 +558,6 @@ impl Drop for Run {
     }
 }
 
-/// The checkpoint that a run begins with, or that has its tokenizer.
-fn source_of(config: &TrainConfig, base: &Path) -> Result<Checkpoint, CheckpointError> {
-    let new = || config.model.new.as_ref().map(|new| &new.tokenizer);
-    let named = config.model.from.as_ref().or_else(new);
-    Checkpoint::open(base.join(named.map_or("", String::as_str)))
-}
-
 /// A run where it is.
 struct Opened {
     trainer: Trainer,
@@ -566,7 +570,7 @@ struct Opened {
 fn open_or_begin(
     config: &TrainConfig,
     out: &Path,
-    (fixed, source): (&serde_json::Value, &Checkpoint),
+    (fixed, source): (&serde_json::Value, &Source),
     cpu: &Arc<Cpu>,
 ) -> Result<Opened, RunError> {
     let (params, progress, tensors) = match state::list(out)?.last() {
@@ -578,7 +582,7 @@ fn open_or_begin(
         None => {
             let params = match &config.model.new {
                 Some(new) => Params::random(new.config(source.config())?, config.seed),
-                None => Params::load(source)?,
+                None => source.params()?,
             };
             (params, Progress::default(), Default::default())
         }
@@ -604,13 +608,13 @@ fn open_or_begin(
 }
 
 /// Names all that decides the bits of a run.
-fn fixed(config: &TrainConfig, data: &Dataset, source: &Checkpoint) -> serde_json::Value {
+fn fixed(config: &TrainConfig, data: &Dataset, source: &Source) -> serde_json::Value {
     let TrainConfig { seed, model, data: of_data, compute, .. } = config;
     serde_json::json!({
         "seed": seed, "model": model, "precision": compute.precision,
         "sequence": of_data.sequence, "batch": of_data.batch, "held_out": of_data.held_out,
         "evaluate_every": of_data.evaluate_every,
-        "data": data.hash().to_string(), "from": source.manifest().root.to_string(),
+        "data": data.hash().to_string(), "from": source.root().to_string(),
         "parameters": shapes(source.config()).len(),
     })
 }

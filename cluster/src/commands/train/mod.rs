@@ -197,6 +197,7 @@ fn show(event: &Happened, pace: &mut Pace, json: bool) {
             say!("step {step} ({phase}): held out {held_out:.4} nats");
         }
         Happened::Saved { path, .. } => say!("saved {path}"),
+        Happened::Load { .. } => {}
         Happened::Resumed { step, reason } => {
             remark!("warning: {reason}; going on from step {step}");
         }
