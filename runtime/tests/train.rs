@@ -512,6 +512,9 @@ fn what_cannot_be_trained_on_is_said_clearly() {
     assert_eq!(open(&|config| config.phase[0].balance.aux = 0.5), "");
     let error = open(&|config| config.phase[2].balance.aux = 0.5);
     assert!(error.contains("phase[2].balance.aux") && error.contains("one tier"), "{error}");
+    assert_eq!(open(&|config| config.phase[0].no_decay = vec!["embed".into()]), "");
+    let error = open(&|config| config.phase[0].no_decay = vec!["emded".into()]);
+    assert!(error.contains("phase[0].no_decay[0]") && error.contains("emded"), "{error}");
     let error = open(&|config| config.data.sequence = 65);
     assert!(error.contains("context"), "{error}");
     std::fs::write(dir.path().join("text.txt"), [b'a', 0xff]).unwrap();

@@ -236,9 +236,12 @@ pub struct PhaseConfig {
     /// Largest norm of the gradient; 0: any.
     #[serde(default = "clip")]
     pub clip: f64,
-    /// Parameters that weight decay leaves alone: norms, biases and gates.
+    /// Weight decay leaves norms, biases and gates alone.
     #[serde(default = "yes")]
     pub decay_matrices_only: bool,
+    /// It leaves parameters alone whose names hold one of these, such as `embed` or `.tiers.0.`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub no_decay: Vec<String>,
     /// Weights of the losses beside cross-entropy.
     #[serde(default)]
     pub balance: Balance,

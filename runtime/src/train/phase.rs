@@ -7,7 +7,7 @@ use lite_llm_kernels::cpu::Cpu;
 use super::{
     config::{NewTier, PhaseConfig, TrainConfig},
     grow::{Init, tier_parameters, with_tier, with_tier_config},
-    params::{Params, shapes},
+    params::{Param, Params, shapes},
     run::{Happened, RunError},
     starvation::{self, Expected},
     trained::{Selection, Trained},
@@ -142,6 +142,17 @@ fn plan(
         )));
     }
     let shapes = shapes(&model);
+    for (n, part) in phase.no_decay.iter().enumerate() {
+        if part.is_empty() || !shapes.keys().any(|name| name.contains(part)) {
+            return Err(RunError::Config(ConfigError {
+                field: format!("phase[{index}].no_decay[{n}]"),
+                found: format!("{part:?}"),
+                expected:
+                    "a part of a parameter's name, such as embed, .norm or .tiers.0., is expected"
+                        .into(),
+            }));
+        }
+    }
     let (backbone, gates) = (phase.train.backbone, phase.train.gates);
     let selection = Selection { backbone, tiers: trained_tiers.clone(), gates };
     let trained = selection.of_names(shapes.keys(), tiers.len());
@@ -194,11 +205,12 @@ pub(super) fn begin(
             .map_err(|e| RunError::Grow { phase: phase.name.clone(), source: e.into() })?;
     }
     let tiers = params.config().moe.as_ref().map_or(0, |moe| moe.tiers.len());
-    let decays = params
-        .list()
-        .iter()
-        .map(|p| !phase.decay_matrices_only || (p.shape.len() > 1 && !p.name.contains("router")))
-        .collect();
+    let decays = |param: &Param| {
+        let matrix = param.shape.len() > 1 && !param.name.contains("router");
+        let named = phase.no_decay.iter().any(|part| param.name.contains(part));
+        (matrix || !phase.decay_matrices_only) && !named
+    };
+    let decays = params.list().iter().map(decays).collect();
     let clip = (phase.clip > 0.0).then_some(phase.clip);
     let pull = (phase.pull > 0.0).then(|| {
         let added = config.phase[..=index].iter().any(|phase| phase.add.is_some());
