@@ -12,6 +12,11 @@ pub struct Damaged;
 pub(super) struct Writer(Vec<u8>);
 
 impl Writer {
+    /// With room for so many bytes before it grows.
+    pub(super) fn with_room(bytes: usize) -> Self {
+        Self(Vec::with_capacity(bytes))
+    }
+
     pub(super) fn into_bytes(self) -> Vec<u8> {
         self.0
     }

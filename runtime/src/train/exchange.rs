@@ -110,7 +110,15 @@ fn read_node(from: &mut Reader<'_>) -> Result<(usize, Range<usize>), Damaged> {
 
 impl Call {
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let mut to = Writer::default();
+        // But for rows and gradients there is little.
+        let mut to = Writer::with_room(match self {
+            Self::Forward(Forward { x, .. }) => 5 * x.len(),
+            Self::Backward(Backward { dout, .. }) => 5 * dout.len(),
+            Self::Gradients(Gradients { list, .. }) => {
+                list.iter().map(|(_, gradient)| 4 * gradient.len() + 32).sum()
+            }
+            Self::Values(tensors) => tensors.iter().map(|t| 4 * t.values.len() + 32).sum(),
+        });
         match self {
             Self::Forward(Forward { at, batch, node, keep, places, x, experts }) => {
                 to.number(0);
@@ -196,7 +204,7 @@ impl Call {
 
 /// Values one after another: what calls are answered with.
 pub(super) fn values_to_bytes(lists: &[&[f32]]) -> Vec<u8> {
-    let mut to = Writer::default();
+    let mut to = Writer::with_room(lists.iter().map(|values| 4 * values.len() + 8).sum());
     lists.iter().for_each(|values| to.f32s(values));
     to.into_bytes()
 }
@@ -288,7 +296,7 @@ impl<'a> Others<'a> {
                 node: flat.rows.clone(),
                 keep,
                 places: rows.iter().map(|&row| flat.places[row as usize]).collect(),
-                x: rows.iter().flat_map(|&row| hidden.row(row as usize)).copied().collect(),
+                x: gathered(&rows, hidden.cols(), |row| hidden.row(row)),
                 experts: places.iter().map(of).collect(),
             };
             calls.push((owner, Call::Forward(forward).to_bytes()));
@@ -309,11 +317,10 @@ impl<'a> Others<'a> {
         let mut calls = Vec::with_capacity(by_owner.len());
         for (&owner, places) in &by_owner {
             let rows = rows_of(experts, places);
-            let of = |&row: &u32| &dout[row as usize * width..][..width];
             let routes = places.iter().flat_map(|&place| &experts[place].routes);
             let backward = Backward {
                 at: At { round: self.round, pass, layer },
-                dout: rows.iter().flat_map(of).copied().collect(),
+                dout: gathered(&rows, width, |row| &dout[row * width..][..width]),
                 weights: routes.map(|&route| weight(route)).collect(),
             };
             calls.push((owner, Call::Backward(backward).to_bytes()));
@@ -332,6 +339,13 @@ impl<'a> Others<'a> {
         let answers = self.exchange.ask(calls);
         Some(Waiting { answers, asked: by_owner.into_values().collect() })
     }
+}
+
+/// Some rows, one after another.
+fn gathered<'a>(rows: &[u32], width: usize, of: impl Fn(usize) -> &'a [f32]) -> Vec<f32> {
+    let mut values = Vec::with_capacity(rows.len() * width);
+    rows.iter().for_each(|&row| values.extend_from_slice(of(row as usize)));
+    values
 }
 
 /// Rows that go to some experts, upwards.

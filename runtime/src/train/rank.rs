@@ -375,7 +375,8 @@ impl Rank {
                 packed_of(params, *ids),
             );
         });
-        let outputs: Vec<f32> = known.iter().flat_map(|(_, _, tape)| &tape.y).copied().collect();
+        let outputs: Vec<&[f32]> = known.iter().map(|(_, _, tape)| &tape.y[..]).collect();
+        let outputs = outputs.concat();
         if keep {
             let served = Served { node, places, x, experts: known };
             self.round.lock().served.insert((from, at.pass, at.layer), served);
