@@ -479,6 +479,27 @@ fn a_run_that_was_interrupted_anywhere_makes_the_same_model() {
 }
 
 #[test]
+fn a_checkpoint_may_be_asked_for_at_any_step() {
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let open = |out: &str, resume| {
+        let mut config = run_config(out, 5);
+        config.checkpoint.every = 0;
+        Run::open(config, dir.path(), Arc::new(Cpu::best(1)), resume).unwrap()
+    };
+    let (_, expected) = finish(open("whole", false));
+    let mut run = open("asked", false);
+    (0..3).for_each(|_| drop(run.advance().unwrap()));
+    run.checkpoint().unwrap();
+    // The next step is done while it is written.
+    run.advance().unwrap();
+    drop(run);
+    let run = open("asked", true);
+    assert_eq!(run.steps().0, 3);
+    assert_eq!(finish(run).1, expected);
+}
+
+#[test]
 fn what_cannot_be_trained_on_is_said_clearly() {
     let dir = tempfile::tempdir().unwrap();
     let open = |change: &dyn Fn(&mut TrainConfig)| {

@@ -325,8 +325,10 @@ async fn attend(
             Ok(()) => return,
             Err(reason) => reason,
         },
-        ended = connection.closed() => ended.to_string(),
+        ended = connection.closed() => ended.reason,
     };
+    // What the stream says of a lost connection, that says better.
+    let reason = connection.close_reason().map_or(reason, |lost| lost.reason);
     connection.close(&reason);
     // The hub that has ended needs no word.
     let _ = hub.cast(HubMessage::Lost { worker, reason });

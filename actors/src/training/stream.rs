@@ -14,6 +14,11 @@ use tokio::time::timeout;
 /// How long a peer may take for a part.
 const PART_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Errors of the transport name the peer.
+fn said(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
 /// A stream of training.
 pub(super) struct TrainStream {
     sender: FrameSender,
@@ -40,13 +45,13 @@ impl TrainStream {
         debug_assert_eq!(head.bytes(), bytes.len() as u64);
         let slow = || format!("it took nothing for {PART_TIMEOUT:?}");
         let sent = timeout(PART_TIMEOUT, self.sender.send_message(&head)).await;
-        sent.map_err(|_| self.lost(slow()))?.map_err(|error| self.lost(error))?;
+        sent.map_err(|_| self.lost(slow()))?.map_err(said)?;
         for part in bytes.chunks(WEIGHTS_CHUNK_BYTES) {
             let out = OutgoingWeights::new(part.len(), &self.pool);
-            let mut out = out.map_err(|error| self.lost(error))?;
+            let mut out = out.map_err(said)?;
             out.bytes_mut().copy_from_slice(part);
             let sent = timeout(PART_TIMEOUT, self.sender.send(out.finish())).await;
-            sent.map_err(|_| self.lost(slow()))?.map_err(|error| self.lost(error))?;
+            sent.map_err(|_| self.lost(slow()))?.map_err(said)?;
         }
         Ok(())
     }
@@ -80,7 +85,7 @@ impl TrainStream {
 
     /// The next message; `None` if there are no more.
     pub(super) async fn head(&mut self) -> Result<Option<TrainMessage>, String> {
-        self.receiver.recv_message().await.map_err(|error| self.lost(error))
+        self.receiver.recv_message().await.map_err(said)
     }
 
     /// The bytes behind a message, of which at most `limit` are taken. Memory grows with what comes.
@@ -101,7 +106,7 @@ impl TrainStream {
             let frame = timeout(PART_TIMEOUT, self.receiver.recv()).await;
             let frame =
                 frame.map_err(|_| self.lost(format!("nothing came for {PART_TIMEOUT:?}")))?;
-            let frame = frame.map_err(|error| self.lost(error))?;
+            let frame = frame.map_err(said)?;
             let frame = frame.ok_or_else(|| self.lost("it ended in the middle of a message"))?;
             match WeightsPart::check(frame, left).map_err(|error| self.lost(error))? {
                 WeightsPart::Bytes(frame) => bytes.extend_from_slice(frame.bytes()),

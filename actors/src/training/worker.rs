@@ -71,7 +71,9 @@ pub async fn serve(options: TrainWorkerOptions) -> Result<String, TrainingError>
 
 /// The hub's orders, one after another.
 async fn obey(desk: Desk, stream: AcceptedStream, connection: Connection) {
-    if let Err(error) = orders(desk, stream, &connection).await {
+    if let Err(error) = orders(desk, stream, &connection).await
+        && connection.close_reason().is_none()
+    {
         warn!(error, "the hub's stream ended");
         connection.close(&error);
     }
@@ -104,7 +106,10 @@ async fn orders(desk: Desk, stream: AcceptedStream, hub: &Connection) -> Result<
 /// Another worker's calls.
 async fn help(desk: Desk, peer: Connection) {
     while let Some(stream) = peer.accept_stream().await {
-        if let Err(error) = calls(&desk, stream, &peer).await {
+        // Who is lost, the hub says; with each beginning all ways are made anew.
+        if let Err(error) = calls(&desk, stream, &peer).await
+            && peer.close_reason().is_none()
+        {
             warn!(error, "another worker's stream ended");
         }
     }

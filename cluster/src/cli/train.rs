@@ -52,6 +52,9 @@ pub struct TrainWorkerArgs {
     /// Its name [default: w and the number of the process].
     #[arg(long)]
     pub name: Option<String>,
+    /// Say nothing when the run ends: for those that the run itself starts.
+    #[arg(long, hide = true)]
+    pub quiet: bool,
     /// How it is computed.
     #[command(flatten)]
     pub compute: TrainComputeArgs,

@@ -116,6 +116,21 @@ pub fn clamp(cpu: &Cpu, x: &mut [f32], limit: f32) {
     for_rows(cpu, x, 1, |_, x| clamp_all(cpu.simd(), x, limit));
 }
 
+/// The nearest value that bf16 can hold, ties to even; NaN stays NaN.
+#[inline(always)]
+pub fn to_bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    // Half of the last place that stays, less where a tie goes down.
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let kept = if x.is_nan() { bits | 0x40_0000 } else { rounded };
+    f32::from_bits(kept & 0xffff_0000)
+}
+
+/// Rounds every value to the nearest that bf16 can hold, ties to even; NaN stays NaN.
+pub fn round_to_bf16(cpu: &Cpu, x: &mut [f32]) {
+    for_rows(cpu, x, 1, |_, x| round_all(cpu.simd(), x));
+}
+
 /// Multiplies row r of x `[rows, cols]` by `sigmoid(logits[r])`.
 ///
 /// # Panics
@@ -218,6 +233,14 @@ vectorised! {
         for x in x {
             *x = if *x > limit { limit } else { *x };
             *x = if *x < -limit { -limit } else { *x };
+        }
+    }
+}
+
+vectorised! {
+    fn round_all(x: &mut [f32]) {
+        for x in x {
+            *x = to_bf16(*x);
         }
     }
 }

@@ -144,7 +144,7 @@ fn held_out() -> f64 {
     0.02
 }
 
-/// How steps are computed; none of it changes a bit.
+/// How steps are computed; nothing but the precision changes a bit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ComputeConfig {
@@ -168,6 +168,9 @@ impl Default for ComputeConfig {
 pub enum Precision {
     /// f32 throughout.
     F32,
+    /// Weights, activations and their gradients are rounded to bf16 where they are multiplied in linear maps; sums,
+    /// gates, attention, norms, the residual stream, masters and the optimizer's states are f32.
+    Bf16,
 }
 
 /// When checkpoints are written.

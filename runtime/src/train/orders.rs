@@ -8,7 +8,7 @@ use super::{
     balance::{BalanceWeights, Sums},
     batch::Row,
     bytes::{Damaged, Reader, Writer},
-    config::OptimizerConfig,
+    config::{OptimizerConfig, Precision},
     optimizer::{Adafactor, AdamW, Sgd, StepAt},
     params::ParamId,
     trained::Trained,
@@ -53,6 +53,8 @@ pub enum Given {
 pub struct Begin {
     /// The model.
     pub model: ModelConfig,
+    /// Number format of products.
+    pub precision: Precision,
     /// Which rank it is.
     pub rank: usize,
     /// Ranks in all.
@@ -201,6 +203,7 @@ pub(super) fn read_tensors(from: &mut Reader<'_>) -> Result<Vec<Tensor>, Damaged
 impl Begin {
     fn write(&self, to: &mut Writer) -> Result<(), TrainError> {
         to.text(&json(&self.model)?);
+        to.flags(&[self.precision == Precision::Bf16]);
         to.number(self.rank);
         to.number(self.ranks);
         numbers(to, self.owners.iter().copied());
@@ -238,6 +241,7 @@ impl Begin {
 
     fn read(from: &mut Reader<'_>) -> Result<Self, Damaged> {
         let model = serde_json::from_str(&from.text()?).map_err(|_| Damaged)?;
+        let precision = if from.flags()? == [true] { Precision::Bf16 } else { Precision::F32 };
         let (rank, ranks, owners) = (from.number()?, from.number()?, read_numbers(from)?);
         let trained = |from: &mut Reader<'_>| match from.number()? {
             0 => Ok(Trained::Nothing),
@@ -269,7 +273,7 @@ impl Begin {
         let pulled = from.flags()? == [true];
         let pull = Some(from.f64()?).filter(|_| pulled);
         let steps = from.number()? as u64;
-        Ok(Self { model, rank, ranks, owners, trained, decays, optimizer, pull, steps })
+        Ok(Self { model, precision, rank, ranks, owners, trained, decays, optimizer, pull, steps })
     }
 }
 

@@ -18,9 +18,10 @@ use std::{
 use lite_llm_kernels::{
     dtype::DType,
     matrix::{PackedMatrix, Source},
+    ops::elementwise::to_bf16,
 };
 
-use super::idle::Behind;
+use super::{config::Precision, idle::Behind};
 use crate::{
     checkpoint::{
         Checkpoint, CheckpointError,
@@ -45,12 +46,21 @@ pub struct Param {
     /// Steps that were put off.
     behind: Option<Box<Behind>>,
     packed: OnceLock<PackedMatrix>,
+    /// The values in bf16, widened.
+    rounded: OnceLock<Vec<f32>>,
 }
 
 impl Param {
     /// A parameter, whose values may be with somebody else.
     fn new(name: String, shape: Vec<usize>, values: Vec<f32>) -> Self {
-        Self { name, shape, values, behind: None, packed: OnceLock::new() }
+        let (packed, rounded) = (OnceLock::new(), OnceLock::new());
+        Self { name, shape, values, behind: None, packed, rounded }
+    }
+
+    /// Drops what was made of the values.
+    fn changed(&mut self) {
+        self.packed = OnceLock::new();
+        self.rounded = OnceLock::new();
     }
 
     /// The values, row-major.
@@ -75,7 +85,7 @@ impl Param {
     /// Puts steps off from now on.
     pub(super) fn put_off(&mut self, behind: Behind) {
         debug_assert!(self.behind.is_none(), "what is behind is caught up first");
-        self.packed = OnceLock::new();
+        self.changed();
         self.behind = Some(Box::new(behind));
     }
 
@@ -103,14 +113,14 @@ impl Param {
 
     /// Takes the values out: they are with somebody else.
     pub(super) fn take_values(&mut self) -> Vec<f32> {
-        self.packed = OnceLock::new();
+        self.changed();
         self.behind = None;
         std::mem::take(&mut self.values)
     }
 
     /// Puts values in; says whether their number is that of the shape.
     pub(super) fn put_values(&mut self, values: Vec<f32>) -> bool {
-        self.packed = OnceLock::new();
+        self.changed();
         let fits = values.len() == self.len();
         if fits {
             self.behind = None;
@@ -122,7 +132,7 @@ impl Param {
     /// The values, to be changed.
     pub fn values_mut(&mut self) -> &mut [f32] {
         debug_assert!(self.behind.is_none(), "what is behind is caught up first");
-        self.packed = OnceLock::new();
+        self.changed();
         &mut self.values
     }
 }
@@ -217,6 +227,7 @@ pub struct Params {
     config: Arc<ModelConfig>,
     list: Vec<Param>,
     ids: Arc<ModelIds>,
+    precision: Precision,
 }
 
 /// A set of tensors that is not the model's.
@@ -282,7 +293,7 @@ impl Params {
             list.push(Param::new(name, shape, values));
         }
         let ids = Arc::new(find_ids(&config, &list));
-        Ok(Self { config: Arc::new(config), list, ids })
+        Ok(Self { config: Arc::new(config), list, ids, precision: Precision::F32 })
     }
 
     /// The parameters of a checked configuration, without their values.
@@ -290,7 +301,7 @@ impl Params {
         let param = |(name, shape)| Param::new(name, shape, Vec::new());
         let list: Vec<Param> = shapes(&config).into_iter().map(param).collect();
         let ids = Arc::new(find_ids(&config, &list));
-        Self { config: Arc::new(config), list, ids }
+        Self { config: Arc::new(config), list, ids, precision: Precision::F32 }
     }
 
     /// Random parameters: norms are 1, biases 0, all else is nearly normal with a standard deviation of
@@ -356,7 +367,28 @@ impl Params {
         self.list[id].values()
     }
 
-    /// A matrix as forward products read it.
+    /// The number format of products from now on.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
+    }
+
+    /// The number format of products.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// A matrix as products read it, row-major; gates are read as [`Params::matrix`].
+    pub fn weight(&self, id: ParamId) -> &[f32] {
+        let param = &self.list[id];
+        match self.precision {
+            Precision::F32 => param.values(),
+            Precision::Bf16 => {
+                param.rounded.get_or_init(|| param.values().iter().map(|x| to_bf16(*x)).collect())
+            }
+        }
+    }
+
+    /// A matrix of a gate as forward products read it.
     pub fn matrix(&self, id: ParamId) -> &PackedMatrix {
         let param @ Param { shape, packed, .. } = &self.list[id];
         packed.get_or_init(|| {

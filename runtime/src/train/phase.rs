@@ -204,6 +204,7 @@ pub(super) fn begin(
         params = with_tier(&params, &tier, &init, add.k_tier)
             .map_err(|e| RunError::Grow { phase: phase.name.clone(), source: e.into() })?;
     }
+    params.set_precision(config.compute.precision);
     let tiers = params.config().moe.as_ref().map_or(0, |moe| moe.tiers.len());
     let decays = |param: &Param| {
         let matrix = param.shape.len() > 1 && !param.name.contains("router");

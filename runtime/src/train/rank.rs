@@ -115,9 +115,21 @@ pub(super) fn experts_of(params: &Params) -> (BTreeMap<ExpertKey, MlpIds>, Vec<b
 
 impl Model {
     fn begin(cpu: &Arc<Cpu>, begin: Begin) -> Result<Self, TrainError> {
-        let Begin { model, rank, ranks, owners, trained, decays, optimizer, pull, steps } = begin;
+        let Begin {
+            model,
+            precision,
+            rank,
+            ranks,
+            owners,
+            trained,
+            decays,
+            optimizer,
+            pull,
+            steps,
+        } = begin;
         model.check().map_err(|error| TrainError::Workers(error.to_string()))?;
-        let params = Params::hollow(model);
+        let mut params = Params::hollow(model);
+        params.set_precision(precision);
         let count = params.list().len();
         let fits = [owners.len(), trained.len(), decays.len()] == [count; 3];
         let rows = |(trained, param): (&Trained, &super::params::Param)| match trained {

@@ -107,6 +107,7 @@ impl Spread {
         let (trained, decays, pull) = trainer.settings();
         let begin = |rank| Begin {
             model: trainer.params().config().as_ref().clone(),
+            precision: trainer.params().precision(),
             rank,
             ranks: count,
             owners: owners.clone(),

@@ -23,6 +23,7 @@ use lite_llm_runtime::train::{
     run::{Happened, Run, StepRecord},
     spread::Ranks,
 };
+use tokio::time::timeout;
 use tracing::debug_span;
 
 use self::{gauges::Gauges, metrics::Metrics};
@@ -64,9 +65,14 @@ pub(super) async fn train(args: TrainArgs, json: bool) -> Result<()> {
         Some(TrainCommand::Worker(args)) => return share::worker(args).await,
         None => {}
     }
-    let run = args.run;
-    let shared = match run.workers {
-        Some(count) => Some(share::Shared::start(&run, count).await?),
+    let (args, opened) = tokio::task::spawn_blocking(move || {
+        let run = open(&args.run);
+        (args.run, run)
+    })
+    .await?;
+    let run = opened?;
+    let shared = match args.workers {
+        Some(count) => Some(share::Shared::start(&args, count).await?),
         None => None,
     };
     let ranks = shared.as_ref().map(share::Shared::ranks);
@@ -79,11 +85,11 @@ pub(super) async fn train(args: TrainArgs, json: bool) -> Result<()> {
         tokio::spawn(async move { reports.export(gather).await })
     });
     // Steps block; the command's thread is to hear an interruption.
-    let ended = tokio::task::spawn_blocking(move || perform(&run, ranks, &shown, json)).await;
+    let ended = tokio::task::spawn_blocking(move || perform(run, ranks, &shown, json)).await;
     exporting.inspect(|task| task.abort());
     if let Some(last) = sender {
         // A receiver that does not take it has been complained of.
-        let _ = last.send(&gauges.families()).await;
+        let _ = timeout(LAST_REPORT_MAX, last.send(&gauges.families())).await;
     }
     if let Some(shared) = shared {
         shared.stop().await;
@@ -91,12 +97,11 @@ pub(super) async fn train(args: TrainArgs, json: bool) -> Result<()> {
     ended?
 }
 
-fn perform(
-    args: &RunTrainArgs,
-    ranks: Option<Arc<dyn Ranks>>,
-    gauges: &Gauges,
-    json: bool,
-) -> Result<()> {
+/// How long the last report of metrics may take.
+const LAST_REPORT_MAX: Duration = Duration::from_secs(3);
+
+/// The run that a configuration describes, where it is.
+fn open(args: &RunTrainArgs) -> Result<Run> {
     let config =
         args.config.as_ref().ok_or_else(|| bad_input(anyhow!("CONFIG.toml is missing")))?;
     let path = config.display();
@@ -106,8 +111,11 @@ fn perform(
     let base = config.parent().unwrap_or(Path::new("")).to_owned();
     let config: TrainConfig =
         toml::from_str(&text).map_err(|error| bad_input(anyhow!("{path}: {error}")))?;
-    let mut run = Run::open(config, &base, args.compute.cpu()?, args.resume)
-        .map_err(|error| bad_input(anyhow!("{path}: {error}")))?;
+    Run::open(config, &base, args.compute.cpu()?, args.resume)
+        .map_err(|error| bad_input(anyhow!("{path}: {error}")))
+}
+
+fn perform(mut run: Run, ranks: Option<Arc<dyn Ranks>>, gauges: &Gauges, json: bool) -> Result<()> {
     if let Some(ranks) = ranks {
         run.share(ranks)?;
     }

@@ -105,7 +105,7 @@ impl Shared {
 async fn keep(child: Child, name: String, ending: Arc<AtomicBool>) {
     for _ in 0..RESTARTS_MAX {
         let mut command = Command::new(&child.program);
-        command.args(["train", "worker", "--hub", &child.hub, "--name", &name]);
+        command.args(["train", "worker", "--quiet", "--hub", &child.hub, "--name", &name]);
         command.arg("--token").arg(&child.token).arg("--threads").arg(child.threads.to_string());
         if let Some(simd) = &child.simd {
             command.arg("--simd").arg(simd);
@@ -143,8 +143,10 @@ pub(super) async fn worker(args: TrainWorkerArgs) -> Result<()> {
     }
     let cpu = Arc::clone(&args.compute.cpu()?);
     let name = name(&args);
-    let hub = args.hub;
+    let (hub, quiet) = (args.hub, args.quiet);
     let ended = serve(TrainWorkerOptions { hub, token, name, cpu }).await?;
-    remark!("{ended}");
+    if !quiet {
+        remark!("{ended}");
+    }
     Ok(())
 }
