@@ -5,8 +5,9 @@
 #                  [--routes FILE] [--peer FILE] [--test FILE]…
 # FILE of --binary is a release build of lite-llm [target/release/lite-llm]; DIR takes the models (some 25 GB for
 # OLMoE-1B-7B [/dev/shm/lite-llm-gpu]). --routes: recorded routes for `bench hbm`. --peer: bench_gpu.py, which needs
-# PyTorch and transformers; it runs while the models are made. --test: test binaries (`cargo test --test gpu
-# --no-run`), which are run first; compute-sanitizer runs them once more if SANITIZE says which tests (a filter).
+# PyTorch and transformers; it has the GPU to itself while the models are made, for PEER_SECONDS at most [300].
+# --test: test binaries (`cargo test --test gpu --no-run`), which are run first; compute-sanitizer runs them once more
+# if SANITIZE says which tests (a filter, `a_short_run`).
 set -uo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 binary=$here/target/release/lite-llm work=/dev/shm/lite-llm-gpu shape=olmoe-1b-7b formats="bf16 int8 int4"
@@ -28,11 +29,6 @@ mkdir -p "$work"
 say() { printf '\n== %s (%ds)\n' "$*" "$SECONDS"; }
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 
-peers=
-if [ -n "$peer" ]; then
-    say "the peer begins"
-    PYTHONUNBUFFERED=1 timeout 150 python3 "$peer" peer olmoe >"$work/peer.log" 2>&1 & peers=$!
-fi
 for test in ${tests[@]+"${tests[@]}"}; do
     say "$test"
     timeout 300 "$test" --test-threads 2 2>&1 | tail -n 40
@@ -43,6 +39,11 @@ for test in ${tests[@]+"${tests[@]}"}; do
         done
     fi
 done
+peers=
+if [ -n "$peer" ]; then
+    say "the peer begins"
+    PYTHONUNBUFFERED=1 timeout "${PEER_SECONDS:-300}" python3 "$peer" peer olmoe >"$work/peer.log" 2>&1 & peers=$!
+fi
 say "models"
 "$binary" bench random-model --shape "$shape" "$work/hf" >"$work/made.log" 2>&1 || tail "$work/made.log"
 made=

@@ -53,10 +53,101 @@ DI float column(float acc, const float* x, const char* at, u32 step, int from, i
   return acc;
 }
 
+// The same for G heads, whose x are `apart` elements from each other: what is read counts for all of
+// them. x and `apart` are multiples of four floats.
+template <int G> DI void columns(float (&acc)[G], const float* x, u32 apart, const char* at, u32 step, int from, int to) {
+  if (G == 1) { acc[0] = column(acc[0], x, at, step, from, to); return; }
+  constexpr int N = KV == 1 ? 32 : 16, WORDS = KV == 1 ? N / 2 : N;
+  auto row = [&](int i) {
+    if (KV == 1) { u32 w = ((const u32*)at)[i / 2 * step]; return i % 2 ? high(w) : low(w); }
+    return KV == 0 ? ((const float*)at)[i * step] : (float)((const i8*)at)[i * step];
+  };
+  auto one = [&](int i) {
+    float y = row(i);
+#pragma unroll
+    for (int g = 0; g < G; g++) acc[g] = fma(x[g * apart + i], y, acc[g]);
+  };
+  int i = from;
+  for (; i < to && i % 4; i++) one(i);
+  for (; i + N <= to; i += N) {
+    u32 v[WORDS];
+#pragma unroll
+    for (int j = 0; j < WORDS; j++)
+      v[j] = KV == 1 ? stream((const u32*)at + (i / 2 + j) * step) : KV == 0 ? (u32)stream(at + (u64)((i + j) * step) * 4) : (u32)stream8(at + (i + j) * step);
+#pragma unroll
+    for (int j = 0; j < N; j += 4) {
+      float y[4];
+#pragma unroll
+      for (int l = 0; l < 4; l++) y[l] = KV == 1 ? (l % 2 ? high(v[(j + l) / 2]) : low(v[(j + l) / 2])) : KV == 0 ? __int_as_float((i32)v[(j + l) % WORDS]) : (float)(i32)v[(j + l) % WORDS];
+#pragma unroll
+      for (int g = 0; g < G; g++) {
+        float4 z = *(const float4*)(x + g * apart + i + j);
+        acc[g] = fma(z.x, y[0], acc[g]);
+        acc[g] = fma(z.y, y[1], acc[g]);
+        acc[g] = fma(z.z, y[2], acc[g]);
+        acc[g] = fma(z.w, y[3], acc[g]);
+      }
+    }
+  }
+#pragma unroll 1
+  for (; i < to; i++) one(i);
+}
+
+// The maximum of 32 scores that are numbers, to `reduce` of this warp: a NaN compares false and is left out.
+DI void warp_max(float score, float* reduce) {
+  float m = score == score ? score : -__int_as_float(0x7f800000);
+  for (int d = 16; d; d /= 2) { float o = __shfl_xor_sync(FULL, m, d); m = o > m ? o : m; }
+  if (lane_id() == 0) reduce[warp_id()] = m;
+}
+
+// Scores of a thread's key, G heads at a time.
+template <int G> DI void leaf_scores(const float* qs, u32 group, u32 hd, const char* keys, u32 offset, bool seen, float scale, u32 head_bytes, float* weights, float* reduce) {
+  for (u32 g = 0; g < group; g += G) {
+    float score[G];
+#pragma unroll
+    for (int j = 0; j < G; j++) score[j] = -__int_as_float(0x7f800000);
+    if (seen) {
+      float s[4][G] = {};
+#pragma unroll
+      for (int l = 0; l < 4; l++)
+        if (l == 0 || l * LEAF < hd) columns<G>(s[l], qs + g * hd, hd, keys + offset * (KV == 2 ? 1 : 4), PAGE, l * LEAF, min((int)hd, (l + 1) * LEAF));
+      float own = KV == 2 ? *(const float*)(keys + head_bytes - 2 * PAGE * 4 + offset * 4) : 0.0f;
+#pragma unroll
+      for (int j = 0; j < G; j++) {
+        float sum = s[0][j];
+        if (hd > LEAF) sum = add(sum, s[1][j]);
+        if (hd > 2 * LEAF) sum = add(sum, hd > 3 * LEAF ? add(s[2][j], s[3][j]) : s[2][j]);
+        if (KV == 2) sum = mul(sum, own);
+        score[j] = mul(sum, scale);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < G; j++) {
+      weights[(g + j) * LEAF + threadIdx.x] = score[j];
+      warp_max(score[j], reduce + (g + j) * 8);
+    }
+  }
+}
+
+// Values times weights, positions upwards: a thread per column and G heads.
+template <int G, class Write> DI void leaf_values(const float* weights, u32 group, u32 hd, const u64* heads_at, u32 values_at, u32 cols, u32 base, u32 from, u32 to, Write write) {
+  for (u32 i = threadIdx.x; i < group / G * hd; i += 256) {
+    u32 g = i / hd * G, c = i % hd;
+    float a[G] = {};
+    for (u32 page = 0; page < 4; page++) {
+      u32 at = base + page * PAGE;
+      int lo = from > at ? from - at : 0, hi = to > at ? min(to - at, (u32)PAGE) : 0;
+      if (lo < hi) columns<G>(a, weights + g * LEAF + page * PAGE, LEAF, (const char*)heads_at[page] + values_at + c * (KV == 2 ? 1 : 4), cols, lo, hi);
+    }
+#pragma unroll
+    for (int j = 0; j < G; j++) write(g + j, c, a[j]);
+  }
+}
+
 // q: [rows][heads][head_dim]; tables: pages of each row's sequence, `table_stride` apart; positions
 // [rows]. Leaf sums go to parts: [rows][heads][leaves_max] of m and s, and of head_dim values.
 // A row with one visible leaf is written to `out` at once.
-ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u32* tables, u32 table_stride, const u32* positions,
+ENTRY __launch_bounds__(256, 4) attention_leaf(const float* q, Cache cache, const u32* tables, u32 table_stride, const u32* positions,
                           u32 heads, float scale, u32 window, u32 leaves_max, float2* part_ms, float* part_a, float* out) {
   begin();
   u32 leaf = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z;
@@ -89,26 +180,8 @@ ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u
   bool seen = position >= from && position < to;
   const char* keys = (const char*)heads_at[tid / PAGE];
   u32 scales_at = cache.head_bytes - 2 * PAGE * 4;
-  for (u32 g = 0; g < group; g++) {
-    float score = -__int_as_float(0x7f800000);
-    if (seen) {
-      float s[4];
-#pragma unroll
-      for (int l = 0; l < 4; l++)
-        s[l] = l == 0 || l * LEAF < hd ? column(0.0f, qs + g * hd, keys + offset * (KV == 0 ? 4 : KV == 1 ? 4 : 1), PAGE, l * LEAF, min((int)hd, (l + 1) * LEAF)) : 0.0f;
-      score = s[0];
-      if (hd > LEAF) score = add(score, s[1]);
-      if (hd > 2 * LEAF) score = add(score, hd > 3 * LEAF ? add(s[2], s[3]) : s[2]);
-      if (KV == 2) score = mul(score, *(const float*)(keys + scales_at + offset * 4));
-      score = mul(score, scale);
-    }
-    weights[g * LEAF + tid] = score;
-    float m = score;
-    // A NaN compares false and is left out.
-    m = m == m ? m : -__int_as_float(0x7f800000);
-    for (int d = 16; d; d /= 2) { float o = __shfl_xor_sync(FULL, m, d); m = o > m ? o : m; }
-    if (lane_id() == 0) reduce[g * 8 + warp_id()] = m;
-  }
+  if (group % 4 || hd % 4) leaf_scores<1>(qs, group, hd, keys, offset, seen, scale, cache.head_bytes, weights, reduce);
+  else leaf_scores<4>(qs, group, hd, keys, offset, seen, scale, cache.head_bytes, weights, reduce);
   __syncthreads();
   for (u32 g = 0; g < group; g++) {
     float m = reduce[g * 8];
@@ -136,18 +209,9 @@ ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u
   __syncthreads();
   bool alone = first / LEAF == p / LEAF;
   u32 values_at = (hd + hd % 2) * PAGE * KEY_BYTES;
-  for (u32 i = tid; i < group * hd; i += 256) {
-    u32 g = i / hd, c = i % hd;
-    const float* w = weights + g * LEAF;
-    float a = 0.0f;
-    for (int page = 0; page < 4; page++) {
-      u32 base = leaf * LEAF + page * PAGE;
-      int lo = from > base ? from - base : 0, hi = to > base ? min(to - base, (u32)PAGE) : 0;
-      if (lo >= hi) continue;
-      const char* values = (const char*)heads_at[page] + values_at;
-      a = column(a, w + page * PAGE, values + c * (KV == 2 ? 1 : 4), cache.cols, lo, hi);
-    }
-    u64 head = (u64)row * heads + kv_head * group + g;
+  u64 head_0 = (u64)row * heads + kv_head * group;
+  auto write = [&](u32 g, u32 c, float a) {
+    u64 head = head_0 + g;
     if (alone) {
       out[head * hd + c] = __fdiv_rn(a, ms[2 * g + 1]);
     } else {
@@ -155,7 +219,9 @@ ENTRY __launch_bounds__(256) attention_leaf(const float* q, Cache cache, const u
       part_a[part * hd + c] = a;
       if (c == 0) part_ms[part] = make_float2(ms[2 * g], ms[2 * g + 1]);
     }
-  }
+  };
+  if (group % 4 || hd % 4) leaf_values<1>(weights, group, hd, heads_at, values_at, cache.cols, leaf * LEAF, from, to, write);
+  else leaf_values<4>(weights, group, hd, heads_at, values_at, cache.cols, leaf * LEAF, from, to, write);
 }
 
 // The tree over leaves `left`..`count` of one column, divided by the sum of weights.
@@ -401,18 +467,97 @@ DI float near_column(float acc, const float* x, const char* at, u32 step, int fr
   return acc;
 }
 
+// Both for G heads, as `columns`.
+template <int G, int N> DI void whole_columns(float (&acc)[G], const float* x, u32 apart, const char* at, u32 step) {
+  if (G == 1) { acc[0] = whole_column<N>(acc[0], x, at, step); return; }
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    float y[4];
+    if (KV == 1) {
+      u32 v = ((const u32*)at)[i / 2 * step], w = ((const u32*)at)[(i / 2 + 1) * step];
+      y[0] = low(v); y[1] = high(v); y[2] = low(w); y[3] = high(w);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; j++) y[j] = KV == 0 ? ((const float*)at)[(i + j) * step] : (float)((const i8*)at)[(i + j) * step];
+    }
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      float4 z = *(const float4*)(x + g * apart + i);
+      acc[g] = fma(z.x, y[0], acc[g]);
+      acc[g] = fma(z.y, y[1], acc[g]);
+      acc[g] = fma(z.z, y[2], acc[g]);
+      acc[g] = fma(z.w, y[3], acc[g]);
+    }
+  }
+}
+template <int G> DI void near_columns(float (&acc)[G], const float* x, u32 apart, const char* at, u32 step, int from, int to) {
+  if (G == 1) { acc[0] = near_column(acc[0], x, at, step, from, to); return; }
+#pragma unroll 4
+  for (int i = from; i < to; i++) {
+    float y;
+    if (KV == 1) { u32 w = ((const u32*)at)[i / 2 * step]; y = i % 2 ? high(w) : low(w); }
+    else y = KV == 0 ? ((const float*)at)[i * step] : (float)((const i8*)at)[i * step];
+#pragma unroll
+    for (int g = 0; g < G; g++) acc[g] = fma(x[g * apart + i], y, acc[g]);
+  }
+}
+
+// As `leaf_scores` and `leaf_values`, of pages in shared memory.
+template <int G> DI void step_scores(const float* qs, u32 group, u32 hd, const char* keys, u32 offset, bool seen, float scale, u32 head_bytes, float* weights, float* reduce) {
+  for (u32 g = 0; g < group; g += G) {
+    float score[G];
+#pragma unroll
+    for (int j = 0; j < G; j++) score[j] = seen ? 0.0f : -__int_as_float(0x7f800000);
+    if (seen) {
+      const char* key = keys + offset * (KV == 2 ? 1 : 4);
+      u32 d = 0;
+      for (; d + 64 <= hd; d += 64) whole_columns<G, 64>(score, qs + g * hd + d, hd, key + d * PAGE * KEY_BYTES, PAGE);
+      if (d < hd) near_columns<G>(score, qs + g * hd + d, hd, key + d * PAGE * KEY_BYTES, PAGE, 0, hd - d);
+      float own = KV == 2 ? *(const float*)(keys + head_bytes - 2 * PAGE * 4 + offset * 4) : 0.0f;
+#pragma unroll
+      for (int j = 0; j < G; j++) score[j] = mul(KV == 2 ? mul(score[j], own) : score[j], scale);
+    }
+#pragma unroll
+    for (int j = 0; j < G; j++) {
+      weights[(g + j) * LEAF + threadIdx.x] = score[j];
+      warp_max(score[j], reduce + (g + j) * 8);
+    }
+  }
+}
+template <int G, class Write> DI void step_values(const float* values, u32 group, u32 hd, const char* pages, u32 head_bytes, u32 values_at, u32 cols, u32 base, u32 from, u32 to, Write write) {
+  for (u32 i = threadIdx.x; i < group / G * hd; i += 256) {
+    u32 g = i / hd * G, c = i % hd;
+    float a[G] = {};
+    for (u32 page = 0; page < 4; page++) {
+      u32 at = base + page * PAGE;
+      int lo = from > at ? from - at : 0, hi = to > at ? min(to - at, (u32)PAGE) : 0;
+      const float* x = values + g * LEAF + page * PAGE;
+      const char* own = pages + page * head_bytes + values_at + c * (KV == 2 ? 1 : 4);
+      if (lo == 0 && hi == PAGE) whole_columns<G, PAGE>(a, x, LEAF, own, cols);
+      else if (lo < hi) near_columns<G>(a, x, LEAF, own, cols, lo, hi);
+    }
+#pragma unroll
+    for (int j = 0; j < G; j++) write(g + j, c, a[j]);
+  }
+}
+
 // One new position of each row's own sequence, from products to attended values: norms, rotary, the
 // new key and value, leaves, and their tree by the last leaf's block. The leaf's pages, of which
 // only the new position is written in this pass, are copied to shared memory beforehand.
-// Grid and parts as attention_leaf; a counter per row and key/value head. Heads of at most LEAF.
+// Grid and parts as attention_leaf, but that `splits` blocks, `group` heads each, share a key/value head;
+// the first of them writes the new key and value. A counter per row and y. Heads of at most LEAF.
 ENTRY __launch_bounds__(256) attention_step(Heads in, Cache cache, const u32* tables, u32 table_stride, const u32* positions,
-                          float scale, u32 window, u32 leaves_max, float2* part_ms, float* part_a, u32* counters, float* out) {
-  u32 leaf = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z;
+                          float scale, u32 window, u32 leaves_max, u32 splits, u32 group, float2* part_ms, float* part_a, u32* counters, float* out) {
+  u32 leaf = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z, split = 0;
+  if (splits > 1) {
+    split = kv_head % splits;
+    kv_head /= splits;
+  }
   u32 p = positions[row], first = window && p + 1 > window ? p + 1 - window : 0;
   u32 from = max(first, leaf * LEAF), to = min(p + 1, (leaf + 1) * LEAF);
   if (leaf > p / LEAF || leaf < first / LEAF) return;
   extern __shared__ float4 memory[];
-  u32 hd = cache.head_dim, heads = in.heads, group = heads / cache.kv_heads, tid = threadIdx.x;
+  u32 hd = cache.head_dim, heads = in.heads, first_head = blockIdx.y * group, tid = threadIdx.x;
   bool last = leaf == p / LEAF, whole = in.norm_width > hd;
   char* pages = (char*)memory;                                   // [4][head_bytes]
   float* weights = (float*)(pages + 4 * cache.head_bytes);       // [group][LEAF]
@@ -439,13 +584,13 @@ ENTRY __launch_bounds__(256) attention_step(Heads in, Cache cache, const u32* ta
   if (in.norm_width)
     for (u32 i = tid; i < (group + last) * hd; i += 256) {
       u32 h = i / hd, d = i % hd;
-      norm[i] = h < group ? in.q_norm[whole ? (kv_head * group + h) * hd + d : d] : in.k_norm[whole ? kv_head * hd + d : d];
+      norm[i] = h < group ? in.q_norm[whole ? (first_head + h) * hd + d : d] : in.k_norm[whole ? kv_head * hd + d : d];
     }
   if (in.rotary) for (u32 i = tid; i < hd; i += 256) rotary[i] = in.rotary[(u64)row * hd + i];
   begin_early();
   const float* q_row = in.q + (u64)row * heads * hd;
   const float* k_row = in.k + (u64)row * cache.kv_heads * hd;
-  const float* q_own = q_row + kv_head * group * hd;
+  const float* q_own = q_row + first_head * hd;
   const float* k_own = k_row + kv_head * hd;
   const float* v_own = in.v + ((u64)row * cache.kv_heads + kv_head) * hd;
   for (u32 i = tid; i < (group + 2 * last) * hd; i += 256) raw[i] = i < group * hd ? q_own[i] : i < (group + 1) * hd ? k_own[i - group * hd] : v_own[i - (group + 1) * hd];
@@ -471,7 +616,7 @@ ENTRY __launch_bounds__(256) attention_step(Heads in, Cache cache, const u32* ta
   barrier_wait(&barrier, 0);
   __syncthreads();
   if (last) {
-    if (warp_id() < 4) {
+    if (warp_id() < (split ? 2 : 4)) {
       u32 side = warp_id() % 2;
       keep(side ? raw + (group + 1) * hd : ks, warp_id() < 2 ? pages + p / PAGE % 4 * cache.head_bytes : newest, side, p % PAGE, cache);
     }
@@ -481,24 +626,8 @@ ENTRY __launch_bounds__(256) attention_step(Heads in, Cache cache, const u32* ta
   bool seen = position >= from && position < to;
   const char* keys = pages + tid / PAGE * cache.head_bytes;
   u32 scales_at = cache.head_bytes - 2 * PAGE * 4;
-  for (u32 g = 0; g < group; g++) {
-    float score = -__int_as_float(0x7f800000);
-    if (seen) {
-      const char* key = keys + offset * (KV == 2 ? 1 : 4);
-      score = 0.0f;
-      u32 d = 0;
-      for (; d + 64 <= hd; d += 64) score = whole_column<64>(score, qs + g * hd + d, key + d * PAGE * KEY_BYTES, PAGE);
-      if (d < hd) score = near_column(score, qs + g * hd + d, key + d * PAGE * KEY_BYTES, PAGE, 0, hd - d);
-      if (KV == 2) score = mul(score, *(const float*)(keys + scales_at + offset * 4));
-      score = mul(score, scale);
-    }
-    weights[g * LEAF + tid] = score;
-    float m = score;
-    // A NaN compares false and is left out.
-    m = m == m ? m : -__int_as_float(0x7f800000);
-    for (int d = 16; d; d /= 2) { float o = __shfl_xor_sync(FULL, m, d); m = o > m ? o : m; }
-    if (lane_id() == 0) reduce[g * 8 + warp_id()] = m;
-  }
+  if (group % 4 || hd % 4) step_scores<1>(qs, group, hd, keys, offset, seen, scale, cache.head_bytes, weights, reduce);
+  else step_scores<4>(qs, group, hd, keys, offset, seen, scale, cache.head_bytes, weights, reduce);
   __syncthreads();
   for (u32 g = 0; g < group; g++) {
     float m = reduce[g * 8];
@@ -523,26 +652,20 @@ ENTRY __launch_bounds__(256) attention_step(Heads in, Cache cache, const u32* ta
   u32 left = first / LEAF, count = p / LEAF + 1;
   bool alone = left + 1 == count;
   u32 values_at = (hd + hd % 2) * PAGE * KEY_BYTES;
-  u64 head_0 = (u64)row * heads + kv_head * group;
-  for (u32 i = tid; i < group * hd; i += 256) {
-    u32 g = i / hd, c = i % hd;
-    float a = 0.0f;
-    for (int page = 0; page < 4; page++) {
-      u32 base = leaf * LEAF + page * PAGE;
-      int lo = from > base ? from - base : 0, hi = to > base ? min(to - base, (u32)PAGE) : 0;
-      if (lo == 0 && hi == PAGE) a = whole_column<PAGE>(a, values + g * LEAF + page * PAGE, pages + page * cache.head_bytes + values_at + c * (KV == 2 ? 1 : 4), cache.cols);
-      else if (lo < hi) a = near_column(a, values + g * LEAF + page * PAGE, pages + page * cache.head_bytes + values_at + c * (KV == 2 ? 1 : 4), cache.cols, lo, hi);
-    }
-    if (alone) qs[i] = a;
+  u64 head_0 = (u64)row * heads + first_head;
+  auto write = [&](u32 g, u32 c, float a) {
+    if (alone) qs[g * hd + c] = a;
     else part_a[((head_0 + g) * leaves_max + leaf) * hd + c] = a;
-  }
+  };
+  if (group % 4 || hd % 4) step_values<1>(values, group, hd, pages, cache.head_bytes, values_at, cache.cols, leaf * LEAF, from, to, write);
+  else step_values<4>(values, group, hd, pages, cache.head_bytes, values_at, cache.cols, leaf * LEAF, from, to, write);
   __syncthreads();
   if (alone) {
     for (u32 i = tid; i < group * hd; i += 256) out[head_0 * hd + i] = __fdiv_rn(qs[i], ms[2 * (i / hd) + 1]);
   } else if (tid < group) {
     part_ms[(head_0 + tid) * leaves_max + leaf] = make_float2(ms[2 * tid], ms[2 * tid + 1]);
   }
-  if (alone || !last_of(counters + row * cache.kv_heads + kv_head, count - left)) return;
+  if (alone || !last_of(counters + row * gridDim.y + blockIdx.y, count - left)) return;
   for (u32 i = tid; i < group * hd; i += 256) {
     u64 head = head_0 + i / hd;
     out[head * hd + i % hd] = tree_column(left, count, part_ms + head * leaves_max, part_a + head * leaves_max * hd + i % hd, hd);

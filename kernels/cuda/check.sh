@@ -3,6 +3,7 @@
 #   kernels/cuda/check.sh [--host] [BINARY] [check [small|products|experts|one|tiles|rows|steps|routes|attention|
 #       fast|fast-products|fast-experts|fast-attention|
 #       seam|descend|sample|sums|copies] [narrow|many]..] [time] [step [qwen3] [bf16|fast|int8|int4].. [prefill|decode]]
+#       [link]
 # BINARY is `cargo build -p lite-llm-kernels --example cuda_check` of a machine with Rust; without
 # one it is built here. Kernels are read from this folder, so that they can be changed without it.
 # --host: without a GPU. Kernels are compiled by g++ and run on the CPU by what lies in host/: slow

@@ -2,7 +2,7 @@
 // of a panel through a ring of bulk copies, a block of eight warps joins the leaves. Weights that
 // are known beforehand are on their way before the kernel before this one has ended.
 // CPU truth: kernels/src/ops/{matmul,norm,swiglu}.rs, kernels/src/blocks.rs. Whole leaves only, and
-// at most eight; all else is for matmul.cu and swiglu.cu.
+// at most eight, or sixteen without a norm; all else is for matmul.cu and swiglu.cu.
 
 #define FORMAT_OF Format<FORMAT>
 constexpr int CHUNK_K = FORMAT == F32 || FORMAT == BF16 || FORMAT == FAST ? 32 : FORMAT == INT4 ? 128 : 64;
@@ -120,13 +120,14 @@ DI void chunk_fast(Fast& acc, const char* p, const u32* x) {
   }
 }
 
-// The warp's leaf of each panel, times its leaf of x.
-template <int T> DI void leaf_sums(Stream<T>& stream, const Shared& s, const float* x, float (&acc)[T]) {
+// The warp's leaf of each panel, times its leaf of x, or the last one's times another leaf.
+template <int T> DI void leaf_sums(Stream<T>& stream, const Shared& s, const float* x, float (&acc)[T], const float* last = nullptr) {
   u32 used = 0, lane = lane_id();
 #pragma unroll
   for (int t = 0; t < T; t++) {
     acc[t] = 0.0f;
     Fast fast = {};
+    if (t == T - 1 && last) x = last;
 #pragma unroll 1
     for (int c = 0; c < CHUNKS; c++, used++) {
       u32 slot = used & (stream.depth - 1);
@@ -247,6 +248,36 @@ DI void linear_one(const float* x, const Norm& norm, u32 k, const Linear& l, u32
 ENTRY __launch_bounds__(256) one_linear(const float* x, Norm norm, u32 k, Linears many, u32 adds, u32 depth) {
   Linear l = find(many, blockIdx.x);
   linear_one(x, norm, k, l, blockIdx.x - l.first, depth, adds);
+}
+
+// The same of nine leaves to sixteen, without a norm: a block per panel, two leaves a warp.
+ENTRY __launch_bounds__(256) one_linear_long(const float* x, u32 k, Linears many, u32 adds, u32 depth) {
+  Linear l = find(many, blockIdx.x);
+  u32 panel = blockIdx.x - l.first, leaves = k / LEAF, leaf = warp_id();
+  bool both = leaf + 8 < leaves;
+  Shared s = shared_of(depth), second = s;
+  second.x = s.few + 8;
+  second.rows = OWN_ROWS ? second.x + 8 * LEAF : second.x;
+  Stream<2> stream;
+  stream.depth = depth;
+#pragma unroll
+  for (u32 t = 0; t < 2; t++) stream.w[t] = l.w + panel * FORMAT_OF::panel_bytes(k) + (u64)(leaf + (both ? 8 * t : 0)) * FORMAT_OF::LEAF_BYTES;
+  if (lane_id() == 0) stream.fill(s);
+  const Norm norm = {nullptr, 0.0f, 0};
+  const float norms[8] = {};
+  begin_early();
+  take_row(x, norm, norms, k, leaf, true, leaves, s);
+  take_row(x, norm, norms, k, leaf + 8, both, leaves, second);
+  float acc[2];
+  leaf_sums(stream, s, s.rows + warp_id() * ROW, acc, second.rows + warp_id() * ROW);
+#pragma unroll
+  for (int t = 0; t < 2; t++) s.sums[(t * 8 + warp_id()) * 32 + lane_id()] = acc[t];
+  __syncthreads();
+  u32 j = panel * 32 + lane_id();
+  if (warp_id() || j >= l.n) return;
+  float sum = add(tree8(s.sums + lane_id(), 32, 8), tree8(s.sums + 8 * 32 + lane_id(), 32, leaves - 8));
+  if (l.bias) sum = add(sum, l.bias[j]);
+  l.y[j] = adds ? add(l.y[j], sum) : sum;
 }
 
 // Scores of norm(x), then the routes: a block per panel and leaf, the last of which chooses.

@@ -1,5 +1,5 @@
 //! Checks every CUDA kernel against its CPU truth, bit for bit, and measures it beside the card's
-//! own reading rate: `cuda_check [--sources DIR] [--cache DIR] [check] [time] [step]`.
+//! own reading rate: `cuda_check [--sources DIR] [--cache DIR] [check] [time] [step] [link]`.
 //!
 //! Outputs are poisoned first, so that a value that is not written is seen. Two NaN are equal. The
 //! exit code is 1 if anything differs. `kernels/cuda/check.sh` runs it where there is a GPU.
@@ -8,6 +8,7 @@ mod cuda_check {
     pub(crate) mod checks;
     pub(crate) mod fast;
     pub(crate) mod fused;
+    pub(crate) mod link;
     pub(crate) mod seam;
     pub(crate) mod speed;
     pub(crate) mod step;
@@ -22,11 +23,11 @@ use lite_llm_kernels::{
     device::DeviceError,
 };
 
-use cuda_check::{checks, speed, step, truth::Check};
+use cuda_check::{checks, link, speed, step, truth::Check};
 
 fn run(folders: Folders, what: &[String]) -> Result<usize, DeviceError> {
     let from = Instant::now();
-    let cuda = Cuda::open(0, folders)?;
+    let cuda = Cuda::open(0, folders.clone())?;
     let (free, all) = cuda.memory()?;
     println!(
         "{}: {} multiprocessors, {:.1} of {:.1} GB free",
@@ -59,6 +60,9 @@ fn run(folders: Folders, what: &[String]) -> Result<usize, DeviceError> {
     }
     if wanted("step") {
         step::all(&cuda, peak, what)?;
+    }
+    if wanted("link") {
+        link::all(&cuda, folders)?;
     }
     println!("{:.0} s in all", from.elapsed().as_secs_f64());
     Ok(check.wrong.len())

@@ -183,7 +183,7 @@ impl Gpu {
             let x = if self.reads_records(dtype) { records } else { rows };
             // Of bf16, tiles for 64 rows took half as long again (H100).
             let many = m >= TILE_ROWS_MIN && (quantised || m > 64);
-            if m == 1 && self.cuda().one_fits(k) {
+            if m == 1 && self.cuda().one_linear_fits(k) {
                 self.cuda().linear_one(rows, None, now, adds)?;
             } else if many && self.tiles_fit(dtype, k) {
                 self.cuda().linear_tiles(x, m, now, adds, None)?;

@@ -34,6 +34,7 @@ use lite_llm_runtime::{
         CacheOptions, Done, ExpertCache, Fetched, Fetcher, HbmStore, Urgency,
         policy::{Lru, Shape},
     },
+    routing::{RecordedRouter, RecordedRoutes},
     sampler::Sampling,
     sequence::Request,
     store::DramStore,
@@ -263,6 +264,53 @@ fn tiers_and_groups() {
     }
 }
 
+/// What compute-sanitizer can follow in a minute: passes in one piece and from layer to layer, prompts and steps,
+/// one tier and two, whole memory and too little.
+#[test]
+fn a_short_run() {
+    let gpus = gpus();
+    if gpus.is_empty() {
+        return;
+    }
+    let shape = RandomShape { layers: 1, ..whole_leaves(RandomClass::Olmoe) };
+    let prompt = |tokens: u32| (0..tokens).map(|at| at * 37 % 256).collect();
+    let sampling = Sampling { temperature: 0.9, top_k: 20, seed: 7, ..Sampling::GREEDY };
+    let requests = [
+        Request { sampling, ..Request::greedy(prompt(3), 3) },
+        Request { logits: true, ..Request::greedy(prompt(70), 2) },
+    ];
+    for (dtype, tiers) in [(DType::Bf16, None), (DType::Int8, Some("tier_1b:2x2,tier_10b:1x4"))] {
+        let model = model(&shape, dtype, tiers);
+        let cpu = Arc::new(Cpu::new(2, Simd::best()));
+        let on_cpu = Arc::new(Backbone::load(&model.checkpoint, cpu, |_, _| {}).unwrap());
+        let bytes = model.checkpoint.tier_expert_bytes();
+        for gpu in &gpus {
+            let on_gpu = Backbone::load(&model.checkpoint, gpu.clone(), |_, _| {}).unwrap();
+            let on_gpu = Arc::new(on_gpu);
+            for budget in [1 << 30, 2 * (bytes.iter().max().unwrap() + 1024)] {
+                let below = model.store.clone();
+                let store = HbmStore::new(gpu.clone(), below, budget, bytes.clone());
+                let store = Arc::new(store);
+                let carrier = GpuCarrier::new(&on_gpu, store.clone()).unwrap();
+                let carrier = carrier.map(|carrier| Arc::new(carrier) as Arc<dyn Carrier<Gpu>>);
+                // The first by itself, so that its steps are passes of one row; then both.
+                for requests in [&requests[..1], &requests[..]] {
+                    let kv = KvDType::Bf16;
+                    let engine = Engine::with_cache(on_cpu.clone(), KV_BYTES, kv).unwrap();
+                    let expected = events(engine, &*model.store, requests);
+                    let engine = Engine::with_cache(on_gpu.clone(), KV_BYTES, kv).unwrap();
+                    let found = events(engine.carried_by(carrier.clone()), &*store, requests);
+                    let equal = |(found, expected)| same(found, expected);
+                    assert!(
+                        found.len() == expected.len() && found.iter().zip(&expected).all(equal),
+                        "{dtype}, {budget} bytes"
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_long_prompt_leaves_what_decoding_uses() {
     let gpus = gpus();
@@ -339,12 +387,79 @@ fn fast_on(gpu: &Arc<Gpu>) {
         let engine = Engine::with_cache(on_cpu, KV_BYTES, kv).unwrap();
         let exact = logits_of(&events(engine, &*model.store, &requests[..1]), 1);
         let row = model.checkpoint.config().vocab;
-        let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
-        let near = exact[0][..row].iter().zip(&together[0][..row]).map(|(a, b)| a - b);
-        let error =
-            (square(&mut near.into_iter()) / square(&mut exact[0][..row].iter().copied())).sqrt();
+        let error = error_of(&together[0][..row], &exact[0][..row]);
         assert!(error > 0.0 && error < 2e-2, "the error is {error} of the logits");
     }
+}
+
+/// The root mean square of what differs, of that of what is right.
+fn error_of(found: &[f32], right: &[f32]) -> f64 {
+    assert_eq!(found.len(), right.len());
+    let square = |value: f32| f64::from(value) * f64::from(value);
+    let off: f64 = found.iter().zip(right).map(|(a, b)| square(a - b)).sum();
+    (off / right.iter().map(|&value| square(value)).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn fast_errs_little_where_tokens_go_where_exact_sends_them() {
+    for gpu in gpus_by(Math::Fast) {
+        fast_by_exacts_routes(&gpu, &whole_leaves(RandomClass::Olmoe));
+        fast_by_exacts_routes(&gpu, &whole_leaves(RandomClass::Qwen3Moe));
+        if !gpu.cuda().describe().contains("not a GPU") {
+            let (hidden, heads, kv_heads) = (1024, 8, 4);
+            let (layers, experts, k) = (12, 32, 4);
+            let small = whole_leaves(RandomClass::Olmoe);
+            let large = RandomShape { layers, hidden, heads, kv_heads, experts, k, ..small };
+            fast_by_exacts_routes(&gpu, &large);
+        }
+    }
+}
+
+/// A prompt's logits by fast arithmetic and by the CPU's. A token near the border between two experts may go to
+/// another one, which says nothing of the arithmetic: so the CPU's routes are imposed.
+fn fast_by_exacts_routes(gpu: &Arc<Gpu>, shape: &RandomShape) {
+    let model = model(shape, DType::Bf16, None);
+    let config = model.checkpoint.config();
+    let moe = Arc::new(config.moe.clone().unwrap());
+    let tokens = 300;
+    let prompt = (0..tokens as u32).map(|at| (at * 31 + 5) % 256).collect();
+    let request =
+        Request { logits: true, routes: true, prefill_chunk: tokens, ..Request::greedy(prompt, 1) };
+    for kv in [KvDType::Bf16, KvDType::F32] {
+        let cpu = Arc::new(Cpu::new(2, Simd::best()));
+        let on_cpu = Arc::new(Backbone::load(&model.checkpoint, cpu, |_, _| {}).unwrap());
+        let engine = Engine::with_cache(on_cpu, KV_BYTES, kv).unwrap();
+        let exact = events(engine, &*model.store, std::slice::from_ref(&request));
+        let (routes, layers) = routes_of(&exact);
+        let per_token = routes.len() / (layers * tokens);
+        let recorded = RecordedRoutes::new(&routes, [layers, tokens, per_token], moe.experts());
+
+        let mut backbone = Backbone::load(&model.checkpoint, gpu.clone(), |_, _| {}).unwrap();
+        RecordedRouter::install(&mut backbone, &Arc::new(recorded.unwrap()), &moe);
+        let backbone = Arc::new(backbone);
+        let bytes = model.checkpoint.tier_expert_bytes();
+        let store = Arc::new(HbmStore::new(gpu.clone(), model.store.clone(), 2 << 30, bytes));
+        let carrier = GpuCarrier::new(&backbone, store.clone()).unwrap();
+        let carrier = carrier.map(|carrier| Arc::new(carrier) as Arc<dyn Carrier<Gpu>>);
+        assert!(carrier.is_some());
+        let engine = Engine::with_cache(backbone, KV_BYTES, kv).unwrap();
+        let request = Request { routes: false, ..request.clone() };
+        let fast = logits_of(&events(engine.carried_by(carrier), &*store, &[request]), 1);
+        let error = error_of(&fast[0], &logits_of(&exact, 1)[0]);
+        let what = format!("{:?}, {layers} layers, cache in {kv}", shape.class);
+        eprintln!("{what}: the error of {tokens} rows of fast logits is {error:.2e} of them");
+        assert!(error > 0.0 && error < 1e-2, "{what}: {error} of the logits");
+    }
+}
+
+/// The routes of a request whose prompt was one pass, `[layers, tokens, k]`, and the layers.
+fn routes_of(events: &[Event]) -> (Vec<u8>, usize) {
+    let routes = events.iter().find_map(|event| match event {
+        Event::Routes { first: 0, layers, experts, .. } => Some((experts, *layers)),
+        _ => None,
+    });
+    let (experts, layers) = routes.expect("routes were asked for");
+    (experts.iter().map(|&expert| u8::try_from(expert).unwrap()).collect(), layers)
 }
 
 #[test]

@@ -379,9 +379,16 @@ fn networks(check: &mut Check<'_>, dtype: DType) -> Done {
 }
 
 fn attentions(check: &mut Check<'_>, dtype: KvDType) -> Done {
-    for (kv_heads, group, head_dim) in
-        [(1, 1, 2), (2, 1, 128), (1, 4, 64), (2, 3, 6), (1, 2, 80), (1, 1, 320)]
-    {
+    for (kv_heads, group, head_dim) in [
+        (1, 1, 2),
+        (2, 1, 128),
+        (1, 4, 64),
+        (2, 3, 6),
+        (1, 2, 80),
+        (1, 1, 320),
+        (1, 8, 128),
+        (1, 4, 516),
+    ] {
         let shape = KvShape { layers: 2, kv_heads, head_dim, dtype };
         let (lengths, layer) = ([1usize, 64, 65, 256, 257, 700, 1500], 1);
         let per = |len: usize| len.div_ceil(PAGE_TOKENS);

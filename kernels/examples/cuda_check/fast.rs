@@ -115,11 +115,13 @@ fn products(check: &mut Check<'_>) -> Done {
             check.same(&format!("{name} in tiles, added"), &out, &sum)?;
             check.cuda.set_wide(true);
         }
-        if check.cuda.one_fits(k) {
-            let (out, dx) = (check.poisoned(n)?, check.cuda.upload(&x[..k])?);
-            let one = [Linear { weight: &dw, bias: Some(&db), out: &out }];
+        let (out, dx) = (check.poisoned(n)?, check.cuda.upload(&x[..k])?);
+        let one = [Linear { weight: &dw, bias: Some(&db), out: &out }];
+        if check.cuda.one_linear_fits(k) {
             check.cuda.linear_one(&dx, None, &one, false)?;
             check.same(&format!("{name} of one row"), &out, &base[..n])?;
+        }
+        if check.cuda.one_fits(k) {
             // With its norm, and by a norm of its own.
             let weight = check.values(k, 1.0);
             let (dn, pairs) = (check.cuda.upload(&weight)?, check.poisoned(k / 2)?);

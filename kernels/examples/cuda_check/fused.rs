@@ -22,6 +22,23 @@ use super::{
 
 /// Products of a single row with what is fused with them.
 pub(super) fn one(check: &mut Check<'_>, dtype: DType) -> Done {
+    for (k, n) in [(4096, 130), (2304, 31), (3328, 64), (3840, 1)] {
+        let (x, w) = (check.values(k, 1.0), matrix(check, dtype, n, k));
+        let bias = check.values(n, 1.0);
+        let (dx, dw, db) =
+            (check.cuda.upload(&x)?, check.cuda.matrix(&w)?, check.cuda.upload(&bias)?);
+        let mut expected = vec![0.0; n];
+        matmul::matmul(&check.cpu, Rows::dense(&x, k), &w, Some(&bias), &mut expected);
+        let out = check.poisoned(n)?;
+        let product = [Linear { weight: &dw, bias: Some(&db), out: &out }];
+        check.cuda.linear_one(&dx, None, &product, false)?;
+        let name = format!("linear_one {dtype} {n}x{k}, long");
+        check.same(&name, &out, &expected)?;
+        check.cuda.linear_one(&dx, None, &product, true)?;
+        let mut sum = expected.clone();
+        elementwise::add(&check.cpu, &mut sum, &expected);
+        check.same(&format!("{name}, added"), &out, &sum)?;
+    }
     for (hidden, inter, count, k) in [
         (256, 256, 3, 1),
         (512, 768, 5, 2),
@@ -161,6 +178,8 @@ pub(super) fn steps(check: &mut Check<'_>, dtype: KvDType) -> Done {
         (2, 2, 80, false),
         (1, 3, 8, true),
         (2, 1, 252, true),
+        (1, 12, 76, false),
+        (1, 8, 128, false),
     ] {
         let shape = KvShape { layers: 2, kv_heads, head_dim, dtype };
         let (lengths, layer) = ([1usize, 64, 65, 256, 257, 700, 1500], 1);
@@ -258,7 +277,7 @@ pub(super) fn steps(check: &mut Check<'_>, dtype: KvDType) -> Done {
             let name =
                 format!("{dtype} {kv_heads}x{group}x{head_dim} window {window:?} mode {mode}");
             if check.cuda.attention_step_fits(&kv) {
-                let counters = check.cuda.filled::<u32>(rows * kv_heads, 0)?;
+                let counters = check.cuda.filled::<u32>(rows * kv_heads * group, 0)?;
                 for _ in 0..2 {
                     let out = check.poisoned(q.len())?;
                     check.cuda.attention_step(

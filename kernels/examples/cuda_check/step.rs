@@ -301,7 +301,7 @@ fn step(
             }
             if on("qkv, o") {
                 let products = [Linear { weight: &layer.o, bias: None, out: &x }];
-                if cuda.one_fits(s.wide()) {
+                if cuda.one_linear_fits(s.wide()) {
                     cuda.linear_one(&attended, None, &products, true)?;
                 } else {
                     input(&attended)?;

@@ -109,11 +109,14 @@ fn depth(cuda: &Cuda, dtype: DType, total: usize, blocks: usize) -> usize {
     total.min(1 << most.ilog2())
 }
 
-fn shared(dtype: DType, math: Math, rings: usize, depth: usize) -> usize {
-    // What products read, where it is not the row itself.
+/// Words of a leaf of x for each warp, and of what products read, where it is not the row itself.
+fn rows(dtype: DType, math: Math) -> usize {
     let own = dtype.is_quantised() || math.is_fast(dtype);
-    let records = if own { WARPS * leaf_words(dtype, math) } else { 0 };
-    let words = WARPS * LEAF + records + WARPS * 2 * PANEL + WARPS;
+    WARPS * (LEAF + if own { leaf_words(dtype, math) } else { 0 })
+}
+
+fn shared(dtype: DType, math: Math, rings: usize, depth: usize) -> usize {
+    let words = rows(dtype, math) + WARPS * 2 * PANEL + WARPS;
     rings * depth * (chunks(dtype).0 + 8) + words * size_of::<f32>()
 }
 
@@ -129,7 +132,18 @@ impl Cuda {
         self.starts_early && fits(k)
     }
 
-    /// `out = norm(x) · wᵀ (+ bias)`, or `out += …`, of one f32 row x; see [`Cuda::one_fits`].
+    /// The same of products without a norm: twice as many leaves.
+    pub fn one_linear_fits(&self, k: usize) -> bool {
+        self.one_fits(k) || self.is_long(k)
+    }
+
+    fn is_long(&self, k: usize) -> bool {
+        let twice = (WARPS + 1..=2 * WARPS).contains(&leaves(k));
+        self.starts_early && k.is_multiple_of(LEAF) && twice
+    }
+
+    /// `out = norm(x) · wᵀ (+ bias)`, or `out += …`, of one f32 row x; see [`Cuda::one_fits`] and, without a
+    /// norm, [`Cuda::one_linear_fits`].
     pub fn linear_one(
         &self,
         x: &Dev<f32>,
@@ -138,8 +152,18 @@ impl Cuda {
         adds: bool,
     ) -> Done {
         let DevMatrix { dtype, math, k, .. } = *products[0].weight;
-        assert!(self.one_fits(k) && x.len() == k && products.len() <= 4, "x is [k]");
+        let long = norm.is_none() && self.is_long(k);
+        assert!((long || self.one_fits(k)) && x.len() == k && products.len() <= 4, "x is [k]");
         let (words, blocks) = linears(1, products, groups(k));
+        if long {
+            let depth = depth(self, dtype, 2 * chunks(dtype).1, blocks);
+            let args = Args::default().dev(x).u32(k).structure(&words).u32(usize::from(adds));
+            let shared = shared(dtype, math, WARPS, depth) + rows(dtype, math) * size_of::<f32>();
+            let grid = Grid { shared, ..Grid::new(blocks, THREADS) };
+            let source = Source::One(format(dtype, math));
+            // SAFETY: shapes as asserted; panels past n are not read.
+            return unsafe { self.launch(source, "one_linear_long", grid, args.u32(depth)) };
+        }
         let depth = depth(self, dtype, chunks(dtype).1, blocks);
         let args = Args::default().dev(x).structure(&norm_words(norm, k)).u32(k);
         let args = args.structure(&words).u32(usize::from(adds)).u32(depth);
@@ -266,7 +290,7 @@ impl Cuda {
     }
 
     /// Norms, rotary, the new position's key and value, and attention, for rows that each are the
-    /// newest position of a sequence of their own. `counters`: zeros, one per row and kv head.
+    /// newest position of a sequence of their own. `counters`: zeros, one per row and head.
     #[allow(clippy::too_many_arguments)]
     pub fn attention_step(
         &self,
@@ -293,16 +317,22 @@ impl Cuda {
         assert!(queries.longest / PAGE_TOKENS < queries.stride, "a page for every position");
         assert!(parts.sums.len() >= rows * count * leaves_max, "room for the leaves");
         assert!(parts.values.len() >= rows * count * leaves_max * head_dim, "room for the leaves");
-        assert!(counters.len() >= rows * kv_heads, "a counter per row and head");
-        let group = count / kv_heads;
+        assert!(counters.len() >= rows * count, "a counter per row and head");
+        // Few blocks leave most processors idle: then the heads of a group have some each.
+        let (group, blocks) = (count / kv_heads, leaves_max * kv_heads * rows);
+        let even =
+            |splits: &usize| group.is_multiple_of(*splits) && blocks * splits <= self.processors;
+        let splits = (1..=group).rev().find(even).unwrap_or(1);
+        let group = group / splits;
         let sums = (count + kv_heads) * (leaves(head_dim) + 1);
         let floats = group * (2 * LEAF + 3 * head_dim + 8 + 2) + 5 * head_dim + sums + 8;
         let args = Args::default().structure(&words).structure(&Self::cache(kv, layer));
         let args = args.dev(&queries.tables).u32(queries.stride).dev(&queries.positions);
         let args = args.f32(scale).u32(window.map_or(0, |w| w.max(1) as usize)).u32(leaves_max);
+        let args = args.u32(splits).u32(group);
         let args = args.dev(&parts.sums).dev(&parts.values).dev(counters).dev(out);
         let grid = Grid {
-            blocks: [leaves_max, kv_heads, rows],
+            blocks: [leaves_max, kv_heads * splits, rows],
             threads: THREADS,
             shared: 4 * kv.shape.head_bytes() + floats * size_of::<f32>(),
         };

@@ -197,7 +197,7 @@ impl Shared {
         let adds = layer.o.bias.is_none();
         let out = if adds { x } else { &t.delta };
         let o = [Linear { weight: &layer.o.weight, bias: layer.o.bias.as_ref(), out }];
-        if one && cuda.one_fits(layer.o.weight.k()) {
+        if one && cuda.one_linear_fits(layer.o.weight.k()) {
             cuda.linear_one(attended, None, &o, adds)?;
         } else {
             let k = layer.o.weight.k();

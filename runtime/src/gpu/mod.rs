@@ -155,7 +155,7 @@ fn rotary_table(backbone: &Backbone<Gpu>) -> Result<Option<Dev<f32>>, DeviceErro
 
 /// Words of counters that kernels of so many rows want.
 fn counters(config: &ModelConfig, rows: usize) -> usize {
-    rows * config.attention.kv_heads + config.hidden
+    rows * config.attention.heads + config.hidden
 }
 
 /// One network as a table of one.
