@@ -220,7 +220,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60, help="of each of the three phases")
+    parser.add_argument("--steps", type=int, default=30, help="of each of the three phases")
     parser.add_argument("--every", type=int, default=7, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--program", default=ROOT / "target/release/lite-llm")

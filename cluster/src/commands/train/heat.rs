@@ -5,9 +5,11 @@ use std::{collections::BTreeMap, fmt::Write};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::plot::{MARGIN, PLOT, escape};
+use super::plot::{CHARACTER, MARGIN, PLOT, escape};
 
 const HEADING: f64 = 44.0;
+/// One line above all of them: what colours mean.
+const LEGEND: f64 = 24.0;
 const BELOW: f64 = 22.0;
 /// Between two tiers.
 const GAP: f64 = 14.0;
@@ -95,7 +97,7 @@ pub(super) fn rows(loads: &BTreeMap<u64, Value>) -> Vec<Row> {
 
 /// How high all of them are.
 pub(super) fn height(rows: &[Row]) -> f64 {
-    rows.iter().map(Row::height).sum()
+    if rows.is_empty() { 0.0 } else { LEGEND + rows.iter().map(Row::height).sum::<f64>() }
 }
 
 /// Colour of an expert with so many times its even share.
@@ -115,14 +117,20 @@ pub(super) fn draw(svg: &mut String, rows: &[Row], mut top: f64) {
     let mut add = |element: std::fmt::Arguments<'_>| {
         let _ = writeln!(svg, "{element}");
     };
+    if !rows.is_empty() {
+        add(format_args!(
+            r##"<text x="{:.0}" y="{:.0}">expert load: white is even; blue more, up to 8 times; red less; black none</text>"##,
+            MARGIN.0,
+            top + 12.0
+        ));
+        top += LEGEND;
+    }
     for row in rows {
         let (wide, high) = row.cell();
         let (title, at) = (escape(&row.title), top + HEADING);
         add(format_args!(
-            r##"<text x="{:.0}" y="{:.0}" font-weight="bold">expert load: {title}</text><text x="{:.0}" y="{:.0}" text-anchor="end">white: even; blue: more (8 × at most), red: less, black: none</text>"##,
+            r##"<text x="{:.0}" y="{:.0}" font-weight="bold">expert load: {title}</text>"##,
             MARGIN.0,
-            top + 12.0,
-            MARGIN.0 + PLOT.0,
             top + 12.0
         ));
         let every = (11.0 / high).ceil().max(1.0) as usize;
@@ -136,11 +144,12 @@ pub(super) fn draw(svg: &mut String, rows: &[Row], mut top: f64) {
         let mut left = MARGIN.0;
         for tier in &row.tiers {
             let experts = tier.experts();
-            let (name, groups) = (escape(&tier.tier), tier.groups.max(1));
+            let groups = tier.groups.max(1);
+            let label = format!("{}: {groups} × {} experts", tier.tier, experts / groups);
             add(format_args!(
-                r##"<text x="{left:.1}" y="{:.1}">{name}: {groups} × {} experts</text>"##,
+                r##"<text x="{left:.1}" y="{:.1}">{}</text>"##,
                 at - 8.0,
-                experts / groups
+                escape(&label)
             ));
             for (layer, counts) in tier.layers.iter().enumerate() {
                 let even = counts.iter().sum::<u64>() as f64 / counts.len().max(1) as f64;
@@ -162,7 +171,7 @@ pub(super) fn draw(svg: &mut String, rows: &[Row], mut top: f64) {
                     width / groups as f64
                 ));
             }
-            left += width + GAP;
+            left += width.max(label.chars().count() as f64 * CHARACTER) + GAP;
         }
         top += row.height();
     }

@@ -16,6 +16,8 @@ use crate::{cli::TrainPlotArgs, commands::bad_input};
 pub(super) const PLOT: (f64, f64) = (760.0, 190.0);
 /// Beside and below it.
 pub(super) const MARGIN: (f64, f64) = (70.0, 46.0);
+/// About how wide a character is.
+pub(super) const CHARACTER: f64 = 6.8;
 /// Okabe and Ito's, which people who see few colours tell apart; dashes differ as well.
 const COLOURS: [&str; 6] = ["#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#000000"];
 const DASHES: [&str; 3] = ["none", "7 3", "2 3"];
@@ -91,6 +93,17 @@ pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
+/// As much of a text as has room.
+fn cut(text: &str, room: f64) -> String {
+    let most = (room / CHARACTER) as usize;
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    let mut short: String = text.chars().take(most.saturating_sub(1)).collect();
+    short.push('…');
+    short
+}
+
 /// Phases as their names and first steps.
 fn phases(steps: &BTreeMap<u64, Value>) -> Vec<(f64, String)> {
     let mut all: Vec<(f64, String)> = Vec::new();
@@ -146,10 +159,12 @@ fn draw(
                 at + 4.0
             ));
         }
-        for (step, name) in &phases {
-            let (at, bottom, name) = (x(*step), top + PLOT.1, escape(name));
+        for (n, (step, name)) in phases.iter().enumerate() {
+            let (at, bottom) = (x(*step), top + PLOT.1);
+            let room = x(phases.get(n + 1).map_or(last, |(next, _)| *next)) - at;
+            let name = escape(&cut(&format!("step {step:.0}: {name}"), room));
             add(format_args!(
-                r##"<line x1="{at:.1}" y1="{top:.1}" x2="{at:.1}" y2="{bottom:.1}" stroke="#888888"/><text x="{at:.1}" y="{:.1}">step {step:.0}: {name}</text>"##,
+                r##"<line x1="{at:.1}" y1="{top:.1}" x2="{at:.1}" y2="{bottom:.1}" stroke="#888888"/><text x="{at:.1}" y="{:.1}">{name}</text>"##,
                 bottom + 16.0
             ));
         }
@@ -196,5 +211,6 @@ mod tests {
         assert_eq!(svg.matches("<polyline").count(), 2 + 3 + 2 + 2);
         assert!(svg.contains("a &amp; b") && svg.contains("step 5: c"));
         assert!(svg.contains("a &lt; b") && svg.ends_with("</svg>\n"));
+        assert_eq!((cut("a phase", 60.0), cut("a phase", 30.0)), ("a phase".into(), "a p…".into()));
     }
 }
