@@ -10,6 +10,7 @@ use crate::{
     cpu::Cpu,
     matrix::PackedMatrix,
     ops::{
+        elementwise::round_to_bf16,
         function::{sigmoid, silu},
         leaves::LeafPlan,
         matmul::{self, Linear},
@@ -41,6 +42,8 @@ pub struct GatedWeights<'a> {
     pub up: &'a [f32],
     /// `[hidden, inner]`.
     pub down: &'a [f32],
+    /// Whether weights and x are rounded to bf16, and all else is that is multiplied with them.
+    pub bf16: bool,
 }
 
 /// Gradients of one network.
@@ -52,11 +55,16 @@ pub struct GatedGradients {
     pub weights: Option<[Vec<f32>; 3]>,
 }
 
-/// The network over rows, and its tape.
+/// The network over rows, and its tape. `bf16`: see [`GatedWeights`].
 ///
 /// # Panics
 /// If the shapes do not fit each other.
-pub fn forward(cpu: &Cpu, x: Rows<'_>, [gate, up, down]: [&PackedMatrix; 3]) -> GatedTape {
+pub fn forward(
+    cpu: &Cpu,
+    x: Rows<'_>,
+    [gate, up, down]: [&PackedMatrix; 3],
+    bf16: bool,
+) -> GatedTape {
     let (rows, inner) = (x.len(), gate.n());
     let (mut g, mut u) = (vec![0.0; rows * inner], vec![0.0; rows * inner]);
     let mut linears = [
@@ -66,6 +74,9 @@ pub fn forward(cpu: &Cpu, x: Rows<'_>, [gate, up, down]: [&PackedMatrix; 3]) -> 
     matmul::matmul_many(cpu, x, &mut linears);
     let mut a = u.clone();
     activate(cpu.simd(), &g, &mut a);
+    if bf16 {
+        round_to_bf16(cpu, &mut a);
+    }
     let mut y = vec![0.0; rows * down.n()];
     matmul::matmul(cpu, Rows::dense(&a, inner), down, None, &mut y);
     GatedTape { g, u, a, y }
@@ -89,13 +100,25 @@ pub fn backward(
         return GatedGradients { x: Vec::new(), weights: None };
     }
     let (inner, hidden) = (tape.g.len() / rows, dy.len() / rows);
+    let mut rounded = Vec::new();
+    let dy = if weights.bf16 {
+        rounded.extend_from_slice(dy);
+        round_to_bf16(cpu, &mut rounded);
+        &rounded[..]
+    } else {
+        dy
+    };
     let dense = |values, cols| Rows::Dense { values, cols };
     let mut da = vec![0.0; rows * inner];
     let (of_dy, down) = (Factor::PerOutput(dense(dy, hidden)), dense(weights.down, inner));
     sum_rows(cpu, of_dy, down, inner, &LeafPlan::of(hidden), &mut da);
     let mut du = vec![0.0; rows * inner];
     activate_backward(cpu.simd(), &tape.g, &tape.u, &mut da, &mut du);
-    let dg = da;
+    let mut dg = da;
+    if weights.bf16 {
+        round_to_bf16(cpu, &mut dg);
+        round_to_bf16(cpu, &mut du);
+    }
     let (mut dx, mut more) = (vec![0.0; rows * hidden], vec![0.0; rows * hidden]);
     let over_inner = LeafPlan::of(inner);
     for (d, w, out) in [(&dg, weights.gate, &mut dx), (&du, weights.up, &mut more)] {

@@ -33,6 +33,7 @@ use super::{
     exchange::Others,
     gradients::Gradients,
     params::{FeedForwardIds, MlpIds, ParamId, Params, TierIds},
+    precision::Precision,
 };
 use crate::{
     expert::ExpertKey,
@@ -71,27 +72,27 @@ pub(super) fn each<T: Send>(cpu: &Cpu, items: Vec<T>, f: impl Fn(&mut T) + Sync)
 
 pub(super) fn weights_of(params: &Params, ids: MlpIds) -> GatedWeights<'_> {
     GatedWeights {
-        gate: params.values(ids.gate),
-        up: params.values(ids.up),
-        down: params.values(ids.down),
+        gate: params.weight(ids.gate),
+        up: params.weight(ids.up),
+        down: params.weight(ids.down),
+        bf16: params.precision() == Precision::Bf16,
     }
 }
 
-pub(super) fn packed_of(
-    params: &Params,
-    ids: MlpIds,
-) -> [&lite_llm_kernels::matrix::PackedMatrix; 3] {
-    [params.matrix(ids.gate), params.matrix(ids.up), params.matrix(ids.down)]
+/// A gated network over rows, and its tape.
+pub(super) fn gated_forward(cpu: &Cpu, params: &Params, ids: MlpIds, x: Rows<'_>) -> GatedTape {
+    let packed = [params.matrix(ids.gate), params.matrix(ids.up), params.matrix(ids.down)];
+    gated::forward(cpu, x, packed, params.precision() == Precision::Bf16)
 }
 
 /// The router of a layer with the parameters as they are.
 fn router(params: &Params, layer: usize, gate: ParamId, tiers: &[TierIds]) -> HierarchicalRouter {
     let moe = params.config().moe.clone().unwrap_or_else(crate::config::MoeConfig::without_experts);
     let gates = tiers.iter().map(|tier| TierGates {
-        groups: tier.groups.map(|id| params.matrix(id).clone()),
-        experts: tier.each.iter().map(|group| params.matrix(group.gate).clone()).collect(),
+        groups: tier.groups.map(|id| params.gate(id).clone()),
+        experts: tier.each.iter().map(|group| params.gate(group.gate).clone()).collect(),
     });
-    let tier_gate = (tiers.len() > 1).then(|| params.matrix(gate).clone());
+    let tier_gate = (tiers.len() > 1).then(|| params.gate(gate).clone());
     HierarchicalRouter::new(layer, moe.into(), tier_gate, gates.collect())
 }
 
@@ -155,7 +156,7 @@ pub(super) fn forward(
             return;
         }
         let rows: Vec<&[f32]> = expert.rows.iter().map(|&row| hidden.row(row as usize)).collect();
-        expert.tape = gated::forward(cpu, Rows::List(&rows), packed_of(params, expert.ids));
+        expert.tape = gated_forward(cpu, params, expert.ids, Rows::List(&rows));
     });
     for (place, y) in waiting.map_or_else(|| Ok(Vec::new()), |w| w.outputs(&experts, width))? {
         experts[place].tape.y = y;
@@ -170,11 +171,11 @@ pub(super) fn forward(
     let mut out = vec![0.0; hidden.rows() * width];
     elementwise::weighted_sum(cpu, &parts, &weights, routes.ends(), &mut out);
     let shared = shared.map(|(ids, gate)| {
-        let tape = gated::forward(cpu, hidden.as_rows(), packed_of(params, ids));
+        let tape = gated_forward(cpu, params, ids, hidden.as_rows());
         let mut extra = tape.y.clone();
         let logits = gate.map(|gate| {
             let mut logits = vec![0.0; hidden.rows()];
-            matmul(cpu, hidden.as_rows(), params.matrix(gate), None, &mut logits);
+            matmul(cpu, hidden.as_rows(), params.gate(gate), None, &mut logits);
             elementwise::sigmoid_gate(cpu, &mut extra, &logits);
             logits
         });

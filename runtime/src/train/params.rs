@@ -21,7 +21,7 @@ use lite_llm_kernels::{
     ops::elementwise::to_bf16,
 };
 
-use super::{config::Precision, idle::Behind};
+use super::{idle::Behind, precision::Precision};
 use crate::{
     checkpoint::{
         Checkpoint, CheckpointError,
@@ -377,7 +377,7 @@ impl Params {
         self.precision
     }
 
-    /// A matrix as products read it, row-major; gates are read as [`Params::matrix`].
+    /// A matrix as products read it, row-major; gates are read as they are.
     pub fn weight(&self, id: ParamId) -> &[f32] {
         let param = &self.list[id];
         match self.precision {
@@ -388,11 +388,20 @@ impl Params {
         }
     }
 
-    /// A matrix of a gate as forward products read it.
+    /// The matrix of a gate as forward products read it.
+    pub fn gate(&self, id: ParamId) -> &PackedMatrix {
+        self.packed(id, || self.values(id))
+    }
+
+    /// A matrix as forward products read it, which is not a gate's.
     pub fn matrix(&self, id: ParamId) -> &PackedMatrix {
-        let param @ Param { shape, packed, .. } = &self.list[id];
+        self.packed(id, || self.weight(id))
+    }
+
+    fn packed<'a>(&'a self, id: ParamId, values: impl FnOnce() -> &'a [f32]) -> &'a PackedMatrix {
+        let Param { shape, packed, .. } = &self.list[id];
         packed.get_or_init(|| {
-            let values = param.values();
+            let values = values();
             let (n, k) = (shape[0], shape.get(1).copied().unwrap_or(1));
             PackedMatrix::pack(DType::F32, n, k, Source::F32(values))
         })

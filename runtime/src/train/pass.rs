@@ -19,7 +19,7 @@ use lite_llm_kernels::{
         cross_entropy::{self, RowSoftmax},
         elementwise,
         embed::embed,
-        gated::{self, GatedTape},
+        gated::GatedTape,
         leaves::{LeafPlan, Place},
         matmul::{Linear, matmul, matmul_many},
         norm::{rms_norm, rms_norm_backward, rms_norm_in_place},
@@ -181,6 +181,8 @@ impl<'a> Pass<'a> {
         let mut normed = Tensor::zeros(rows, config.hidden);
         let norm = params.values(ids.attention_norm);
         rms_norm(cpu, x.as_slice(), norm, config.norm_eps, normed.as_mut_slice());
+        let precision = params.precision();
+        precision.round(cpu, normed.as_mut_slice());
         let mut qkv = [heads, kv_heads, kv_heads].map(|n| vec![0.0; rows * n * head_dim]);
         let [q, k, v] = &mut qkv;
         let outs = [q, k, v];
@@ -218,17 +220,18 @@ impl<'a> Pass<'a> {
         self.attend(layer, [&q, &k, &v], &mut attended);
         let mut delta = vec![0.0; rows * config.hidden];
         let bias = ids.o.bias.map(|id| params.values(id));
-        let from = Rows::Dense { values: &attended, cols: heads * head_dim };
+        let rounded = precision.rounded(cpu, &attended);
+        let from = Rows::Dense { values: &rounded, cols: heads * head_dim };
         matmul(cpu, from, params.matrix(ids.o.weight), bias, &mut delta);
         elementwise::add(cpu, x.as_mut_slice(), &delta);
         let middle = tensor(rows, x.as_slice());
         let mut ffn_normed = Tensor::zeros(rows, config.hidden);
         let norm = params.values(ids.ffn_norm);
         rms_norm(cpu, x.as_slice(), norm, config.norm_eps, ffn_normed.as_mut_slice());
+        precision.round(cpu, ffn_normed.as_mut_slice());
         let feed_forward = match &ids.feed_forward {
             FeedForwardIds::Dense(mlp) => {
-                let packed = moe::packed_of(params, *mlp);
-                let tape = gated::forward(cpu, ffn_normed.as_rows(), packed);
+                let tape = moe::gated_forward(cpu, params, *mlp, ffn_normed.as_rows());
                 elementwise::add(cpu, x.as_mut_slice(), &tape.y);
                 FeedForwardTape::Dense(tape)
             }
@@ -279,6 +282,7 @@ impl<'a> Pass<'a> {
         let mut normed = Tensor::zeros(self.rows(), config.hidden);
         let norm = self.params.values(self.params.ids().norm);
         rms_norm(self.cpu, tape.last.as_slice(), norm, config.norm_eps, normed.as_mut_slice());
+        self.params.precision().round(self.cpu, normed.as_mut_slice());
         normed
     }
 
@@ -398,8 +402,9 @@ impl<'a> Pass<'a> {
             let targets = &self.flat.targets[piece.clone()];
             let of = cross_entropy::losses(cpu, &logits, targets);
             cross_entropy::gradient(cpu, &mut logits, &of, targets, 0, scale);
+            self.params.precision().round(cpu, &mut logits);
             let factor = Factor::PerOutput(Rows::dense(&logits, vocab));
-            let table = Rows::dense(self.params.values(head), hidden);
+            let table = Rows::dense(self.params.weight(head), hidden);
             let out = &mut dnormed[piece.start * hidden..piece.end * hidden];
             sum_rows(cpu, factor, table, hidden, &over_vocab, out);
             softmaxes.extend(of);
@@ -437,7 +442,7 @@ impl<'a> Pass<'a> {
             matrix::{PackedMatrix, Source},
         };
         let (cpu, hidden, rows) = (self.cpu, self.params.config().hidden, self.rows());
-        let table = self.params.values(self.head());
+        let table = self.params.weight(self.head());
         let piece = (self.logits_max / rows.max(1)).max(1);
         for (i, (table, out)) in
             table.chunks(piece * hidden).zip(gradient.chunks_mut(piece * hidden)).enumerate()
@@ -448,6 +453,7 @@ impl<'a> Pass<'a> {
             matmul(cpu, normed.as_rows(), &packed, None, &mut logits);
             let targets = &self.flat.targets;
             cross_entropy::gradient(cpu, &mut logits, softmaxes, targets, i * piece, scale);
+            self.params.precision().round(cpu, &mut logits);
             let factor = Factor::PerTerm(Rows::dense(&logits, n));
             sum_rows(cpu, factor, normed.as_rows(), hidden, &self.tokens, out);
         }
@@ -492,12 +498,13 @@ impl<'a> Pass<'a> {
         let rows = self.rows();
         let (n, k) = (dy.len() / rows, x.len() / rows);
         let mut dx = vec![0.0; x.len()];
-        let weight = Rows::dense(self.params.values(ids.weight), k);
-        let factor = Factor::PerOutput(Rows::dense(dy, n));
+        let weight = Rows::dense(self.params.weight(ids.weight), k);
+        let rounded = self.params.precision().rounded(self.cpu, dy);
+        let factor = Factor::PerOutput(Rows::dense(&rounded, n));
         sum_rows(self.cpu, factor, weight, k, &LeafPlan::of(n), &mut dx);
         if wanted[ids.weight] {
             let mut gradient = vec![0.0; n * k];
-            let factor = Factor::PerTerm(Rows::dense(dy, n));
+            let factor = Factor::PerTerm(Rows::dense(&rounded, n));
             sum_rows(self.cpu, factor, Rows::dense(x, k), k, &self.tokens, &mut gradient);
             gradients.set(ids.weight, gradient);
         }
@@ -536,7 +543,8 @@ impl<'a> Pass<'a> {
         self.norm_backward(ids.ffn_norm, middle, &dnormed, &mut more, wanted, gradients);
         elementwise::add(cpu, dx, &more);
 
-        let dattended = self.linear_backward(ids.o, &kept.attended, dx, wanted, gradients);
+        let attended = self.params.precision().rounded(cpu, &kept.attended);
+        let dattended = self.linear_backward(ids.o, &attended, dx, wanted, gradients);
         let shape = self.shape(layer);
         let mut of_qkv = [&kept.q, &kept.k, &kept.v].map(|x| vec![0.0; x.len()]);
         let [dq, dk, dv] = &mut of_qkv;
