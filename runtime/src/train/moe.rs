@@ -125,7 +125,7 @@ pub(super) fn forward(
     let router = router(params, layer, *tiers_gate, tiers);
     let traces = router.route_traced(cpu, hidden, &masks, &mut routes);
     if let Some(error) = routes.failures().first() {
-        let tensor = format!("layer {layer}: the scores of the {} gate", error.level);
+        let tensor = format!("layer {layer}: a score of the {} gate", error.level);
         return Err(TrainError::NotFinite { tensor, row: error.row, value: error.score });
     }
     let mut by_expert: BTreeMap<ExpertKey, ExpertTape> = BTreeMap::new();

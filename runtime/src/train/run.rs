@@ -164,6 +164,8 @@ pub struct Run {
     ranks: Option<Arc<dyn Ranks>>,
     /// A checkpoint that is being written.
     saving: Option<Saving>,
+    /// What the last step is still to be followed by: not before its caller has written down what it said.
+    due: Option<Due>,
     /// Keeps other trainers out of the folder.
     _lock: RunLock,
 }
@@ -178,6 +180,15 @@ impl RunError {
         };
         matches!(source, TrainError::Lost(_))
     }
+}
+
+/// What follows a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    /// A checkpoint.
+    Checkpoint,
+    /// The end of its phase.
+    End,
 }
 
 /// The text files of a checkpoint.
@@ -239,6 +250,7 @@ impl Run {
             done,
             ranks: None,
             saving: None,
+            due: None,
             _lock: lock,
         };
         if done {
@@ -285,7 +297,8 @@ impl Run {
         &self.data
     }
 
-    /// One step, with what comes before and after it; nothing once [`Happened::Done`] was said.
+    /// One step, with what comes before it; nothing once [`Happened::Done`] was said. What was said of a step is to
+    /// be written down before the next call: that saves it.
     pub fn advance(&mut self) -> Result<Vec<Happened>, RunError> {
         let mut events = std::mem::take(&mut self.pending);
         if let Some(saving) = self.saving.take_if(|saving| saving.is_over()) {
@@ -294,7 +307,12 @@ impl Run {
         if self.done {
             return Ok(events);
         }
-        match self.next(&mut events) {
+        let next = match self.due.take() {
+            Some(due) => self.follow(due, &mut events),
+            None => Ok(()),
+        };
+        let next = next.and_then(|()| if self.done { Ok(()) } else { self.next(&mut events) });
+        match next {
             Err(error) if error.is_loss() => {
                 self.again(&error.to_string())?;
                 events.append(&mut self.pending);
@@ -307,7 +325,11 @@ impl Run {
 
     /// Writes a checkpoint after this step, whatever the configuration says, unless one is being written.
     pub fn checkpoint(&mut self) -> Result<(), RunError> {
-        if self.done || self.progress.step_in_phase == 0 || self.saving.is_some() {
+        if self.done
+            || self.progress.step_in_phase == 0
+            || self.saving.is_some()
+            || self.due.is_some()
+        {
             return Ok(());
         }
         let mut events = Vec::new();
@@ -342,26 +364,34 @@ impl Run {
         }
         let every = self.config.checkpoint.every;
         if over {
-            self.progress.phase += 1;
-            self.progress.step_in_phase = 0;
-            (self.progress.best, self.progress.since_best) = (None, 0);
-            self.save(events)?;
-            // What comes next begins with what is on the disk.
-            events.extend(self.saved()?);
-            if self.progress.phase >= self.config.phase.len() {
-                events.push(Happened::Done { model: self.finish()? });
-                self.done = true;
-            } else {
-                let params = self.whole()?.into_params();
-                let begun = begin(&self.config, self.progress.phase, params, &self.cpu, true)?;
-                self.mask = begun.mask;
-                self.pending.push(begun.event);
-                self.spread(begun.trainer)?;
-            }
+            self.due = Some(Due::End);
         } else if every > 0 && self.progress.step.is_multiple_of(every) {
-            self.save(events)?;
+            self.due = Some(Due::Checkpoint);
         }
         Ok(())
+    }
+
+    /// Does what the last step is to be followed by.
+    fn follow(&mut self, due: Due, events: &mut Vec<Happened>) -> Result<(), RunError> {
+        if due == Due::Checkpoint {
+            return self.save(events);
+        }
+        self.progress.phase += 1;
+        self.progress.step_in_phase = 0;
+        (self.progress.best, self.progress.since_best) = (None, 0);
+        self.save(events)?;
+        // What comes next begins with what is on the disk.
+        events.extend(self.saved()?);
+        if self.progress.phase >= self.config.phase.len() {
+            events.push(Happened::Done { model: self.finish()? });
+            self.done = true;
+            return Ok(());
+        }
+        let params = self.whole()?.into_params();
+        let begun = begin(&self.config, self.progress.phase, params, &self.cpu, true)?;
+        self.mask = begun.mask;
+        events.push(begun.event);
+        self.spread(begun.trainer)
     }
 
     fn ranks_error(&self, source: TrainError) -> RunError {
@@ -396,7 +426,7 @@ impl Run {
             let source = Source::open(&self.config.model, &self.base)?;
             let from = (&self.fixed, &source);
             let opened = open_or_begin(&self.config, &self.out, from, &self.cpu)?;
-            (self.mask, self.progress) = (opened.mask, opened.progress);
+            (self.mask, self.progress, self.due) = (opened.mask, opened.progress, None);
             let step = self.progress.step;
             match self.spread(opened.trainer) {
                 Err(error) if error.is_loss() => reason = error.to_string(),
@@ -543,7 +573,9 @@ impl Run {
         if path.exists() {
             std::fs::remove_dir_all(&path).map_err(io("remove"))?;
         }
-        state::write_model(&path, self.whole()?.params(), &self.text)?;
+        let written = state::write_model(&path, self.whole()?.params(), &self.text);
+        let shown = path.display().to_string();
+        written.map_err(|source| StateError::Write { path: shown, source })?;
         Ok(path.display().to_string())
     }
 }

@@ -113,7 +113,15 @@ pub enum StateError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The model within could not be written or read.
+    /// The model within could not be written.
+    #[error("{path}: {source}; earlier checkpoints are as they were")]
+    Write {
+        /// Which folder.
+        path: String,
+        /// What is wrong.
+        source: CheckpointError,
+    },
+    /// The model within could not be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// It is not what it should be.
@@ -205,8 +213,34 @@ pub fn save<'a>(
     for old in left.chain([done.clone()]).filter(|path| path.exists()) {
         fs::remove_dir_all(&old).map_err(io(&old, "remove"))?;
     }
-    fs::create_dir_all(&staging).map_err(io(&staging, "create"))?;
-    let model = write_model(&staging.join(MODEL), params, text)?;
+    let with = (params, text, progress, config);
+    if let Err(error) = stage(&staging, with, tensors) {
+        // What is not whole is of no use, and may be what fills the disk; what cannot be removed is next time.
+        let _ = fs::remove_dir_all(&staging);
+        return Err(error);
+    }
+    fs::rename(&staging, &done).map_err(io(&done, "rename"))?;
+    sync_folder(run)?;
+    let mut all = list(run)?;
+    all.truncate(all.len().saturating_sub(keep));
+    for (_, old) in all {
+        fs::remove_dir_all(&old).map_err(io(&old, "remove"))?;
+    }
+    Ok(done)
+}
+
+/// Writes all of a checkpoint into a folder, and syncs it.
+fn stage<'a>(
+    staging: &Path,
+    (params, text, progress, config): (&Params, &Text, &Progress, Hash),
+    tensors: impl Iterator<Item = (String, &'a [f32])>,
+) -> Result<(), StateError> {
+    fs::create_dir_all(staging).map_err(io(staging, "create"))?;
+    let path = staging.join(MODEL);
+    let model = write_model(&path, params, text).map_err(|source| {
+        let path = path.display().to_string();
+        StateError::Write { path, source }
+    })?;
     let path = staging.join(TENSORS);
     let tensors: BTreeMap<String, &[f32]> = tensors.collect();
     let views = tensors
@@ -223,15 +257,7 @@ pub fn save<'a>(
         Saved { format: 1, config, model, tensors: Hash::of(&bytes), progress: progress.clone() };
     let text = serde_json::to_vec_pretty(&saved).map_err(|e| bad(&path, e.to_string()))?;
     write_file(&staging.join(STATE), &text)?;
-    sync_folder(&staging)?;
-    fs::rename(&staging, &done).map_err(io(&done, "rename"))?;
-    sync_folder(run)?;
-    let mut all = list(run)?;
-    all.truncate(all.len().saturating_sub(keep));
-    for (_, old) in all {
-        fs::remove_dir_all(&old).map_err(io(&old, "remove"))?;
-    }
-    Ok(done)
+    sync_folder(staging)
 }
 
 /// Checkpoints of a run, earliest first.

@@ -135,10 +135,6 @@ fn perform(mut run: Run, ranks: Option<Arc<dyn Ranks>>, gauges: &Gauges, json: b
         let (done, _) = run.steps();
         let events = debug_span!("step", otel.name = "training step", step = done + 1)
             .in_scope(|| run.advance())?;
-        if minutes > 0 && saved.elapsed() >= Duration::from_secs(60 * minutes) {
-            run.checkpoint()?;
-            saved = Instant::now();
-        }
         if events.is_empty() {
             return Ok(());
         }
@@ -148,6 +144,10 @@ fn perform(mut run: Run, ranks: Option<Arc<dyn Ranks>>, gauges: &Gauges, json: b
             gauges.observe(&event, pace.estimate(done).0);
             over |= matches!(event, Happened::Done { .. });
             show(&event, &mut pace, json);
+        }
+        if minutes > 0 && saved.elapsed() >= Duration::from_secs(60 * minutes) {
+            run.checkpoint()?;
+            saved = Instant::now();
         }
         if over {
             return Ok(());
