@@ -575,7 +575,7 @@ impl Run {
         }
         let written = state::write_model(&path, self.whole()?.params(), &self.text);
         let shown = path.display().to_string();
-        written.map_err(|source| StateError::Write { path: shown, source })?;
+        written.map_err(|source| StateError::Write { path: shown, source: source.into() })?;
         Ok(path.display().to_string())
     }
 }

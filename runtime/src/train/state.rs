@@ -119,7 +119,7 @@ pub enum StateError {
         /// Which folder.
         path: String,
         /// What is wrong.
-        source: CheckpointError,
+        source: Box<CheckpointError>,
     },
     /// The model within could not be read.
     #[error(transparent)]
@@ -239,7 +239,7 @@ fn stage<'a>(
     let path = staging.join(MODEL);
     let model = write_model(&path, params, text).map_err(|source| {
         let path = path.display().to_string();
-        StateError::Write { path, source }
+        StateError::Write { path, source: source.into() }
     })?;
     let path = staging.join(TENSORS);
     let tensors: BTreeMap<String, &[f32]> = tensors.collect();
