@@ -3,7 +3,7 @@
 //!
 //! Rows of a layer go to the owner of their expert once, however many of its experts they go to. The owner keeps
 //! what its backward pass needs under (rank, round, pass, layer) until that comes. Gradients come by nodes of the tree
-//! over the batch and meet in that tree ([`super::gradients::NodeSums`]), so that who computed which node, and
+//! over the batch and meet in that tree (`gradients::NodeSums`), so that who computed which node, and
 //! when it came, changes no bit.
 
 use std::{

@@ -4,7 +4,7 @@
 //! tensors by sorted name in rule 1's tree); clipping; then each trained tensor by itself. Of a tensor of which
 //! only rows are trained, these rows are the tensor: nothing else of it is stepped, decayed or counted.
 //!
-//! A parameter without a gradient costs nothing: its step is put off until somebody looks at it ([`super::idle`]).
+//! A parameter without a gradient costs nothing: its step is put off until somebody looks at it (`idle.rs`).
 //!
 //! Of several ranks each has a trainer of its own, of what it owns; [`super::spread`] does the step.
 
