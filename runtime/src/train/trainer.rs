@@ -117,7 +117,8 @@ impl Clone for Trainer {
             trained: self.trained.clone(),
             decays: self.decays.clone(),
             states: self.states.clone(),
-            history: self.history.clone(),
+            // Steps of the one are none of the other.
+            history: Arc::default(),
             clip: self.clip,
             pull: self.pull.clone(),
             steps: self.steps,

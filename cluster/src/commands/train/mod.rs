@@ -180,7 +180,7 @@ impl Pace {
     /// Tokens per second since it began, and seconds left.
     fn estimate(&self, step: u64) -> (f64, f64) {
         let seconds = self.seconds().max(1e-9);
-        let each = seconds / (step - self.from).max(1) as f64;
+        let each = seconds / step.saturating_sub(self.from).max(1) as f64;
         (self.tokens as f64 / seconds, each * self.steps.saturating_sub(step) as f64)
     }
 }

@@ -101,7 +101,7 @@ impl Shared {
     }
 }
 
-/// Runs one worker, and starts it again when it ends: the step goes on with the others meanwhile.
+/// Runs one worker, and starts it again when it ends.
 async fn keep(child: Child, name: String, ending: Arc<AtomicBool>) {
     for _ in 0..RESTARTS_MAX {
         let mut command = Command::new(&child.program);
