@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use lite_llm_kernels::{
     cpu::Cpu,
-    ops::{optimize::sum_of_squares, tree},
+    ops::{
+        optimize::{sum_of_squares, sums_of_squares},
+        tree,
+    },
 };
 use parking_lot::Mutex;
 
@@ -221,17 +224,14 @@ impl Trainer {
     }
 
     fn norm(&self, gradients: &[Option<Vec<f32>>]) -> Result<f64, TrainError> {
-        let trained = self.trained.iter().zip(gradients).zip(self.params.list());
-        let mut squares = Vec::with_capacity(gradients.len());
-        for ((trained, gradient), param) in trained {
-            if *trained == Trained::Nothing {
-                continue;
-            }
-            let sum = gradient.as_ref().map_or(0.0, |g| sum_of_squares(g));
-            if !sum.is_finite() {
-                return Err(TrainError::Gradient { parameter: param.name.clone() });
-            }
-            squares.push(sum);
+        let of = |(i, _): (usize, &Trained)| (i, gradients[i].as_deref().unwrap_or_default());
+        let trained = self.trained.iter().enumerate();
+        let (ids, tensors): (Vec<usize>, Vec<&[f32]>) =
+            trained.filter(|(_, trained)| **trained != Trained::Nothing).map(of).unzip();
+        let squares = sums_of_squares(&self.cpu, &tensors);
+        if let Some(at) = squares.iter().position(|sum| !sum.is_finite()) {
+            let parameter = self.params.list()[ids[at]].name.clone();
+            return Err(TrainError::Gradient { parameter });
         }
         match tree::fold(squares.into_iter()) {
             sum if sum.is_finite() => Ok(f64::from(sum).sqrt()),
@@ -264,7 +264,8 @@ impl Trainer {
         cpu.pool().run(tasks.len(), &|i| {
             let (param, state, gradient, trained, decay) = &mut *tasks[i].lock();
             let Some(shape) = stepped_shape(&param.shape, trained) else { return };
-            let gradient = gradient.as_deref();
+            let given = gradient.take();
+            let gradient = given.as_deref();
             let row_len = param.row_len();
             let values = param.values_mut();
             match trained {
@@ -276,6 +277,9 @@ impl Trainer {
                     }
                 }
                 _ => optimizer.step(cpu, at, *decay, &shape, values, gradient, state),
+            }
+            if let Some(gradient) = given {
+                cpu.give(gradient);
             }
         });
     }
