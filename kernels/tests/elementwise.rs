@@ -7,7 +7,10 @@ use lite_llm_kernels::{
     device::Device,
     dtype::DType,
     matrix::{PackedMatrix, Source},
-    ops::{elementwise::weighted_add, softmax::softmax},
+    ops::{
+        elementwise::{round_to_bf16, weighted_add},
+        softmax::softmax,
+    },
     simd::Simd,
 };
 
@@ -251,5 +254,37 @@ fn softmax_sums_to_one_and_survives_extremes() {
         nan[at] = f32::NAN;
         softmax(&mut nan);
         assert!(nan.iter().all(|x| x.is_nan()), "a NaN at {at} poisons the row");
+    }
+}
+
+/// To the nearest that bf16 can hold, ties to even, on every instruction set; the library `half` agrees.
+#[test]
+fn values_are_rounded_to_bf16() {
+    let bits = [
+        0u32,
+        0x8000_0000,
+        0x3f80_7fff,
+        0x3f80_8000,
+        0x3f80_8001,
+        0x3f81_8000,
+        0xbf81_7fff,
+        0x7f7f_ffff,
+        0x7f80_0000,
+        0xff80_0000,
+        0x7fc0_0001,
+        0x7f80_0001,
+        0xff80_0001,
+        1,
+        0x8000,
+        0x0001_8000,
+    ];
+    let more = (0..4000u32).map(|i| i.wrapping_mul(0x9e37_79b9));
+    let values: Vec<f32> = bits.into_iter().chain(more).map(f32::from_bits).collect();
+    let expected: Vec<u32> = values.iter().map(|x| bf16::from_f32(*x).to_f32().to_bits()).collect();
+    for simd in Simd::available() {
+        let mut found = values.clone();
+        round_to_bf16(&Cpu::new(2, simd), &mut found);
+        let found: Vec<u32> = found.iter().map(|x| x.to_bits()).collect();
+        assert_eq!(found, expected, "{simd}");
     }
 }

@@ -21,6 +21,7 @@ use lite_llm_runtime::{
         optimizer::{Adafactor, AdamW, Sgd},
         orders::Order,
         params::Params,
+        precision::Precision,
         rank::Rank,
         spread::{Ranks, Spread},
         step::{Objective, StepOptions},
@@ -116,6 +117,7 @@ fn batch(step: u32) -> Batch {
 
 struct Case {
     optimizer: OptimizerConfig,
+    precision: Precision,
     recompute: Recompute,
     micro_rows: usize,
     balanced: bool,
@@ -125,7 +127,8 @@ struct Case {
 }
 
 fn trainer(case: &Case) -> Trainer {
-    let params = Params::random(model(), 3);
+    let mut params = Params::random(model(), 3);
+    params.set_precision(case.precision);
     let all = case.tiers.len() == 2;
     let selection = Selection { backbone: all, tiers: case.tiers.clone(), gates: true };
     let trained = selection.resolve(&params);
@@ -192,6 +195,7 @@ fn spread(case: &Case, group: Arc<Group>) -> Bits {
 fn cases() -> Vec<Case> {
     let case = |optimizer, recompute, micro_rows, balanced, tiers: &[usize], pull| Case {
         optimizer,
+        precision: Precision::F32,
         recompute,
         micro_rows,
         balanced,
@@ -211,6 +215,10 @@ fn cases() -> Vec<Case> {
             Some(0.1),
         ),
         case(OptimizerConfig::Sgd(Sgd::default()), Recompute::Layer, 3, true, &[0, 1], Some(0.1)),
+        Case {
+            precision: Precision::Bf16,
+            ..case(adamw, Recompute::Layer, 2, true, &[0, 1], None)
+        },
     ]
 }
 

@@ -8,11 +8,11 @@
 
 use crate::{
     cpu::Cpu,
-    matrix::PackedMatrix,
     ops::{
+        elementwise::round_to_bf16,
         function::{sigmoid, silu},
         leaves::LeafPlan,
-        matmul::{self, Linear},
+        panel_sums::{RowMajor, products},
         row_sums::{Factor, sum_rows},
     },
     rows::Rows,
@@ -32,7 +32,7 @@ pub struct GatedTape {
     pub y: Vec<f32>,
 }
 
-/// Row-major weights for the backward pass.
+/// The weights, row by row.
 #[derive(Debug, Clone, Copy)]
 pub struct GatedWeights<'a> {
     /// `[inner, hidden]`.
@@ -41,6 +41,8 @@ pub struct GatedWeights<'a> {
     pub up: &'a [f32],
     /// `[hidden, inner]`.
     pub down: &'a [f32],
+    /// Whether weights and x are rounded to bf16, and all else is that is multiplied with them.
+    pub bf16: bool,
 }
 
 /// Gradients of one network.
@@ -56,18 +58,27 @@ pub struct GatedGradients {
 ///
 /// # Panics
 /// If the shapes do not fit each other.
-pub fn forward(cpu: &Cpu, x: Rows<'_>, [gate, up, down]: [&PackedMatrix; 3]) -> GatedTape {
-    let (rows, inner) = (x.len(), gate.n());
+pub fn forward(cpu: &Cpu, x: Rows<'_>, weights: GatedWeights<'_>) -> GatedTape {
+    let rows = x.len();
+    if rows == 0 {
+        return GatedTape::default();
+    }
+    let hidden = x.row(0).len();
+    let inner = weights.gate.len() / hidden.max(1);
     let (mut g, mut u) = (vec![0.0; rows * inner], vec![0.0; rows * inner]);
-    let mut linears = [
-        Linear { weight: gate, bias: None, out: &mut g },
-        Linear { weight: up, bias: None, out: &mut u },
+    let mut both = [
+        RowMajor { weight: weights.gate, bias: None, out: &mut g },
+        RowMajor { weight: weights.up, bias: None, out: &mut u },
     ];
-    matmul::matmul_many(cpu, x, &mut linears);
+    products(cpu, x, &mut both);
     let mut a = u.clone();
     activate(cpu.simd(), &g, &mut a);
-    let mut y = vec![0.0; rows * down.n()];
-    matmul::matmul(cpu, Rows::dense(&a, inner), down, None, &mut y);
+    if weights.bf16 {
+        round_to_bf16(cpu, &mut a);
+    }
+    let mut y = vec![0.0; rows * hidden];
+    let mut down = [RowMajor { weight: weights.down, bias: None, out: &mut y }];
+    products(cpu, Rows::Dense { values: &a, cols: inner }, &mut down);
     GatedTape { g, u, a, y }
 }
 
@@ -89,13 +100,25 @@ pub fn backward(
         return GatedGradients { x: Vec::new(), weights: None };
     }
     let (inner, hidden) = (tape.g.len() / rows, dy.len() / rows);
+    let mut rounded = Vec::new();
+    let dy = if weights.bf16 {
+        rounded.extend_from_slice(dy);
+        round_to_bf16(cpu, &mut rounded);
+        &rounded[..]
+    } else {
+        dy
+    };
     let dense = |values, cols| Rows::Dense { values, cols };
     let mut da = vec![0.0; rows * inner];
     let (of_dy, down) = (Factor::PerOutput(dense(dy, hidden)), dense(weights.down, inner));
     sum_rows(cpu, of_dy, down, inner, &LeafPlan::of(hidden), &mut da);
     let mut du = vec![0.0; rows * inner];
     activate_backward(cpu.simd(), &tape.g, &tape.u, &mut da, &mut du);
-    let dg = da;
+    let mut dg = da;
+    if weights.bf16 {
+        round_to_bf16(cpu, &mut dg);
+        round_to_bf16(cpu, &mut du);
+    }
     let (mut dx, mut more) = (vec![0.0; rows * hidden], vec![0.0; rows * hidden]);
     let over_inner = LeafPlan::of(inner);
     for (d, w, out) in [(&dg, weights.gate, &mut dx), (&du, weights.up, &mut more)] {
@@ -104,7 +127,7 @@ pub fn backward(
     }
     super::elementwise::add(cpu, &mut dx, &more);
     let weights = wanted.then(|| {
-        let mut of: [Vec<f32>; 3] = std::array::from_fn(|_| vec![0.0; inner * hidden]);
+        let mut of: [Vec<f32>; 3] = std::array::from_fn(|_| cpu.take(inner * hidden));
         let [gate, up, down] = &mut of;
         sum_rows(cpu, Factor::PerTerm(dense(&dg, inner)), x, hidden, tokens, gate);
         sum_rows(cpu, Factor::PerTerm(dense(&du, inner)), x, hidden, tokens, up);

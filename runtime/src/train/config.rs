@@ -7,6 +7,7 @@ use super::{
     Recompute,
     balance::BalanceWeights,
     optimizer::{Adafactor, AdamW, Optimizer, Sgd},
+    precision::Precision,
     schedule::{Decay, Schedule},
 };
 use crate::{
@@ -160,17 +161,6 @@ impl Default for ComputeConfig {
     fn default() -> Self {
         Self { precision: Precision::F32, micro_rows: 0, recompute: Recompute::None }
     }
-}
-
-/// Number format of products.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Precision {
-    /// f32 throughout.
-    F32,
-    /// Weights, activations and their gradients are rounded to bf16 where they are multiplied in linear maps; sums,
-    /// gates, attention, norms, the residual stream, masters and the optimizer's states are f32.
-    Bf16,
 }
 
 /// When checkpoints are written.

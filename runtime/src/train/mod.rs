@@ -29,6 +29,7 @@ pub mod orders;
 pub mod params;
 mod pass;
 mod phase;
+pub mod precision;
 pub mod rank;
 pub mod run;
 pub mod schedule;

@@ -33,6 +33,7 @@ use super::{
     exchange::Others,
     gradients::Gradients,
     params::{FeedForwardIds, MlpIds, ParamId, Params, TierIds},
+    precision::Precision,
 };
 use crate::{
     expert::ExpertKey,
@@ -71,17 +72,11 @@ pub(super) fn each<T: Send>(cpu: &Cpu, items: Vec<T>, f: impl Fn(&mut T) + Sync)
 
 pub(super) fn weights_of(params: &Params, ids: MlpIds) -> GatedWeights<'_> {
     GatedWeights {
-        gate: params.values(ids.gate),
-        up: params.values(ids.up),
-        down: params.values(ids.down),
+        gate: params.weight(ids.gate),
+        up: params.weight(ids.up),
+        down: params.weight(ids.down),
+        bf16: params.precision() == Precision::Bf16,
     }
-}
-
-pub(super) fn packed_of(
-    params: &Params,
-    ids: MlpIds,
-) -> [&lite_llm_kernels::matrix::PackedMatrix; 3] {
-    [params.matrix(ids.gate), params.matrix(ids.up), params.matrix(ids.down)]
 }
 
 /// The router of a layer with the parameters as they are.
@@ -155,7 +150,7 @@ pub(super) fn forward(
             return;
         }
         let rows: Vec<&[f32]> = expert.rows.iter().map(|&row| hidden.row(row as usize)).collect();
-        expert.tape = gated::forward(cpu, Rows::List(&rows), packed_of(params, expert.ids));
+        expert.tape = gated::forward(cpu, Rows::List(&rows), weights_of(params, expert.ids));
     });
     for (place, y) in waiting.map_or_else(|| Ok(Vec::new()), |w| w.outputs(&experts, width))? {
         experts[place].tape.y = y;
@@ -170,7 +165,7 @@ pub(super) fn forward(
     let mut out = vec![0.0; hidden.rows() * width];
     elementwise::weighted_sum(cpu, &parts, &weights, routes.ends(), &mut out);
     let shared = shared.map(|(ids, gate)| {
-        let tape = gated::forward(cpu, hidden.as_rows(), packed_of(params, ids));
+        let tape = gated::forward(cpu, hidden.as_rows(), weights_of(params, ids));
         let mut extra = tape.y.clone();
         let logits = gate.map(|gate| {
             let mut logits = vec![0.0; hidden.rows()];
@@ -394,9 +389,13 @@ fn score_gradients(of: &Context<'_>, nth: usize, tape: &MoeTape, dw: &[f32]) -> 
     let renormalize = of.params.config().moe.as_ref().is_some_and(|moe| moe.routing.renormalize);
     let at: HashMap<Gate, usize> = traces.iter().enumerate().map(|(i, t)| (t.gate, i)).collect();
     // Where each gate holds a row.
-    let places: Vec<HashMap<u32, usize>> = traces
+    let places: Vec<Vec<Option<u32>>> = traces
         .iter()
-        .map(|t| t.rows.iter().enumerate().map(|(i, &row)| (row, i)).collect())
+        .map(|t| {
+            let mut places = vec![None; routes.rows()];
+            (0..).zip(&t.rows).for_each(|(i, &row)| places[row as usize] = Some(i));
+            places
+        })
         .collect();
     let mut dp: Vec<Vec<f32>> = traces
         .iter()
@@ -418,8 +417,8 @@ fn score_gradients(of: &Context<'_>, nth: usize, tape: &MoeTape, dw: &[f32]) -> 
                 let (tier, group) = (route.key.tier as usize, route.key.group as usize);
                 let spot = |gate: Gate, candidate: usize| {
                     let gate = *at.get(&gate)?;
-                    let place = *places[gate].get(&(row as u32))?;
-                    Some((gate, place * traces[gate].candidates + candidate))
+                    let place = places[gate][row]?;
+                    Some((gate, place as usize * traces[gate].candidates + candidate))
                 };
                 [
                     spot(Gate::Tiers, tier),

@@ -8,9 +8,10 @@ use super::{
     balance::{BalanceWeights, Sums},
     batch::Row,
     bytes::{Damaged, Reader, Writer},
-    config::{OptimizerConfig, Precision},
+    config::OptimizerConfig,
     optimizer::{Adafactor, AdamW, Sgd, StepAt},
     params::ParamId,
+    precision::Precision,
     trained::Trained,
 };
 use crate::config::ModelConfig;

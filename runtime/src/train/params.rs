@@ -21,7 +21,7 @@ use lite_llm_kernels::{
     ops::elementwise::to_bf16,
 };
 
-use super::{config::Precision, idle::Behind};
+use super::{idle::Behind, precision::Precision};
 use crate::{
     checkpoint::{
         Checkpoint, CheckpointError,

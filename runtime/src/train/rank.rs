@@ -31,7 +31,7 @@ use super::{
     batch::{Batch, Row},
     exchange::{self, At, Backward, Call, Exchange, Forward, Others},
     gradients::{Gradients, NodeSums},
-    moe::{ExpertPart, each, packed_of},
+    moe::{ExpertPart, each, weights_of},
     orders::{Begin, Given, Kind, OfNode, Order, Tensor, Wanted, Work},
     params::{FeedForwardIds, MlpIds, ParamId, Params},
     step::{self, Node, Objective, StepOptions},
@@ -384,7 +384,7 @@ impl Rank {
             *tape = gated::forward(
                 &self.cpu,
                 Rows::List(&picked(&x, hidden, rows)),
-                packed_of(params, *ids),
+                weights_of(params, *ids),
             );
         });
         let outputs: Vec<&[f32]> = known.iter().map(|(_, _, tape)| &tape.y[..]).collect();
