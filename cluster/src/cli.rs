@@ -24,7 +24,7 @@ use lite_llm_runtime::draft::Speculation;
 
 pub use bench::{
     BenchArgs, BenchCommand, BenchHbmArgs, BenchKernelsArgs, BenchLoadArgs, BenchModelArgs,
-    BenchStoreArgs, BenchTransportArgs, BenchTransportPeerArgs, RandomModelArgs,
+    BenchStoreArgs, BenchTrainArgs, BenchTransportArgs, BenchTransportPeerArgs, RandomModelArgs,
 };
 pub use choosing::ChoosingArgs;
 pub use http::{HttpArgs, KeyArgs, KeyCommand};

@@ -3,6 +3,8 @@
 //!
 //! Neither the number of threads nor the instructions change a result.
 
+use std::{collections::BTreeMap, sync::Mutex};
+
 use crate::{buffer::AlignedBytes, pool::Pool, rows::Rows, simd::Simd};
 
 /// Compute threads and the instructions that they use.
@@ -10,6 +12,17 @@ use crate::{buffer::AlignedBytes, pool::Pool, rows::Rows, simd::Simd};
 pub struct Cpu {
     pool: Pool,
     simd: Simd,
+    kept: Kept,
+}
+
+/// Memory that was given back, by its length.
+type Kept = Mutex<BTreeMap<usize, OfLength>>;
+
+#[derive(Debug, Default)]
+struct OfLength {
+    free: Vec<Vec<f32>>,
+    /// Taken and not given back.
+    taken: usize,
 }
 
 impl Cpu {
@@ -19,7 +32,7 @@ impl Cpu {
     /// If `threads` is zero, or this machine lacks the instructions.
     pub fn new(threads: usize, simd: Simd) -> Self {
         assert!(simd.is_available(), "this machine has no {simd}");
-        Self { pool: Pool::new(threads), simd }
+        Self { pool: Pool::new(threads), simd, kept: Kept::default() }
     }
 
     /// A CPU of `threads` threads with the fastest instructions of this machine.
@@ -33,6 +46,30 @@ impl Cpu {
     /// The instructions in use.
     pub fn simd(&self) -> Simd {
         self.simd
+    }
+
+    /// `len` values of no meaning: memory that was given back, or zeros. For large results that are made again
+    /// and again, because memory that is new to the process costs far more than writing it.
+    pub fn take(&self, len: usize) -> Vec<f32> {
+        let kept = match self.kept.lock() {
+            Ok(mut kept) => {
+                let of = kept.entry(len).or_default();
+                of.taken += 1;
+                of.free.pop()
+            }
+            Err(_) => None,
+        };
+        kept.unwrap_or_else(|| vec![0.0; len])
+    }
+
+    /// Gives memory back, to be taken by who needs as much of it. No more is kept than was taken.
+    pub fn give(&self, values: Vec<f32>) {
+        if let Ok(mut kept) = self.kept.lock()
+            && let Some(of) = kept.get_mut(&values.len()).filter(|of| of.taken > 0)
+        {
+            of.taken -= 1;
+            of.free.push(values);
+        }
     }
 
     /// The compute threads.

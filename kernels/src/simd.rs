@@ -205,6 +205,18 @@ pub(crate) trait Vector: Copy {
     /// The high halves of words of two bf16 each, widened.
     unsafe fn load_bf16_high(from: *const u32) -> Self;
 
+    /// Turns LANES rows of LANES values each over: value j of row i becomes value i of row j of the result,
+    /// whose rows are `stride` values apart.
+    #[inline(always)]
+    unsafe fn transpose(rows: &[*const f32; 16], to: *mut f32, stride: usize) {
+        for (i, row) in rows.iter().enumerate().take(Self::LANES) {
+            for j in 0..Self::LANES {
+                // SAFETY: promised by the caller.
+                unsafe { *to.add(j * stride + i) = *row.add(j) };
+            }
+        }
+    }
+
     /// Exact products of one block (see [`crate::blocks`]) of int8: R activations, each record at
     /// its own address, with N vectors of outputs of each of P panels, whose words begin at `w`
     /// and are [`PANEL`] words apart from one row of words to the next. Panels take turns vector by

@@ -33,6 +33,8 @@ pub enum BenchCommand {
     Store(BenchStoreArgs),
     /// Decode by a GPU whose memory holds a part of the experts, routed by a recording.
     Hbm(BenchHbmArgs),
+    /// Steps of training on random weights and tokens.
+    Train(BenchTrainArgs),
     /// Write a Hugging Face folder with random weights.
     RandomModel(RandomModelArgs),
 }
@@ -205,6 +207,29 @@ pub struct BenchTransportPeerArgs {
     /// What travels.
     #[command(flatten)]
     pub load: BenchLoadArgs,
+}
+
+/// `bench train`.
+#[derive(Debug, Args)]
+pub struct BenchTrainArgs {
+    /// manpages, mini or tiny.
+    #[arg(long, default_value = "manpages")]
+    pub shape: String,
+    /// Rows and tokens of a step, which is one micro-batch.
+    #[arg(long, default_value = "8x128", value_name = "ROWSxTOKENS")]
+    pub batch: String,
+    /// Steps that are counted; the median counts.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    pub steps: u16,
+    /// Compute activations again for the backward pass instead of keeping them.
+    #[arg(long)]
+    pub recompute: bool,
+    /// Threads [default: all cores].
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Vector instructions: scalar, avx2, avx512, neon [default: the best here].
+    #[arg(long)]
+    pub simd: Option<Simd>,
 }
 
 /// `bench random-model`.

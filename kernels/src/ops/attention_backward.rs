@@ -14,24 +14,23 @@
 //!    upwards, in the tree (rule 8; leaves before the key's own are left out); then over the heads that
 //!    share the key/value head, upwards from the first.
 //!
-//! Memory: per thread two blocks of 256 queries × the keys that they see.
+//! Memory: per thread two blocks of 256 queries × the keys that they see, and a few more of keys × head_dim.
 
 use std::ops::Range;
 
 use crate::{
     cpu::Cpu,
-    dtype::DType,
-    matrix::{PackedMatrix, Source},
     ops::{
         function::exp,
         leaves::LeafPlan,
-        matmul::matmul,
-        row_sums::{Factor, sum_rows},
+        panel_sums::{Job, Packed, Panels, Sink},
+        row_sums::Factor,
         softmax::largest,
         sum,
         tree::{LEAF, merges},
     },
     rows::{Rows, RowsMut},
+    scratch,
     simd::vectorised,
 };
 
@@ -128,11 +127,6 @@ fn cut(values: &[f32], cols: usize, rows: Range<usize>, at: usize, width: usize)
     rows.map(|row| &values[row * cols + at..][..width]).collect()
 }
 
-fn packed(rows: &[&[f32]], width: usize) -> PackedMatrix {
-    let values = rows.concat();
-    PackedMatrix::pack(DType::F32, rows.len(), width, Source::F32(&values))
-}
-
 /// One sequence, one key/value head and the heads that share it.
 fn one_head(
     cpu: &Cpu,
@@ -142,86 +136,163 @@ fn one_head(
     given: Attended<'_>,
     out: &Out<'_>,
 ) {
-    let AttentionShape { heads, kv_heads, head_dim, scale, window } = shape;
+    let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
     let (wide, narrow, len) = (heads * head_dim, kv_heads * head_dim, rows.len());
     let kv_at = kv_head * head_dim;
     let keys = cut(given.k, narrow, rows.clone(), kv_at, head_dim);
     let values = cut(given.v, narrow, rows.clone(), kv_at, head_dim);
+    let of = Head {
+        cpu,
+        shape,
+        over_head: LeafPlan::of(head_dim),
+        keys: Packed::rows(cpu.simd(), Rows::List(&keys)),
+        turned: [&keys, &values].map(|rows| Packed::columns(cpu, Rows::List(rows))),
+    };
     let blocks = len.div_ceil(LEAF);
-    let block = |b: usize| b * LEAF..((b + 1) * LEAF).min(len);
-    let packs: Vec<[PackedMatrix; 2]> = (0..blocks)
-        .map(|b| [&keys, &values].map(|rows| packed(&rows[block(b)], head_dim)))
-        .collect();
     let group = heads / kv_heads;
-    let mut sums: Option<[Vec<f32>; 2]> = None;
+    let size = len.min(LEAF) * len;
+    let (mut p, mut dp) = (scratch::take(size), scratch::take(size));
+    let mut dq = scratch::take(STEP * head_dim);
+    // Sums of the heads so far, of this head, and of its blocks that wait.
+    let sums_len = len * head_dim;
+    let mut memory = scratch::take(2 * sums_len * (levels(blocks) + 1));
+    let (sums, stack) = memory.split_at_mut(2 * sums_len);
     for head in kv_head * group..(kv_head + 1) * group {
         let at = head * head_dim;
         let queries = cut(given.q, wide, rows.clone(), at, head_dim);
         let outs = cut(given.out, wide, rows.clone(), at, head_dim);
         let douts = cut(given.dout, wide, rows.clone(), at, head_dim);
-        let mut trees: [Vec<Vec<f32>>; 2] = [Vec::new(), Vec::new()];
+        // Keys that each waiting sum has.
+        let mut waiting: Vec<usize> = Vec::new();
         for b in 0..blocks {
-            let here = block(b);
+            let here = b * LEAF..((b + 1) * LEAF).min(len);
             let seen = here.end;
-            // Keys before this are seen by none of the block.
-            let first = window.map_or(0, |w| (here.start + 1).saturating_sub(w as usize));
-            let (mut p, mut dp) = (vec![0.0; here.len() * seen], vec![0.0; here.len() * seen]);
-            for (kb, pack) in packs.iter().enumerate().take(b + 1).skip(first / LEAF) {
-                let to = block(kb);
-                let mut part = vec![0.0; here.len() * to.len()];
-                for (side, from, all) in [(0, &queries, &mut p), (1, &douts, &mut dp)] {
-                    let from = Rows::List(&from[here.clone()]);
-                    matmul(cpu, from, &pack[side], None, &mut part);
-                    for (row, part) in part.chunks_exact(to.len()).enumerate() {
-                        all[row * seen..][to.clone()].copy_from_slice(part);
-                    }
+            for step in here.clone().step_by(STEP) {
+                let step = step..(step + STEP).min(here.end);
+                let [p, dp] =
+                    [&mut p, &mut dp].map(|all| &mut all[(step.start - here.start) * seen..]);
+                of.scores(&step, [&queries, &douts], [&mut *p, &mut *dp], seen);
+                for (r, i) in step.clone().enumerate() {
+                    let along = sum::dot(cpu.simd(), outs[i], douts[i]);
+                    let [p, dp] = [&mut *p, &mut *dp].map(|all| &mut all[r * seen..][..step.end]);
+                    let from = shape.window.map_or(0, |w| (i + 1).saturating_sub(w as usize));
+                    score_gradient(cpu.simd(), p, dp, from, i + 1, shape.scale, along);
+                }
+                of.query_gradients(&step, dp, seen, &mut dq);
+                for (row, dq) in step.zip(dq.chunks_exact(head_dim)) {
+                    // SAFETY: every task has its own rows and heads.
+                    unsafe { out.dq.part(rows.start + row, at, head_dim) }.copy_from_slice(dq);
                 }
             }
-            for (r, i) in here.clone().enumerate() {
-                let from = window.map_or(0, |w| (i + 1).saturating_sub(w as usize));
-                let along = sum::dot(cpu.simd(), outs[i], douts[i]);
-                let (p, dp) = (&mut p[r * seen..][..seen], &mut dp[r * seen..][..seen]);
-                score_gradient(cpu.simd(), p, dp, from, i + 1, scale, along);
-            }
-            let mut dq = vec![0.0; here.len() * head_dim];
-            let over_keys = LeafPlan::of(seen);
-            let factor = Factor::PerOutput(Rows::dense(&dp, seen));
-            let keys = Rows::List(&keys[..seen]);
-            sum_rows(cpu, factor, keys, head_dim, &over_keys, &mut dq);
-            for (row, dq) in here.clone().zip(dq.chunks_exact(head_dim)) {
-                // SAFETY: every task has its own rows and heads.
-                unsafe { out.dq.part(rows.start + row, at, head_dim) }.copy_from_slice(dq);
-            }
-            let leaf = LeafPlan::one_leaf(here.len());
-            for (tree, (factors, of)) in trees.iter_mut().zip([(&dp, &queries), (&p, &douts)]) {
-                let mut sum = vec![0.0; seen * head_dim];
-                let factor = Factor::PerTerm(Rows::dense(factors, seen));
-                let of = Rows::List(&of[here.clone()]);
-                sum_rows(cpu, factor, of, head_dim, &leaf, &mut sum);
-                for _ in 0..merges(b, blocks) {
+            let top = waiting.len() * 2 * sums_len;
+            let (below, sum) = stack.split_at_mut(top);
+            for (side, (factors, rows)) in [(&dp, &queries), (&p, &douts)].into_iter().enumerate() {
+                let sum = &mut sum[side * sums_len..][..seen * head_dim];
+                of.key_sums(&here, &factors[..here.len() * seen], &rows[here.clone()], sum);
+                for (level, &earlier) in waiting.iter().enumerate().rev().take(merges(b, blocks)) {
                     // An earlier block has seen no later key.
-                    let earlier = tree.pop().unwrap_or_default();
-                    for (sum, earlier) in sum.iter_mut().zip(earlier) {
-                        *sum += earlier;
-                    }
+                    let below = &below[(2 * level + side) * sums_len..][..earlier * head_dim];
+                    super::elementwise::add(cpu, &mut sum[..below.len()], below);
                 }
-                tree.push(sum);
             }
+            let keep = waiting.len() - merges(b, blocks);
+            if keep < waiting.len() {
+                stack.copy_within(top..top + 2 * sums_len, keep * 2 * sums_len);
+            }
+            waiting.truncate(keep);
+            waiting.push(seen);
         }
-        let of_head = trees.map(|mut tree| tree.pop().unwrap_or_default());
-        match &mut sums {
-            None => sums = Some(of_head),
-            Some(sums) => {
-                for (sum, more) in sums.iter_mut().zip(of_head) {
-                    super::elementwise::add(cpu, sum, &more);
-                }
-            }
+        let of_head = &stack[..2 * sums_len];
+        if head == kv_head * group {
+            sums.copy_from_slice(of_head);
+        } else {
+            super::elementwise::add(cpu, sums, of_head);
         }
     }
-    for (sum, to) in sums.iter().flatten().zip([out.dk, out.dv]) {
+    for (sum, to) in sums.chunks_exact(sums_len.max(1)).zip([out.dk, out.dv]) {
         for (row, sum) in rows.clone().zip(sum.chunks_exact(head_dim)) {
             // SAFETY: every task has its own rows and key/value head.
             unsafe { to.part(row, kv_at, head_dim) }.copy_from_slice(sum);
+        }
+    }
+}
+
+/// Queries whose scores are computed together. They see about as many keys, and what none of them sees is
+/// left out: a term of zero times a number changes no sum that began at +0.
+const STEP: usize = 32;
+
+/// Sums that wait at the same time, at most, and the one that comes.
+fn levels(blocks: usize) -> usize {
+    (usize::BITS - blocks.leading_zeros()) as usize + 1
+}
+
+/// What the heads of one key/value head have in common.
+struct Head<'a> {
+    cpu: &'a Cpu,
+    shape: AttentionShape,
+    over_head: LeafPlan,
+    /// Keys `[key][head_dim]`.
+    keys: Packed,
+    /// Keys and values `[head_dim][key]`.
+    turned: [Packed; 2],
+}
+
+impl Head<'_> {
+    /// q · k and dout · v of some queries and all keys up to the last that they see; rows are `stride` long.
+    fn scores(
+        &self,
+        queries: &Range<usize>,
+        sides: [&[&[f32]]; 2],
+        out: [&mut [f32]; 2],
+        stride: usize,
+    ) {
+        for ((rows, panels), out) in sides.into_iter().zip(&self.turned).zip(out) {
+            Job {
+                factor: Factor::PerOutput(Rows::List(&rows[queries.clone()])),
+                panels: Panels::Packed { panels, first: 0 },
+                first_output: 0,
+                outputs: queries.len(),
+                columns: queries.end,
+                plan: &self.over_head,
+                sink: Sink::Rows(RowsMut::dense(&mut out[..queries.len() * stride], stride)),
+            }
+            .run(self.cpu);
+        }
+    }
+
+    /// Σ_j ds_ij k_j of some queries.
+    fn query_gradients(&self, queries: &Range<usize>, ds: &[f32], stride: usize, out: &mut [f32]) {
+        let head_dim = self.shape.head_dim;
+        let ds = Rows::dense(&ds[..queries.len() * stride], stride);
+        Job {
+            factor: Factor::PerOutput(ds),
+            panels: Panels::Packed { panels: &self.keys, first: 0 },
+            first_output: 0,
+            outputs: queries.len(),
+            columns: head_dim,
+            plan: &LeafPlan::of(queries.end),
+            sink: Sink::Rows(RowsMut::dense(&mut out[..queries.len() * head_dim], head_dim)),
+        }
+        .run(self.cpu);
+    }
+
+    /// Σ_i factor_ij row_i over the queries of one leaf, for each key that one of them sees.
+    fn key_sums(&self, leaf: &Range<usize>, factors: &[f32], rows: &[&[f32]], out: &mut [f32]) {
+        let (head_dim, seen) = (self.shape.head_dim, leaf.end);
+        let panels = Packed::rows(self.cpu.simd(), Rows::List(rows));
+        for key in (0..seen).step_by(STEP) {
+            // Queries before the key do not see it.
+            let first = key.saturating_sub(leaf.start) / STEP * STEP;
+            Job {
+                factor: Factor::PerTerm(Rows::dense(&factors[first * seen..], seen)),
+                panels: Panels::Packed { panels: &panels, first },
+                first_output: key,
+                outputs: STEP.min(seen - key),
+                columns: head_dim,
+                plan: &LeafPlan::one_leaf(leaf.len() - first),
+                sink: Sink::Rows(RowsMut::dense(out, head_dim)),
+            }
+            .run(self.cpu);
         }
     }
 }

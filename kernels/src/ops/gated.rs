@@ -8,12 +8,11 @@
 
 use crate::{
     cpu::Cpu,
-    matrix::PackedMatrix,
     ops::{
         elementwise::round_to_bf16,
         function::{sigmoid, silu},
         leaves::LeafPlan,
-        matmul::{self, Linear},
+        panel_sums::{RowMajor, products},
         row_sums::{Factor, sum_rows},
     },
     rows::Rows,
@@ -33,7 +32,7 @@ pub struct GatedTape {
     pub y: Vec<f32>,
 }
 
-/// Row-major weights for the backward pass.
+/// The weights, row by row.
 #[derive(Debug, Clone, Copy)]
 pub struct GatedWeights<'a> {
     /// `[inner, hidden]`.
@@ -59,26 +58,27 @@ pub struct GatedGradients {
 ///
 /// # Panics
 /// If the shapes do not fit each other.
-pub fn forward(
-    cpu: &Cpu,
-    x: Rows<'_>,
-    [gate, up, down]: [&PackedMatrix; 3],
-    bf16: bool,
-) -> GatedTape {
-    let (rows, inner) = (x.len(), gate.n());
+pub fn forward(cpu: &Cpu, x: Rows<'_>, weights: GatedWeights<'_>) -> GatedTape {
+    let rows = x.len();
+    if rows == 0 {
+        return GatedTape::default();
+    }
+    let hidden = x.row(0).len();
+    let inner = weights.gate.len() / hidden.max(1);
     let (mut g, mut u) = (vec![0.0; rows * inner], vec![0.0; rows * inner]);
-    let mut linears = [
-        Linear { weight: gate, bias: None, out: &mut g },
-        Linear { weight: up, bias: None, out: &mut u },
+    let mut both = [
+        RowMajor { weight: weights.gate, bias: None, out: &mut g },
+        RowMajor { weight: weights.up, bias: None, out: &mut u },
     ];
-    matmul::matmul_many(cpu, x, &mut linears);
+    products(cpu, x, &mut both);
     let mut a = u.clone();
     activate(cpu.simd(), &g, &mut a);
-    if bf16 {
+    if weights.bf16 {
         round_to_bf16(cpu, &mut a);
     }
-    let mut y = vec![0.0; rows * down.n()];
-    matmul::matmul(cpu, Rows::dense(&a, inner), down, None, &mut y);
+    let mut y = vec![0.0; rows * hidden];
+    let mut down = [RowMajor { weight: weights.down, bias: None, out: &mut y }];
+    products(cpu, Rows::Dense { values: &a, cols: inner }, &mut down);
     GatedTape { g, u, a, y }
 }
 
@@ -127,7 +127,7 @@ pub fn backward(
     }
     super::elementwise::add(cpu, &mut dx, &more);
     let weights = wanted.then(|| {
-        let mut of: [Vec<f32>; 3] = std::array::from_fn(|_| vec![0.0; inner * hidden]);
+        let mut of: [Vec<f32>; 3] = std::array::from_fn(|_| cpu.take(inner * hidden));
         let [gate, up, down] = &mut of;
         sum_rows(cpu, Factor::PerTerm(dense(&dg, inner)), x, hidden, tokens, gate);
         sum_rows(cpu, Factor::PerTerm(dense(&du, inner)), x, hidden, tokens, up);

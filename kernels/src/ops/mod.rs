@@ -13,6 +13,7 @@ pub mod leaves;
 pub mod matmul;
 pub mod norm;
 pub mod optimize;
+pub mod panel_sums;
 pub mod rope;
 pub mod row_sums;
 pub mod softmax;

@@ -13,7 +13,7 @@ use crate::{
         row_sums::{Factor, sum_rows},
         sum,
     },
-    rows::Rows,
+    rows::{Rows, RowsMut},
     simd::{Simd, vectorised},
 };
 
@@ -209,6 +209,18 @@ pub fn rms(values: &[f32]) -> f32 {
 /// The sum of all squares, by rule 3.
 pub fn sum_of_squares(values: &[f32]) -> f32 {
     squares_of(Simd::best(), values)
+}
+
+/// [`sum_of_squares`] of each of some tensors, on all threads.
+pub fn sums_of_squares(cpu: &Cpu, tensors: &[&[f32]]) -> Vec<f32> {
+    let mut sums = vec![0.0; tensors.len()];
+    let out = RowsMut::dense(&mut sums, 1);
+    cpu.pool().run(tensors.len(), &|i| {
+        // SAFETY: each task has its own place.
+        let sum = unsafe { out.part(i, 0, 1) };
+        sum[0] = squares_of(cpu.simd(), tensors[i]);
+    });
+    sums
 }
 
 vectorised! {

@@ -8,11 +8,12 @@
 //!
 //! Per output one accumulator from +0 runs the terms of a leaf upwards by fused multiply-add; leaves
 //! meet as the plan says, earlier + later. Kernels vectorise over the columns and hold several rows of
-//! the output in registers; neither changes an order. Both factors are read where they lie.
+//! the output in registers; neither changes an order. Sums of a few outputs read both factors where they lie;
+//! the others are those of [`super::panel_sums`].
 
 use crate::{
     cpu::Cpu,
-    ops::leaves::LeafPlan,
+    ops::{leaves::LeafPlan, panel_sums},
     rows::{Rows, RowsMut},
     scratch,
     simd::{Kernel, Vector},
@@ -20,6 +21,8 @@ use crate::{
 
 /// Fewer fused multiply-adds than this are not worth a second thread.
 const INLINE_FMAS: usize = 1 << 16;
+/// So many outputs are worth packing the rows.
+const BLOCKED_OUTPUTS: usize = 4;
 /// Rows of the output per task.
 const TASK_ROWS: usize = 48;
 /// Rows of the output that one tile holds in registers.
@@ -84,6 +87,9 @@ pub fn sum_rows(
             assert!((0..terms).all(|s| f.row(s).len() == outputs), "one factor per output");
         }
         Factor::One => assert_eq!(outputs, 1, "the plain sum is one row"),
+    }
+    if outputs >= BLOCKED_OUTPUTS {
+        return panel_sums::sum(cpu, factor, rows, columns, plan, out);
     }
     let strip = 4 * cpu.simd().lanes();
     let (strips, blocks) = (columns.div_ceil(strip), outputs.div_ceil(TASK_ROWS));

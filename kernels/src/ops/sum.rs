@@ -5,7 +5,7 @@
 //! meet in the tree of [`super::tree`], so that a row that is cut at nodes of it keeps its sum.
 
 use crate::{
-    ops::tree::{LEAF, fold},
+    ops::tree::{LEAF, Sum},
     simd::vectorised,
 };
 
@@ -40,7 +40,16 @@ fn leaf<T: Copy>(values: &[T], add: impl Fn(f32, T) -> f32) -> f32 {
 pub fn sum_by<T: Copy>(values: &[T], add: impl Fn(f32, T) -> f32) -> f32 {
     match values.len() {
         0..=LEAF => leaf(values, add),
-        _ => fold(values.chunks(LEAF).map(|values| leaf(values, &add))),
+        _ => {
+            let mut sum = Sum::of(values.len().div_ceil(LEAF));
+            let mut rest = values;
+            while !rest.is_empty() {
+                let (first, more) = rest.split_at(LEAF.min(rest.len()));
+                sum.add(leaf(first, &add));
+                rest = more;
+            }
+            sum.total()
+        }
     }
 }
 
@@ -50,7 +59,7 @@ pub fn sum(values: &[f32]) -> f32 {
     sum_by(values, |sum, x| sum + x)
 }
 
-/// The sums of the leaves of a row, in order: [`fold`] makes its sum of them.
+/// The sums of the leaves of a row, in order: [`super::tree::fold`] makes its sum of them.
 pub fn leaf_sums(values: &[f32]) -> Vec<f32> {
     values.chunks(LEAF).map(|values| leaf(values, |sum, x| sum + x)).collect()
 }
@@ -64,23 +73,30 @@ pub(crate) fn sum_of_squares(values: &[f32]) -> f32 {
 /// The sum of all products of two rows of one length, each added by a fused multiply-add.
 #[inline(always)]
 pub(crate) fn sum_products(a: &[f32], b: &[f32]) -> f32 {
-    let leaf = |a: &[f32], b: &[f32]| {
-        let mut lanes = [0.0f32; LANES];
-        let ((a, more_a), (b, more_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-        for (a, b) in a.iter().zip(b) {
-            for i in 0..LANES {
-                lanes[i] = a[i].mul_add(b[i], lanes[i]);
-            }
-        }
-        for ((lane, &a), &b) in lanes.iter_mut().zip(more_a).zip(more_b) {
-            *lane = a.mul_add(b, *lane);
-        }
-        tree(lanes)
-    };
-    match a.len() {
-        0..=LEAF => leaf(a, b),
-        _ => fold(a.chunks(LEAF).zip(b.chunks(LEAF)).map(|(a, b)| leaf(a, b))),
+    let mut sum = Sum::of(a.len().div_ceil(LEAF));
+    let (mut a, mut b) = (a, &b[..a.len()]);
+    while !a.is_empty() {
+        let len = LEAF.min(a.len());
+        sum.add(leaf_of_products(&a[..len], &b[..len]));
+        (a, b) = (&a[len..], &b[len..]);
     }
+    sum.total()
+}
+
+/// One leaf of products.
+#[inline(always)]
+fn leaf_of_products(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let ((a, more_a), (b, more_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..LANES {
+            lanes[i] = a[i].mul_add(b[i], lanes[i]);
+        }
+    }
+    for ((lane, &a), &b) in lanes.iter_mut().zip(more_a).zip(more_b) {
+        *lane = a.mul_add(b, *lane);
+    }
+    tree(lanes)
 }
 
 vectorised! {
@@ -94,6 +110,7 @@ vectorised! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::tree::fold;
 
     /// The rule as it is written, from the root down.
     fn by_the_rule(values: &[f32], add: fn(f32, f32) -> f32) -> f32 {

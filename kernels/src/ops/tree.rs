@@ -64,18 +64,44 @@ pub(crate) const fn level(index: usize) -> usize {
 /// The sum of leaf sums that come in order.
 #[inline(always)]
 pub fn fold(sums: impl ExactSizeIterator<Item = f32>) -> f32 {
-    let count = sums.len();
-    let mut stack = [0.0f32; LEVELS];
-    let mut top = 0;
-    for (index, mut sum) in sums.enumerate() {
-        for _ in 0..merges(index, count) {
-            top -= 1;
-            sum += stack[top];
-        }
-        stack[top] = sum;
-        top += 1;
+    let mut sum = Sum::of(sums.len());
+    for leaf in sums {
+        sum.add(leaf);
     }
-    stack[0]
+    sum.total()
+}
+
+/// A sum of leaves that come one by one. For loops that are compiled per instruction set: the closures of an
+/// iterator would be compiled without the instructions.
+pub(crate) struct Sum {
+    stack: [f32; LEVELS],
+    top: usize,
+    index: usize,
+    count: usize,
+}
+
+impl Sum {
+    /// Of so many leaves.
+    #[inline(always)]
+    pub(crate) fn of(count: usize) -> Self {
+        Self { stack: [0.0; LEVELS], top: 0, index: 0, count }
+    }
+
+    #[inline(always)]
+    pub(crate) fn add(&mut self, mut leaf: f32) {
+        for _ in 0..merges(self.index, self.count) {
+            self.top -= 1;
+            leaf += self.stack[self.top];
+        }
+        self.stack[self.top] = leaf;
+        self.top += 1;
+        self.index += 1;
+    }
+
+    #[inline(always)]
+    pub(crate) fn total(self) -> f32 {
+        self.stack[0]
+    }
 }
 
 #[cfg(test)]

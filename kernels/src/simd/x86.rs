@@ -156,6 +156,34 @@ impl Vector for F32x8 {
     }
 
     #[inline(always)]
+    unsafe fn transpose(rows: &[*const f32; 16], to: *mut f32, stride: usize) {
+        // SAFETY: see the impl.
+        unsafe {
+            let mut pairs = [_mm256_setzero_ps(); 8];
+            for i in 0..4 {
+                let (a, b) = (_mm256_loadu_ps(rows[2 * i]), _mm256_loadu_ps(rows[2 * i + 1]));
+                pairs[2 * i] = _mm256_unpacklo_ps(a, b);
+                pairs[2 * i + 1] = _mm256_unpackhi_ps(a, b);
+            }
+            // fours[g][c] has, in its part of 128 bits number l, column 4 l + c of rows 4 g to 4 g + 3.
+            let mut fours = [[_mm256_setzero_ps(); 4]; 2];
+            for g in 0..2 {
+                for half in 0..2 {
+                    let a = _mm256_castps_pd(pairs[4 * g + half]);
+                    let b = _mm256_castps_pd(pairs[4 * g + half + 2]);
+                    fours[g][2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+                    fours[g][2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+                }
+            }
+            for c in 0..4 {
+                let (a, b) = (fours[0][c], fours[1][c]);
+                _mm256_storeu_ps(to.add(c * stride), _mm256_permute2f128_ps::<0x20>(a, b));
+                _mm256_storeu_ps(to.add((c + 4) * stride), _mm256_permute2f128_ps::<0x31>(a, b));
+            }
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_bf16_low(from: *const u32) -> Self {
         // SAFETY: see the impl.
         unsafe {
@@ -453,6 +481,46 @@ impl Vector for F32x16 {
     unsafe fn mul(self, other: Self) -> Self {
         // SAFETY: see the impl.
         Self(unsafe { _mm512_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(rows: &[*const f32; 16], to: *mut f32, stride: usize) {
+        // SAFETY: see the impl.
+        unsafe {
+            let mut pairs = [_mm512_setzero_ps(); 16];
+            for i in 0..8 {
+                let (a, b) = (_mm512_loadu_ps(rows[2 * i]), _mm512_loadu_ps(rows[2 * i + 1]));
+                pairs[2 * i] = _mm512_unpacklo_ps(a, b);
+                pairs[2 * i + 1] = _mm512_unpackhi_ps(a, b);
+            }
+            // fours[g][c] has, in its part of 128 bits number l, column 4 l + c of rows 4 g to 4 g + 3.
+            let mut fours = [[_mm512_setzero_ps(); 4]; 4];
+            for g in 0..4 {
+                for half in 0..2 {
+                    let a = _mm512_castps_pd(pairs[4 * g + half]);
+                    let b = _mm512_castps_pd(pairs[4 * g + half + 2]);
+                    fours[g][2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                    fours[g][2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+                }
+            }
+            for c in 0..4 {
+                let [a, b, d, e] = [fours[0][c], fours[1][c], fours[2][c], fours[3][c]];
+                // Parts 0 and 2, then 1 and 3.
+                let (even, even2) =
+                    (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(d, e));
+                let (odd, odd2) =
+                    (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(d, e));
+                let columns = [
+                    _mm512_shuffle_f32x4::<0x88>(even, even2),
+                    _mm512_shuffle_f32x4::<0x88>(odd, odd2),
+                    _mm512_shuffle_f32x4::<0xdd>(even, even2),
+                    _mm512_shuffle_f32x4::<0xdd>(odd, odd2),
+                ];
+                for l in 0..4 {
+                    _mm512_storeu_ps(to.add((4 * l + c) * stride), columns[l]);
+                }
+            }
+        }
     }
 
     #[inline(always)]

@@ -35,7 +35,10 @@ impl Gradients {
     pub(super) fn meet(mut self, cpu: &Cpu, later: Self) -> Self {
         for (earlier, later) in self.list.iter_mut().zip(later.list) {
             match (earlier.as_mut(), later) {
-                (Some(sum), Some(later)) => elementwise::add(cpu, sum, &later),
+                (Some(sum), Some(later)) => {
+                    elementwise::add(cpu, sum, &later);
+                    cpu.give(later);
+                }
                 (None, Some(later)) => *earlier = Some(later),
                 (_, None) => {}
             }
@@ -47,9 +50,17 @@ impl Gradients {
     pub(super) fn fold_into(&mut self, cpu: &Cpu, from: ParamId, to: ParamId) {
         let Some(more) = self.list.get_mut(from).and_then(Option::take) else { return };
         match &mut self.list[to] {
-            Some(sum) => elementwise::add(cpu, sum, &more),
+            Some(sum) => {
+                elementwise::add(cpu, sum, &more);
+                cpu.give(more);
+            }
             none => *none = Some(more),
         }
+    }
+
+    /// Gives the memory back to who computes, to be used again.
+    pub fn recycle(self, cpu: &Cpu) {
+        self.list.into_iter().flatten().for_each(|gradient| cpu.give(gradient));
     }
 
     /// Takes a gradient out.

@@ -79,12 +79,6 @@ pub(super) fn weights_of(params: &Params, ids: MlpIds) -> GatedWeights<'_> {
     }
 }
 
-/// A gated network over rows, and its tape.
-pub(super) fn gated_forward(cpu: &Cpu, params: &Params, ids: MlpIds, x: Rows<'_>) -> GatedTape {
-    let packed = [params.matrix(ids.gate), params.matrix(ids.up), params.matrix(ids.down)];
-    gated::forward(cpu, x, packed, params.precision() == Precision::Bf16)
-}
-
 /// The router of a layer with the parameters as they are.
 fn router(params: &Params, layer: usize, gate: ParamId, tiers: &[TierIds]) -> HierarchicalRouter {
     let moe = params.config().moe.clone().unwrap_or_else(crate::config::MoeConfig::without_experts);
@@ -156,7 +150,7 @@ pub(super) fn forward(
             return;
         }
         let rows: Vec<&[f32]> = expert.rows.iter().map(|&row| hidden.row(row as usize)).collect();
-        expert.tape = gated_forward(cpu, params, expert.ids, Rows::List(&rows));
+        expert.tape = gated::forward(cpu, Rows::List(&rows), weights_of(params, expert.ids));
     });
     for (place, y) in waiting.map_or_else(|| Ok(Vec::new()), |w| w.outputs(&experts, width))? {
         experts[place].tape.y = y;
@@ -171,7 +165,7 @@ pub(super) fn forward(
     let mut out = vec![0.0; hidden.rows() * width];
     elementwise::weighted_sum(cpu, &parts, &weights, routes.ends(), &mut out);
     let shared = shared.map(|(ids, gate)| {
-        let tape = gated_forward(cpu, params, ids, hidden.as_rows());
+        let tape = gated::forward(cpu, hidden.as_rows(), weights_of(params, ids));
         let mut extra = tape.y.clone();
         let logits = gate.map(|gate| {
             let mut logits = vec![0.0; hidden.rows()];
@@ -395,9 +389,13 @@ fn score_gradients(of: &Context<'_>, nth: usize, tape: &MoeTape, dw: &[f32]) -> 
     let renormalize = of.params.config().moe.as_ref().is_some_and(|moe| moe.routing.renormalize);
     let at: HashMap<Gate, usize> = traces.iter().enumerate().map(|(i, t)| (t.gate, i)).collect();
     // Where each gate holds a row.
-    let places: Vec<HashMap<u32, usize>> = traces
+    let places: Vec<Vec<Option<u32>>> = traces
         .iter()
-        .map(|t| t.rows.iter().enumerate().map(|(i, &row)| (row, i)).collect())
+        .map(|t| {
+            let mut places = vec![None; routes.rows()];
+            (0..).zip(&t.rows).for_each(|(i, &row)| places[row as usize] = Some(i));
+            places
+        })
         .collect();
     let mut dp: Vec<Vec<f32>> = traces
         .iter()
@@ -419,8 +417,8 @@ fn score_gradients(of: &Context<'_>, nth: usize, tape: &MoeTape, dw: &[f32]) -> 
                 let (tier, group) = (route.key.tier as usize, route.key.group as usize);
                 let spot = |gate: Gate, candidate: usize| {
                     let gate = *at.get(&gate)?;
-                    let place = *places[gate].get(&(row as u32))?;
-                    Some((gate, place * traces[gate].candidates + candidate))
+                    let place = places[gate][row]?;
+                    Some((gate, place as usize * traces[gate].candidates + candidate))
                 };
                 [
                     spot(Gate::Tiers, tier),

@@ -5,7 +5,7 @@
 //!
 //! Invariants: forward has the bits of [`crate::forward::ForwardPass`] for each document by itself;
 //! what a layer keeps or computes again (`recompute`) has the same bits; logits exist for a piece of
-//! [`LOGITS_MAX`] values at a time.
+//! [`LOGITS_MAX`] values at a time, or of as many values as the head has parameters, if these are more.
 
 use std::ops::Range;
 
@@ -18,11 +18,10 @@ use lite_llm_kernels::{
         attention_backward::{Attended, AttentionGradients, AttentionShape, attention_backward},
         cross_entropy::{self, RowSoftmax},
         elementwise,
-        embed::embed,
-        gated::GatedTape,
+        gated::{self, GatedTape},
         leaves::{LeafPlan, Place},
-        matmul::{Linear, matmul, matmul_many},
         norm::{rms_norm, rms_norm_backward, rms_norm_in_place},
+        panel_sums::{RowMajor, products},
         rope::{rope, rope_backward, rotary_table},
         row_sums::{Factor, sum_rows},
     },
@@ -40,7 +39,7 @@ use super::{
 };
 use crate::{config::AttentionConfig, rope::Rotary, routing::Routes, tier::TierMask};
 
-/// Logits that exist at a time.
+/// Logits that exist at a time; more only where the head itself has more parameters.
 pub const LOGITS_MAX: usize = 1 << 22;
 
 /// What a pass computes with.
@@ -122,7 +121,8 @@ impl<'a> Pass<'a> {
         let mut table = vec![0.0; flat.len() * config.attention.head_dim];
         rotary_table(cpu, &flat.positions, &inv_freq, scale, &mut table);
         let tokens = LeafPlan::of_tokens(&flat.places, flat.rows.clone());
-        let logits_max = LOGITS_MAX;
+        // The head's gradient takes as much.
+        let logits_max = LOGITS_MAX.max(config.vocab * config.hidden);
         let others = others.map(|others| (others, others.next_pass()));
         Self { cpu, params, mask, recompute, with_z, logits_max, flat, others, tokens, table }
     }
@@ -146,8 +146,8 @@ impl<'a> Pass<'a> {
     pub(super) fn forward(&self, backward: bool) -> Result<Tape, TrainError> {
         let config = self.params.config();
         let mut x = Tensor::zeros(self.rows(), config.hidden);
-        let table = self.params.matrix(self.params.ids().embed);
-        embed(self.cpu, table, &self.flat.ids, x.as_mut_slice());
+        let table = Rows::dense(self.params.weight(self.params.ids().embed), config.hidden);
+        elementwise::select_rows(table, &self.flat.ids, x.as_mut_slice());
         let mut tape = Tape {
             layers: Vec::with_capacity(config.layers.len()),
             last: Tensor::zeros(0, 0),
@@ -181,22 +181,21 @@ impl<'a> Pass<'a> {
         let mut normed = Tensor::zeros(rows, config.hidden);
         let norm = params.values(ids.attention_norm);
         rms_norm(cpu, x.as_slice(), norm, config.norm_eps, normed.as_mut_slice());
-        let precision = params.precision();
-        precision.round(cpu, normed.as_mut_slice());
+        params.precision().round(cpu, normed.as_mut_slice());
         let mut qkv = [heads, kv_heads, kv_heads].map(|n| vec![0.0; rows * n * head_dim]);
         let [q, k, v] = &mut qkv;
         let outs = [q, k, v];
-        let mut linears: Vec<Linear<'_>> = ids
+        let mut linears: Vec<RowMajor<'_>> = ids
             .qkv
             .iter()
             .zip(outs)
-            .map(|(ids, out)| Linear {
-                weight: params.matrix(ids.weight),
+            .map(|(ids, out)| RowMajor {
+                weight: params.weight(ids.weight),
                 bias: ids.bias.map(|id| params.values(id)),
                 out,
             })
             .collect();
-        matmul_many(cpu, normed.as_rows(), &mut linears);
+        products(cpu, normed.as_rows(), &mut linears);
         drop(linears);
         let raw_qk = ids.qk_norm.map(|norms| {
             let raw = [qkv[0].clone(), qkv[1].clone()];
@@ -220,18 +219,20 @@ impl<'a> Pass<'a> {
         self.attend(layer, [&q, &k, &v], &mut attended);
         let mut delta = vec![0.0; rows * config.hidden];
         let bias = ids.o.bias.map(|id| params.values(id));
-        let rounded = precision.rounded(cpu, &attended);
+        let rounded = params.precision().rounded(cpu, &attended);
         let from = Rows::Dense { values: &rounded, cols: heads * head_dim };
-        matmul(cpu, from, params.matrix(ids.o.weight), bias, &mut delta);
+        let weight = params.weight(ids.o.weight);
+        products(cpu, from, &mut [RowMajor { weight, bias, out: &mut delta }]);
         elementwise::add(cpu, x.as_mut_slice(), &delta);
         let middle = tensor(rows, x.as_slice());
         let mut ffn_normed = Tensor::zeros(rows, config.hidden);
         let norm = params.values(ids.ffn_norm);
         rms_norm(cpu, x.as_slice(), norm, config.norm_eps, ffn_normed.as_mut_slice());
-        precision.round(cpu, ffn_normed.as_mut_slice());
+        params.precision().round(cpu, ffn_normed.as_mut_slice());
         let feed_forward = match &ids.feed_forward {
             FeedForwardIds::Dense(mlp) => {
-                let tape = moe::gated_forward(cpu, params, *mlp, ffn_normed.as_rows());
+                let weights = moe::weights_of(params, *mlp);
+                let tape = gated::forward(cpu, ffn_normed.as_rows(), weights);
                 elementwise::add(cpu, x.as_mut_slice(), &tape.y);
                 FeedForwardTape::Dense(tape)
             }
@@ -293,10 +294,11 @@ impl<'a> Pass<'a> {
     /// Logits of some rows `[rows, V]`.
     fn logits_of(&self, normed: &Tensor, rows: Range<usize>) -> Vec<f32> {
         let config = self.params.config();
-        let mut logits = vec![0.0; rows.len() * config.vocab];
+        let mut logits = self.cpu.take(rows.len() * config.vocab);
         let from = &normed.as_slice()[rows.start * config.hidden..rows.end * config.hidden];
         let from = Rows::dense(from, config.hidden);
-        matmul(self.cpu, from, self.params.matrix(self.head()), None, &mut logits);
+        let weight = self.params.weight(self.head());
+        products(self.cpu, from, &mut [RowMajor { weight, bias: None, out: &mut logits }]);
         logits
     }
 
@@ -319,6 +321,7 @@ impl<'a> Pass<'a> {
         for piece in self.pieces() {
             let logits = self.logits_of(&normed, piece.clone());
             softmaxes.extend(cross_entropy::losses(self.cpu, &logits, &self.flat.targets[piece]));
+            self.cpu.give(logits);
         }
         self.sum_losses(&softmaxes)
     }
@@ -402,7 +405,7 @@ impl<'a> Pass<'a> {
             let targets = &self.flat.targets[piece.clone()];
             let of = cross_entropy::losses(cpu, &logits, targets);
             cross_entropy::gradient(cpu, &mut logits, &of, targets, 0, scale);
-            self.params.precision().round(cpu, &mut logits);
+            self.params.precision().round(self.cpu, &mut logits);
             let factor = Factor::PerOutput(Rows::dense(&logits, vocab));
             let table = Rows::dense(self.params.weight(head), hidden);
             let out = &mut dnormed[piece.start * hidden..piece.end * hidden];
@@ -410,15 +413,18 @@ impl<'a> Pass<'a> {
             softmaxes.extend(of);
             if piece.len() == rows {
                 all = Some(logits);
+            } else {
+                cpu.give(logits);
             }
         }
         let loss = self.sum_losses(&softmaxes)?;
         if wanted[head] {
-            let mut gradient = vec![0.0; vocab * hidden];
+            let mut gradient = cpu.take(vocab * hidden);
             match all {
                 Some(dlogits) => {
                     let factor = Factor::PerTerm(Rows::dense(&dlogits, vocab));
                     sum_rows(cpu, factor, normed.as_rows(), hidden, &self.tokens, &mut gradient);
+                    cpu.give(dlogits);
                 }
                 None => self.head_gradient(normed, &softmaxes, scale, &mut gradient),
             }
@@ -437,10 +443,6 @@ impl<'a> Pass<'a> {
         scale: f32,
         gradient: &mut [f32],
     ) {
-        use lite_llm_kernels::{
-            dtype::DType,
-            matrix::{PackedMatrix, Source},
-        };
         let (cpu, hidden, rows) = (self.cpu, self.params.config().hidden, self.rows());
         let table = self.params.weight(self.head());
         let piece = (self.logits_max / rows.max(1)).max(1);
@@ -448,14 +450,15 @@ impl<'a> Pass<'a> {
             table.chunks(piece * hidden).zip(gradient.chunks_mut(piece * hidden)).enumerate()
         {
             let n = table.len() / hidden;
-            let packed = PackedMatrix::pack(DType::F32, n, hidden, Source::F32(table));
-            let mut logits = vec![0.0; rows * n];
-            matmul(cpu, normed.as_rows(), &packed, None, &mut logits);
+            let mut logits = cpu.take(rows * n);
+            let of = RowMajor { weight: table, bias: None, out: &mut logits };
+            products(cpu, normed.as_rows(), &mut [of]);
             let targets = &self.flat.targets;
             cross_entropy::gradient(cpu, &mut logits, softmaxes, targets, i * piece, scale);
-            self.params.precision().round(cpu, &mut logits);
+            self.params.precision().round(self.cpu, &mut logits);
             let factor = Factor::PerTerm(Rows::dense(&logits, n));
             sum_rows(cpu, factor, normed.as_rows(), hidden, &self.tokens, out);
+            cpu.give(logits);
         }
     }
 
@@ -503,7 +506,7 @@ impl<'a> Pass<'a> {
         let factor = Factor::PerOutput(Rows::dense(&rounded, n));
         sum_rows(self.cpu, factor, weight, k, &LeafPlan::of(n), &mut dx);
         if wanted[ids.weight] {
-            let mut gradient = vec![0.0; n * k];
+            let mut gradient = self.cpu.take(n * k);
             let factor = Factor::PerTerm(Rows::dense(&rounded, n));
             sum_rows(self.cpu, factor, Rows::dense(x, k), k, &self.tokens, &mut gradient);
             gradients.set(ids.weight, gradient);
@@ -543,7 +546,7 @@ impl<'a> Pass<'a> {
         self.norm_backward(ids.ffn_norm, middle, &dnormed, &mut more, wanted, gradients);
         elementwise::add(cpu, dx, &more);
 
-        let attended = self.params.precision().rounded(cpu, &kept.attended);
+        let attended = self.params.precision().rounded(self.cpu, &kept.attended);
         let dattended = self.linear_backward(ids.o, &attended, dx, wanted, gradients);
         let shape = self.shape(layer);
         let mut of_qkv = [&kept.q, &kept.k, &kept.v].map(|x| vec![0.0; x.len()]);
@@ -592,7 +595,8 @@ impl<'a> Pass<'a> {
         let mut by_id: Vec<(u32, u32)> =
             (0u32..).zip(&self.flat.ids).map(|(row, &id)| (id, row)).collect();
         by_id.sort_unstable();
-        let mut gradient = vec![0.0; vocab * hidden];
+        let mut gradient = self.cpu.take(vocab * hidden);
+        gradient.fill(0.0);
         for same in by_id.chunk_by(|a, b| a.0 == b.0) {
             let row = |&(_, row): &(u32, u32)| &dx[row as usize * hidden..][..hidden];
             let rows: Vec<&[f32]> = same.iter().map(row).collect();

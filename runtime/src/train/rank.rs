@@ -19,7 +19,7 @@ use std::{
 use lite_llm_kernels::{
     cpu::Cpu,
     ops::{
-        gated::GatedTape,
+        gated::{self, GatedTape},
         leaves::{LeafPlan, Place},
     },
     rows::Rows,
@@ -31,7 +31,7 @@ use super::{
     batch::{Batch, Row},
     exchange::{self, At, Backward, Call, Exchange, Forward, Others},
     gradients::{Gradients, NodeSums},
-    moe::{ExpertPart, each, gated_forward},
+    moe::{ExpertPart, each, weights_of},
     orders::{Begin, Given, Kind, OfNode, Order, Tensor, Wanted, Work},
     params::{FeedForwardIds, MlpIds, ParamId, Params},
     step::{self, Node, Objective, StepOptions},
@@ -382,7 +382,7 @@ impl Rank {
         self.round.lock().enter(at.round, batch)?;
         let known = each(&self.cpu, known, |(ids, rows, tape)| {
             let rows = picked(&x, hidden, rows);
-            *tape = gated_forward(&self.cpu, params, *ids, Rows::List(&rows));
+            *tape = gated::forward(&self.cpu, Rows::List(&rows), weights_of(params, *ids));
         });
         let outputs: Vec<&[f32]> = known.iter().map(|(_, _, tape)| &tape.y[..]).collect();
         let outputs = outputs.concat();

@@ -12,7 +12,10 @@ use std::sync::Arc;
 
 use lite_llm_kernels::{
     cpu::Cpu,
-    ops::{optimize::sum_of_squares, tree},
+    ops::{
+        optimize::{sum_of_squares, sums_of_squares},
+        tree,
+    },
 };
 use parking_lot::Mutex;
 
@@ -335,15 +338,14 @@ impl Trainer {
             let gradient = gradients.take(id).filter(|_| *trained != Trained::Nothing);
             each.push(gradient.map(|gradient| stepped(gradient, rows, trained)));
         }
-        let mut prepared = Vec::new();
-        for (id, gradient) in each.iter_mut().enumerate() {
-            if self.trained[id] == Trained::Nothing {
-                continue;
-            }
-            let pull = self.add_pull(id, gradient);
-            let squares = gradient.as_ref().map_or(0.0, |g| sum_of_squares(g));
-            prepared.push(Prepared { id, squares, pull });
-        }
+        let ids = (0..each.len()).filter(|id| self.trained[*id] != Trained::Nothing);
+        let ids: Vec<ParamId> = ids.collect();
+        let pulls: Vec<f64> = ids.iter().map(|id| self.add_pull(*id, &mut each[*id])).collect();
+        let tensors: Vec<&[f32]> =
+            ids.iter().map(|id| each[*id].as_deref().unwrap_or_default()).collect();
+        let squares = sums_of_squares(&self.cpu, &tensors);
+        let all = ids.into_iter().zip(squares).zip(pulls);
+        let prepared = all.map(|((id, squares), pull)| Prepared { id, squares, pull }).collect();
         Ready { each, prepared }
     }
 
@@ -411,7 +413,8 @@ impl Trainer {
                 param.put_off(Behind::new(with, (&*history, step), *decay, states));
                 return;
             }
-            let gradient = gradient.as_deref();
+            let given = gradient.take();
+            let gradient = given.as_deref();
             let row_len = param.row_len();
             let values = param.values_mut();
             match trained {
@@ -423,6 +426,9 @@ impl Trainer {
                     }
                 }
                 _ => optimizer.step(cpu, at, *decay, &shape, values, gradient, state),
+            }
+            if let Some(gradient) = given {
+                cpu.give(gradient);
             }
         });
         // After all have caught up with the steps before.

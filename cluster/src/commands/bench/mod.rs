@@ -8,6 +8,7 @@ mod profile;
 mod random_model;
 pub(super) mod samples;
 mod store;
+mod train;
 mod transport;
 
 use anyhow::Result;
@@ -24,6 +25,7 @@ pub(super) async fn bench(args: BenchArgs, json: bool) -> Result<()> {
         BenchCommand::TransportPeer(args) => transport::peer(args).await,
         BenchCommand::Store(args) => store::measure(args, json).await,
         BenchCommand::Hbm(args) => hbm::measure(args, json).await,
+        BenchCommand::Train(args) => train::measure(args, json).await,
         BenchCommand::RandomModel(args) => random_model::write(args, json).await,
     }
 }

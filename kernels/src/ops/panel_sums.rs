@@ -1,0 +1,719 @@
+//! Sums of [`super::row_sums`] over many outputs, and products with row-major weights: block by block, with
+//! the rows packed.
+//!
+//! `out[i, c] = Σ_s factor(i, s) · b(s, c)`. A task is a block of outputs × columns. Its terms come in chunks of whole
+//! leaves. Of a chunk the task packs b in panels `[term][columns of the panel]`, unless the caller has packed all of
+//! it, and factors that lie term by term in tiles `[term][TILE_ROWS]`; then each tile × panel runs the chunk's leaves
+//! in registers. Subtrees that wait lie on a stack, one per tile and panel.
+//!
+//! [`products`] turns the other way round: rows of weights are the factors, read where they lie, the tokens are the
+//! columns, packed once for all weights, and a block is turned over when it is finished. So weights that change
+//! with every step are never packed.
+//!
+//! An output's own order of operations is the plan's, whoever computes it.
+
+// Registers are arrays that are indexed alike; iterators would hide which lane meets which.
+#![allow(clippy::needless_range_loop)]
+
+use std::ops::Range;
+
+use crate::{
+    RELAXED_ORDER,
+    cpu::Cpu,
+    ops::{
+        leaves::{Leaf, LeafPlan},
+        row_sums::Factor,
+    },
+    rows::{Rows, RowsMut},
+    scratch,
+    simd::{Kernel, Simd, Vector},
+};
+
+/// Fewer fused multiply-adds than this are not worth a second thread.
+const INLINE_FMAS: usize = 1 << 16;
+/// Rows of the output that one tile holds in registers.
+const TILE_ROWS: usize = 6;
+/// Outputs of a task at most: a multiple of the tile's.
+const BLOCK_ROWS: usize = 192;
+/// Outputs of a task at least, where there are as many.
+const BLOCK_ROWS_MIN: usize = 48;
+/// Columns of a task at most: whole panels.
+const BLOCK_COLUMNS: usize = 256;
+/// Terms of a chunk, unless one leaf has more.
+const CHUNK: usize = 256;
+/// Widest vector, in values.
+pub(crate) const LANES_MAX: usize = 16;
+
+/// Vectors of a panel: as many as TILE_ROWS rows leave registers for.
+#[inline(always)]
+const fn panel_vectors(lanes: usize) -> usize {
+    if lanes == 8 { 2 } else { 4 }
+}
+
+/// Columns of a panel.
+fn panel_width(simd: Simd) -> usize {
+    panel_vectors(simd.lanes()) * simd.lanes()
+}
+
+/// Columns of a panel of so many, with what fills its vectors up: 1, 2 or 4 vectors.
+#[inline(always)]
+fn filled(columns: usize, lanes: usize) -> usize {
+    columns.div_ceil(lanes).next_power_of_two() * lanes
+}
+
+/// Columns of all panels, with what fills the last one up.
+#[inline(always)]
+fn all_filled(columns: usize, width: usize, lanes: usize) -> usize {
+    match columns % width {
+        0 => columns,
+        rest => columns - rest + filled(rest, lanes),
+    }
+}
+
+/// What factors are multiplied with.
+#[derive(Clone, Copy)]
+pub(super) enum Panels<'a> {
+    /// One row per term, to be packed by the task.
+    Rows(Rows<'a>),
+    /// Panels that the caller has packed; terms begin with `first`.
+    Packed { panels: &'a Packed, first: usize },
+}
+
+/// Panels `[panel][term][columns of the panel]`.
+pub(super) struct Packed {
+    values: scratch::Scratch,
+    terms: usize,
+    /// With what fills the last vector up.
+    columns: usize,
+}
+
+impl Packed {
+    /// Of one row per term.
+    pub(super) fn rows(simd: Simd, rows: Rows<'_>) -> Self {
+        let (terms, columns) = (rows.len(), rows.row(0).len());
+        let (lanes, width) = (simd.lanes(), panel_width(simd));
+        let filled = all_filled(columns, width, lanes);
+        let mut values = scratch::take(terms * filled);
+        let chunk = Chunk { leaves: &[], first: 0, terms, last: true };
+        pack_rows(rows, &chunk, &(0..columns), width, lanes, &mut values);
+        Self { values, terms, columns: filled }
+    }
+
+    /// Of one row per column.
+    pub(super) fn columns(cpu: &Cpu, rows: Rows<'_>) -> Self {
+        let (columns, terms) = (rows.len(), rows.row(0).len());
+        let (lanes, width) = (cpu.simd().lanes(), panel_width(cpu.simd()));
+        let all = all_filled(columns, width, lanes);
+        let mut values = scratch::take(all * terms);
+        let len = values.len();
+        let into = RowsMut::dense(&mut values, len);
+        let panel = |p: usize| {
+            let tokens = p * width..((p + 1) * width).min(columns);
+            let len = filled(tokens.len(), lanes) * terms;
+            // SAFETY: panels do not overlap.
+            let out = unsafe { into.part(0, p * width * terms, len) };
+            cpu.simd().run(Turn { rows, tokens, out });
+        };
+        if len < INLINE_FMAS {
+            (0..columns.div_ceil(width)).for_each(panel);
+        } else {
+            cpu.pool().run(columns.div_ceil(width), &panel);
+        }
+        Self { values, terms, columns: all }
+    }
+}
+
+/// Where finished blocks go.
+#[derive(Clone, Copy)]
+pub(super) enum Sink<'a> {
+    /// To rows of outputs.
+    Rows(RowsMut<'a>),
+    /// To rows of columns, which are so many outputs long, with a bias per output.
+    Turned { out: RowsMut<'a>, stride: usize, bias: Option<&'a [f32]> },
+}
+
+/// All of a sum.
+#[derive(Clone, Copy)]
+pub(super) struct Job<'a> {
+    pub(super) factor: Factor<'a>,
+    pub(super) panels: Panels<'a>,
+    /// The outputs from this one on are computed.
+    pub(super) first_output: usize,
+    pub(super) outputs: usize,
+    pub(super) columns: usize,
+    pub(super) plan: &'a LeafPlan,
+    pub(super) sink: Sink<'a>,
+}
+
+/// [`super::row_sums::sum_rows`] of shapes that were checked.
+pub(super) fn sum(
+    cpu: &Cpu,
+    factor: Factor<'_>,
+    rows: Rows<'_>,
+    columns: usize,
+    plan: &LeafPlan,
+    out: &mut [f32],
+) {
+    let outputs = out.len() / columns;
+    let sink = Sink::Rows(RowsMut::dense(out, columns));
+    let panels = Panels::Rows(rows);
+    Job { factor, panels, first_output: 0, outputs, columns, plan, sink }.run(cpu);
+}
+
+/// One of the products of [`products`].
+#[derive(Debug)]
+pub struct RowMajor<'a> {
+    /// Weights `[n, k]`, row by row.
+    pub weight: &'a [f32],
+    /// Added to every row, `[n]`.
+    pub bias: Option<&'a [f32]>,
+    /// Dense `[m, n]`.
+    pub out: &'a mut [f32],
+}
+
+/// `out = x · wᵀ (+ bias)` for x `[m, k]` and one or several w, with the bits of [`super::matmul`].
+///
+/// # Panics
+/// If the shapes do not fit each other.
+pub fn products(cpu: &Cpu, x: Rows<'_>, of: &mut [RowMajor<'_>]) {
+    let m = x.len();
+    if m == 0 {
+        assert!(of.iter().all(|of| of.out.is_empty()), "out is [rows, n]");
+        return;
+    }
+    let k = x.row(0).len();
+    assert!(k > 0 && (0..m).all(|i| x.row(i).len() == k), "rows are [k]");
+    let packed = Packed::columns(cpu, x);
+    let plan = LeafPlan::of(k);
+    for RowMajor { weight, bias, out } in of {
+        let n = out.len() / m;
+        assert!(out.len() == m * n && weight.len() == n * k, "w is [n, k] and out [rows, n]");
+        assert!(bias.is_none_or(|bias| bias.len() == n), "bias is [n]");
+        if n == 0 {
+            continue;
+        }
+        Job {
+            factor: Factor::PerOutput(Rows::dense(weight, k)),
+            panels: Panels::Packed { panels: &packed, first: 0 },
+            first_output: 0,
+            outputs: n,
+            columns: m,
+            plan: &plan,
+            sink: Sink::Turned { out: RowsMut::dense(out, n), stride: n, bias: *bias },
+        }
+        .run(cpu);
+    }
+}
+
+impl Job<'_> {
+    /// Computes it.
+    pub(super) fn run(&self, cpu: &Cpu) {
+        let width = panel_width(cpu.simd());
+        let panels = self.columns.div_ceil(width);
+        let across = self.columns.div_ceil(BLOCK_COLUMNS);
+        let block_columns = panels.div_ceil(across) * width;
+        // Enough tasks for all threads, as long as packing is worth it.
+        let wished = (4 * cpu.pool().threads()).div_ceil(across);
+        let down = wished.min(self.outputs / BLOCK_ROWS_MIN).max(self.outputs.div_ceil(BLOCK_ROWS));
+        let block_rows = self.outputs.div_ceil(down.max(1)).next_multiple_of(TILE_ROWS);
+        let down = self.outputs.div_ceil(block_rows);
+        let task = |task: usize| {
+            // Tasks of the same columns follow each other.
+            let (row, column) = (task % down * block_rows, task / down * block_columns);
+            cpu.simd().run(Block {
+                job: self,
+                outputs: self.first_output + row
+                    ..self.first_output + (row + block_rows).min(self.outputs),
+                columns: column..(column + block_columns).min(self.columns),
+            });
+        };
+        if self.outputs * self.columns * self.plan.terms() < INLINE_FMAS {
+            (0..down * across).for_each(task);
+        } else {
+            cpu.pool().run(down * across, &task);
+        }
+    }
+}
+
+/// One task.
+struct Block<'a> {
+    job: &'a Job<'a>,
+    outputs: Range<usize>,
+    columns: Range<usize>,
+}
+
+/// Leaves of a chunk, and where their terms begin.
+struct Chunk<'a> {
+    leaves: &'a [Leaf],
+    first: usize,
+    terms: usize,
+    /// It is the last.
+    last: bool,
+}
+
+/// The chunks of a plan.
+fn chunks(leaves: &[Leaf]) -> impl Iterator<Item = Chunk<'_>> {
+    let (mut at, mut first) = (0, 0);
+    std::iter::from_fn(move || {
+        let from = at;
+        let mut terms = 0;
+        while at < leaves.len() {
+            let more = leaves[at].terms as usize;
+            if at > from && terms + more > CHUNK {
+                break;
+            }
+            terms += more;
+            at += 1;
+        }
+        let chunk = Chunk { leaves: &leaves[from..at], first, terms, last: at == leaves.len() };
+        first += terms;
+        (at > from).then_some(chunk)
+    })
+}
+
+impl Kernel for Block<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let Job { factor, panels, plan, .. } = *self.job;
+        let width = panel_vectors(V::LANES) * V::LANES;
+        let (rows, columns) = (self.outputs.len(), self.columns.len());
+        let tiles = rows.div_ceil(TILE_ROWS);
+        let padded = all_filled(columns, width, V::LANES);
+        let count = columns.div_ceil(width);
+        let (mut longest, mut several) = (0, false);
+        for chunk in chunks(plan.leaves()) {
+            longest = longest.max(chunk.terms);
+            several |= !chunk.last;
+        }
+        let packs = matches!(panels, Panels::Rows(_));
+        let per_term = matches!(factor, Factor::PerTerm(_) | Factor::One);
+        let mut b = scratch::take(if packs { longest * padded } else { 0 });
+        let mut a = scratch::take(if per_term { longest * tiles * TILE_ROWS } else { 0 });
+        let level = TILE_ROWS * width;
+        let of_tile = plan.depth() * level;
+        let mut stack = scratch::take(if several { tiles * count * of_tile } else { of_tile });
+        let turned = matches!(self.job.sink, Sink::Turned { .. });
+        let mut block = scratch::take(if turned { tiles * TILE_ROWS * padded } else { 0 });
+        let mut height = 0;
+        for chunk in chunks(plan.leaves()) {
+            if let Panels::Rows(rows) = panels {
+                pack_rows(rows, &chunk, &self.columns, width, V::LANES, &mut b);
+            }
+            if per_term {
+                pack_factors(factor, &chunk, &self.outputs, &mut a);
+            }
+            for p in 0..count {
+                let column = p * width;
+                let filled = filled((columns - column).min(width), V::LANES);
+                // Who packed may have had more columns.
+                let stride = match panels {
+                    Panels::Rows(_) => filled,
+                    Panels::Packed { panels, .. } => {
+                        width.min(panels.columns - self.columns.start - column)
+                    }
+                };
+                for t in 0..tiles {
+                    let at = Tile {
+                        output: t * TILE_ROWS,
+                        column,
+                        padded,
+                        stride,
+                        height,
+                        level,
+                        stack: &mut stack[if several { (p * tiles + t) * of_tile } else { 0 }..],
+                        block: &mut block,
+                    };
+                    // SAFETY: promised by the caller; panels are of 1, 2 or 4 vectors.
+                    unsafe {
+                        let b = match panels {
+                            Panels::Rows(_) => b.as_ptr().add(column * chunk.terms),
+                            Panels::Packed { panels, first } => {
+                                let at = (self.columns.start + column) * panels.terms;
+                                let at = at + (first + chunk.first) * stride;
+                                let len = chunk.terms * stride;
+                                panels.values[at..at + len].as_ptr()
+                            }
+                        };
+                        let a = a.as_ptr().wrapping_add(t * chunk.terms * TILE_ROWS);
+                        match filled / V::LANES {
+                            1 => self.tile::<V, 1>(&chunk, a, b, at),
+                            2 => self.tile::<V, 2>(&chunk, a, b, at),
+                            _ => self.tile::<V, 4>(&chunk, a, b, at),
+                        }
+                    }
+                }
+            }
+            for leaf in chunk.leaves {
+                height = height + 1 - merges(leaf, height);
+            }
+        }
+        if let Sink::Turned { out, stride, bias } = self.job.sink {
+            // SAFETY: promised by the caller.
+            unsafe { self.turn::<V>(&block, padded, out, stride, bias) }
+        }
+    }
+}
+
+/// How many of the subtrees that wait a leaf is added to.
+#[inline(always)]
+fn merges(leaf: &Leaf, height: usize) -> usize {
+    // Without an order there is one sum, to which each leaf is added.
+    if RELAXED_ORDER { height } else { leaf.merges as usize }
+}
+
+/// A tile's place in its block, and its memory.
+struct Tile<'a> {
+    output: usize,
+    column: usize,
+    /// Columns of a row of the block.
+    padded: usize,
+    /// Columns of the panel.
+    stride: usize,
+    /// Subtrees that wait before the chunk.
+    height: usize,
+    /// Values of a level of the stack.
+    level: usize,
+    stack: &'a mut [f32],
+    block: &'a mut [f32],
+}
+
+impl Block<'_> {
+    /// The leaves of a chunk for the outputs of a tile and N vectors of columns. A tile of fewer outputs computes
+    /// its last one again in place of those that it lacks.
+    ///
+    /// # Safety
+    /// The machine has V's instructions; a and b are packed for the chunk.
+    #[inline(always)]
+    unsafe fn tile<V: Vector, const N: usize>(
+        &self,
+        chunk: &Chunk<'_>,
+        a: *const f32,
+        b: *const f32,
+        at: Tile<'_>,
+    ) {
+        // SAFETY: promised by the caller; rows of factors have all terms.
+        unsafe {
+            match self.job.factor {
+                Factor::PerOutput(f) => {
+                    let from = self.outputs.start + at.output;
+                    let last = self.outputs.end - 1;
+                    let rows: [*const f32; TILE_ROWS] = std::array::from_fn(|r| {
+                        f.row((from + r).min(last))[chunk.first..].as_ptr()
+                    });
+                    self.leaves::<V, N>(chunk, b, at, |s, r| *rows[r].add(s));
+                }
+                _ => self.leaves::<V, N>(chunk, b, at, |s, r| *a.add(s * TILE_ROWS + r)),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As of [`Block::tile`].
+    #[inline(always)]
+    unsafe fn leaves<V: Vector, const N: usize>(
+        &self,
+        chunk: &Chunk<'_>,
+        b: *const f32,
+        at: Tile<'_>,
+        factor: impl Fn(usize, usize) -> f32,
+    ) {
+        let Tile { output, column, padded, stride, mut height, level, stack, block } = at;
+        assert!(stack.len() >= self.job.plan.depth() * level, "the stack holds every level");
+        let mut s = 0;
+        // SAFETY: promised by the caller; the stack has room for the plan's depth.
+        unsafe {
+            for leaf in chunk.leaves {
+                let terms = leaf.terms as usize;
+                let mut acc = run_leaf::<V, N>(b.add(s * stride), stride, s, terms, &factor);
+                s += terms;
+                for _ in 0..merges(leaf, height) {
+                    height -= 1;
+                    let below = stack.as_ptr().add(height * level);
+                    for r in 0..TILE_ROWS {
+                        for n in 0..N {
+                            let earlier = V::load(below.add((r * N + n) * V::LANES));
+                            acc[r][n] = earlier.add(acc[r][n]);
+                        }
+                    }
+                }
+                let top = stack.as_mut_ptr().add(height * level);
+                for r in 0..TILE_ROWS {
+                    for n in 0..N {
+                        acc[r][n].store(top.add((r * N + n) * V::LANES));
+                    }
+                }
+                height += 1;
+            }
+        }
+        if !chunk.last {
+            return;
+        }
+        let wide = (N * V::LANES).min(self.columns.len() - column);
+        for (r, from) in stack
+            .chunks_exact(N * V::LANES)
+            .enumerate()
+            .take(TILE_ROWS.min(self.outputs.len() - output))
+        {
+            match self.job.sink {
+                Sink::Rows(out) => {
+                    let (row, first) =
+                        (self.outputs.start + output + r, self.columns.start + column);
+                    // SAFETY: tasks have their own rows and columns.
+                    let out = unsafe { out.part(row, first, wide) };
+                    out.copy_from_slice(&from[..wide]);
+                }
+                Sink::Turned { .. } => {
+                    block[(output + r) * padded + column..][..N * V::LANES].copy_from_slice(from);
+                }
+            }
+        }
+    }
+
+    /// Writes a finished block to rows of columns.
+    ///
+    /// # Safety
+    /// The machine has V's instructions; nobody else writes these parts.
+    #[inline(always)]
+    unsafe fn turn<V: Vector>(
+        &self,
+        block: &[f32],
+        padded: usize,
+        out: RowsMut<'_>,
+        stride: usize,
+        bias: Option<&[f32]>,
+    ) {
+        let (rows, columns) = (self.outputs.len(), self.columns.len());
+        for column in (0..columns).step_by(V::LANES) {
+            let wide = V::LANES.min(columns - column);
+            for row in (0..rows).step_by(V::LANES) {
+                let high = V::LANES.min(rows - row);
+                let (to, at) = (self.columns.start + column, self.outputs.start + row);
+                if wide == V::LANES && high == V::LANES {
+                    // SAFETY: rows and columns of the block and of the output exist.
+                    unsafe {
+                        let from: [*const f32; LANES_MAX] = std::array::from_fn(|i| {
+                            block[(row + i.min(high - 1)) * padded + column..].as_ptr()
+                        });
+                        let last = out.part(to + wide - 1, at, high).as_mut_ptr();
+                        V::transpose(&from, last.wrapping_sub((wide - 1) * stride), stride);
+                    }
+                } else {
+                    for c in 0..wide {
+                        // SAFETY: nobody else writes it.
+                        let out = unsafe { out.part(to + c, at, high) };
+                        for (i, out) in out.iter_mut().enumerate() {
+                            *out = block[(row + i) * padded + column + c];
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(bias) = bias {
+            let bias = &bias[self.outputs.clone()];
+            for column in self.columns.clone() {
+                // SAFETY: nobody else writes it.
+                let out = unsafe { out.part(column, self.outputs.start, rows) };
+                for (out, &bias) in out.iter_mut().zip(bias) {
+                    *out += bias;
+                }
+            }
+        }
+    }
+}
+
+/// The sums of one leaf.
+///
+/// # Safety
+/// The machine has V's instructions; N vectors are readable at each of the terms' rows of `b`.
+#[inline(always)]
+unsafe fn run_leaf<V: Vector, const N: usize>(
+    b: *const f32,
+    stride: usize,
+    from: usize,
+    terms: usize,
+    factor: &impl Fn(usize, usize) -> f32,
+) -> [[V; N]; TILE_ROWS] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut acc = [[V::zero(); N]; TILE_ROWS];
+        for s in 0..terms {
+            let row = b.add(s * stride);
+            let mut x = [V::zero(); N];
+            for n in 0..N {
+                x[n] = V::load(row.add(n * V::LANES));
+            }
+            for r in 0..TILE_ROWS {
+                let f = V::splat(factor(from + s, r));
+                for n in 0..N {
+                    acc[r][n] = acc[r][n].fma(f, x[n]);
+                }
+            }
+        }
+        acc
+    }
+}
+
+/// Packs some columns of a chunk's rows in panels; what fills a vector up is zero.
+#[inline(always)]
+fn pack_rows(
+    rows: Rows<'_>,
+    chunk: &Chunk<'_>,
+    columns: &Range<usize>,
+    width: usize,
+    lanes: usize,
+    out: &mut [f32],
+) {
+    for s in 0..chunk.terms {
+        let row = &rows.row(chunk.first + s)[columns.clone()];
+        for (p, piece) in row.chunks(width).enumerate() {
+            let padded = filled(piece.len(), lanes);
+            let out = &mut out[p * width * chunk.terms + s * padded..][..padded];
+            // Copies of lengths that are known are a few vectors.
+            if let Ok(whole) = <&[f32; 64]>::try_from(piece) {
+                out.copy_from_slice(whole);
+            } else if let Ok(whole) = <&[f32; 16]>::try_from(piece) {
+                out.copy_from_slice(whole);
+            } else {
+                out[..piece.len()].copy_from_slice(piece);
+                out[piece.len()..].fill(0.0);
+            }
+        }
+    }
+}
+
+/// Packs a chunk's factors for some outputs in tiles; what fills a tile up is not read.
+#[inline(always)]
+fn pack_factors(factor: Factor<'_>, chunk: &Chunk<'_>, outputs: &Range<usize>, out: &mut [f32]) {
+    /// Terms whose factors are near while all tiles take them.
+    const TERMS: usize = 16;
+    let Factor::PerTerm(f) = factor else {
+        out[..chunk.terms * TILE_ROWS].fill(1.0);
+        return;
+    };
+    for from in (0..chunk.terms).step_by(TERMS) {
+        let to = (from + TERMS).min(chunk.terms);
+        for s in from..to {
+            let row = &f.row(chunk.first + s)[outputs.clone()];
+            let (whole, rest) = row.as_chunks::<TILE_ROWS>();
+            for (t, values) in whole.iter().enumerate() {
+                out[(t * chunk.terms + s) * TILE_ROWS..][..TILE_ROWS].copy_from_slice(values);
+            }
+            if !rest.is_empty() {
+                let at = (whole.len() * chunk.terms + s) * TILE_ROWS;
+                out[at..at + rest.len()].copy_from_slice(rest);
+            }
+        }
+    }
+}
+
+/// Packs some tokens `[tokens, k]` as a panel `[k][tokens]`; what fills a vector up is zero.
+struct Turn<'a> {
+    rows: Rows<'a>,
+    tokens: Range<usize>,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Turn<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let Self { rows, tokens, out } = self;
+        let padded = filled(tokens.len(), V::LANES);
+        let k = out.len() / padded;
+        for column in (0..padded).step_by(V::LANES) {
+            let wide = V::LANES.min(tokens.len().saturating_sub(column));
+            if wide == 0 {
+                (0..k).for_each(|s| out[s * padded + column..][..V::LANES].fill(0.0));
+                continue;
+            }
+            let row = |i: usize| rows.row(tokens.start + column + i.min(wide - 1));
+            let mut s = 0;
+            if wide == V::LANES {
+                while s + V::LANES <= k {
+                    // SAFETY: every row has k values, and the panel as many columns.
+                    unsafe {
+                        let from: [*const f32; LANES_MAX] =
+                            std::array::from_fn(|i| row(i)[s..].as_ptr());
+                        V::transpose(&from, out[s * padded + column..].as_mut_ptr(), padded);
+                    }
+                    s += V::LANES;
+                }
+            }
+            for s in s..k {
+                for i in 0..V::LANES {
+                    out[s * padded + column + i] = if i < wide { row(i)[s] } else { 0.0 };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        dtype::DType,
+        matrix::{PackedMatrix, Source},
+        ops::matmul::matmul,
+    };
+
+    fn values(n: usize, seed: f32) -> Vec<f32> {
+        (0..n).map(|i| ((i as f32 + seed) * 12.9898).sin() * 3.5).collect()
+    }
+
+    #[test]
+    fn row_major_weights_give_the_bits_of_packed_ones() {
+        for (m, n, k) in [(1, 1, 1), (3, 70, 17), (67, 50, 300), (130, 203, 520), (16, 16, 16)] {
+            let (x, w, bias) = (values(m * k, 0.5), values(n * k, 7.0), values(n, 3.0));
+            let packed = PackedMatrix::pack(DType::F32, n, k, Source::F32(&w));
+            let list: Vec<&[f32]> = x.chunks(k).collect();
+            for simd in Simd::available() {
+                for threads in [1, 3] {
+                    let cpu = Cpu::new(threads, simd);
+                    for rows in [Rows::dense(&x, k), Rows::List(&list)] {
+                        for bias in [None, Some(&bias[..])] {
+                            let mut expected = vec![f32::NAN; m * n];
+                            matmul(&cpu, rows, &packed, bias, &mut expected);
+                            let mut out = vec![f32::NAN; m * n];
+                            products(
+                                &cpu,
+                                rows,
+                                &mut [RowMajor { weight: &w, bias, out: &mut out }],
+                            );
+                            let same =
+                                out.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits());
+                            assert!(same, "{m} {n} {k} {simd}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_of_values_are_turned_over() {
+        struct Whole<'a>(&'a [f32], &'a mut [f32]);
+        impl Kernel for Whole<'_> {
+            type Output = usize;
+
+            #[inline(always)]
+            unsafe fn run<V: Vector>(self) -> usize {
+                let from = std::array::from_fn(|i| self.0[i * LANES_MAX..].as_ptr());
+                // SAFETY: rows and room for 16 × 16.
+                unsafe { V::transpose(&from, self.1.as_mut_ptr(), 20) };
+                V::LANES
+            }
+        }
+        let from = values(LANES_MAX * LANES_MAX, 1.0);
+        for simd in Simd::available() {
+            let mut to = vec![0.0; 20 * LANES_MAX];
+            let lanes = simd.run(Whole(&from, &mut to));
+            for (i, j) in (0..lanes).flat_map(|i| (0..lanes).map(move |j| (i, j))) {
+                assert_eq!(to[j * 20 + i].to_bits(), from[i * LANES_MAX + j].to_bits(), "{simd}");
+            }
+        }
+    }
+}
