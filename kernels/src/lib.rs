@@ -15,6 +15,7 @@ pub mod cuda;
 pub mod cuda_device;
 pub mod device;
 pub mod dtype;
+pub mod heap;
 pub mod kv;
 pub mod math;
 pub mod matrix;

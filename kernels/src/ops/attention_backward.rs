@@ -23,7 +23,8 @@ use crate::{
     ops::{
         function::exp,
         leaves::LeafPlan,
-        panel_sums::{Job, Packed, Panels, Sink},
+        panel_sums::{Job, Panels, Sink},
+        panels::Packed,
         row_sums::Factor,
         softmax::largest,
         sum,

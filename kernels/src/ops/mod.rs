@@ -14,6 +14,7 @@ pub mod matmul;
 pub mod norm;
 pub mod optimize;
 pub mod panel_sums;
+pub(crate) mod panels;
 pub mod rope;
 pub mod row_sums;
 pub mod softmax;

@@ -22,11 +22,12 @@ use crate::{
     cpu::Cpu,
     ops::{
         leaves::{Leaf, LeafPlan},
+        panels::{LANES_MAX, PackRows, Packed, copy, panel_vectors, panel_width},
         row_sums::Factor,
     },
     rows::{Rows, RowsMut},
     scratch,
-    simd::{Kernel, Simd, Vector},
+    simd::{Kernel, Vector},
 };
 
 /// Fewer fused multiply-adds than this are not worth a second thread.
@@ -41,34 +42,6 @@ const BLOCK_ROWS_MIN: usize = 48;
 const BLOCK_COLUMNS: usize = 256;
 /// Terms of a chunk, unless one leaf has more.
 const CHUNK: usize = 256;
-/// Widest vector, in values.
-pub(crate) const LANES_MAX: usize = 16;
-
-/// Vectors of a panel: as many as TILE_ROWS rows leave registers for.
-#[inline(always)]
-const fn panel_vectors(lanes: usize) -> usize {
-    if lanes == 8 { 2 } else { 4 }
-}
-
-/// Columns of a panel.
-fn panel_width(simd: Simd) -> usize {
-    panel_vectors(simd.lanes()) * simd.lanes()
-}
-
-/// Columns of a panel of so many, with what fills its vectors up: 1, 2 or 4 vectors.
-#[inline(always)]
-fn filled(columns: usize, lanes: usize) -> usize {
-    columns.div_ceil(lanes).next_power_of_two() * lanes
-}
-
-/// Columns of all panels, with what fills the last one up.
-#[inline(always)]
-fn all_filled(columns: usize, width: usize, lanes: usize) -> usize {
-    match columns % width {
-        0 => columns,
-        rest => columns - rest + filled(rest, lanes),
-    }
-}
 
 /// What factors are multiplied with.
 #[derive(Clone, Copy)]
@@ -77,50 +50,6 @@ pub(super) enum Panels<'a> {
     Rows(Rows<'a>),
     /// Panels that the caller has packed; terms begin with `first`.
     Packed { panels: &'a Packed, first: usize },
-}
-
-/// Panels `[panel][term][columns of the panel]`.
-pub(super) struct Packed {
-    values: scratch::Scratch,
-    terms: usize,
-    /// With what fills the last vector up.
-    columns: usize,
-}
-
-impl Packed {
-    /// Of one row per term.
-    pub(super) fn rows(simd: Simd, rows: Rows<'_>) -> Self {
-        let (terms, columns) = (rows.len(), rows.row(0).len());
-        let (lanes, width) = (simd.lanes(), panel_width(simd));
-        let filled = all_filled(columns, width, lanes);
-        let mut values = scratch::take(terms * filled);
-        let chunk = Chunk { leaves: &[], first: 0, terms, last: true };
-        pack_rows(rows, &chunk, &(0..columns), width, lanes, &mut values);
-        Self { values, terms, columns: filled }
-    }
-
-    /// Of one row per column.
-    pub(super) fn columns(cpu: &Cpu, rows: Rows<'_>) -> Self {
-        let (columns, terms) = (rows.len(), rows.row(0).len());
-        let (lanes, width) = (cpu.simd().lanes(), panel_width(cpu.simd()));
-        let all = all_filled(columns, width, lanes);
-        let mut values = scratch::take(all * terms);
-        let len = values.len();
-        let into = RowsMut::dense(&mut values, len);
-        let panel = |p: usize| {
-            let tokens = p * width..((p + 1) * width).min(columns);
-            let len = filled(tokens.len(), lanes) * terms;
-            // SAFETY: panels do not overlap.
-            let out = unsafe { into.part(0, p * width * terms, len) };
-            cpu.simd().run(Turn { rows, tokens, out });
-        };
-        if len < INLINE_FMAS {
-            (0..columns.div_ceil(width)).for_each(panel);
-        } else {
-            cpu.pool().run(columns.div_ceil(width), &panel);
-        }
-        Self { values, terms, columns: all }
-    }
 }
 
 /// Where finished blocks go.
@@ -280,7 +209,7 @@ impl Kernel for Block<'_> {
         let width = panel_vectors(V::LANES) * V::LANES;
         let (rows, columns) = (self.outputs.len(), self.columns.len());
         let tiles = rows.div_ceil(TILE_ROWS);
-        let padded = all_filled(columns, width, V::LANES);
+        let padded = columns.next_multiple_of(V::LANES);
         let count = columns.div_ceil(width);
         let (mut longest, mut several) = (0, false);
         for chunk in chunks(plan.leaves()) {
@@ -299,14 +228,22 @@ impl Kernel for Block<'_> {
         let mut height = 0;
         for chunk in chunks(plan.leaves()) {
             if let Panels::Rows(rows) = panels {
-                pack_rows(rows, &chunk, &self.columns, width, V::LANES, &mut b);
+                let columns = self.columns.clone();
+                let pack = PackRows {
+                    rows,
+                    terms: chunk.first..chunk.first + chunk.terms,
+                    columns,
+                    out: &mut b,
+                };
+                // SAFETY: promised by the caller.
+                unsafe { pack.run::<V>() }
             }
             if per_term {
                 pack_factors(factor, &chunk, &self.outputs, &mut a);
             }
             for p in 0..count {
                 let column = p * width;
-                let filled = filled((columns - column).min(width), V::LANES);
+                let filled = (columns - column).min(width).next_multiple_of(V::LANES);
                 // Who packed may have had more columns.
                 let stride = match panels {
                     Panels::Rows(_) => filled,
@@ -325,7 +262,7 @@ impl Kernel for Block<'_> {
                         stack: &mut stack[if several { (p * tiles + t) * of_tile } else { 0 }..],
                         block: &mut block,
                     };
-                    // SAFETY: promised by the caller; panels are of 1, 2 or 4 vectors.
+                    // SAFETY: promised by the caller; panels are of 1 to 4 vectors.
                     unsafe {
                         let b = match panels {
                             Panels::Rows(_) => b.as_ptr().add(column * chunk.terms),
@@ -340,6 +277,7 @@ impl Kernel for Block<'_> {
                         match filled / V::LANES {
                             1 => self.tile::<V, 1>(&chunk, a, b, at),
                             2 => self.tile::<V, 2>(&chunk, a, b, at),
+                            3 => self.tile::<V, 3>(&chunk, a, b, at),
                             _ => self.tile::<V, 4>(&chunk, a, b, at),
                         }
                     }
@@ -451,23 +389,19 @@ impl Block<'_> {
             return;
         }
         let wide = (N * V::LANES).min(self.columns.len() - column);
-        for (r, from) in stack
-            .chunks_exact(N * V::LANES)
-            .enumerate()
-            .take(TILE_ROWS.min(self.outputs.len() - output))
-        {
-            match self.job.sink {
+        let rows = TILE_ROWS.min(self.outputs.len() - output);
+        for (r, from) in stack.chunks_exact(N * V::LANES).enumerate().take(rows) {
+            let to = match self.job.sink {
                 Sink::Rows(out) => {
                     let (row, first) =
                         (self.outputs.start + output + r, self.columns.start + column);
                     // SAFETY: tasks have their own rows and columns.
-                    let out = unsafe { out.part(row, first, wide) };
-                    out.copy_from_slice(&from[..wide]);
+                    unsafe { out.part(row, first, wide) }
                 }
-                Sink::Turned { .. } => {
-                    block[(output + r) * padded + column..][..N * V::LANES].copy_from_slice(from);
-                }
-            }
+                Sink::Turned { .. } => &mut block[(output + r) * padded + column..][..N * V::LANES],
+            };
+            // SAFETY: promised by the caller.
+            unsafe { copy::<V>(from, to) }
         }
     }
 
@@ -555,34 +489,6 @@ unsafe fn run_leaf<V: Vector, const N: usize>(
     }
 }
 
-/// Packs some columns of a chunk's rows in panels; what fills a vector up is zero.
-#[inline(always)]
-fn pack_rows(
-    rows: Rows<'_>,
-    chunk: &Chunk<'_>,
-    columns: &Range<usize>,
-    width: usize,
-    lanes: usize,
-    out: &mut [f32],
-) {
-    for s in 0..chunk.terms {
-        let row = &rows.row(chunk.first + s)[columns.clone()];
-        for (p, piece) in row.chunks(width).enumerate() {
-            let padded = filled(piece.len(), lanes);
-            let out = &mut out[p * width * chunk.terms + s * padded..][..padded];
-            // Copies of lengths that are known are a few vectors.
-            if let Ok(whole) = <&[f32; 64]>::try_from(piece) {
-                out.copy_from_slice(whole);
-            } else if let Ok(whole) = <&[f32; 16]>::try_from(piece) {
-                out.copy_from_slice(whole);
-            } else {
-                out[..piece.len()].copy_from_slice(piece);
-                out[piece.len()..].fill(0.0);
-            }
-        }
-    }
-}
-
 /// Packs a chunk's factors for some outputs in tiles; what fills a tile up is not read.
 #[inline(always)]
 fn pack_factors(factor: Factor<'_>, chunk: &Chunk<'_>, outputs: &Range<usize>, out: &mut [f32]) {
@@ -608,49 +514,6 @@ fn pack_factors(factor: Factor<'_>, chunk: &Chunk<'_>, outputs: &Range<usize>, o
     }
 }
 
-/// Packs some tokens `[tokens, k]` as a panel `[k][tokens]`; what fills a vector up is zero.
-struct Turn<'a> {
-    rows: Rows<'a>,
-    tokens: Range<usize>,
-    out: &'a mut [f32],
-}
-
-impl Kernel for Turn<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<V: Vector>(self) {
-        let Self { rows, tokens, out } = self;
-        let padded = filled(tokens.len(), V::LANES);
-        let k = out.len() / padded;
-        for column in (0..padded).step_by(V::LANES) {
-            let wide = V::LANES.min(tokens.len().saturating_sub(column));
-            if wide == 0 {
-                (0..k).for_each(|s| out[s * padded + column..][..V::LANES].fill(0.0));
-                continue;
-            }
-            let row = |i: usize| rows.row(tokens.start + column + i.min(wide - 1));
-            let mut s = 0;
-            if wide == V::LANES {
-                while s + V::LANES <= k {
-                    // SAFETY: every row has k values, and the panel as many columns.
-                    unsafe {
-                        let from: [*const f32; LANES_MAX] =
-                            std::array::from_fn(|i| row(i)[s..].as_ptr());
-                        V::transpose(&from, out[s * padded + column..].as_mut_ptr(), padded);
-                    }
-                    s += V::LANES;
-                }
-            }
-            for s in s..k {
-                for i in 0..V::LANES {
-                    out[s * padded + column + i] = if i < wide { row(i)[s] } else { 0.0 };
-                }
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -658,6 +521,7 @@ mod tests {
         dtype::DType,
         matrix::{PackedMatrix, Source},
         ops::matmul::matmul,
+        simd::Simd,
     };
 
     fn values(n: usize, seed: f32) -> Vec<f32> {
@@ -689,30 +553,6 @@ mod tests {
                         }
                     }
                 }
-            }
-        }
-    }
-
-    #[test]
-    fn blocks_of_values_are_turned_over() {
-        struct Whole<'a>(&'a [f32], &'a mut [f32]);
-        impl Kernel for Whole<'_> {
-            type Output = usize;
-
-            #[inline(always)]
-            unsafe fn run<V: Vector>(self) -> usize {
-                let from = std::array::from_fn(|i| self.0[i * LANES_MAX..].as_ptr());
-                // SAFETY: rows and room for 16 × 16.
-                unsafe { V::transpose(&from, self.1.as_mut_ptr(), 20) };
-                V::LANES
-            }
-        }
-        let from = values(LANES_MAX * LANES_MAX, 1.0);
-        for simd in Simd::available() {
-            let mut to = vec![0.0; 20 * LANES_MAX];
-            let lanes = simd.run(Whole(&from, &mut to));
-            for (i, j) in (0..lanes).flat_map(|i| (0..lanes).map(move |j| (i, j))) {
-                assert_eq!(to[j * 20 + i].to_bits(), from[i * LANES_MAX + j].to_bits(), "{simd}");
             }
         }
     }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use lite_llm_kernels::{
     cpu::Cpu,
+    heap,
     ops::{
         optimize::{sum_of_squares, sums_of_squares},
         tree,
@@ -131,7 +132,8 @@ impl Clone for Trainer {
 
 impl Trainer {
     /// A trainer whose optimizer has seen nothing yet. `trained` has one entry per parameter, and
-    /// `decays` says which of them weight decay concerns.
+    /// `decays` says which of them weight decay concerns. From now on the process keeps what it frees
+    /// ([`heap::keep_freed`]).
     ///
     /// # Panics
     /// If there is not one entry per parameter.
@@ -143,6 +145,7 @@ impl Trainer {
         decays: Vec<bool>,
         clip: Option<f64>,
     ) -> Self {
+        heap::keep_freed();
         // Another trainer may have put steps off.
         params.list_mut().iter_mut().for_each(|param| drop(param.catch_up()));
         let count = params.list().len();
