@@ -3,26 +3,62 @@
 //!
 //! Neither the number of threads nor the instructions change a result.
 
-use std::{collections::BTreeMap, sync::Mutex};
+use std::{collections::BTreeMap, fmt, sync::Mutex, time::Duration};
 
-use crate::{buffer::AlignedBytes, pool::Pool, rows::Rows, simd::Simd};
+use crate::{
+    buffer::AlignedBytes,
+    pool::{Pool, SPIN},
+    rows::Rows,
+    simd::Simd,
+};
 
 /// Compute threads and the instructions that they use.
 #[derive(Debug)]
 pub struct Cpu {
     pool: Pool,
     simd: Simd,
-    kept: Kept,
+    kept: Kept<Vec<f32>>,
+    kept_tensors: Kept<Tensor>,
 }
 
-/// Memory that was given back, by its length.
-type Kept = Mutex<BTreeMap<usize, OfLength>>;
+/// Memory that was given back, by its length in values.
+struct Kept<T>(Mutex<BTreeMap<usize, OfLength<T>>>);
 
-#[derive(Debug, Default)]
-struct OfLength {
-    free: Vec<Vec<f32>>,
+struct OfLength<T> {
+    free: Vec<T>,
     /// Taken and not given back.
     taken: usize,
+}
+
+impl<T> Default for Kept<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> fmt::Debug for Kept<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kept").finish_non_exhaustive()
+    }
+}
+
+impl<T> Kept<T> {
+    fn take(&self, len: usize) -> Option<T> {
+        let mut kept = self.0.lock().ok()?;
+        let of = kept.entry(len).or_insert_with(|| OfLength { free: Vec::new(), taken: 0 });
+        of.taken += 1;
+        of.free.pop()
+    }
+
+    /// Keeps no more than was taken.
+    fn give(&self, len: usize, values: T) {
+        if let Ok(mut kept) = self.0.lock()
+            && let Some(of) = kept.get_mut(&len).filter(|of| of.taken > 0)
+        {
+            of.taken -= 1;
+            of.free.push(values);
+        }
+    }
 }
 
 impl Cpu {
@@ -31,8 +67,18 @@ impl Cpu {
     /// # Panics
     /// If `threads` is zero, or this machine lacks the instructions.
     pub fn new(threads: usize, simd: Simd) -> Self {
+        Self::spinning(threads, simd, SPIN)
+    }
+
+    /// [`Cpu::new`], whose idle threads spin for so long before they sleep: for work that follows itself with pauses
+    /// that are shorter than waking up.
+    ///
+    /// # Panics
+    /// As [`Cpu::new`].
+    pub fn spinning(threads: usize, simd: Simd, spin: Duration) -> Self {
         assert!(simd.is_available(), "this machine has no {simd}");
-        Self { pool: Pool::new(threads), simd, kept: Kept::default() }
+        let pool = Pool::spinning(threads, spin);
+        Self { pool, simd, kept: Kept::default(), kept_tensors: Kept::default() }
     }
 
     /// A CPU of `threads` threads with the fastest instructions of this machine.
@@ -51,25 +97,25 @@ impl Cpu {
     /// `len` values of no meaning: memory that was given back, or zeros. For large results that are made again
     /// and again, because memory that is new to the process costs far more than writing it.
     pub fn take(&self, len: usize) -> Vec<f32> {
-        let kept = match self.kept.lock() {
-            Ok(mut kept) => {
-                let of = kept.entry(len).or_default();
-                of.taken += 1;
-                of.free.pop()
-            }
-            Err(_) => None,
-        };
-        kept.unwrap_or_else(|| vec![0.0; len])
+        self.kept.take(len).unwrap_or_else(|| vec![0.0; len])
     }
 
     /// Gives memory back, to be taken by who needs as much of it. No more is kept than was taken.
     pub fn give(&self, values: Vec<f32>) {
-        if let Ok(mut kept) = self.kept.lock()
-            && let Some(of) = kept.get_mut(&values.len()).filter(|of| of.taken > 0)
-        {
-            of.taken -= 1;
-            of.free.push(values);
-        }
+        self.kept.give(values.len(), values);
+    }
+
+    /// [`Cpu::take`] for a tensor.
+    pub fn take_tensor(&self, rows: usize, cols: usize) -> Tensor {
+        let kept = self.kept_tensors.take(rows * cols);
+        let mut tensor = kept.unwrap_or_else(|| Tensor::zeros(rows, cols));
+        tensor.reshape(rows, cols);
+        tensor
+    }
+
+    /// [`Cpu::give`] for a tensor.
+    pub fn give_tensor(&self, tensor: Tensor) {
+        self.kept_tensors.give(tensor.rows * tensor.cols, tensor);
     }
 
     /// The compute threads.

@@ -9,7 +9,7 @@
 //! - one job at a time: callers on several threads take turns; a task that calls `run` again
 //!   computes its inner tasks itself;
 //! - `run` allocates nothing;
-//! - an idle worker spins for at most [`SPIN`] and then sleeps; while it spins it may fetch what
+//! - an idle worker spins for a while ([`SPIN`], if nothing else is asked for) and then sleeps; while it spins it may fetch what
 //!   was announced with [`Pool::announce`], as may the caller between two jobs.
 
 use std::{
@@ -28,7 +28,7 @@ use std::{
 
 use crate::simd::prefetch;
 
-/// How long an idle thread spins before it parks.
+/// How long an idle thread spins before it parks, if nothing else is asked for.
 pub const SPIN: Duration = Duration::from_micros(50);
 
 /// Bytes of what is expected per thread that fetches: a part of its own cache.
@@ -99,6 +99,14 @@ impl Pool {
     /// # Panics
     /// If `threads` is zero or the system refuses a thread.
     pub fn new(threads: usize) -> Self {
+        Self::spinning(threads, SPIN)
+    }
+
+    /// [`Pool::new`], whose idle threads spin for so long before they sleep.
+    ///
+    /// # Panics
+    /// As [`Pool::new`].
+    pub fn spinning(threads: usize, spin: Duration) -> Self {
         assert!(threads >= 1, "a pool has at least its caller");
         let cores = thread::available_parallelism().map_or(1, |n| n.get());
         let shared = Arc::new(Shared {
@@ -107,7 +115,7 @@ impl Pool {
             job: UnsafeCell::new(None),
             stop: AtomicBool::new(false),
             // More threads than cores: a spinning thread would keep the core from a working one.
-            spin: if threads <= cores { SPIN } else { Duration::ZERO },
+            spin: if threads <= cores { spin } else { Duration::ZERO },
             sleepers: AtomicUsize::new(0),
             caller_sleeps: AtomicBool::new(false),
             bed: Mutex::new(()),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use lite_llm_kernels::simd::Simd;
 
-use super::LocalArgs;
+use super::{LocalArgs, TrainComputeArgs};
 
 /// `bench`.
 #[derive(Debug, Args)]
@@ -224,12 +224,9 @@ pub struct BenchTrainArgs {
     /// Compute activations again for the backward pass instead of keeping them.
     #[arg(long)]
     pub recompute: bool,
-    /// Threads [default: all cores].
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub threads: Option<u16>,
-    /// Vector instructions: scalar, avx2, avx512, neon [default: the best here].
-    #[arg(long)]
-    pub simd: Option<Simd>,
+    /// Threads and instructions.
+    #[command(flatten)]
+    pub compute: TrainComputeArgs,
 }
 
 /// `bench random-model`.

@@ -103,17 +103,20 @@ pub(super) fn top_k(
     };
     let order = &mut scratch.order;
     order.clear();
-    order.extend(0..candidates.len() as u32);
-    let k = k.min(order.len());
+    let k = k.min(candidates.len());
     if k == 0 {
         out.clear();
         return Ok(());
     }
-    if k < order.len() {
-        order.select_nth_unstable_by(k - 1, |&a, &b| better(a, b));
-        order.truncate(k);
+    // k is small: most candidates are compared once, with the last of those so far.
+    for candidate in 0..candidates.len() as u32 {
+        let later = order.iter().rev().take_while(|&&at| better(candidate, at).is_lt()).count();
+        let place = order.len() - later;
+        if place < k {
+            order.truncate(k - 1);
+            order.insert(place, candidate);
+        }
     }
-    order.sort_unstable_by(|&a, &b| better(a, b));
 
     let probabilities = &mut scratch.probabilities;
     probabilities.clear();

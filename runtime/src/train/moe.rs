@@ -162,7 +162,7 @@ pub(super) fn forward(
         }
     }
     let weights: Vec<f32> = routes.all().iter().map(|route| route.weight).collect();
-    let mut out = vec![0.0; hidden.rows() * width];
+    let mut out = cpu.take(hidden.rows() * width);
     elementwise::weighted_sum(cpu, &parts, &weights, routes.ends(), &mut out);
     let shared = shared.map(|(ids, gate)| {
         let tape = gated::forward(cpu, hidden.as_rows(), weights_of(params, ids));
@@ -253,7 +253,7 @@ pub(super) fn backward(
         unreachable!("the caller has seen that the layer is sparse");
     };
     let width = hidden.cols();
-    let mut dx = vec![0.0; dout.len()];
+    let mut dx = cpu.take(dout.len());
     let routes = &tape.routes;
     // Gradients of the routes' weights, and of what went into the experts.
     type OfExpert = Option<(Vec<f32>, gated::GatedGradients)>;
@@ -319,13 +319,18 @@ pub(super) fn backward(
         };
         let n = trace.candidates;
         let rows: Vec<&[f32]> = trace.rows.iter().map(|&row| hidden.row(row as usize)).collect();
-        let mut more = vec![0.0; rows.len() * width];
+        let mut more = cpu.take(rows.len() * width);
         let gate = Rows::dense(params.values(id), width);
         let factor = Factor::PerOutput(Rows::Dense { values: ds, cols: n });
         sum_rows(cpu, factor, gate, width, &LeafPlan::of(n), &mut more);
-        for (&row, more) in trace.rows.iter().zip(more.chunks_exact(width)) {
-            elementwise::weighted_add(&mut dx[row as usize * width..][..width], 1.0, more);
+        if more.len() == dx.len() {
+            elementwise::add(cpu, &mut dx, &more);
+        } else {
+            for (&row, more) in trace.rows.iter().zip(more.chunks_exact(width)) {
+                elementwise::weighted_add(&mut dx[row as usize * width..][..width], 1.0, more);
+            }
         }
+        cpu.give(more);
         if wanted[id] {
             let mut gradient = vec![0.0; n * width];
             let factor = Factor::PerTerm(Rows::Dense { values: ds, cols: n });

@@ -75,7 +75,7 @@ struct LayerTape {
     /// The residual stream before the layer `[N, H]`.
     x: Tensor,
     /// Absent where it is to be computed again.
-    kept: Option<Kept>,
+    kept: Option<(Kept, FeedForwardTape)>,
 }
 
 /// What a layer's backward pass needs.
@@ -92,7 +92,6 @@ struct Kept {
     /// The residual stream after attention `[N, H]`.
     middle: Tensor,
     ffn_normed: Tensor,
-    feed_forward: FeedForwardTape,
 }
 
 enum FeedForwardTape {
@@ -100,8 +99,38 @@ enum FeedForwardTape {
     Sparse(MoeTape),
 }
 
-fn tensor(rows: usize, values: &[f32]) -> Tensor {
-    let mut tensor = Tensor::zeros(rows, values.len() / rows.max(1));
+impl Tape {
+    /// What the gates said; memory goes back to who computes.
+    pub(super) fn into_sums(self, cpu: &Cpu) -> (Sums, Vec<Routes>) {
+        cpu.give_tensor(self.last);
+        for LayerTape { x, kept } in self.layers {
+            cpu.give_tensor(x);
+            kept.into_iter().for_each(|(kept, _)| kept.recycle(cpu));
+        }
+        (self.sums, self.routes)
+    }
+}
+
+impl Kept {
+    /// Gives the memory back to who computes, to be used again.
+    fn recycle(self, cpu: &Cpu) {
+        let Self { normed, raw_qk, unclipped, q, k, v, attended, middle, ffn_normed } = self;
+        [normed, middle, ffn_normed].into_iter().for_each(|tensor| cpu.give_tensor(tensor));
+        let raw = raw_qk.into_iter().flatten().chain(unclipped.into_iter().flatten());
+        raw.chain([q, k, v, attended]).for_each(|values| cpu.give(values));
+    }
+}
+
+/// A copy in memory of `cpu`.
+fn copied(cpu: &Cpu, values: &[f32]) -> Vec<f32> {
+    let mut copy = cpu.take(values.len());
+    copy.copy_from_slice(values);
+    copy
+}
+
+/// As [`copied`].
+fn tensor(cpu: &Cpu, rows: usize, values: &[f32]) -> Tensor {
+    let mut tensor = cpu.take_tensor(rows, values.len() / rows.max(1));
     tensor.as_mut_slice().copy_from_slice(values);
     tensor
 }
@@ -145,7 +174,7 @@ impl<'a> Pass<'a> {
     /// Through all layers. `backward`: the backward pass is to come.
     pub(super) fn forward(&self, backward: bool) -> Result<Tape, TrainError> {
         let config = self.params.config();
-        let mut x = Tensor::zeros(self.rows(), config.hidden);
+        let mut x = self.cpu.take_tensor(self.rows(), config.hidden);
         let table = Rows::dense(self.params.weight(self.params.ids().embed), config.hidden);
         elementwise::select_rows(table, &self.flat.ids, x.as_mut_slice());
         let mut tape = Tape {
@@ -156,16 +185,22 @@ impl<'a> Pass<'a> {
         };
         let keep = backward && self.recompute == Recompute::None;
         for layer in 0..config.layers.len() {
-            let before = tensor(self.rows(), x.as_slice());
-            let kept = self.layer(layer, &mut x, keep)?;
-            if let FeedForwardTape::Sparse(moe) = &kept.feed_forward {
+            let before = tensor(self.cpu, self.rows(), x.as_slice());
+            let (kept, feed_forward) = self.layer(layer, &mut x, keep)?;
+            if let FeedForwardTape::Sparse(moe) = &feed_forward {
                 let MoeTape { traces, routes, .. } = moe;
                 let (places, rows) = (&self.flat.places, self.flat.rows.clone());
                 let sums = layer_sums(self.cpu, traces, routes, places, rows, self.with_z);
                 tape.sums.layers.push(sums);
                 tape.routes.push(routes.clone());
             }
-            let kept = keep.then_some(kept);
+            let kept = match keep {
+                true => Some((kept, feed_forward)),
+                false => {
+                    kept.recycle(self.cpu);
+                    None
+                }
+            };
             tape.layers.push(LayerTape { x: before, kept });
         }
         tape.last = x;
@@ -173,16 +208,21 @@ impl<'a> Pass<'a> {
     }
 
     /// One layer: x is replaced by what comes out. `keep`: its backward pass is next to come.
-    fn layer(&self, layer: usize, x: &mut Tensor, keep: bool) -> Result<Kept, TrainError> {
+    fn layer(
+        &self,
+        layer: usize,
+        x: &mut Tensor,
+        keep: bool,
+    ) -> Result<(Kept, FeedForwardTape), TrainError> {
         let Self { cpu, params, .. } = *self;
         let (config, rows) = (params.config(), self.rows());
         let ids = &params.ids().layers[layer];
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape(layer);
-        let mut normed = Tensor::zeros(rows, config.hidden);
+        let mut normed = cpu.take_tensor(rows, config.hidden);
         let norm = params.values(ids.attention_norm);
         rms_norm(cpu, x.as_slice(), norm, config.norm_eps, normed.as_mut_slice());
         params.precision().round(cpu, normed.as_mut_slice());
-        let mut qkv = [heads, kv_heads, kv_heads].map(|n| vec![0.0; rows * n * head_dim]);
+        let mut qkv = [heads, kv_heads, kv_heads].map(|n| cpu.take(rows * n * head_dim));
         let [q, k, v] = &mut qkv;
         let outs = [q, k, v];
         let mut linears: Vec<RowMajor<'_>> = ids
@@ -198,14 +238,14 @@ impl<'a> Pass<'a> {
         products(cpu, normed.as_rows(), &mut linears);
         drop(linears);
         let raw_qk = ids.qk_norm.map(|norms| {
-            let raw = [qkv[0].clone(), qkv[1].clone()];
+            let raw = [&qkv[0], &qkv[1]].map(|x| copied(cpu, x));
             for (x, id) in qkv.iter_mut().zip(norms) {
                 rms_norm_in_place(cpu, x, params.values(id), config.norm_eps);
             }
             raw
         });
         let unclipped = config.attention.clip_qkv.map(|limit| {
-            let before = qkv.clone();
+            let before = qkv.each_ref().map(|x| copied(cpu, x));
             for x in &mut qkv {
                 elementwise::clamp(cpu, x, limit);
             }
@@ -215,17 +255,18 @@ impl<'a> Pass<'a> {
         for x in [&mut q, &mut k] {
             rope(cpu, x, head_dim, &self.table);
         }
-        let mut attended = vec![0.0; q.len()];
+        let mut attended = cpu.take(q.len());
         self.attend(layer, [&q, &k, &v], &mut attended);
-        let mut delta = vec![0.0; rows * config.hidden];
+        let mut delta = cpu.take(rows * config.hidden);
         let bias = ids.o.bias.map(|id| params.values(id));
         let rounded = params.precision().rounded(cpu, &attended);
         let from = Rows::Dense { values: &rounded, cols: heads * head_dim };
         let weight = params.weight(ids.o.weight);
         products(cpu, from, &mut [RowMajor { weight, bias, out: &mut delta }]);
         elementwise::add(cpu, x.as_mut_slice(), &delta);
-        let middle = tensor(rows, x.as_slice());
-        let mut ffn_normed = Tensor::zeros(rows, config.hidden);
+        cpu.give(delta);
+        let middle = tensor(cpu, rows, x.as_slice());
+        let mut ffn_normed = cpu.take_tensor(rows, config.hidden);
         let norm = params.values(ids.ffn_norm);
         rms_norm(cpu, x.as_slice(), norm, config.norm_eps, ffn_normed.as_mut_slice());
         params.precision().round(cpu, ffn_normed.as_mut_slice());
@@ -247,10 +288,12 @@ impl<'a> Pass<'a> {
                     moe::forward(cpu, params, layer, self.mask, &ffn_normed, elsewhere)
                         .map_err(|error| error.at(&self.flat))?;
                 elementwise::add(cpu, x.as_mut_slice(), &out);
+                cpu.give(out);
                 FeedForwardTape::Sparse(tape)
             }
         };
-        Ok(Kept { normed, raw_qk, unclipped, q, k, v, attended, middle, ffn_normed, feed_forward })
+        let kept = Kept { normed, raw_qk, unclipped, q, k, v, attended, middle, ffn_normed };
+        Ok((kept, feed_forward))
     }
 
     /// Attention of every document by itself, by way of pages, as inference has it.
@@ -280,7 +323,7 @@ impl<'a> Pass<'a> {
     /// The last norm of the residual stream.
     fn normed(&self, tape: &Tape) -> Tensor {
         let config = self.params.config();
-        let mut normed = Tensor::zeros(self.rows(), config.hidden);
+        let mut normed = self.cpu.take_tensor(self.rows(), config.hidden);
         let norm = self.params.values(self.params.ids().norm);
         rms_norm(self.cpu, tape.last.as_slice(), norm, config.norm_eps, normed.as_mut_slice());
         self.params.precision().round(self.cpu, normed.as_mut_slice());
@@ -304,7 +347,10 @@ impl<'a> Pass<'a> {
 
     /// All logits `[N, V]`: for comparison.
     pub(super) fn logits(&self, tape: &Tape) -> Vec<f32> {
-        self.logits_of(&self.normed(tape), 0..self.rows())
+        let normed = self.normed(tape);
+        let logits = self.logits_of(&normed, 0..self.rows());
+        self.cpu.give_tensor(normed);
+        logits
     }
 
     /// Pieces of rows whose logits exist at a time.
@@ -323,6 +369,7 @@ impl<'a> Pass<'a> {
             softmaxes.extend(cross_entropy::losses(self.cpu, &logits, &self.flat.targets[piece]));
             self.cpu.give(logits);
         }
+        self.cpu.give_tensor(normed);
         self.sum_losses(&softmaxes)
     }
 
@@ -366,22 +413,32 @@ impl<'a> Pass<'a> {
         };
         let normed = self.normed(&tape);
         let (loss, dnormed) = self.head_backward(&normed, scale, wanted, gradients)?;
+        self.cpu.give_tensor(normed);
         let last = std::mem::replace(&mut tape.last, Tensor::zeros(0, 0));
-        let mut dx = vec![0.0; dnormed.len()];
+        let mut dx = self.cpu.take(dnormed.len());
         self.norm_backward(ids.norm, last.as_slice(), &dnormed, &mut dx, wanted, gradients);
+        self.cpu.give_tensor(last);
         let mut sparse = tape.sums.layers.len();
         for (layer, of_layer) in tape.layers.into_iter().enumerate().rev() {
             let kept = match of_layer.kept {
                 Some(kept) => kept,
-                None => self.layer(layer, &mut tensor(self.rows(), of_layer.x.as_slice()), true)?,
+                None => {
+                    let mut x = tensor(self.cpu, self.rows(), of_layer.x.as_slice());
+                    let kept = self.layer(layer, &mut x, true)?;
+                    self.cpu.give_tensor(x);
+                    kept
+                }
             };
-            let is_sparse = matches!(kept.feed_forward, FeedForwardTape::Sparse(_));
+            let is_sparse = matches!(kept.1, FeedForwardTape::Sparse(_));
             sparse -= usize::from(is_sparse);
             self.layer_backward(&context, (layer, sparse), kept, &of_layer.x, &mut dx, gradients)?;
+            self.cpu.give_tensor(of_layer.x);
         }
         if wanted[ids.embed] {
             gradients.set(ids.embed, self.embed_gradient(&dx));
         }
+        self.cpu.give(dnormed);
+        self.cpu.give(dx);
         Ok(loss)
     }
 
@@ -396,7 +453,7 @@ impl<'a> Pass<'a> {
         let (cpu, config) = (self.cpu, self.params.config());
         let (hidden, vocab, rows) = (config.hidden, config.vocab, self.rows());
         let head = self.head();
-        let mut dnormed = vec![0.0; rows * hidden];
+        let mut dnormed = cpu.take(rows * hidden);
         let mut softmaxes = Vec::with_capacity(rows);
         let mut all: Option<Vec<f32>> = None;
         let over_vocab = LeafPlan::of(vocab);
@@ -474,12 +531,13 @@ impl<'a> Pass<'a> {
         let weight = self.params.values(id);
         let eps = self.params.config().norm_eps;
         let cols = x.len() / self.rows().max(1);
-        let mut each = vec![0.0; if wanted[id] { self.rows() * weight.len() } else { 0 }];
+        let mut each = self.cpu.take(if wanted[id] { self.rows() * weight.len() } else { 0 });
         let of_weight = wanted[id].then_some(&mut each[..]);
         rms_norm_backward(self.cpu, x, cols, weight, eps, dy, dx, of_weight);
         if wanted[id] {
             gradients.set(id, self.column_sums(&each, weight.len()));
         }
+        self.cpu.give(each);
     }
 
     /// The sum over all tokens of rows `[N, cols]`, by rule 8.
@@ -500,7 +558,7 @@ impl<'a> Pass<'a> {
     ) -> Vec<f32> {
         let rows = self.rows();
         let (n, k) = (dy.len() / rows, x.len() / rows);
-        let mut dx = vec![0.0; x.len()];
+        let mut dx = self.cpu.take(x.len());
         let weight = Rows::dense(self.params.weight(ids.weight), k);
         let rounded = self.params.precision().rounded(self.cpu, dy);
         let factor = Factor::PerOutput(Rows::dense(&rounded, n));
@@ -522,7 +580,7 @@ impl<'a> Pass<'a> {
         &self,
         of: &Context<'_>,
         (layer, sparse): (usize, usize),
-        kept: Kept,
+        (kept, feed_forward): (Kept, FeedForwardTape),
         x: &Tensor,
         dx: &mut [f32],
         gradients: &mut Gradients,
@@ -530,9 +588,10 @@ impl<'a> Pass<'a> {
         let (cpu, wanted) = (self.cpu, of.wanted);
         let ids: &LayerIds = &self.params.ids().layers[layer];
         let hidden = &kept.ffn_normed;
-        let mut dnormed = match (&ids.feed_forward, kept.feed_forward) {
+        let mut dnormed = match (&ids.feed_forward, feed_forward) {
             (FeedForwardIds::Dense(mlp), FeedForwardTape::Dense(tape)) => {
-                let mut dnormed = vec![0.0; dx.len()];
+                let mut dnormed = cpu.take(dx.len());
+                dnormed.fill(0.0);
                 moe::mlp_backward(of, *mlp, &tape, hidden, dx, &mut dnormed, gradients);
                 dnormed
             }
@@ -541,7 +600,7 @@ impl<'a> Pass<'a> {
             }
             _ => unreachable!("a layer has the tape of its kind"),
         };
-        let mut more = vec![0.0; dx.len()];
+        let mut more = cpu.take(dx.len());
         let middle = kept.middle.as_slice();
         self.norm_backward(ids.ffn_norm, middle, &dnormed, &mut more, wanted, gradients);
         elementwise::add(cpu, dx, &more);
@@ -549,12 +608,13 @@ impl<'a> Pass<'a> {
         let attended = self.params.precision().rounded(self.cpu, &kept.attended);
         let dattended = self.linear_backward(ids.o, &attended, dx, wanted, gradients);
         let shape = self.shape(layer);
-        let mut of_qkv = [&kept.q, &kept.k, &kept.v].map(|x| vec![0.0; x.len()]);
+        let mut of_qkv = [&kept.q, &kept.k, &kept.v].map(|x| cpu.take(x.len()));
         let [dq, dk, dv] = &mut of_qkv;
         let attended =
             Attended { q: &kept.q, k: &kept.k, v: &kept.v, out: &kept.attended, dout: &dattended };
         let into = AttentionGradients { dq, dk, dv };
         attention_backward(cpu, shape, &self.flat.documents, attended, into);
+        cpu.give(dattended);
         for d in &mut of_qkv[..2] {
             rope_backward(cpu, d, shape.head_dim, &self.table);
         }
@@ -565,8 +625,9 @@ impl<'a> Pass<'a> {
         }
         if let (Some(norms), Some(raw)) = (ids.qk_norm, &kept.raw_qk) {
             for ((d, raw), id) in of_qkv.iter_mut().zip(raw).zip(norms) {
-                let dy = std::mem::replace(d, vec![0.0; d.len()]);
+                let dy = std::mem::replace(d, cpu.take(d.len()));
                 self.norm_backward(id, raw, &dy, d, wanted, gradients);
+                cpu.give(dy);
             }
         }
         // From q, then k, then v.
@@ -574,6 +635,7 @@ impl<'a> Pass<'a> {
         for (ids, d) in ids.qkv.iter().zip(&of_qkv) {
             let part = self.linear_backward(*ids, kept.normed.as_slice(), d, wanted, gradients);
             elementwise::add(cpu, &mut dnormed, &part);
+            cpu.give(part);
         }
         self.norm_backward(
             ids.attention_norm,
@@ -584,6 +646,8 @@ impl<'a> Pass<'a> {
             gradients,
         );
         elementwise::add(cpu, dx, &more);
+        of_qkv.into_iter().chain([dnormed, more]).for_each(|values| cpu.give(values));
+        kept.recycle(cpu);
         Ok(())
     }
 

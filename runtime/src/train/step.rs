@@ -176,7 +176,7 @@ impl<'a> Node<'a> {
 
     /// What the gates say.
     pub(super) fn sums(&self, node: Range<usize>) -> Result<Sums, TrainError> {
-        let mut sums = |rows| self.pass(rows).forward(false).map(|tape| tape.sums);
+        let mut sums = |rows| self.pass(rows).forward(false).map(|tape| tape.into_sums(self.cpu).0);
         fold(node, self.most(), &mut sums, &mut Sums::meet)
     }
 
@@ -185,7 +185,8 @@ impl<'a> Node<'a> {
         let mut run = |rows: Range<usize>| {
             let pass = self.pass(rows);
             let tape = pass.forward(false)?;
-            Ok((pass.loss(&tape)?, tape.sums))
+            let loss = pass.loss(&tape)?;
+            Ok((loss, tape.into_sums(self.cpu).0))
         };
         fold(node, self.most(), &mut run, &mut meet_losses)
     }
@@ -248,7 +249,8 @@ pub fn outputs(
     check(params, batch, 0..batch.rows.len())?;
     let pass = Node { cpu, params, batch, options, others: None }.pass(0..batch.rows.len());
     let tape = pass.forward(false)?;
-    Ok(Outputs { logits: pass.logits(&tape), routes: tape.routes })
+    let logits = pass.logits(&tape);
+    Ok(Outputs { logits, routes: tape.into_sums(cpu).1 })
 }
 
 pub(super) fn losses(

@@ -7,8 +7,7 @@
 use std::{sync::Arc, time::Instant};
 
 use anyhow::{Result, anyhow};
-use lite_llm_actors::node::DeviceChoice;
-use lite_llm_kernels::{cpu::Cpu, math::Math};
+use lite_llm_kernels::cpu::Cpu;
 use lite_llm_runtime::{
     config::{
         AttentionConfig, FeedForward, LayerConfig, ModelConfig, MoeConfig, QkNorm, RopeScaling,
@@ -30,7 +29,7 @@ use serde_json::{Value, json};
 
 use super::samples::{Samples, print_table};
 use crate::{
-    cli::{BenchTrainArgs, ComputeArgs},
+    cli::BenchTrainArgs,
     commands::bad_input,
     progress::{Progress, Unit},
     size::Size,
@@ -42,18 +41,8 @@ const WARM_UP: usize = 2;
 const PARTS: usize = 3;
 
 pub(super) async fn measure(args: BenchTrainArgs, json: bool) -> Result<()> {
-    let BenchTrainArgs { shape, batch, steps, recompute, threads, simd } = args;
-    let cpu = ComputeArgs {
-        threads,
-        simd,
-        dram: None,
-        nvme: None,
-        kv: Some(Size(0)),
-        device: DeviceChoice::Cpu,
-        hbm: None,
-        math: Math::Exact,
-    }
-    .cpu(1)?;
+    let BenchTrainArgs { shape, batch, steps, recompute, compute } = args;
+    let cpu = compute.cpu()?;
     let config = model(&shape).map_err(bad_input)?;
     let of_batch = batch.split_once('x').and_then(|(rows, tokens)| {
         Some((rows.parse::<usize>().ok()?, tokens.parse::<usize>().ok()?))

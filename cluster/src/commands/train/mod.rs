@@ -36,8 +36,12 @@ use crate::{
     telemetry,
 };
 
+/// How long compute threads spin between two operations of a step: what lies between is shorter than waking up.
+const SPIN: Duration = Duration::from_millis(1);
+
 impl TrainComputeArgs {
-    fn cpu(&self) -> Result<Arc<Cpu>> {
+    /// Threads of a training.
+    pub(super) fn cpu(&self) -> Result<Arc<Cpu>> {
         let threads = self.threads.map_or_else(machine::cores, usize::from);
         let simd = self.simd.unwrap_or_else(Simd::best);
         if !simd.is_available() {
@@ -47,7 +51,7 @@ impl TrainComputeArgs {
                 here.join(", ")
             )));
         }
-        Ok(Arc::new(Cpu::new(threads, simd)))
+        Ok(Arc::new(Cpu::spinning(threads, simd, SPIN)))
     }
 }
 
