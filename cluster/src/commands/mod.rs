@@ -30,14 +30,14 @@ use lite_llm_actors::{
     node::NodeDevice,
     placement::PlacementPolicy,
 };
-use lite_llm_kernels::{cpu::Cpu, simd::Simd};
+use lite_llm_kernels::{cpu::Cpu, heap, simd::Simd};
 use lite_llm_runtime::{checkpoint::Checkpoint, config::ModelConfig};
 use lite_llm_transport::{identity::Role, token::JoinToken};
 use tokio::sync::oneshot;
 
 pub(crate) use self::run::unix_time;
 use crate::{
-    cli::{self, Cli, Command, ComputeArgs, HostPort, LocalArgs},
+    cli::{self, BenchCommand, Cli, Command, ComputeArgs, HostPort, LocalArgs},
     demo, machine, output,
     size::Size,
     telemetry,
@@ -131,6 +131,9 @@ pub fn run_command(cli: Cli) -> ExitCode {
 }
 
 fn start(cli: Cli) -> Result<()> {
+    if trains(&cli.command) {
+        heap::keep_freed();
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -198,6 +201,15 @@ fn start(cli: Cli) -> Result<()> {
     // Blocking work that was interrupted is not waited for: checkpoints are committed last.
     runtime.shutdown_background();
     result
+}
+
+/// Whether a command's work is steps of a training.
+fn trains(command: &Command) -> bool {
+    match command {
+        Command::Train(_) => true,
+        Command::Bench(args) => matches!(args.what, BenchCommand::Train(_)),
+        _ => false,
+    }
 }
 
 async fn perform(command: Command, settings: Option<PathBuf>, json: bool) -> Result<()> {

@@ -21,7 +21,7 @@ use lite_llm_kernels::{
 pub use self::{
     hierarchical::{HierarchicalRouter, TierGates},
     recorded::{BadRecording, RecordedRouter, RecordedRoutes},
-    trace::{Gate, GateTrace},
+    trace::{Gate, GateTrace, trace_of},
 };
 use crate::{config::MoeConfig, expert::ExpertKey, tier::TierMask};
 

@@ -19,6 +19,12 @@ pub enum Gate {
     },
 }
 
+/// The place of a gate among traces as a router leaves them, which is the order of [`Gate`]; none where there was no
+/// choice.
+pub fn trace_of(traces: &[GateTrace], gate: Gate) -> Option<usize> {
+    traces.binary_search_by_key(&gate, |trace| trace.gate).ok()
+}
+
 /// What one gate said of the rows that came to it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GateTrace {

@@ -30,7 +30,7 @@ use lite_llm_kernels::{
 use super::bytes::{Damaged, Reader, Writer};
 use crate::{
     config::ModelConfig,
-    routing::{Gate, GateTrace, Route, Routes},
+    routing::{Gate, GateTrace, Route, Routes, trace_of},
 };
 
 /// Weights of the losses beside cross-entropy.
@@ -122,9 +122,11 @@ pub(super) fn layer_sums(
     rows: Range<usize>,
     with_z: bool,
 ) -> BTreeMap<Gate, GateSums> {
-    let mut counts: BTreeMap<Gate, BTreeMap<usize, u64>> = BTreeMap::new();
-    let mut count = |gate, candidate| {
-        *counts.entry(gate).or_default().entry(candidate).or_default() += 1;
+    let mut counts: Vec<Vec<u64>> = traces.iter().map(|trace| vec![0; trace.candidates]).collect();
+    let mut count = |gate, candidate: usize| {
+        if let Some(at) = trace_of(traces, gate) {
+            counts[at][candidate] += 1;
+        }
     };
     for Route { key, .. } in routes.all() {
         let (tier, group) = (key.tier as usize, key.group as usize);
@@ -133,15 +135,13 @@ pub(super) fn layer_sums(
         count(Gate::Experts { tier, group }, key.expert as usize);
     }
     let mut sums = BTreeMap::new();
-    for trace in traces {
+    for (trace, routes) in traces.iter().zip(counts) {
         let tokens: Vec<Place> = trace.rows.iter().map(|&row| places[row as usize]).collect();
         let plan = LeafPlan::of_tokens(&tokens, rows.clone());
         let n = trace.candidates;
         let mut probabilities = vec![0.0; n];
         let values = Rows::dense(&trace.probabilities, n);
         sum_rows(cpu, Factor::One, values, n, &plan, &mut probabilities);
-        let of = counts.get(&trace.gate);
-        let routes = (0..n).map(|c| of.and_then(|of| of.get(&c)).copied().unwrap_or(0)).collect();
         let mut z = [0.0];
         if with_z {
             let of = |s| libm::pow(log_sum_exp(s, &trace.open), 2.0) as f32;

@@ -9,7 +9,7 @@
 //! - the input's gradient: the routes' in route order from the first, then the gates' (tiers; groups by
 //!   tier; experts by tier and group), then the shared expert's and its gate's.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use lite_llm_kernels::{
     cpu::{Cpu, Tensor},
@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     expert::ExpertKey,
-    routing::{Gate, GateTrace, HierarchicalRouter, Routes, TierGates},
+    routing::{Gate, GateTrace, HierarchicalRouter, Routes, TierGates, trace_of},
     tier::TierMask,
 };
 
@@ -392,7 +392,6 @@ pub(super) fn mlp_backward(
 fn score_gradients(of: &Context<'_>, nth: usize, tape: &MoeTape, dw: &[f32]) -> Vec<Vec<f32>> {
     let MoeTape { routes, traces, .. } = tape;
     let renormalize = of.params.config().moe.as_ref().is_some_and(|moe| moe.routing.renormalize);
-    let at: HashMap<Gate, usize> = traces.iter().enumerate().map(|(i, t)| (t.gate, i)).collect();
     // Where each gate holds a row.
     let places: Vec<Vec<Option<u32>>> = traces
         .iter()
@@ -421,7 +420,7 @@ fn score_gradients(of: &Context<'_>, nth: usize, tape: &MoeTape, dw: &[f32]) -> 
             .map(|route| {
                 let (tier, group) = (route.key.tier as usize, route.key.group as usize);
                 let spot = |gate: Gate, candidate: usize| {
-                    let gate = *at.get(&gate)?;
+                    let gate = trace_of(traces, gate)?;
                     let place = places[gate][row]?;
                     Some((gate, place as usize * traces[gate].candidates + candidate))
                 };

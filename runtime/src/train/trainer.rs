@@ -12,7 +12,6 @@ use std::sync::Arc;
 
 use lite_llm_kernels::{
     cpu::Cpu,
-    heap,
     ops::{
         optimize::{sum_of_squares, sums_of_squares},
         tree,
@@ -132,8 +131,7 @@ impl Clone for Trainer {
 
 impl Trainer {
     /// A trainer whose optimizer has seen nothing yet. `trained` has one entry per parameter, and
-    /// `decays` says which of them weight decay concerns. From now on the process keeps what it frees
-    /// ([`heap::keep_freed`]).
+    /// `decays` says which of them weight decay concerns.
     ///
     /// # Panics
     /// If there is not one entry per parameter.
@@ -145,7 +143,6 @@ impl Trainer {
         decays: Vec<bool>,
         clip: Option<f64>,
     ) -> Self {
-        heap::keep_freed();
         // Another trainer may have put steps off.
         params.list_mut().iter_mut().for_each(|param| drop(param.catch_up()));
         let count = params.list().len();
