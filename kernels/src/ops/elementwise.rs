@@ -58,6 +58,18 @@ pub fn add(cpu: &Cpu, x: &mut [f32], y: &[f32]) {
     for_rows(cpu, x, 1, |first, x| add_all(cpu.simd(), x, &y[first..][..x.len()]));
 }
 
+/// `out = x + y`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn sum(cpu: &Cpu, x: &[f32], y: &[f32], out: &mut [f32]) {
+    assert!(x.len() == out.len() && y.len() == out.len(), "x, y and out are of one shape");
+    for_rows(cpu, out, 1, |first, out| {
+        let here = first..first + out.len();
+        sum_all(cpu.simd(), &x[here.clone()], &y[here], out);
+    });
+}
+
 /// `acc = weight · row + acc`, rounded once: one term of an expert combination.
 ///
 /// # Panics
@@ -216,6 +228,14 @@ vectorised! {
     fn add_all(x: &mut [f32], y: &[f32]) {
         for (x, &y) in x.iter_mut().zip(y) {
             *x += y;
+        }
+    }
+}
+
+vectorised! {
+    fn sum_all(x: &[f32], y: &[f32], out: &mut [f32]) {
+        for ((out, &x), &y) in out.iter_mut().zip(x).zip(y) {
+            *out = x + y;
         }
     }
 }

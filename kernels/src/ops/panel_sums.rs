@@ -18,7 +18,6 @@
 use std::ops::Range;
 
 use crate::{
-    RELAXED_ORDER,
     cpu::Cpu,
     ops::{
         leaves::{Leaf, LeafPlan},
@@ -284,7 +283,7 @@ impl Kernel for Block<'_> {
                 }
             }
             for leaf in chunk.leaves {
-                height = height + 1 - merges(leaf, height);
+                height = height + 1 - leaf.merges as usize;
             }
         }
         if let Sink::Turned { out, stride, bias } = self.job.sink {
@@ -292,13 +291,6 @@ impl Kernel for Block<'_> {
             unsafe { self.turn::<V>(&block, padded, out, stride, bias) }
         }
     }
-}
-
-/// How many of the subtrees that wait a leaf is added to.
-#[inline(always)]
-fn merges(leaf: &Leaf, height: usize) -> usize {
-    // Without an order there is one sum, to which each leaf is added.
-    if RELAXED_ORDER { height } else { leaf.merges as usize }
 }
 
 /// A tile's place in its block, and its memory.
@@ -366,7 +358,7 @@ impl Block<'_> {
                 let terms = leaf.terms as usize;
                 let mut acc = run_leaf::<V, N>(b.add(s * stride), stride, s, terms, &factor);
                 s += terms;
-                for _ in 0..merges(leaf, height) {
+                for _ in 0..leaf.merges {
                     height -= 1;
                     let below = stack.as_ptr().add(height * level);
                     for r in 0..TILE_ROWS {

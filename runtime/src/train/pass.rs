@@ -128,13 +128,6 @@ fn copied(cpu: &Cpu, values: &[f32]) -> Vec<f32> {
     copy
 }
 
-/// As [`copied`].
-fn tensor(cpu: &Cpu, rows: usize, values: &[f32]) -> Tensor {
-    let mut tensor = cpu.take_tensor(rows, values.len() / rows.max(1));
-    tensor.as_mut_slice().copy_from_slice(values);
-    tensor
-}
-
 impl<'a> Pass<'a> {
     pub(super) fn new(
         cpu: &'a Cpu,
@@ -158,6 +151,13 @@ impl<'a> Pass<'a> {
 
     fn rows(&self) -> usize {
         self.flat.len()
+    }
+
+    /// `x + more`, of x's shape.
+    fn plus(&self, x: &Tensor, more: &[f32]) -> Tensor {
+        let mut sum = self.cpu.take_tensor(x.rows(), x.cols());
+        elementwise::sum(self.cpu, x.as_slice(), more, sum.as_mut_slice());
+        sum
     }
 
     fn attention(&self) -> &AttentionConfig {
@@ -185,8 +185,7 @@ impl<'a> Pass<'a> {
         };
         let keep = backward && self.recompute == Recompute::None;
         for layer in 0..config.layers.len() {
-            let before = tensor(self.cpu, self.rows(), x.as_slice());
-            let (kept, feed_forward) = self.layer(layer, &mut x, keep)?;
+            let (after, kept, feed_forward) = self.layer(layer, &x, keep)?;
             if let FeedForwardTape::Sparse(moe) = &feed_forward {
                 let MoeTape { traces, routes, .. } = moe;
                 let (places, rows) = (&self.flat.places, self.flat.rows.clone());
@@ -201,19 +200,19 @@ impl<'a> Pass<'a> {
                     None
                 }
             };
-            tape.layers.push(LayerTape { x: before, kept });
+            tape.layers.push(LayerTape { x: std::mem::replace(&mut x, after), kept });
         }
         tape.last = x;
         Ok(tape)
     }
 
-    /// One layer: x is replaced by what comes out. `keep`: its backward pass is next to come.
+    /// What comes out of one layer, and what its backward pass needs, which is next to come if `keep`.
     fn layer(
         &self,
         layer: usize,
-        x: &mut Tensor,
+        x: &Tensor,
         keep: bool,
-    ) -> Result<(Kept, FeedForwardTape), TrainError> {
+    ) -> Result<(Tensor, Kept, FeedForwardTape), TrainError> {
         let Self { cpu, params, .. } = *self;
         let (config, rows) = (params.config(), self.rows());
         let ids = &params.ids().layers[layer];
@@ -263,19 +262,17 @@ impl<'a> Pass<'a> {
         let from = Rows::Dense { values: &rounded, cols: heads * head_dim };
         let weight = params.weight(ids.o.weight);
         products(cpu, from, &mut [RowMajor { weight, bias, out: &mut delta }]);
-        elementwise::add(cpu, x.as_mut_slice(), &delta);
+        let middle = self.plus(x, &delta);
         cpu.give(delta);
-        let middle = tensor(cpu, rows, x.as_slice());
         let mut ffn_normed = cpu.take_tensor(rows, config.hidden);
         let norm = params.values(ids.ffn_norm);
         rms_norm(cpu, x.as_slice(), norm, config.norm_eps, ffn_normed.as_mut_slice());
         params.precision().round(cpu, ffn_normed.as_mut_slice());
-        let feed_forward = match &ids.feed_forward {
+        let (after, feed_forward) = match &ids.feed_forward {
             FeedForwardIds::Dense(mlp) => {
                 let weights = moe::weights_of(params, *mlp);
                 let tape = gated::forward(cpu, ffn_normed.as_rows(), weights);
-                elementwise::add(cpu, x.as_mut_slice(), &tape.y);
-                FeedForwardTape::Dense(tape)
+                (self.plus(&middle, &tape.y), FeedForwardTape::Dense(tape))
             }
             FeedForwardIds::Sparse { .. } => {
                 let elsewhere = self.others.map(|(others, pass)| Elsewhere {
@@ -287,13 +284,13 @@ impl<'a> Pass<'a> {
                 let (out, tape) =
                     moe::forward(cpu, params, layer, self.mask, &ffn_normed, elsewhere)
                         .map_err(|error| error.at(&self.flat))?;
-                elementwise::add(cpu, x.as_mut_slice(), &out);
+                let after = self.plus(&middle, &out);
                 cpu.give(out);
-                FeedForwardTape::Sparse(tape)
+                (after, FeedForwardTape::Sparse(tape))
             }
         };
         let kept = Kept { normed, raw_qk, unclipped, q, k, v, attended, middle, ffn_normed };
-        Ok((kept, feed_forward))
+        Ok((after, kept, feed_forward))
     }
 
     /// Attention of every document by itself, by way of pages, as inference has it.
@@ -423,10 +420,9 @@ impl<'a> Pass<'a> {
             let kept = match of_layer.kept {
                 Some(kept) => kept,
                 None => {
-                    let mut x = tensor(self.cpu, self.rows(), of_layer.x.as_slice());
-                    let kept = self.layer(layer, &mut x, true)?;
-                    self.cpu.give_tensor(x);
-                    kept
+                    let (after, kept, feed_forward) = self.layer(layer, &of_layer.x, true)?;
+                    self.cpu.give_tensor(after);
+                    (kept, feed_forward)
                 }
             };
             let is_sparse = matches!(kept.1, FeedForwardTape::Sparse(_));
