@@ -44,6 +44,21 @@ fn decode_and_prefill_stand_beside_the_engine_alone() {
 }
 
 #[test]
+fn steps_of_training_are_measured() {
+    let report =
+        report(&["bench", "train", "--shape", "tiny", "--batch", "2x8", "--steps", "2", "--json"]);
+    positive(&report, &["/tokens_per_second/median", "/seconds/forward", "/loss", "/parameters"]);
+    assert_eq!((&report["rows"], &report["tokens"]), (&2.into(), &8.into()));
+    for (flag, value) in
+        [("--shape", "small"), ("--batch", "8"), ("--batch", "0x8"), ("--batch", "1x5000")]
+    {
+        let ended =
+            Process::start(&["bench", "train", flag, value]).ends_within(Duration::from_secs(30));
+        ended.one_error(2, &[value, "expected"]);
+    }
+}
+
+#[test]
 fn a_plan_says_how_experts_are_really_fetched() {
     let sizes = ["--tokens", "8", "--prompt-tokens", "8", "--json"];
     let built_in = report(&[&["plan"][..], &sizes].concat());

@@ -177,3 +177,29 @@ impl Tensor {
         (self.rows, self.cols) = (rows, cols);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_used_again_and_no_more_is_kept_than_was_taken() {
+        let cpu = Cpu::best(1);
+        let mut taken = cpu.take(7);
+        taken.fill(5.0);
+        cpu.give(taken);
+        // Nobody took these.
+        cpu.give(vec![6.0; 7]);
+        cpu.give(vec![6.0; 8]);
+        assert_eq!(
+            [cpu.take(7), cpu.take(7), cpu.take(8)],
+            [vec![5.0; 7], vec![0.0; 7], vec![0.0; 8]]
+        );
+        let mut tensor = cpu.take_tensor(2, 3);
+        tensor.as_mut_slice().fill(5.0);
+        cpu.give_tensor(tensor);
+        let again = cpu.take_tensor(3, 2);
+        assert_eq!((again.rows(), again.as_slice()), (3, &[5.0; 6][..]));
+        assert_eq!(cpu.take_tensor(3, 2).as_slice(), [0.0; 6]);
+    }
+}

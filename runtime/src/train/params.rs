@@ -390,20 +390,10 @@ impl Params {
 
     /// The matrix of a gate as forward products read it.
     pub fn gate(&self, id: ParamId) -> &PackedMatrix {
-        self.packed(id, || self.values(id))
-    }
-
-    /// A matrix as forward products read it, which is not a gate's.
-    pub fn matrix(&self, id: ParamId) -> &PackedMatrix {
-        self.packed(id, || self.weight(id))
-    }
-
-    fn packed<'a>(&'a self, id: ParamId, values: impl FnOnce() -> &'a [f32]) -> &'a PackedMatrix {
         let Param { shape, packed, .. } = &self.list[id];
         packed.get_or_init(|| {
-            let values = values();
             let (n, k) = (shape[0], shape.get(1).copied().unwrap_or(1));
-            PackedMatrix::pack(DType::F32, n, k, Source::F32(values))
+            PackedMatrix::pack(DType::F32, n, k, Source::F32(self.values(id)))
         })
     }
 }
