@@ -26,8 +26,10 @@ struct Kept<T>(Mutex<BTreeMap<usize, OfLength<T>>>);
 
 struct OfLength<T> {
     free: Vec<T>,
-    /// Taken and not given back.
+    /// Taken and never given back.
     taken: usize,
+    /// Whether some was taken since the last sweep.
+    used: bool,
 }
 
 impl<T> Default for Kept<T> {
@@ -45,9 +47,17 @@ impl<T> fmt::Debug for Kept<T> {
 impl<T> Kept<T> {
     fn take(&self, len: usize) -> Option<T> {
         let mut kept = self.0.lock().ok()?;
-        let of = kept.entry(len).or_insert_with(|| OfLength { free: Vec::new(), taken: 0 });
-        of.taken += 1;
+        let of =
+            kept.entry(len).or_insert_with(|| OfLength { free: Vec::new(), taken: 0, used: false });
+        (of.taken, of.used) = (of.taken + 1, true);
         of.free.pop()
+    }
+
+    /// Drops lengths that nobody has taken since the last sweep.
+    fn sweep(&self) {
+        if let Ok(mut kept) = self.0.lock() {
+            kept.retain(|_, of| std::mem::take(&mut of.used));
+        }
     }
 
     /// Keeps no more than was taken.
@@ -103,6 +113,13 @@ impl Cpu {
     /// Gives memory back, to be taken by who needs as much of it. No more is kept than was taken.
     pub fn give(&self, values: Vec<f32>) {
         self.kept.give(values.len(), values);
+    }
+
+    /// Forgets memory of lengths that nobody has taken since this was last called: to be called where work begins
+    /// again, so that lengths that come once are not kept.
+    pub fn forget_unused(&self) {
+        self.kept.sweep();
+        self.kept_tensors.sweep();
     }
 
     /// [`Cpu::take`] for a tensor.
@@ -195,6 +212,13 @@ mod tests {
             [cpu.take(7), cpu.take(7), cpu.take(8)],
             [vec![5.0; 7], vec![0.0; 7], vec![0.0; 8]]
         );
+        cpu.give(vec![5.0; 7]);
+        cpu.forget_unused();
+        assert_eq!(cpu.take(7), [5.0; 7], "taken since");
+        cpu.give(vec![5.0; 7]);
+        cpu.forget_unused();
+        cpu.forget_unused();
+        assert_eq!(cpu.take(7), [0.0; 7], "not taken since");
         let mut tensor = cpu.take_tensor(2, 3);
         tensor.as_mut_slice().fill(5.0);
         cpu.give_tensor(tensor);

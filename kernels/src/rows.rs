@@ -117,9 +117,9 @@ impl<'a> RowsMut<'a> {
         unsafe { std::slice::from_raw_parts(self.address(row, from, len), len) }
     }
 
-    /// Where columns `from..from + len` of a row are.
+    /// Where columns `from..from + len` of a row are, which exist.
     #[inline(always)]
-    fn address(&self, row: usize, from: usize, len: usize) -> *mut f32 {
+    pub(crate) fn address(&self, row: usize, from: usize, len: usize) -> *mut f32 {
         let (start, cols) = match self.place {
             Place::Dense { first, len: all, cols } => {
                 assert!((row + 1) * cols <= all, "row {row} leaves the output");

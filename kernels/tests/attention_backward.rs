@@ -7,8 +7,6 @@ use lite_llm_kernels::ops::attention_backward::{
 };
 use numbers::{Numbers, assert_same, cpus};
 
-const HEAD: usize = 6;
-
 /// Output and gradients of one sequence in f64: `[out, dq, dk, dv]`.
 fn exact(shape: AttentionShape, len: usize, [q, k, v, dout]: [&[f32]; 4]) -> [Vec<f64>; 4] {
     let AttentionShape { heads, kv_heads, head_dim, scale, window } = shape;
@@ -50,12 +48,12 @@ fn exact(shape: AttentionShape, len: usize, [q, k, v, dout]: [&[f32]; 4]) -> [Ve
 
 #[test]
 fn sequences_of_several_leaves_have_the_gradients_of_f64_and_one_threads_bits() {
-    let lengths = [700usize, 3, 520];
+    let lengths = [700usize, 3, 0, 520];
     let rows: usize = lengths.iter().sum();
-    for window in [None, Some(300)] {
-        let scale = 1.0 / (HEAD as f32).sqrt();
-        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: HEAD, scale, window };
-        let (wide, narrow) = (4 * HEAD, 2 * HEAD);
+    for (head_dim, window) in [(6, None), (6, Some(300)), (70, Some(40))] {
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim, scale, window };
+        let (wide, narrow) = (4 * head_dim, 2 * head_dim);
         let mut random = Numbers(11);
         let [q, dout] = [(); 2].map(|()| random.fill(rows * wide));
         let [k, v] = [(); 2].map(|()| random.fill(rows * narrow));

@@ -14,7 +14,8 @@
 //!    upwards, in the tree (rule 8; leaves before the key's own are left out); then over the heads that
 //!    share the key/value head, upwards from the first.
 //!
-//! Memory: per thread two blocks of 256 queries × the keys that they see, and a few more of keys × head_dim.
+//! Memory: per thread two blocks of 256 queries × the keys that they see, and two of keys × head_dim for each level of the
+//! tree over blocks and two more.
 
 use std::ops::Range;
 
@@ -24,7 +25,7 @@ use crate::{
         function::exp,
         leaves::LeafPlan,
         panel_sums::{Job, Panels, Sink},
-        panels::Packed,
+        panels::{Packed, panel_width},
         row_sums::Factor,
         softmax::largest,
         sum,
@@ -137,6 +138,9 @@ fn one_head(
     given: Attended<'_>,
     out: &Out<'_>,
 ) {
+    if rows.is_empty() {
+        return;
+    }
     let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
     let (wide, narrow, len) = (heads * head_dim, kv_heads * head_dim, rows.len());
     let kv_at = kv_head * head_dim;
@@ -210,7 +214,7 @@ fn one_head(
             super::elementwise::add(cpu, sums, of_head);
         }
     }
-    for (sum, to) in sums.chunks_exact(sums_len.max(1)).zip([out.dk, out.dv]) {
+    for (sum, to) in sums.chunks_exact(sums_len).zip([out.dk, out.dv]) {
         for (row, sum) in rows.clone().zip(sum.chunks_exact(head_dim)) {
             // SAFETY: every task has its own rows and key/value head.
             unsafe { to.part(row, kv_at, head_dim) }.copy_from_slice(sum);
@@ -218,13 +222,13 @@ fn one_head(
     }
 }
 
-/// Queries whose scores are computed together. They see about as many keys, and what none of them sees is
-/// left out: a term of zero times a number changes no sum that began at +0.
+/// Queries whose scores are computed together. They see about as many keys, and keys that none of them sees are
+/// left out. What some of them do not see is a term of zero, which changes a finite sum in nothing but the sign of a zero.
 const STEP: usize = 32;
 
 /// Sums that wait at the same time, at most, and the one that comes.
 fn levels(blocks: usize) -> usize {
-    (usize::BITS - blocks.leading_zeros()) as usize + 1
+    (usize::BITS - blocks.leading_zeros()) as usize
 }
 
 /// What the heads of one key/value head have in common.
@@ -247,12 +251,16 @@ impl Head<'_> {
         out: [&mut [f32]; 2],
         stride: usize,
     ) {
+        // Keys before this are seen by none.
+        let first = self.shape.window.map_or(0, |w| (queries.start + 1).saturating_sub(w as usize));
+        let width = panel_width(self.cpu.simd());
         for ((rows, panels), out) in sides.into_iter().zip(&self.turned).zip(out) {
             Job {
                 factor: Factor::PerOutput(Rows::List(&rows[queries.clone()])),
                 panels: Panels::Packed { panels, first: 0 },
                 first_output: 0,
                 outputs: queries.len(),
+                first_column: first / width * width,
                 columns: queries.end,
                 plan: &self.over_head,
                 sink: Sink::Rows(RowsMut::dense(&mut out[..queries.len() * stride], stride)),
@@ -270,6 +278,7 @@ impl Head<'_> {
             panels: Panels::Packed { panels: &self.keys, first: 0 },
             first_output: 0,
             outputs: queries.len(),
+            first_column: 0,
             columns: head_dim,
             plan: &LeafPlan::of(queries.end),
             sink: Sink::Rows(RowsMut::dense(&mut out[..queries.len() * head_dim], head_dim)),
@@ -289,6 +298,7 @@ impl Head<'_> {
                 panels: Panels::Packed { panels: &panels, first },
                 first_output: key,
                 outputs: STEP.min(seen - key),
+                first_column: 0,
                 columns: head_dim,
                 plan: &LeafPlan::one_leaf(leaf.len() - first),
                 sink: Sink::Rows(RowsMut::dense(out, head_dim)),

@@ -54,7 +54,7 @@ pub struct GatedGradients {
     pub weights: Option<[Vec<f32>; 3]>,
 }
 
-/// The network over rows, and its tape. `bf16`: see [`GatedWeights`].
+/// The network over rows, and its tape.
 ///
 /// # Panics
 /// If the shapes do not fit each other.

@@ -68,6 +68,8 @@ pub(super) struct Job<'a> {
     /// The outputs from this one on are computed.
     pub(super) first_output: usize,
     pub(super) outputs: usize,
+    /// Columns from this one on, the first of a panel, are computed, up to `columns`.
+    pub(super) first_column: usize,
     pub(super) columns: usize,
     pub(super) plan: &'a LeafPlan,
     pub(super) sink: Sink<'a>,
@@ -85,7 +87,7 @@ pub(super) fn sum(
     let outputs = out.len() / columns;
     let sink = Sink::Rows(RowsMut::dense(out, columns));
     let panels = Panels::Rows(rows);
-    Job { factor, panels, first_output: 0, outputs, columns, plan, sink }.run(cpu);
+    Job { factor, panels, first_output: 0, outputs, first_column: 0, columns, plan, sink }.run(cpu);
 }
 
 /// One of the products of [`products`].
@@ -125,6 +127,7 @@ pub fn products(cpu: &Cpu, x: Rows<'_>, of: &mut [RowMajor<'_>]) {
             panels: Panels::Packed { panels: &packed, first: 0 },
             first_output: 0,
             outputs: n,
+            first_column: 0,
             columns: m,
             plan: &plan,
             sink: Sink::Turned { out: RowsMut::dense(out, n), stride: n, bias: *bias },
@@ -137,8 +140,9 @@ impl Job<'_> {
     /// Computes it.
     pub(super) fn run(&self, cpu: &Cpu) {
         let width = panel_width(cpu.simd());
-        let panels = self.columns.div_ceil(width);
-        let across = self.columns.div_ceil(BLOCK_COLUMNS);
+        let columns = self.columns - self.first_column;
+        let panels = columns.div_ceil(width);
+        let across = columns.div_ceil(BLOCK_COLUMNS);
         let block_columns = panels.div_ceil(across) * width;
         // Enough tasks for all threads, as long as packing is worth it.
         let wished = (4 * cpu.pool().threads()).div_ceil(across);
@@ -147,7 +151,8 @@ impl Job<'_> {
         let down = self.outputs.div_ceil(block_rows);
         let task = |task: usize| {
             // Tasks of the same columns follow each other.
-            let (row, column) = (task % down * block_rows, task / down * block_columns);
+            let row = task % down * block_rows;
+            let column = self.first_column + task / down * block_columns;
             cpu.simd().run(Block {
                 job: self,
                 outputs: self.first_output + row
@@ -155,7 +160,7 @@ impl Job<'_> {
                 columns: column..(column + block_columns).min(self.columns),
             });
         };
-        if self.outputs * self.columns * self.plan.terms() < INLINE_FMAS {
+        if self.outputs * columns * self.plan.terms() < INLINE_FMAS {
             (0..down * across).for_each(task);
         } else {
             cpu.pool().run(down * across, &task);
@@ -216,7 +221,7 @@ impl Kernel for Block<'_> {
             several |= !chunk.last;
         }
         let packs = matches!(panels, Panels::Rows(_));
-        let per_term = matches!(factor, Factor::PerTerm(_) | Factor::One);
+        let per_term = !matches!(factor, Factor::PerOutput(_));
         let mut b = scratch::take(if packs { longest * padded } else { 0 });
         let mut a = scratch::take(if per_term { longest * tiles * TILE_ROWS } else { 0 });
         let level = TILE_ROWS * width;
@@ -311,7 +316,7 @@ struct Tile<'a> {
 
 impl Block<'_> {
     /// The leaves of a chunk for the outputs of a tile and N vectors of columns. A tile of fewer outputs computes
-    /// its last one again in place of those that it lacks.
+    /// others in place of those that it lacks, which go nowhere.
     ///
     /// # Safety
     /// The machine has V's instructions; a and b are packed for the chunk.
@@ -417,13 +422,13 @@ impl Block<'_> {
                 let high = V::LANES.min(rows - row);
                 let (to, at) = (self.columns.start + column, self.outputs.start + row);
                 if wide == V::LANES && high == V::LANES {
-                    // SAFETY: rows and columns of the block and of the output exist.
+                    // SAFETY: rows and columns of the block and, as `address` has seen, of the output exist.
                     unsafe {
                         let from: [*const f32; LANES_MAX] = std::array::from_fn(|i| {
                             block[(row + i.min(high - 1)) * padded + column..].as_ptr()
                         });
-                        let last = out.part(to + wide - 1, at, high).as_mut_ptr();
-                        V::transpose(&from, last.wrapping_sub((wide - 1) * stride), stride);
+                        let _exists = out.address(to + wide - 1, at, high);
+                        V::transpose(&from, out.address(to, at, high), stride);
                     }
                 } else {
                     for c in 0..wide {
@@ -481,14 +486,13 @@ unsafe fn run_leaf<V: Vector, const N: usize>(
     }
 }
 
-/// Packs a chunk's factors for some outputs in tiles; what fills a tile up is not read.
+/// Packs a chunk's factors for some outputs in tiles; what fills a tile up is zero.
 #[inline(always)]
 fn pack_factors(factor: Factor<'_>, chunk: &Chunk<'_>, outputs: &Range<usize>, out: &mut [f32]) {
     /// Terms whose factors are near while all tiles take them.
     const TERMS: usize = 16;
     let Factor::PerTerm(f) = factor else {
-        out[..chunk.terms * TILE_ROWS].fill(1.0);
-        return;
+        unreachable!("the plain sum has one output, and is not computed by panels");
     };
     for from in (0..chunk.terms).step_by(TERMS) {
         let to = (from + TERMS).min(chunk.terms);
@@ -500,7 +504,9 @@ fn pack_factors(factor: Factor<'_>, chunk: &Chunk<'_>, outputs: &Range<usize>, o
             }
             if !rest.is_empty() {
                 let at = (whole.len() * chunk.terms + s) * TILE_ROWS;
-                out[at..at + rest.len()].copy_from_slice(rest);
+                let (values, fill) = out[at..at + TILE_ROWS].split_at_mut(rest.len());
+                values.copy_from_slice(rest);
+                fill.fill(0.0);
             }
         }
     }
@@ -522,7 +528,9 @@ mod tests {
 
     #[test]
     fn row_major_weights_give_the_bits_of_packed_ones() {
-        for (m, n, k) in [(1, 1, 1), (3, 70, 17), (67, 50, 300), (130, 203, 520), (16, 16, 16)] {
+        for (m, n, k) in
+            [(1, 1, 1), (3, 70, 17), (67, 50, 300), (130, 203, 520), (16, 16, 16), (300, 50, 600)]
+        {
             let (x, w, bias) = (values(m * k, 0.5), values(n * k, 7.0), values(n, 3.0));
             let packed = PackedMatrix::pack(DType::F32, n, k, Source::F32(&w));
             let list: Vec<&[f32]> = x.chunks(k).collect();

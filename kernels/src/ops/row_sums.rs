@@ -13,7 +13,7 @@
 
 use crate::{
     cpu::Cpu,
-    ops::{leaves::LeafPlan, panel_sums},
+    ops::{leaves::LeafPlan, panel_sums, panels::LANES_MAX},
     rows::{Rows, RowsMut},
     scratch,
     simd::{Kernel, Vector},
@@ -23,12 +23,6 @@ use crate::{
 const INLINE_FMAS: usize = 1 << 16;
 /// So many outputs are worth packing the rows.
 const BLOCKED_OUTPUTS: usize = 4;
-/// Rows of the output per task.
-const TASK_ROWS: usize = 48;
-/// Rows of the output that one tile holds in registers.
-const TILE_ROWS: usize = 6;
-/// Widest vector, in values.
-const LANES_MAX: usize = 16;
 
 /// What rows are multiplied by.
 #[derive(Debug, Clone, Copy)]
@@ -42,7 +36,7 @@ pub enum Factor<'a> {
 }
 
 impl<'a> Factor<'a> {
-    /// Where factor(i, s) is, for i within a tile: `base[s][r]`.
+    /// factor(i, s).
     #[inline(always)]
     fn get(&self, i: usize, s: usize) -> f32 {
         match self {
@@ -92,34 +86,25 @@ pub fn sum_rows(
         return panel_sums::sum(cpu, factor, rows, columns, plan, out);
     }
     let strip = 4 * cpu.simd().lanes();
-    let (strips, blocks) = (columns.div_ceil(strip), outputs.div_ceil(TASK_ROWS));
+    let strips = columns.div_ceil(strip);
     let out = RowsMut::dense(out, columns);
-    let task = |task: usize| {
-        // Tasks of one strip follow each other: they read the same columns of the rows.
-        let (s, b) = (task / blocks, task % blocks);
-        let from = b * TASK_ROWS;
-        cpu.simd().run(Strip {
-            factor,
-            rows,
-            plan,
-            outputs: (from, (from + TASK_ROWS).min(outputs)),
-            columns: (s * strip, ((s + 1) * strip).min(columns)),
-            out,
-        });
+    let task = |s: usize| {
+        let columns = (s * strip, ((s + 1) * strip).min(columns));
+        cpu.simd().run(Strip { factor, rows, plan, outputs, columns, out });
     };
     if outputs * columns * terms < INLINE_FMAS {
-        (0..strips * blocks).for_each(task);
+        (0..strips).for_each(task);
     } else {
-        cpu.pool().run(strips * blocks, &task);
+        cpu.pool().run(strips, &task);
     }
 }
 
-/// Some rows and columns of the output.
+/// Some columns of the output, which has less than [`BLOCKED_OUTPUTS`] rows.
 struct Strip<'a> {
     factor: Factor<'a>,
     rows: Rows<'a>,
     plan: &'a LeafPlan,
-    outputs: (usize, usize),
+    outputs: usize,
     columns: (usize, usize),
     out: RowsMut<'a>,
 }
@@ -159,31 +144,23 @@ impl Strip<'_> {
     /// The machine has V's instructions, and N vectors of columns are inside the rows.
     #[inline(always)]
     unsafe fn columns_of<V: Vector, const N: usize>(&self, column: usize) {
-        let mut i = self.outputs.0;
-        let mut stack = scratch::take(self.plan.depth() * TILE_ROWS * N * LANES_MAX);
-        // SAFETY: promised by the caller.
+        let mut stack = scratch::take(self.plan.depth() * self.outputs * N * LANES_MAX);
+        // SAFETY: promised by the caller; there are so many outputs.
         unsafe {
-            while i < self.outputs.1 {
-                match self.outputs.1 - i {
-                    1 => self.tile::<V, 1, N>(i, column, &mut stack),
-                    2 => self.tile::<V, 2, N>(i, column, &mut stack),
-                    3 => self.tile::<V, 3, N>(i, column, &mut stack),
-                    4 => self.tile::<V, 4, N>(i, column, &mut stack),
-                    5 => self.tile::<V, 5, N>(i, column, &mut stack),
-                    _ => self.tile::<V, TILE_ROWS, N>(i, column, &mut stack),
-                }
-                i += TILE_ROWS;
+            match self.outputs {
+                1 => self.tile::<V, 1, N>(column, &mut stack),
+                2 => self.tile::<V, 2, N>(column, &mut stack),
+                _ => self.tile::<V, 3, N>(column, &mut stack),
             }
         }
     }
 
     /// # Safety
-    /// As of [`Strip::columns_of`]; R outputs from `i` exist.
+    /// As of [`Strip::columns_of`]; there are R outputs.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
     unsafe fn tile<V: Vector, const R: usize, const N: usize>(
         &self,
-        i: usize,
         column: usize,
         stack: &mut [f32],
     ) {
@@ -195,14 +172,15 @@ impl Strip<'_> {
                 let terms = leaf.terms as usize;
                 let mut acc = match self.factor {
                     Factor::PerOutput(f) => {
-                        let at: [*const f32; R] = std::array::from_fn(|r| f.row(i + r).as_ptr());
+                        let at: [*const f32; R] = std::array::from_fn(|r| f.row(r).as_ptr());
                         self.leaf::<V, R, N>(column, s, terms, |s, r| *at[r].add(s))
                     }
                     Factor::PerTerm(Rows::Dense { values, cols }) => {
-                        let at = values.as_ptr().add(i);
-                        self.leaf::<V, R, N>(column, s, terms, |s, r| *at.add(s * cols + r))
+                        self.leaf::<V, R, N>(column, s, terms, |s, r| {
+                            *values.as_ptr().add(s * cols + r)
+                        })
                     }
-                    _ => self.leaf::<V, R, N>(column, s, terms, |s, r| self.factor.get(i + r, s)),
+                    _ => self.leaf::<V, R, N>(column, s, terms, |s, r| self.factor.get(r, s)),
                 };
                 s += terms;
                 for _ in 0..leaf.merges {
@@ -224,7 +202,7 @@ impl Strip<'_> {
                 height += 1;
             }
             for r in 0..R {
-                let out = self.out.part(i + r, column, N * V::LANES);
+                let out = self.out.part(r, column, N * V::LANES);
                 out.copy_from_slice(&stack[r * N * V::LANES..(r + 1) * N * V::LANES]);
             }
         }
@@ -270,7 +248,7 @@ impl Strip<'_> {
     #[inline(always)]
     unsafe fn few_columns(&self, column: usize, count: usize) {
         let mut stack = scratch::take(self.plan.depth() * LANES_MAX);
-        for i in self.outputs.0..self.outputs.1 {
+        for i in 0..self.outputs {
             let (mut height, mut s) = (0, 0);
             for leaf in self.plan.leaves() {
                 let mut acc = [0.0f32; LANES_MAX];
@@ -360,7 +338,9 @@ mod tests {
             .collect();
         let plans = [LeafPlan::of_tokens(&tokens, 0..6), LeafPlan::of(600), LeafPlan::of(7)];
         for plan in &plans {
-            for (outputs, columns) in [(1, 1), (7, 67), (53, 100), (12, 15), (6, 64)] {
+            for (outputs, columns) in
+                [(1, 1), (3, 67), (7, 67), (53, 100), (12, 15), (6, 64), (7, 523)]
+            {
                 let terms = plan.terms();
                 let (f, x) = (values(outputs * terms, 0.5), values(terms * columns, 9.0));
                 let list: Vec<&[f32]> = x.chunks(columns).collect();

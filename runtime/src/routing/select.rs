@@ -110,12 +110,13 @@ pub(super) fn top_k(
     }
     // k is small: most candidates are compared once, with the last of those so far.
     for candidate in 0..candidates.len() as u32 {
-        let later = order.iter().rev().take_while(|&&at| better(candidate, at).is_lt()).count();
-        let place = order.len() - later;
-        if place < k {
-            order.truncate(k - 1);
-            order.insert(place, candidate);
+        let full = order.len() == k;
+        if full && order.last().is_some_and(|&last| better(last, candidate).is_lt()) {
+            continue;
         }
+        let place = order.partition_point(|&at| better(at, candidate).is_lt());
+        order.truncate(k - 1);
+        order.insert(place, candidate);
     }
 
     let probabilities = &mut scratch.probabilities;

@@ -104,8 +104,8 @@ impl NodeSums {
             && let Some(side) = nodes.remove(&(other.start, other.end))
         {
             gradient = match other.start < node.start {
-                true => sum(cpu, side, &gradient),
-                false => sum(cpu, gradient, &side),
+                true => sum(cpu, side, gradient),
+                false => sum(cpu, gradient, side),
             };
             node = parent;
         }
@@ -119,8 +119,9 @@ impl NodeSums {
     }
 }
 
-fn sum(cpu: &Cpu, mut earlier: Vec<f32>, later: &[f32]) -> Vec<f32> {
-    elementwise::add(cpu, &mut earlier, later);
+fn sum(cpu: &Cpu, mut earlier: Vec<f32>, later: Vec<f32>) -> Vec<f32> {
+    elementwise::add(cpu, &mut earlier, &later);
+    cpu.give(later);
     earlier
 }
 
@@ -136,7 +137,7 @@ fn fold(
     nodes.range((node.start, 0)..(node.end, 0)).next()?;
     let [earlier, later] = sides(&node)?;
     match (fold(cpu, nodes, earlier), fold(cpu, nodes, later)) {
-        (Some(earlier), Some(later)) => Some(sum(cpu, earlier, &later)),
+        (Some(earlier), Some(later)) => Some(sum(cpu, earlier, later)),
         (one, other) => one.or(other),
     }
 }
@@ -181,7 +182,7 @@ mod tests {
             }
             let mut plain = nodes.iter().filter(|node| here(node)).map(value);
             let first = plain.next().unwrap();
-            differ |= Some(plain.fold(first, |sum_, more| sum(&cpu, sum_, &more))) != expected;
+            differ |= Some(plain.fold(first, |sum_, more| sum(&cpu, sum_, more))) != expected;
         }
         assert!(differ, "these numbers cannot tell one order from another");
     }

@@ -319,18 +319,20 @@ pub(super) fn backward(
         };
         let n = trace.candidates;
         let rows: Vec<&[f32]> = trace.rows.iter().map(|&row| hidden.row(row as usize)).collect();
-        let mut more = cpu.take(rows.len() * width);
+        // As long for every gate, so that the memory is used again.
+        let mut all = cpu.take(dx.len());
+        let more = &mut all[..rows.len() * width];
         let gate = Rows::dense(params.values(id), width);
         let factor = Factor::PerOutput(Rows::Dense { values: ds, cols: n });
-        sum_rows(cpu, factor, gate, width, &LeafPlan::of(n), &mut more);
+        sum_rows(cpu, factor, gate, width, &LeafPlan::of(n), more);
         if more.len() == dx.len() {
-            elementwise::add(cpu, &mut dx, &more);
+            elementwise::add(cpu, &mut dx, more);
         } else {
             for (&row, more) in trace.rows.iter().zip(more.chunks_exact(width)) {
                 elementwise::weighted_add(&mut dx[row as usize * width..][..width], 1.0, more);
             }
         }
-        cpu.give(more);
+        cpu.give(all);
         if wanted[id] {
             let mut gradient = vec![0.0; n * width];
             let factor = Factor::PerTerm(Rows::Dense { values: ds, cols: n });

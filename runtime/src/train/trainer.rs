@@ -433,6 +433,7 @@ impl Trainer {
         });
         // After all have caught up with the steps before.
         history.write().push(at);
+        self.cpu.forget_unused();
     }
 }
 

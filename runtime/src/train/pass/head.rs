@@ -14,7 +14,7 @@ use lite_llm_kernels::{
     rows::Rows,
 };
 
-use super::{Gradients, ParamId, Pass, Tape, TrainError};
+use super::{Gradients, LOGITS_MAX, ParamId, Pass, Tape, TrainError};
 
 impl Pass<'_> {
     /// The last norm of the residual stream.
@@ -31,41 +31,46 @@ impl Pass<'_> {
         self.params.ids().head.unwrap_or(self.params.ids().embed)
     }
 
-    /// Logits of some rows `[rows, V]`.
-    fn logits_of(&self, normed: &Tensor, rows: Range<usize>) -> Vec<f32> {
-        let config = self.params.config();
-        let mut logits = self.cpu.take(rows.len() * config.vocab);
-        let from = &normed.as_slice()[rows.start * config.hidden..rows.end * config.hidden];
-        let from = Rows::dense(from, config.hidden);
+    /// Logits of some rows, to `out` `[rows, V]`.
+    fn logits_of(&self, normed: &Tensor, rows: Range<usize>, out: &mut [f32]) {
+        let hidden = self.params.config().hidden;
+        let from = Rows::dense(&normed.as_slice()[rows.start * hidden..rows.end * hidden], hidden);
         let weight = self.params.weight(self.head());
-        products(self.cpu, from, &mut [RowMajor { weight, bias: None, out: &mut logits }]);
-        logits
+        products(self.cpu, from, &mut [RowMajor { weight, bias: None, out }]);
     }
 
     /// All logits `[N, V]`: for comparison.
     pub(in crate::train) fn logits(&self, tape: &Tape) -> Vec<f32> {
         let normed = self.normed(tape);
-        let logits = self.logits_of(&normed, 0..self.rows());
+        let mut logits = vec![0.0; self.rows() * self.params.config().vocab];
+        self.logits_of(&normed, 0..self.rows(), &mut logits);
         self.cpu.give_tensor(normed);
         logits
     }
 
-    /// Pieces of rows whose logits exist at a time.
-    fn pieces(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (rows, vocab) = (self.rows(), self.params.config().vocab);
-        let most = (self.logits_max / vocab).max(1);
+    /// Rows whose logits, so many values at most, exist at a time.
+    fn rows_of(&self, logits_max: usize) -> usize {
+        (logits_max / self.params.config().vocab).clamp(1, self.rows().max(1))
+    }
+
+    /// All rows, by pieces of so many.
+    fn pieces(&self, most: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let rows = self.rows();
         (0..rows).step_by(most).map(move |from| from..(from + most).min(rows))
     }
 
     /// The sum of all predictions' losses, by rule 8.
     pub(in crate::train) fn loss(&self, tape: &Tape) -> Result<f32, TrainError> {
-        let normed = self.normed(tape);
+        let (normed, vocab) = (self.normed(tape), self.params.config().vocab);
         let mut softmaxes = Vec::with_capacity(self.rows());
-        for piece in self.pieces() {
-            let logits = self.logits_of(&normed, piece.clone());
-            softmaxes.extend(cross_entropy::losses(self.cpu, &logits, &self.flat.targets[piece]));
-            self.cpu.give(logits);
+        let most = self.rows_of(self.logits_max.min(LOGITS_MAX));
+        let mut memory = self.cpu.take(most * vocab);
+        for piece in self.pieces(most) {
+            let logits = &mut memory[..piece.len() * vocab];
+            self.logits_of(&normed, piece.clone(), logits);
+            softmaxes.extend(cross_entropy::losses(self.cpu, logits, &self.flat.targets[piece]));
         }
+        self.cpu.give(memory);
         self.cpu.give_tensor(normed);
         self.sum_losses(&softmaxes)
     }
@@ -99,40 +104,36 @@ impl Pass<'_> {
         let head = self.head();
         let mut dnormed = cpu.take(rows * hidden);
         let mut softmaxes = Vec::with_capacity(rows);
-        let mut all: Option<Vec<f32>> = None;
         let over_vocab = LeafPlan::of(vocab);
-        for piece in self.pieces() {
-            let mut logits = self.logits_of(normed, piece.clone());
+        let most = self.rows_of(self.logits_max);
+        let mut memory = cpu.take(most * vocab);
+        for piece in self.pieces(most) {
+            let logits = &mut memory[..piece.len() * vocab];
+            self.logits_of(normed, piece.clone(), logits);
             let targets = &self.flat.targets[piece.clone()];
-            let of = cross_entropy::losses(cpu, &logits, targets);
-            cross_entropy::gradient(cpu, &mut logits, &of, targets, 0, scale);
-            self.params.precision().round(self.cpu, &mut logits);
-            let factor = Factor::PerOutput(Rows::dense(&logits, vocab));
+            let of = cross_entropy::losses(cpu, logits, targets);
+            cross_entropy::gradient(cpu, logits, &of, targets, 0, scale);
+            self.params.precision().round(cpu, logits);
+            let factor = Factor::PerOutput(Rows::dense(logits, vocab));
             let table = Rows::dense(self.params.weight(head), hidden);
             let out = &mut dnormed[piece.start * hidden..piece.end * hidden];
             sum_rows(cpu, factor, table, hidden, &over_vocab, out);
             softmaxes.extend(of);
-            if piece.len() == rows {
-                all = Some(logits);
-            } else {
-                cpu.give(logits);
-            }
         }
         let loss = self.sum_losses(&softmaxes)?;
         if wanted[head] {
             let mut gradient = cpu.take(vocab * hidden);
-            match all {
-                Some(dlogits) => {
-                    let factor = Factor::PerTerm(Rows::dense(&dlogits, vocab));
-                    sum_rows(cpu, factor, normed.as_rows(), hidden, &self.tokens, &mut gradient);
-                    cpu.give(dlogits);
-                }
-                None => self.head_gradient(normed, &softmaxes, scale, &mut gradient),
+            if most == rows {
+                let factor = Factor::PerTerm(Rows::dense(&memory, vocab));
+                sum_rows(cpu, factor, normed.as_rows(), hidden, &self.tokens, &mut gradient);
+            } else {
+                self.head_gradient(normed, &softmaxes, scale, &mut gradient);
             }
             // A table that is both has its parts added when all rows have been.
             let tied = self.params.list().len();
             gradients.set(self.params.ids().head.unwrap_or(tied), gradient);
         }
+        cpu.give(memory);
         Ok((loss, dnormed))
     }
 
@@ -147,20 +148,21 @@ impl Pass<'_> {
         let (cpu, hidden, rows) = (self.cpu, self.params.config().hidden, self.rows());
         let table = self.params.weight(self.head());
         let piece = (self.logits_max / rows.max(1)).max(1);
+        let mut memory = cpu.take(rows * piece.min(table.len() / hidden));
         for (i, (table, out)) in
             table.chunks(piece * hidden).zip(gradient.chunks_mut(piece * hidden)).enumerate()
         {
             let n = table.len() / hidden;
-            let mut logits = cpu.take(rows * n);
-            let of = RowMajor { weight: table, bias: None, out: &mut logits };
+            let logits = &mut memory[..rows * n];
+            let of = RowMajor { weight: table, bias: None, out: logits };
             products(cpu, normed.as_rows(), &mut [of]);
             let targets = &self.flat.targets;
-            cross_entropy::gradient(cpu, &mut logits, softmaxes, targets, i * piece, scale);
-            self.params.precision().round(self.cpu, &mut logits);
-            let factor = Factor::PerTerm(Rows::dense(&logits, n));
+            cross_entropy::gradient(cpu, logits, softmaxes, targets, i * piece, scale);
+            self.params.precision().round(cpu, logits);
+            let factor = Factor::PerTerm(Rows::dense(logits, n));
             sum_rows(cpu, factor, normed.as_rows(), hidden, &self.tokens, out);
-            cpu.give(logits);
         }
+        cpu.give(memory);
     }
 }
 
