@@ -82,8 +82,8 @@ pub(super) unsafe fn copy<V: Vector>(from: &[f32], to: &mut [f32]) {
         // SAFETY: both have a vector there.
         unsafe { V::load(from.as_ptr().add(i)).store(to.as_mut_ptr().add(i)) }
     }
-    for i in whole..to.len() {
-        to[i] = from[i];
+    for (to, &from) in to[whole..].iter_mut().zip(&from[whole..]) {
+        *to = from;
     }
 }
 

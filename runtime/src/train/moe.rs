@@ -413,8 +413,7 @@ fn score_gradients(of: &Context<'_>, nth: usize, tape: &MoeTape, dw: &[f32]) -> 
             }
         })
         .collect();
-    for row in 0..routes.rows() {
-        let range = routes.range(row);
+    for (row, range) in (0..routes.rows()).map(|row| (row, routes.range(row))) {
         // The place of each of a route's three probabilities; none where there was no choice.
         let spots: Vec<[Option<(usize, usize)>; 3]> = routes
             .row(row)
