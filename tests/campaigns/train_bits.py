@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains one model in many layouts, each in processes of its own, and compares the bits.
 
-    python3 tests/campaigns/train_bits.py [--steps 100] [--binary target/release/lite-llm] [--seed 1]
+    python3 tests/campaigns/train_bits.py [--steps 100] [--binary target/release/lite-llm] [--seed 1] [--only REGEX]
 
 The shape is the built-in model's (hidden 192, 5 layers), with a second tier that is added on the way; the text is the
 project's own pages. Losses of all steps and the model's files have to be equal over numbers of workers, threads,
@@ -10,7 +10,7 @@ instruction sets, micro-batches, and layers that are computed again; and for run
 code 1 if a bit differs.
 """
 
-import argparse, hashlib, json, os, pathlib, random, signal, subprocess, sys, tempfile, time
+import argparse, hashlib, json, os, pathlib, random, re, signal, subprocess, sys, tempfile, time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -126,6 +126,7 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--binary", default=ROOT / "target/release/lite-llm")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="", help="layouts whose names match, beside the first")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     layouts = [("alone", [], {}, 0)]
@@ -136,6 +137,7 @@ def main():
     layouts += [("recompute", ["--threads", "2"], {"recompute": "layer"}, 0)]
     layouts += [("3 workers, 1 row, recompute", ["--workers", "3"], {"micro": 1, "recompute": "layer"}, 0)]
     layouts += [("killed", [], {}, 5), ("2 workers, killed", ["--workers", "2"], {}, 5)]
+    layouts = layouts[:1] + [layout for layout in layouts[1:] if re.search(args.only, layout[0])]
     seconds, killed, differ = {}, 0, []
     with tempfile.TemporaryDirectory(prefix="lite-llm-train-") as folder:
         folder = pathlib.Path(folder)
