@@ -12,25 +12,11 @@ One round runs each program once for each row, ours first in even rounds; the ta
 of the medians, the largest peak, and the CPUs that other programs used meanwhile (a quiet machine shows 0.0). The ratios
 asked are 1.5 on the manual pages' shape and 1.25 on OLMoE-mini.
 """
-import argparse, json, os, resource, statistics, subprocess, sys, time
+import argparse, json, os, statistics, sys
+
+from timed import timed
 
 ROWS = [("manpages", "8x128", "qwen3_moe", 1.5), ("manpages", "2x512", "qwen3_moe", 1.5), ("mini", "8x128", "olmoe", 1.25)]
-
-
-def busy():
-    v = [int(x) for x in open("/proc/stat").readline().split()[1:9]]
-    return (sum(v) - v[3] - v[4]) / os.sysconf("SC_CLK_TCK")
-
-
-def timed(command):
-    """Standard output of a command, and the CPUs that others used meanwhile."""
-    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    b, u, t = busy(), used(), time.time()
-    done = subprocess.run(command, capture_output=True, text=True)
-    others = max(0.0, (busy() - b - (used() - u)) / (time.time() - t))
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stdout, others
 
 
 def ours(a, shape, batch, cls):

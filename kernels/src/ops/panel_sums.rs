@@ -21,7 +21,7 @@ use crate::{
     cpu::Cpu,
     ops::{
         leaves::{Leaf, LeafPlan},
-        panels::{LANES_MAX, PackRows, Packed, copy, panel_vectors, panel_width},
+        panels::{LANES_MAX, PackRows, Packed, copy, panel_vectors, panel_width, push_leaf},
         row_sums::Factor,
     },
     rows::{Rows, RowsMut},
@@ -361,25 +361,9 @@ impl Block<'_> {
         unsafe {
             for leaf in chunk.leaves {
                 let terms = leaf.terms as usize;
-                let mut acc = run_leaf::<V, N>(b.add(s * stride), stride, s, terms, &factor);
+                let acc = run_leaf::<V, N>(b.add(s * stride), stride, s, terms, &factor);
                 s += terms;
-                for _ in 0..leaf.merges {
-                    height -= 1;
-                    let below = stack.as_ptr().add(height * level);
-                    for r in 0..TILE_ROWS {
-                        for n in 0..N {
-                            let earlier = V::load(below.add((r * N + n) * V::LANES));
-                            acc[r][n] = earlier.add(acc[r][n]);
-                        }
-                    }
-                }
-                let top = stack.as_mut_ptr().add(height * level);
-                for r in 0..TILE_ROWS {
-                    for n in 0..N {
-                        acc[r][n].store(top.add((r * N + n) * V::LANES));
-                    }
-                }
-                height += 1;
+                height = push_leaf(acc, leaf.merges as usize, height, level, stack);
             }
         }
         if !chunk.last {

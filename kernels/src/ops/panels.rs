@@ -87,6 +87,42 @@ pub(super) unsafe fn copy<V: Vector>(from: &[f32], to: &mut [f32]) {
     }
 }
 
+/// Adds the sums of a leaf to as many subtrees as `merges` says and leaves them on the stack, whose levels are `level`
+/// values; returns the stack's new height.
+///
+/// # Safety
+/// The machine has V's instructions; the stack has room for one more level, of R · N vectors at least.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)]
+pub(super) unsafe fn push_leaf<V: Vector, const R: usize, const N: usize>(
+    mut acc: [[V; N]; R],
+    merges: usize,
+    mut height: usize,
+    level: usize,
+    stack: &mut [f32],
+) -> usize {
+    // SAFETY: promised by the caller.
+    unsafe {
+        for _ in 0..merges {
+            height -= 1;
+            let below = stack.as_ptr().add(height * level);
+            for r in 0..R {
+                for n in 0..N {
+                    let earlier = V::load(below.add((r * N + n) * V::LANES));
+                    acc[r][n] = earlier.add(acc[r][n]);
+                }
+            }
+        }
+        let top = stack.as_mut_ptr().add(height * level);
+        for r in 0..R {
+            for n in 0..N {
+                acc[r][n].store(top.add((r * N + n) * V::LANES));
+            }
+        }
+    }
+    height + 1
+}
+
 /// Packs some columns of some rows in panels; what fills a vector up is zero.
 pub(super) struct PackRows<'a> {
     pub(super) rows: Rows<'a>,

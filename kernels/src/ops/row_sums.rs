@@ -13,7 +13,11 @@
 
 use crate::{
     cpu::Cpu,
-    ops::{leaves::LeafPlan, panel_sums, panels::LANES_MAX},
+    ops::{
+        leaves::LeafPlan,
+        panel_sums,
+        panels::{LANES_MAX, push_leaf},
+    },
     rows::{Rows, RowsMut},
     scratch,
     simd::{Kernel, Vector},
@@ -170,7 +174,7 @@ impl Strip<'_> {
         unsafe {
             for leaf in self.plan.leaves() {
                 let terms = leaf.terms as usize;
-                let mut acc = match self.factor {
+                let acc = match self.factor {
                     Factor::PerOutput(f) => {
                         let at: [*const f32; R] = std::array::from_fn(|r| f.row(r).as_ptr());
                         self.leaf::<V, R, N>(column, s, terms, |s, r| *at[r].add(s))
@@ -183,23 +187,7 @@ impl Strip<'_> {
                     _ => self.leaf::<V, R, N>(column, s, terms, |s, r| self.factor.get(r, s)),
                 };
                 s += terms;
-                for _ in 0..leaf.merges {
-                    height -= 1;
-                    let below = stack.as_ptr().add(height * level);
-                    for r in 0..R {
-                        for n in 0..N {
-                            let earlier = V::load(below.add((r * N + n) * V::LANES));
-                            acc[r][n] = earlier.add(acc[r][n]);
-                        }
-                    }
-                }
-                let top = stack.as_mut_ptr().add(height * level);
-                for r in 0..R {
-                    for n in 0..N {
-                        acc[r][n].store(top.add((r * N + n) * V::LANES));
-                    }
-                }
-                height += 1;
+                height = push_leaf(acc, leaf.merges as usize, height, level, stack);
             }
             for r in 0..R {
                 let out = self.out.part(r, column, N * V::LANES);
