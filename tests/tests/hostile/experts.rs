@@ -318,6 +318,14 @@ fn wrong_answers() -> VecDeque<Answer> {
 /// Owns experts, and answers for them with these; then hangs up.
 async fn own(member: &Member, mut answers: VecDeque<Answer>) {
     let pool = BufferPool::default();
+    // The honest one dials too, when it wants weights, and would send its batches there: what is
+    // only silent takes as long as an answer may.
+    let endpoint = member.endpoint.clone();
+    let dialed = tokio::spawn(async move {
+        while let Some(connection) = endpoint.accept().await {
+            connection.close("not here");
+        }
+    });
     while !answers.is_empty() {
         let connection = member.dial().await;
         let served = async {
@@ -344,6 +352,7 @@ async fn own(member: &Member, mut answers: VecDeque<Answer>) {
         let _ = tokio::time::timeout(Duration::from_secs(5), served).await;
         connection.close("again");
     }
+    dialed.abort();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
