@@ -15,7 +15,6 @@ use super::optimizer::{Optimizer, StepAt};
 pub(super) type History = RwLock<Vec<StepAt>>;
 
 /// What a parameter that is behind is caught up with.
-#[derive(Clone)]
 pub(super) struct Behind {
     pub(super) cpu: Arc<Cpu>,
     pub(super) optimizer: Arc<dyn Optimizer>,

@@ -36,7 +36,7 @@ use crate::{
 pub type ParamId = usize;
 
 /// One tensor.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Param {
     /// Its name.
     pub name: String,
@@ -48,6 +48,13 @@ pub struct Param {
     packed: OnceLock<PackedMatrix>,
     /// The values in bf16, widened.
     rounded: OnceLock<Vec<f32>>,
+}
+
+impl Clone for Param {
+    /// A copy of what it is now: steps that are put off later are not the copy's.
+    fn clone(&self) -> Self {
+        Self::new(self.name.clone(), self.shape.clone(), self.values().to_vec())
+    }
 }
 
 impl Param {

@@ -605,7 +605,7 @@ fn open_or_begin(
     (fixed, source): (&serde_json::Value, &Source),
     cpu: &Arc<Cpu>,
 ) -> Result<Opened, RunError> {
-    let (params, progress, tensors) = match state::list(out)?.last() {
+    let (params, progress, mut tensors) = match state::list(out)?.last() {
         Some((_, dir)) => {
             let hash = |progress: &Progress| config_hash(fixed, &config.phase, progress);
             let state::Loaded { params, progress, tensors } = state::load(dir, hash)?;
@@ -627,7 +627,7 @@ fn open_or_begin(
     }
     let Begun { mut trainer, mask, event } = begin(config, index, params, cpu, fresh)?;
     if progress.step_in_phase > 0 {
-        let missing = trainer.restore(progress.step_in_phase, |name| tensors.get(name).cloned());
+        let missing = trainer.restore(progress.step_in_phase, |name| tensors.remove(name));
         missing.map_err(|name| StateError::Bad {
             path: out.display().to_string(),
             reason: format!(

@@ -7,14 +7,11 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File, TryLockError},
-    io::Write,
+    io::{Read, Write},
     path::{Path, PathBuf},
 };
 
-use safetensors::{
-    SafeTensors,
-    tensor::{Dtype, TensorView},
-};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -241,23 +238,86 @@ fn stage<'a>(
         let path = path.display().to_string();
         StateError::Write { path, source: source.into() }
     })?;
-    let path = staging.join(TENSORS);
-    let tensors: BTreeMap<String, &[f32]> = tensors.collect();
-    let views = tensors
-        .iter()
-        .map(|(name, values)| {
-            let bytes = bytemuck::cast_slice(values);
-            TensorView::new(Dtype::F32, vec![values.len()], bytes).map(|view| (name.as_str(), view))
-        })
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|e| bad(&path, e.to_string()))?;
-    let bytes = safetensors::serialize(views, None).map_err(|e| bad(&path, e.to_string()))?;
-    write_file(&path, &bytes)?;
-    let saved =
-        Saved { format: 1, config, model, tensors: Hash::of(&bytes), progress: progress.clone() };
+    let tensors = write_tensors(&staging.join(TENSORS), &tensors.collect())?;
+    let saved = Saved { format: 1, config, model, tensors, progress: progress.clone() };
     let text = serde_json::to_vec_pretty(&saved).map_err(|e| bad(&path, e.to_string()))?;
     write_file(&staging.join(STATE), &text)?;
     sync_folder(staging)
+}
+
+/// Writes a safetensors file without a copy of it in memory, and syncs it; the hash of its bytes.
+fn write_tensors(path: &Path, tensors: &BTreeMap<String, &[f32]>) -> Result<Hash, StateError> {
+    let mut end = 0;
+    let infos = tensors.iter().map(|(name, values)| {
+        let begin = end;
+        end += size_of_val(*values);
+        let (shape, data_offsets) = (vec![values.len()], (begin, end));
+        (name.clone(), TensorInfo { dtype: Dtype::F32, shape, data_offsets })
+    });
+    let metadata = Metadata::new(None, infos.collect()).map_err(|e| bad(path, e.to_string()))?;
+    let mut names = serde_json::to_vec(&metadata).map_err(|e| bad(path, e.to_string()))?;
+    // So that the numbers begin at a multiple of 8 bytes.
+    names.resize(names.len().next_multiple_of(8), b' ');
+    let mut file = File::create(path).map_err(io(path, "create"))?;
+    let mut hasher = blake3::Hasher::new();
+    let mut write = |bytes: &[u8]| {
+        hasher.update(bytes);
+        file.write_all(bytes).map_err(io(path, "write"))
+    };
+    write(&(names.len() as u64).to_le_bytes())?;
+    write(&names)?;
+    for values in tensors.values() {
+        write(bytemuck::cast_slice(values))?;
+    }
+    file.sync_all().map_err(io(path, "sync"))?;
+    Ok(Hash(hasher.finalize().into()))
+}
+
+/// Reads what [`write_tensors`] has written, each tensor into memory of its own, and the hash of all bytes.
+fn read_tensors(path: &Path) -> Result<(BTreeMap<String, Vec<f32>>, Hash), StateError> {
+    let damaged = |what: String| {
+        bad(path, format!("{what}; remove the checkpoint's folder to go on from the one before"))
+    };
+    let mut file = File::open(path).map_err(io(path, "read"))?;
+    let length = file.metadata().map_err(io(path, "read"))?.len();
+    let mut hasher = blake3::Hasher::new();
+    let mut read = |bytes: &mut [u8]| -> Result<(), StateError> {
+        file.read_exact(bytes).map_err(io(path, "read"))?;
+        hasher.update(bytes);
+        Ok(())
+    };
+    let mut header = [0; 8];
+    if length < header.len() as u64 {
+        return Err(damaged(format!("it ends after {length} bytes")));
+    }
+    read(&mut header)?;
+    let claimed = u64::from_le_bytes(header);
+    if claimed > length - header.len() as u64 {
+        return Err(damaged(format!(
+            "it has {length} bytes, and says that {claimed} name tensors"
+        )));
+    }
+    let mut names = vec![0; claimed as usize];
+    read(&mut names)?;
+    let metadata: Metadata =
+        serde_json::from_slice(&names).map_err(|error| damaged(error.to_string()))?;
+    let expected = header.len() as u64 + claimed + metadata.data_len() as u64;
+    if length != expected {
+        return Err(damaged(format!("it has {length} bytes; {expected} are expected")));
+    }
+    let mut tensors = BTreeMap::new();
+    // They lie one after another, without gaps: the metadata was checked for that.
+    for name in metadata.offset_keys() {
+        let info = metadata.info(&name);
+        let bytes = info.map_or(0, |info| info.data_offsets.1 - info.data_offsets.0);
+        if !bytes.is_multiple_of(size_of::<f32>()) {
+            return Err(damaged(format!("{name} has {bytes} bytes")));
+        }
+        let mut values = vec![0.0; bytes / size_of::<f32>()];
+        read(bytemuck::cast_slice_mut(&mut values))?;
+        tensors.insert(name, values);
+    }
+    Ok((tensors, Hash(hasher.finalize().into())))
 }
 
 /// Checkpoints of a run, earliest first.
@@ -311,18 +371,12 @@ pub fn load(dir: &Path, config: impl Fn(&Progress) -> Hash) -> Result<Loaded, St
     }
     let params = Params::load(&checkpoint)?;
     let path = dir.join(TENSORS);
-    let bytes = fs::read(&path).map_err(io(&path, "read"))?;
-    if Hash::of(&bytes) != saved.tensors {
+    let (tensors, hash) = read_tensors(&path)?;
+    if hash != saved.tensors {
         let reason = "its bytes are not those that were written; remove the checkpoint's folder to go on from \
                       the one before";
         return Err(bad(&path, reason));
     }
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(&path, e.to_string()))?;
-    let tensors = file
-        .tensors()
-        .into_iter()
-        .map(|(name, view)| (name, bytemuck::pod_collect_to_vec(view.data())))
-        .collect();
     Ok(Loaded { params, progress: saved.progress, tensors })
 }
 

@@ -110,17 +110,17 @@ pub struct StepReport {
 }
 
 impl Clone for Trainer {
-    /// A copy that is caught up: what is put off from now on is not the copy's.
+    /// A copy of what it is now: steps that are put off later are not the copy's.
     fn clone(&self) -> Self {
         self.catch_up();
+        let states = (0..self.states.len()).map(|id| self.states_of(id).to_vec()).collect();
         Self {
             cpu: self.cpu.clone(),
             params: self.params.clone(),
             optimizer: self.optimizer.clone(),
             trained: self.trained.clone(),
             decays: self.decays.clone(),
-            states: self.states.clone(),
-            // Steps of the one are none of the other.
+            states,
             history: Arc::default(),
             clip: self.clip,
             pull: self.pull.clone(),

@@ -364,6 +364,64 @@ fn products_in_bf16_are_those_of_rounded_weights() {
     assert_ne!(run(&half).0.to_bits(), with.to_bits());
 }
 
+fn trainer_of_all(optimizer: OptimizerConfig) -> Trainer {
+    let params = params();
+    let count = params.list().len();
+    let (trained, decays) = (vec![Trained::All; count], vec![true; count]);
+    Trainer::new(Arc::new(Cpu::best(2)), params, optimizer.build(), trained, decays, Some(1.0))
+}
+
+/// A step on so few tokens that most experts get none; its loss.
+fn small_step(trainer: &mut Trainer, step: usize) -> u64 {
+    let mask = mask(trainer.params());
+    let options = StepOptions {
+        mask: &mask,
+        objective: objective(),
+        recompute: Recompute::None,
+        micro_rows: usize::MAX,
+    };
+    let rows = vec![Row::whole(tokens(3, step * 7))];
+    trainer.step(&Batch { rows }, &options, 0.02).unwrap().losses.total.to_bits()
+}
+
+/// Values and states.
+fn bits_of(trainer: &Trainer) -> [Vec<Vec<u32>>; 2] {
+    let values = trainer.params().list().iter().map(|param| bits(param.values())).collect();
+    [values, trainer.states().map(|(_, values)| bits(values)).collect()]
+}
+
+/// What the original does later is none of a copy's, whoever looks first; and each goes on from there.
+#[test]
+fn copies_stay_what_they_were_when_they_were_made() {
+    let optimizer = OptimizerConfig::Adamw(AdamW::default());
+    let expected = |steps| {
+        let mut trainer = trainer_of_all(optimizer);
+        for step in 0..steps {
+            small_step(&mut trainer, step);
+        }
+        bits_of(&trainer)
+    };
+    let mut original = trainer_of_all(optimizer);
+    for step in 0..3 {
+        small_step(&mut original, step);
+    }
+    assert!(original.behind() > 0, "nothing was put off");
+    let params = original.params().clone();
+    let mut copy = original.clone();
+    for step in 3..6 {
+        small_step(&mut original, step);
+    }
+    let then = expected(3);
+    let values: Vec<_> = params.list().iter().map(|param| bits(param.values())).collect();
+    assert!(values == then[0], "a copy of parameters");
+    assert!(bits_of(&copy) == then, "a copy of a trainer");
+    for step in 3..6 {
+        small_step(&mut copy, step);
+    }
+    let later = expected(6);
+    assert!(bits_of(&copy) == later && bits_of(&original) == later, "both go on");
+}
+
 /// A parameter without gradients is left alone until it is looked at, and then is what it would have been.
 #[test]
 fn steps_that_are_put_off_have_the_bits_of_steps_at_once() {
@@ -374,34 +432,18 @@ fn steps_that_are_put_off_have_the_bits_of_steps_at_once() {
     ];
     for optimizer in optimizers {
         let run = |looks: bool| {
-            let params = params();
-            let count = params.list().len();
-            let (trained, decays) = (vec![Trained::All; count], vec![true; count]);
-            let cpu = Arc::new(Cpu::best(2));
-            let mask = mask(&params);
-            let mut trainer =
-                Trainer::new(cpu, params, optimizer.build(), trained, decays, Some(1.0));
-            let options = StepOptions {
-                mask: &mask,
-                objective: objective(),
-                recompute: Recompute::None,
-                micro_rows: usize::MAX,
-            };
+            let mut trainer = trainer_of_all(optimizer);
             let (mut behind, mut losses) = (Vec::new(), Vec::new());
             for step in 0..8 {
-                // A few tokens: most experts get none.
-                let rows = vec![Row::whole(tokens(3, step * 7))];
-                let report = trainer.step(&Batch { rows }, &options, 0.02).unwrap();
-                losses.push(report.losses.total.to_bits());
+                losses.push(small_step(&mut trainer, step));
                 behind.push(trainer.behind());
                 if looks {
                     trainer.states().for_each(drop);
                 }
             }
-            let values: Vec<_> = trainer.params().list().iter().map(|p| bits(p.values())).collect();
-            let states: Vec<_> = trainer.states().map(|(_, values)| bits(values)).collect();
+            let all = bits_of(&trainer);
             assert_eq!(trainer.behind(), 0, "all were looked at");
-            (behind, (losses, values, states))
+            (behind, (losses, all))
         };
         let (behind, found) = run(false);
         let (seen, expected) = run(true);

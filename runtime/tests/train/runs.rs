@@ -119,6 +119,49 @@ fn a_checkpoint_may_be_asked_for_at_any_step() {
 }
 
 #[test]
+fn a_damaged_state_is_named_and_the_checkpoint_before_it_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let open = |out: &str, resume| {
+        Run::open(run_config(out, 5), dir.path(), Arc::new(Cpu::best(1)), resume)
+    };
+    let (_, expected) = finish(open("whole", false).unwrap());
+    let mut run = open("damaged", false).unwrap();
+    // Checkpoints of steps 2 and 4.
+    (0..5).for_each(|_| drop(run.advance().unwrap()));
+    drop(run);
+    let saved = state::list(&dir.path().join("damaged")).unwrap();
+    let [(2, _), (4, last)] = &saved[..] else { panic!("{saved:?}") };
+    let path = last.join("state.safetensors");
+    let whole = std::fs::read(&path).unwrap();
+    let cut = |bytes: usize| whole[..bytes].to_vec();
+    let changed = |at: usize, byte: u8| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= byte;
+        bytes
+    };
+    let longer = [&whole[..], &[0]].concat();
+    let end = whole.len();
+    let damaged =
+        [cut(0), cut(7), cut(8), cut(100), cut(end - 1), cut(end - 4), longer].into_iter().chain(
+            [(0, 1), (7, 0xff), (8, 1), (30, 1), (60, 1), (end / 2, 1), (end - 1, 0x80)]
+                .map(|(at, byte)| changed(at, byte)),
+        );
+    for (n, bytes) in damaged.enumerate() {
+        std::fs::write(&path, bytes).unwrap();
+        let error = open("damaged", true).err().map(|error| error.to_string());
+        let error = error.unwrap_or_else(|| panic!("damage {n} was not seen"));
+        let says = |words: &str| assert!(error.contains(words), "damage {n}: {error}");
+        says("step-00000004/state.safetensors: ");
+        says("remove the checkpoint's folder to go on from the one before");
+    }
+    std::fs::remove_dir_all(last).unwrap();
+    let run = open("damaged", true).unwrap();
+    assert_eq!(run.steps().0, 2);
+    assert_eq!(finish(run).1, expected);
+}
+
+#[test]
 fn what_cannot_be_trained_on_is_said_clearly() {
     let dir = tempfile::tempdir().unwrap();
     let open = |change: &dyn Fn(&mut TrainConfig)| {
