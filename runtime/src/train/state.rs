@@ -301,7 +301,7 @@ fn read_tensors(path: &Path) -> Result<(BTreeMap<String, Vec<f32>>, Hash), State
     read(&mut names)?;
     let metadata: Metadata =
         serde_json::from_slice(&names).map_err(|error| damaged(error.to_string()))?;
-    let expected = header.len() as u64 + claimed + metadata.data_len() as u64;
+    let expected = (header.len() as u64 + claimed).saturating_add(metadata.data_len() as u64);
     if length != expected {
         return Err(damaged(format!("it has {length} bytes; {expected} are expected")));
     }
