@@ -390,7 +390,7 @@ fn bits_of(trainer: &Trainer) -> [Vec<Vec<u32>>; 2] {
     [values, trainer.states().map(|(_, values)| bits(values)).collect()]
 }
 
-/// What the original does later is none of a copy's, whoever looks first; and each goes on from there.
+/// What the original does later is none of a copy's, and each goes on from there.
 #[test]
 fn copies_stay_what_they_were_when_they_were_made() {
     let optimizer = OptimizerConfig::Adamw(AdamW::default());
